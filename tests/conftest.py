@@ -75,6 +75,6 @@ def ray_cluster():
     """One local Ray cluster of two CPUs for every test that needs one."""
     import ray
 
-    ray.init(num_cpus=2, object_store_memory=200 << 20, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, object_store_memory=200 << 20, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
