@@ -1,0 +1,120 @@
+"""Momentum contrast: a slowly following key encoder and a queue of its past keys (paper, 2.4).
+
+Shape suffixes: B local batch, D embedding width, K queue length, N samples of a block.
+"""
+
+import copy
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from deedsr.learner.resnet import DegradationLearner
+
+EMPTY = -1  # the source of a queue slot that no key was written to yet
+
+
+class MomentumContrast(nn.Module):
+    """Key encoder, queue and InfoNCE loss. The query encoder, which trains, is not part of it.
+
+    One optimizer step is: `loss` for every micro-batch with `keys` of the same samples; then, once, `advance` with the
+    keys of the whole global batch in its order, and `update_momentum`. Each worker holds the same copy.
+
+    Whatever samples of a batch do to each other stays within blocks of `batch_block` consecutive samples. Micro-batches
+    hold whole blocks, so neither the number of workers nor accumulation changes anything.
+
+    Args:
+        query: the encoder to follow; copied to fp32 here, not kept.
+        queue_size: number K of past keys.
+        temperature, momentum: of the loss, of the key encoder.
+        batch_block: samples per block; a multiple of two or more of the encoder's `norm_group` makes queries and their
+            keys meet different normalisation groups, so that statistics do not give the positive away.
+        batch_negatives: keys of the other samples of the block are negatives too. Neighbours that show the same content
+            under another degradation are the ones that teach degradation instead of content.
+    """
+
+    queue_KD: torch.Tensor
+    queue_sources_K: torch.Tensor
+    queue_pointer: torch.Tensor
+
+    def __init__(
+        self,
+        query: DegradationLearner,
+        queue_size: int = 24_576,
+        temperature: float = 0.07,
+        momentum: float = 0.999,
+        batch_block: int = 32,
+        batch_negatives: bool = False,
+    ):
+        super().__init__()
+        norm_group = query.config["norm_group"]
+        if norm_group and batch_block % norm_group:
+            raise ValueError(f"batch_block must be a multiple of norm_group {norm_group}, got {batch_block}")
+        self.temperature, self.momentum = temperature, momentum
+        self.batch_block, self.batch_negatives = batch_block, batch_negatives
+        self.key_encoder = copy.deepcopy(query).float().requires_grad_(False).train()
+        # Deals the samples of a block over its normalisation groups like cards.
+        shuffle = torch.arange(batch_block).view(-1, norm_group or batch_block).T.flatten()
+        self.register_buffer("shuffle", shuffle, persistent=False)
+        self.register_buffer("queue_KD", torch.zeros(queue_size, query.embedding_dim))
+        self.register_buffer("queue_sources_K", torch.full((queue_size,), EMPTY))
+        self.register_buffer("queue_pointer", torch.zeros((), dtype=torch.long))
+
+    def _blocks(self, batch: int) -> int:
+        if batch % self.batch_block:
+            raise ValueError(f"a micro-batch must hold whole blocks of {self.batch_block} samples, got {batch} samples")
+        return batch // self.batch_block
+
+    @torch.no_grad()
+    def keys(self, key_BCHW: torch.Tensor) -> torch.Tensor:
+        """Embeddings (B, D) of the key images in [0, 1], fp32."""
+        offsets = self.batch_block * torch.arange(self._blocks(len(key_BCHW)), device=key_BCHW.device)
+        order = (offsets[:, None] + self.shuffle).flatten()
+        keys_BD = torch.empty(len(key_BCHW), self.queue_KD.shape[1], device=key_BCHW.device)
+        keys_BD[order] = self.key_encoder.embed(key_BCHW[order].float())
+        return keys_BD
+
+    def loss(
+        self, query_BD: torch.Tensor, key_BD: torch.Tensor, sources_B: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """InfoNCE of one micro-batch, mean over its samples, with the shares of positives ranked first and in the top 5.
+
+        `query_BD` and `key_BD` have length 1. `sources_B` (int64, >= 0) names the photograph of each sample: keys in the
+        queue that come from the query's own photograph are no negatives.
+        """
+        batch = len(query_BD)
+        query_BD, key_BD = query_BD.float(), key_BD.float()
+        positive_B1 = (query_BD * key_BD).sum(1, keepdim=True)
+        masked_BK = (self.queue_sources_K == EMPTY) | (self.queue_sources_K == sources_B[:, None])
+        logits = [positive_B1, (query_BD @ self.queue_KD.T).masked_fill(masked_BK, -torch.inf)]
+        if self.batch_negatives:
+            blocks = self._blocks(batch)
+            negative_BN = torch.bmm(
+                query_BD.view(blocks, self.batch_block, -1), key_BD.view(blocks, self.batch_block, -1).transpose(1, 2)
+            )
+            itself = torch.eye(self.batch_block, dtype=torch.bool, device=query_BD.device)
+            logits.append(negative_BN.masked_fill(itself, -torch.inf).view(batch, -1))
+        scores = torch.cat(logits, 1) / self.temperature
+        loss = F.cross_entropy(scores, scores.new_zeros(batch, dtype=torch.long))
+        rank_B = (scores[:, 1:] >= scores[:, :1]).sum(1)
+        return loss, {"top1": (rank_B < 1).float().mean(), "top5": (rank_B < 5).float().mean()}
+
+    @torch.no_grad()
+    def advance(self, key_BD: torch.Tensor, sources_B: torch.Tensor) -> None:
+        """Write the keys of a global batch, in its order, over the oldest ones. The queue may have any length."""
+        size = len(self.queue_KD)
+        slots = (self.queue_pointer + torch.arange(len(key_BD), device=key_BD.device)) % size
+        self.queue_KD[slots[-size:]] = key_BD[-size:].to(self.queue_KD)
+        self.queue_sources_K[slots[-size:]] = sources_B[-size:]
+        self.queue_pointer.copy_((self.queue_pointer + len(key_BD)) % size)
+
+    @torch.no_grad()
+    def update_momentum(self, query_parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Move the key encoder towards the query encoder's full fp32 parameters, given by name."""
+        query = dict(query_parameters)
+        keys = dict(self.key_encoder.named_parameters())
+        if query.keys() != keys.keys():
+            raise ValueError(f"query and key encoder differ in parameters: {sorted(query.keys() ^ keys.keys())}")
+        for name, key in keys.items():
+            key.lerp_(query[name].to(key), 1 - self.momentum)

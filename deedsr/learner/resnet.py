@@ -1,0 +1,128 @@
+"""Degradation learner: a ResNet that turns a low-resolution image into one vector that tells how it was degraded.
+
+Shape suffixes: B batch, C channels, H W space, D vector width.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+from deedsr.learner.normalization import GroupedBatchNorm2d
+
+# Noise and compression move a pixel by a few hundredths; this brings the high-pass copy to the range of the RGB.
+HIGH_PASS_GAIN = 8.0
+
+LEARNER_PRESETS: dict[str, dict[str, Any]] = {
+    # ResNet-34's depth at double width (paper, 2.1): 85,011,008 parameters.
+    "paper": dict(stem=64, stem_stride=4, widths=(128, 256, 512, 1024), blocks=(3, 4, 6, 3), high_pass=False),
+    # For one CPU. Half the paper's stem stride, because noise and block edges live in single pixels.
+    "tiny": dict(stem=32, stem_stride=2, widths=(32, 64, 96, 128), blocks=(1, 2, 2, 2), high_pass=True),
+}
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with batch normalisation and a shortcut (paper, 2.1)."""
+
+    def __init__(self, channels: int, width: int, stride: int, norm_group: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
+        self.norm1 = GroupedBatchNorm2d(width, norm_group)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.norm2 = GroupedBatchNorm2d(width, norm_group)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or channels != width:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels, width, 1, stride, bias=False), GroupedBatchNorm2d(width, norm_group)
+            )
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        h_BCHW = F.relu(self.norm1(self.conv1(x_BCHW)))
+        return F.relu(self.norm2(self.conv2(h_BCHW)) + self.shortcut(x_BCHW))
+
+
+def high_pass(x_BCHW: torch.Tensor) -> torch.Tensor:
+    """What a 5x5 binomial blur removes, amplified: noise and compression artefacts with little of the picture."""
+    channels = x_BCHW.shape[1]
+    row = x_BCHW.new_tensor([1, 4, 6, 4, 1]) / 16
+    kernel = (row[:, None] * row).expand(channels, 1, 5, 5)
+    blurred = F.conv2d(F.pad(x_BCHW, (2, 2, 2, 2), mode="reflect"), kernel, groups=channels)
+    return HIGH_PASS_GAIN * (x_BCHW - blurred)
+
+
+class DegradationLearner(ModelMixin, ConfigMixin):
+    """ResNet with basic blocks, batch normalisation and global average pooling (paper, 2.1).
+
+    Args:
+        stem: channels after the first convolution (7x7).
+        stem_stride: 4 = stride 2 and max-pooling (the paper), 2 = stride 2 without pooling, 1 = full resolution.
+        widths, blocks: channels and number of blocks of each stage; from the second on a stage halves the resolution.
+            The last width is the length D of the degradation vector.
+        high_pass: also show the network a high-pass copy of the image.
+        norm_group: samples that share normalisation statistics in training (`GroupedBatchNorm2d`).
+        projection: length of the contrastive embedding after a two-layer head; 0 = the vector itself (the paper).
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        stem: int = 64,
+        stem_stride: int = 4,
+        widths: Sequence[int] = (128, 256, 512, 1024),
+        blocks: Sequence[int] = (3, 4, 6, 3),
+        high_pass: bool = False,
+        norm_group: int = 0,
+        projection: int = 0,
+    ):
+        super().__init__()
+        if stem_stride not in (1, 2, 4):
+            raise ValueError(f"stem_stride must be 1, 2 or 4, got {stem_stride}")
+        if len(widths) != len(blocks):
+            raise ValueError(f"widths and blocks must be equally long, got {list(widths)} and {list(blocks)}")
+        self.conv = nn.Conv2d(6 if high_pass else 3, stem, 7, min(stem_stride, 2), 3, bias=False)
+        self.norm = GroupedBatchNorm2d(stem, norm_group)
+        stages, channels = [], stem
+        for stage, (width, count) in enumerate(zip(widths, blocks, strict=True)):
+            stride = 1 if stage == 0 else 2
+            stages.append(
+                nn.Sequential(
+                    BasicBlock(channels, width, stride, norm_group),
+                    *(BasicBlock(width, width, 1, norm_group) for _ in range(count - 1)),
+                )
+            )
+            channels = width
+        self.stages = nn.Sequential(*stages)
+        self.head: nn.Module = nn.Identity()
+        if projection:
+            self.head = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, projection))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @property
+    def degradation_dim(self) -> int:
+        """Length D of the degradation vector."""
+        return self.config["widths"][-1]
+
+    @property
+    def embedding_dim(self) -> int:
+        """Length of the contrastive embedding."""
+        return self.config["projection"] or self.degradation_dim
+
+    def forward(self, lr_BCHW: torch.Tensor, embedding: bool = False) -> torch.Tensor:
+        """RGB in [0, 1] of any size to the degradation vector (B, D), or to the embedding that `embed` describes."""
+        if self.config["high_pass"]:
+            lr_BCHW = torch.cat([lr_BCHW, high_pass(lr_BCHW)], 1)
+        x_BCHW = F.relu(self.norm(self.conv(lr_BCHW)))
+        if self.config["stem_stride"] == 4:
+            x_BCHW = F.max_pool2d(x_BCHW, 3, 2, 1)
+        vector_BD = self.stages(x_BCHW).mean((2, 3))
+        return F.normalize(self.head(vector_BD), dim=1) if embedding else vector_BD
+
+    def embed(self, lr_BCHW: torch.Tensor) -> torch.Tensor:
+        """RGB in [0, 1] to the (projected) degradation vector of length 1 that the contrastive loss compares."""
+        return self(lr_BCHW, embedding=True)
