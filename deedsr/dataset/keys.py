@@ -28,17 +28,17 @@ def sample_key(content: str, variant: int) -> str:
 
 
 def generator(*parts: str | int) -> np.random.Generator:
-    """A Philox generator seeded by the SHA-256 of `parts`: equal parts, equal numbers; any other part, independent ones.
+    """A Philox generator seeded by the SHA-256 of `parts`: equal parts give equal numbers, others independent ones.
 
-    Philox is counter-based: its stream is fixed by its key on every platform and numpy version.
+    The stream of raw bits is fixed by its key on every platform and numpy version.
     """
     return np.random.Generator(np.random.Philox(key=int.from_bytes(_digest(*parts)[:16], "little")))
 
 
 def _digest(*parts: str | int) -> bytes:
-    """SHA-256 of the parts; each carries its type and length, so that no two different tuples read alike."""
+    """SHA-256 of the parts; each carries its kind and length, so that no two different tuples read alike."""
     sha = hashlib.sha256()
     for part in parts:
-        text = str(part).encode()
-        sha.update(f"{type(part).__name__}:{len(text)}:".encode() + text)
+        text = str(part).encode(errors="surrogateescape")  # file names need not be valid UTF-8
+        sha.update(f"{'text' if isinstance(part, str) else 'number'}:{len(text)}:".encode() + text)
     return sha.digest()

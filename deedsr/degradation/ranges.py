@@ -1,0 +1,138 @@
+"""Ranges of the second-order degradation (docs/method.md, degradation). The numbers are in `recipes/*.yaml`.
+
+Every range is `[low, high]`, drawn uniformly. Blur widths are in pixels, noise in 8-bit levels, cutoffs in radians per
+pixel.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+__all__ = ["BlurRanges", "DegradationRanges", "FinalRanges", "NoiseRanges", "Probability", "ResizeRanges"]
+
+
+def _probability(value: float) -> float:
+    if not 0 <= value <= 1:
+        raise ValueError(f"must be a probability between 0 and 1, got {value}")
+    return value
+
+
+def _range(low: float, high: float):
+    """A check that a pair is ordered and lies in [low, high]."""
+
+    def check(pair: tuple[float, float]) -> tuple[float, float]:
+        if not low <= pair[0] <= pair[1] <= high:
+            limit = f"{low:g} <= low <= high" + (f" <= {high:g}" if math.isfinite(high) else "")
+            raise ValueError(f"must be a range [low, high] with {limit}, got {list(pair)}")
+        return pair
+
+    return AfterValidator(check)
+
+
+def _around_one(pair: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < pair[0] <= 1 <= pair[1]:
+        raise ValueError(f"must be a range [low, high] with 0 < low <= 1 <= high, got {list(pair)}")
+    return pair
+
+
+def _odd(pair: tuple[int, int]) -> tuple[int, int]:
+    if pair[0] % 2 == 0 or pair[1] % 2 == 0:
+        raise ValueError(f"must be odd kernel sizes [low, high], got {list(pair)}")
+    return pair
+
+
+def _sums_to_one(shares: BaseModel) -> None:
+    total = sum(value for _, value in shares)
+    if abs(total - 1) > 1e-6:
+        raise ValueError(f"must sum to 1, got {total:g} from {', '.join(f'{k} {v:g}' for k, v in shares)}")
+
+
+Probability = Annotated[float, AfterValidator(_probability)]
+Sigma = Annotated[tuple[float, float], _range(0.01, 50)]
+Level = Annotated[tuple[float, float], _range(0, 255)]
+Shape = Annotated[tuple[float, float], AfterValidator(_around_one)]
+KernelSizes = Annotated[tuple[int, int], _range(3, 51), AfterValidator(_odd)]
+Cutoff = Annotated[tuple[float, float], _range(0.1, math.pi)]
+Quality = Annotated[tuple[int, int], _range(1, 100)]
+ResizeMode = Literal["area", "bilinear", "bicubic"]
+
+
+class _Ranges(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class KernelMix(_Ranges):
+    """Shares of the blur kernels that are not sinc."""
+
+    isotropic: Probability
+    anisotropic: Probability
+    generalized_isotropic: Probability
+    generalized_anisotropic: Probability
+    plateau_isotropic: Probability
+    plateau_anisotropic: Probability
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        _sums_to_one(self)
+        return self
+
+
+class BlurRanges(_Ranges):
+    probability: Probability
+    kernel_size: KernelSizes  # odd sizes, each as likely
+    sinc_probability: Probability
+    mix: KernelMix
+    sigma: Sigma
+    beta_generalized: Shape  # below 1 half of the time, above 1 the other half
+    beta_plateau: Shape  # likewise
+
+
+class ResizeShares(_Ranges):
+    up: Probability
+    down: Probability
+    keep: Probability
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        _sums_to_one(self)
+        return self
+
+
+class ResizeRanges(_Ranges):
+    shares: ResizeShares
+    factor: Shape  # down: low to 1, up: 1 to high
+
+
+class NoiseRanges(_Ranges):
+    gaussian_probability: Probability  # else Poisson
+    gaussian_sigma: Level
+    poisson_scale: Annotated[tuple[float, float], _range(0, 20)]
+    gray_probability: Probability  # the same noise in all three channels
+
+
+class FinalRanges(_Ranges):
+    """The last step: resize to the LR size and sinc filter, before or after the second JPEG."""
+
+    resize_first_probability: Probability  # resize, sinc, JPEG; else JPEG, resize, sinc
+    sinc_probability: Probability
+    kernel_size: KernelSizes
+    cutoff: Cutoff
+    jpeg_quality: Quality
+
+
+class DegradationRanges(_Ranges):
+    """All ranges of the chain blur, resize, noise, JPEG, blur, resize, noise, final step."""
+
+    clean_probability: Probability  # LR is the bicubic reduction and nothing else
+    resize_modes: Annotated[tuple[ResizeMode, ...], Field(min_length=1)]
+    blur1: BlurRanges
+    resize1: ResizeRanges
+    noise1: NoiseRanges
+    jpeg1_quality: Quality
+    blur2: BlurRanges
+    resize2: ResizeRanges
+    noise2: NoiseRanges
+    final: FinalRanges

@@ -1,0 +1,190 @@
+"""Recipes: everything but the sources that fixes a dataset, as data files with typed, checked fields."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from deedsr.degradation.ranges import DegradationRanges, Probability
+from deedsr.errors import UsageError
+
+__all__ = ["ALGORITHM_VERSION", "Recipe", "builtin_recipes", "load_recipe"]
+
+# Raised whenever the same recipe and sources would give other bytes than before.
+ALGORITHM_VERSION = 1
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Crop(_Part):
+    """Which crops of a source become HR images."""
+
+    size: Annotated[int, Field(ge=32)]  # side of a crop, pixels
+    per_source: Count  # at most so many crops of one source
+    min_std: Annotated[float, Field(ge=0)]  # least standard deviation of grey, 8-bit levels
+    min_laplacian: Annotated[float, Field(ge=0)]  # least variance of the Laplacian of grey: sharpness
+
+
+class Formats(_Part):
+    """How images are stored. PNG and WebP are lossless, JPEG is for HR alone."""
+
+    hr: Literal["png", "webp", "jpeg"]
+    hr_quality: Annotated[int, Field(ge=1, le=100)]  # JPEG only
+    lr: Literal["png", "webp"]
+
+
+class Shard(_Part):
+    """How many sources a shard holds; where it ends follows from the hashes of its sources."""
+
+    min_sources: Count
+    target_sources: Count
+    max_sources: Count
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.min_sources <= self.target_sources <= self.max_sources:
+            raise ValueError(
+                "must have min_sources <= target_sources <= max_sources, "
+                f"got {self.min_sources}, {self.target_sources}, {self.max_sources}"
+            )
+        return self
+
+
+class Split(_Part):
+    """Which sources are for validation: those whose relative path matches a pattern; without patterns, a share."""
+
+    validation_patterns: tuple[str, ...]  # fnmatch patterns
+    validation_share: Probability
+
+
+def _named(name: str) -> str:
+    if not name.strip():
+        raise ValueError("must not be empty")
+    return name
+
+
+class Recipe(_Part):
+    """Everything but the sources that fixes a dataset. `model_dump(mode="json")` and `model_validate` are inverse."""
+
+    name: Annotated[str, AfterValidator(_named)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    scale: Literal[2, 3, 4]
+    variants: Annotated[int, Field(ge=1, le=100)]  # independent degradations of each crop
+    crop: Crop
+    flip: Probability  # of mirroring a crop left to right
+    formats: Formats
+    shard: Shard
+    split: Split
+    max_rejected_share: Probability  # of the sources; with more, generation fails
+    degradation: DegradationRanges
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        if self.crop.size % self.scale:
+            raise ValueError(f"crop.size must be a multiple of scale, got {self.crop.size} and {self.scale}")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, hexadecimal, of the canonical JSON of every field and the algorithm's version."""
+        fields = {"algorithm_version": ALGORITHM_VERSION, "recipe": self.model_dump(mode="json")}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+_BUILTIN = files("deedsr.degradation") / "recipes"
+_DEFAULT = "deedsr"  # the one recipe that gives every key
+
+
+def builtin_recipes() -> list[str]:
+    """Names of the recipes inside the package, sorted."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in _BUILTIN.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """The built-in recipe of that name, else the YAML file at that path.
+
+    A file gives only the keys that differ from its base: `base: NAME`, a built-in recipe or another file beside it,
+    `deedsr` unless named. A list replaces the base's. Raises `UsageError` naming the key, its value and what is
+    accepted.
+    """
+    fields = _read(str(name_or_path), Path(), ())
+    try:
+        return Recipe.model_validate(fields)
+    except ValidationError as error:
+        problems = "; ".join(_explain(problem) for problem in error.errors())
+        raise UsageError(f"recipe {name_or_path}: {problems}") from None
+
+
+def _read(name: str, folder: Path, seen: tuple[str, ...]) -> dict[str, Any]:
+    """The keys of a recipe, its base's included."""
+    if name in builtin_recipes():
+        source, place = (_BUILTIN / f"{name}.yaml").read_text(encoding="utf-8"), folder
+    else:
+        path = folder / name
+        place = path.parent
+        try:
+            source = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise UsageError(
+                f"no recipe {name!r}: it is neither a file nor one of {', '.join(builtin_recipes())}"
+            ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"recipe {name} cannot be read: {error}") from None
+        name = str(path.resolve())
+    if name in seen:
+        raise UsageError(f"recipe {name} is its own base: {' -> '.join((*seen, name))}")
+    try:
+        fields = yaml.safe_load(source)
+    except yaml.YAMLError as error:
+        raise UsageError(f"recipe {name} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(fields, dict):
+        raise UsageError(f"recipe {name} must be a YAML mapping of keys, got {type(fields).__name__}")
+    base = fields.pop("base", _DEFAULT)
+    if name == _DEFAULT:
+        return fields
+    fields.setdefault("name", Path(name).stem)
+    if not isinstance(base, str):
+        raise UsageError(f"recipe {name}: base must be the name or path of a recipe, got {base!r}")
+    return _override(_read(base, place, (*seen, name)), fields)
+
+
+def _override(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = _override(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _explain(problem: Any) -> str:
+    """One line on one wrong key: its dotted name, what is accepted, what was given."""
+    where = ".".join(str(part) for part in problem["loc"])
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"unknown key {where}; accepted here: {', '.join(_keys(problem['loc'][:-1]))}"
+        case "missing":
+            return f"{where} is missing"
+        case "value_error":  # our own messages already give the value
+            return f"{where} {problem['ctx']['error']}".strip()
+        case "model_type":
+            return f"{where} must be a mapping of {', '.join(_keys(problem['loc']))}, got {problem['input']!r}"
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{where}: {message}, got {problem['input']!r}"
+
+
+def _keys(location: tuple[int | str, ...]) -> list[str]:
+    model: Any = Recipe
+    for part in location:
+        model = model.model_fields[part].annotation
+    return list(model.model_fields)
