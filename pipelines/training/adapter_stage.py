@@ -1,0 +1,126 @@
+"""Stage 2: the degradation-aware adapter around a frozen diffusion model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+
+from deedsr.adapter.adapter import DegradationAwareAdapter
+from deedsr.dataset.keys import generator
+from deedsr.learner.resnet import DegradationLearner
+from deedsr.sampling.latents import encode_latents
+from pipelines.dataset import Dataset
+from pipelines.models import load_vae, resolve_base, resolve_learner
+from pipelines.training.config import AdapterOptions
+from pipelines.training.learner_stage import under
+from pipelines.training.stage import Workers
+
+
+class AdapterStage:
+    name = "adapter"
+    together = False
+    unit = 1
+
+    def __init__(self, options: AdapterOptions, scale: int):
+        self.options, self.scale = options, scale
+
+    def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        base = resolve_base(self.options.base)
+        frozen = {"torch_dtype": dtype}
+        self.unet = _freeze(UNet2DConditionModel.from_pretrained(base, subfolder="unet", **frozen), device)
+        self.vae = _freeze(load_vae(base, **frozen), device)
+        self.learner = _freeze(
+            DegradationLearner.from_pretrained(resolve_learner(self.options.learner), **frozen), device
+        )
+        self.scheduler = DDIMScheduler.from_pretrained(base, subfolder="scheduler")
+        torch.manual_seed(self.options.train.seed)
+        self.adapter = DegradationAwareAdapter.for_unet(
+            self.unet,
+            preset=self.options.model.preset,
+            tokens=self.options.model.tokens,
+            degradation_dim=self.learner.dim,
+        )
+        self.adapter.initialize_from(self.unet)
+        self.adapter.to(device).attach(self.unet)
+        self.latent_channels = int(self.unet.config["in_channels"])
+        self.vae_factor = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        return self.adapter
+
+    def sample(self, dataset: Dataset, index: Any, row: int, epoch: int) -> dict[str, np.ndarray]:
+        """The whole LR for the learner; an aligned LR/HR crop, a timestep and the noise for the denoiser."""
+        sample = dataset.read(index, row)
+        options = self.options
+        rng = generator("diffusion", options.train.seed, epoch, sample.key)
+        height, width = sample.lr.shape[:2]
+        side = options.diffusion.lr_crop
+        rows, columns = (min(side, height), min(side, width)) if side else (height, width)
+        top, left = (int(rng.integers(have - use + 1)) for have, use in ((height, rows), (width, columns)))
+        lr = sample.lr[top : top + rows, left : left + columns]
+        s = self.scale
+        hr = sample.hr[s * top : s * (top + rows), s * left : s * (left + columns)]
+        latent = (self.latent_channels, s * rows // self.vae_factor, s * columns // self.vae_factor)
+        steps = self.scheduler.config["num_train_timesteps"]
+        return {
+            "lr": _unit(sample.lr),
+            "lr_crop": _unit(lr),
+            "hr_crop": _unit(hr),
+            "timestep": np.int64(steps * rng.random() ** options.diffusion.timestep_power),
+            "noise": rng.standard_normal(latent, dtype=np.float32),
+            "encoding_noise": rng.standard_normal((2, *latent), dtype=np.float32),
+        }
+
+    def loss(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        dtype = next(self.unet.parameters()).dtype
+        with torch.no_grad():
+            degradation_BD = self.learner(batch["lr"].to(dtype))
+            upsampled = F.interpolate(batch["lr_crop"], scale_factor=self.scale, mode="bicubic").clamp(0, 1)
+            z_lr = encode_latents(self.vae, (2 * upsampled - 1).to(dtype), noise=batch["encoding_noise"][:, 0])
+            z_hr = encode_latents(self.vae, (2 * batch["hr_crop"] - 1).to(dtype), noise=batch["encoding_noise"][:, 1])
+            noise, t = batch["noise"].to(dtype), batch["timestep"]
+            noisy = self.scheduler.add_noise(z_hr, noise, t)
+            kind = self.scheduler.config["prediction_type"]
+            if kind == "epsilon":
+                target = noise
+            elif kind == "v_prediction":
+                target = self.scheduler.get_velocity(z_hr, noise, t)
+            else:
+                target = z_hr
+        prediction = model(noisy, t, z_lr, degradation_BD)
+        loss = F.mse_loss(prediction.float(), target.float())
+        return loss, {}
+
+    def end_step(self, workers: Workers) -> None:
+        """Nothing but the trained parameters advances."""
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Nothing but the trained parameters advances."""
+
+    def export(self, folder: Path, trained: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+        adapter = DegradationAwareAdapter.from_config(self.adapter.config)
+        adapter.load_state_dict(under(trained, ""))
+        adapter.save_pretrained(folder / "adapter")
+        self.learner.save_pretrained(folder / "learner")
+        description = {
+            "format_version": 1,
+            "base": self.options.base,
+            "scale": self.scale,
+            "sampling": self.options.sampling,
+        }
+        (folder / "deedsr.json").write_text(json.dumps(description, indent=2))
+
+
+def _freeze(module: nn.Module, device: torch.device) -> Any:
+    return module.to(device).requires_grad_(False).eval()
+
+
+def _unit(image: np.ndarray) -> np.ndarray:
+    """uint8 HWC to float32 CHW in [0,1]."""
+    return np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32) / 255

@@ -1,0 +1,240 @@
+"""Typed options of both stages. A preset fills in what the user leaves out."""
+
+import math
+import re
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from deedsr.errors import UsageError
+
+
+@dataclass
+class TrainOptions:
+    """What both stages share."""
+
+    lr: float = 1e-4  # peak learning rate
+    schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up
+    warmup_steps: int = 0  # linear warm-up
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: momentum 0.9
+    weight_decay: float = 0.01
+    clip_grad_norm: float = 0.0  # 0 = off
+    max_steps: int = 1000  # optimizer steps in all
+    global_batch_size: int = 32  # samples per optimizer step, over all workers and accumulation
+    micro_batch_size: int | None = None  # samples per forward on one worker; None = as many as it gets
+    num_workers: int | str = 1  # a number, or a range such as 1..4 (elastic)
+    zero_stage: Literal[0, 1, 2, 3] = 0  # DeepSpeed ZeRO
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16 keeps fp32 master weights (needs zero_stage 1, 2 or 3)
+    seed: int = 0
+    checkpoint_every: int = 200  # optimizer steps
+    keep_checkpoints: int = 2  # the newest stay
+    log_every: int = 10  # optimizer steps between points of the curves
+    ema_decay: float = 0.0  # averaged weights are the ones exported; 0 = off
+    max_failures: int = 3  # restarts of the worker group before the run gives up
+    cpus_per_worker: float = 1.0  # also the compute threads of a worker
+    gpus_per_worker: float | None = None  # None = 1 where the cluster has GPUs, else 0
+
+
+@dataclass
+class ContrastOptions:
+    """Momentum contrast (docs/method.md, stage 1)."""
+
+    queue_size: int = 24576
+    momentum: float = 0.999
+    temperature: float = 0.07
+    batch_block: int = 32  # consecutive samples of the global batch that stay in one forward; see MomentumContrast
+    batch_negatives: bool = False  # keys of the other samples of the block are negatives too
+
+
+@dataclass
+class LearnerModelOptions:
+    """Degradation learner; the defaults are the paper's 85 M parameter ResNet."""
+
+    preset: Literal["paper", "tiny"] = "paper"
+    norm_group: int = 16  # samples that share batch-norm statistics; divides contrast.batch_block
+
+
+@dataclass
+class LearnerOptions:
+    """`deedsr train learner`"""
+
+    data: str = ""  # degradation shards
+    out: str = ""  # checkpoints and the trained learner
+    model: LearnerModelOptions = field(default_factory=LearnerModelOptions)
+    contrast: ContrastOptions = field(default_factory=ContrastOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    experiment: str = "deedsr-learner"  # MLflow experiment
+
+
+@dataclass
+class AdapterModelOptions:
+    """Degradation-aware adapter; its geometry follows the base's UNet."""
+
+    preset: Literal["paper", "tiny"] = "paper"
+    tokens: Literal["new_kv", "project"] = "new_kv"  # global branch: new to_k/to_v, or tokens projected to the base's
+
+
+@dataclass
+class DiffusionOptions:
+    """Objective of stage 2."""
+
+    lr_crop: int = 0  # LR pixels per side that the denoiser trains on, cut when reading; 0 = the whole LR
+    timestep_power: float = 1.0  # timestep = T * u ** power, u uniform; above 1 trains low noise more often
+
+
+@dataclass
+class AdapterOptions:
+    """`deedsr train adapter`"""
+
+    data: str = ""  # degradation shards
+    learner: str = ""  # output of `deedsr train learner`
+    base: str = "tiny"  # frozen diffusion model: `tiny`, a diffusers folder or URI, or a hub id
+    out: str = ""  # checkpoints and the trained model folder
+    model: AdapterModelOptions = field(default_factory=AdapterModelOptions)
+    diffusion: DiffusionOptions = field(default_factory=DiffusionOptions)
+    sampling: dict[str, Any] = field(default_factory=dict)  # sampling defaults stored with the model
+    train: TrainOptions = field(default_factory=TrainOptions)
+    experiment: str = "deedsr-adapter"  # MLflow experiment
+
+
+# `paper` follows docs/method.md; `tiny` is what a laptop trains in minutes against the shipped base.
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "learner": {
+        "paper": {
+            "model": {"preset": "paper"},
+            "contrast": {"queue_size": 24576, "momentum": 0.999, "temperature": 0.07},
+            "train": {
+                "optimizer": "sgd", "lr": 0.03, "weight_decay": 1e-4, "global_batch_size": 96, "max_steps": 200_000,
+                "checkpoint_every": 1000,
+            },
+        },
+        "tiny": {
+            "model": {"preset": "tiny"},
+            "contrast": {"queue_size": 1024, "momentum": 0.99, "temperature": 0.1, "batch_block": 32, "batch_negatives": True},
+            "train": {
+                "optimizer": "adamw", "lr": 2e-3, "schedule": "cosine", "warmup_steps": 20, "weight_decay": 1e-4,
+                "global_batch_size": 64, "max_steps": 400, "checkpoint_every": 100,
+            },
+        },
+    },
+    "adapter": {
+        "paper": {
+            "model": {"preset": "paper"},
+            "train": {
+                "lr": 1e-5, "global_batch_size": 128, "micro_batch_size": 2, "max_steps": 100_000, "zero_stage": 2,
+                "checkpoint_every": 1000,
+            },
+        },
+        "tiny": {
+            "model": {"preset": "tiny"},
+            "diffusion": {"lr_crop": 32},
+            "sampling": {"num_inference_steps": 20, "noise_guidance_share": 0.4},
+            "train": {
+                "lr": 1e-3, "schedule": "cosine", "warmup_steps": 50, "clip_grad_norm": 1.0, "ema_decay": 0.995,
+                "global_batch_size": 8, "max_steps": 1000, "checkpoint_every": 100,
+            },
+        },
+    },
+}  # fmt: skip
+
+# What may change between the first command and a continuation of it.
+MAY_CHANGE = {
+    "out", "experiment",
+    "train.max_steps", "train.num_workers", "train.micro_batch_size", "train.zero_stage", "train.cpus_per_worker",
+    "train.gpus_per_worker", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "train.max_failures",
+}  # fmt: skip
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries to dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def worker_range(num_workers: int | str) -> tuple[int, int]:
+    """(fewest, most) workers of `4` or `1..4`."""
+    match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", str(num_workers))
+    low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= low <= high:
+        raise UsageError(f"train.num_workers must be a number such as 2 or a range such as 1..4, got {num_workers!r}")
+    return low, high
+
+
+def check(options: LearnerOptions | AdapterOptions) -> None:
+    """Refuse values that no run could work with, naming key, value and what is accepted."""
+    train = options.train
+    for name in ("max_steps", "global_batch_size", "checkpoint_every", "keep_checkpoints", "log_every"):
+        if getattr(train, name) < 1:
+            raise UsageError(f"train.{name} must be 1 or more, got {getattr(train, name)}")
+    if not (math.isfinite(train.lr) and train.lr > 0):
+        raise UsageError(f"train.lr must be a positive number, got {train.lr}")
+    if not 0 <= train.ema_decay < 1:
+        raise UsageError(f"train.ema_decay must be in [0, 1), got {train.ema_decay}")
+    for name in ("warmup_steps", "weight_decay", "clip_grad_norm", "max_failures"):
+        if getattr(train, name) < 0:
+            raise UsageError(f"train.{name} must be 0 or more, got {getattr(train, name)}")
+    if train.cpus_per_worker <= 0:
+        raise UsageError(f"train.cpus_per_worker must be above 0, got {train.cpus_per_worker}")
+    if train.precision == "bf16" and train.zero_stage == 0:
+        raise UsageError("train.precision bf16 needs train.zero_stage 1, 2 or 3, which keep fp32 master weights; got 0")
+    worker_range(train.num_workers)
+    if isinstance(options, LearnerOptions):
+        contrast, group = options.contrast, options.model.norm_group
+        if contrast.queue_size < 1 or not 0 <= contrast.momentum < 1 or contrast.temperature <= 0:
+            raise UsageError(
+                "contrast needs queue_size 1 or more, momentum in [0, 1) and temperature above 0, got "
+                f"{contrast.queue_size}, {contrast.momentum}, {contrast.temperature}"
+            )
+        block = contrast.batch_block
+        if block < 1 or train.global_batch_size % block:
+            raise UsageError(
+                f"contrast.batch_block must divide train.global_batch_size ({train.global_batch_size}), got {block}"
+            )
+        if group < 1 or block % group:
+            raise UsageError(f"model.norm_group must divide contrast.batch_block ({block}), got {group}")
+    elif options.diffusion.timestep_power <= 0 or options.diffusion.lr_crop < 0:
+        raise UsageError("diffusion.timestep_power must be above 0 and diffusion.lr_crop 0 or more")
+
+
+def micro_batch(train: TrainOptions, world_size: int, unit: int = 1) -> tuple[int, int]:
+    """(samples per forward, forwards per optimizer step) of one of `world_size` workers.
+
+    `unit`: samples that must stay in one forward (batch-norm group, block of negatives).
+    """
+    share, rest = divmod(train.global_batch_size, world_size)
+    micro = min(train.micro_batch_size or share, share)
+    if rest or share % micro or micro % unit:
+        raise UsageError(
+            f"train.global_batch_size {train.global_batch_size} does not divide over {world_size} workers with "
+            f"micro batches of {micro} samples"
+            + (f" in units of {unit} (contrast.batch_block)" if unit > 1 else "")
+        )
+    return micro, share // micro
+
+
+def learning_rate(train: TrainOptions, step: int) -> float:
+    """Learning rate of optimizer step `step` (from 0): linear warm-up, then constant or cosine to 1 %."""
+    if step < train.warmup_steps:
+        return train.lr * (step + 1) / train.warmup_steps
+    if train.schedule == "constant":
+        return train.lr
+    progress = (step - train.warmup_steps) / max(1, train.max_steps - train.warmup_steps)
+    return train.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def resolved(options: LearnerOptions | AdapterOptions) -> dict[str, Any]:
+    """The whole configuration as plain data."""
+    return asdict(options)
+
+
+def from_resolved(kind: type, tree: dict[str, Any]) -> Any:
+    """The inverse of `resolved`."""
+    values = dict(tree)
+    for item in fields(kind):
+        if isinstance(item.default_factory, type) and item.default_factory is not dict and item.name in values:
+            values[item.name] = item.default_factory(**values[item.name])
+    return kind(**values)

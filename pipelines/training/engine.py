@@ -1,0 +1,154 @@
+"""A DeepSpeed engine around what trains, with its full state in and out for any ZeRO stage and world size."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipelines.training.config import TrainOptions
+
+STEP = "step"  # the optimizer's own step count, one number for all parameters
+
+
+class Engine:
+    """`forward`, `backward` and `step` of one worker, and the `Workers` of `stage.py`.
+
+    `optimizer_state`: what `optimizer_state()` of an earlier engine gave: `{parameter}.{moment}` and `step`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        options: TrainOptions,
+        *,
+        micro: int,
+        accumulation: int,
+        optimizer_state: dict[str, Tensor] | None = None,
+    ):
+        deepspeed = _import_deepspeed()
+        self.stage = options.zero_stage
+        self.named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        parameters = [p for _, p in self.named]
+        optimizer: torch.optim.Optimizer
+        if options.optimizer == "sgd":
+            optimizer = torch.optim.SGD(parameters, options.lr, momentum=0.9, weight_decay=options.weight_decay)
+            self.moments = ["momentum_buffer"]
+        else:
+            optimizer = torch.optim.AdamW(parameters, options.lr, weight_decay=options.weight_decay)
+            self.moments = ["exp_avg", "exp_avg_sq"]
+        self.base_optimizer = optimizer
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": micro,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": options.clip_grad_norm,
+            "zero_optimization": {"stage": options.zero_stage},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": options.precision == "bf16"},
+            "steps_per_print": 10**9,
+        }
+        self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        if optimizer_state:
+            self._load_optimizer_state(optimizer_state)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.engine.device)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+
+    def step(self, lr: float) -> None:
+        """Once per micro-batch; the optimizer moves when the accumulation is full."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+
+    def grad_norm(self) -> float | None:
+        """Norm of the last optimizer step's gradients, where DeepSpeed computes it."""
+        norm = self.engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def sum(self, x: Tensor) -> Tensor:
+        if self.world_size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        if self.world_size == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.world_size)]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @contextmanager
+    def full_parameters(self) -> Iterator[Iterator[tuple[str, Tensor]]]:
+        """(name, whole fp32 tensor) of every trained parameter, one at a time; a collective."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if self.stage == 0:
+            yield ((name, p.detach()) for name, p in self.named)
+        else:
+            yield ((name, safe_get_full_fp32_param(p).detach().view(_shape(p))) for name, p in self.named)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Whole fp32 moments by `{parameter}.{moment}`, and `step`; a collective. After the first step only."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        state: dict[str, Tensor] = {}
+        for name, p in self.named:
+            for moment in self.moments:
+                if self.stage == 0:
+                    state[f"{name}.{moment}"] = self.base_optimizer.state[p][moment]
+                else:
+                    state[f"{name}.{moment}"] = safe_get_full_optimizer_state(p, moment).view(_shape(p))
+        steps = [s[STEP] for s in self.base_optimizer.state.values() if STEP in s]
+        if steps:
+            state[STEP] = torch.as_tensor(steps[0])
+        return state
+
+    def _load_optimizer_state(self, state: dict[str, Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        # torch makes its state at the first step; ZeRO keeps it per flat partition. Make it now, empty, then fill it.
+        for group in self.base_optimizer.param_groups:
+            for p in group["params"]:
+                slot = self.base_optimizer.state[p]
+                for moment in self.moments:
+                    slot[moment] = torch.zeros_like(p)
+                if STEP in state:
+                    slot[STEP] = state[STEP].clone().float()
+        if self.stage in (1, 2):
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+        for name, p in self.named:
+            for moment in self.moments:
+                value = state[f"{name}.{moment}"]
+                if self.stage == 0:
+                    self.base_optimizer.state[p][moment].copy_(value)
+                else:
+                    safe_set_full_optimizer_state(p, value.to(self.device), moment)
+
+
+def _shape(p: nn.Parameter) -> torch.Size:
+    """ZeRO-3 leaves an empty tensor in place and keeps the shape beside it."""
+    return getattr(p, "ds_shape", p.shape)
+
+
+def _import_deepspeed() -> Any:
+    import deepspeed
+
+    deepspeed.logger.setLevel("WARNING")
+    if not torch.cuda.is_available():
+        # DeepSpeed would compile its shared-memory collectives at every start (45 s); gloo needs none of it.
+        compatible = getattr(deepspeed.ops, "__compatible_ops__", {})
+        if "deepspeed_shm_comm" in compatible:
+            compatible["deepspeed_shm_comm"] = False
+    return deepspeed

@@ -1,0 +1,224 @@
+"""The driver of a training: configuration, MLflow run, Ray Train, result."""
+
+import json
+import logging
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from deedsr.errors import DeeDSRError, UsageError
+from pipelines import cluster, tracking
+from pipelines.dataset import Dataset
+from pipelines.storage import Storage, open_storage
+from pipelines.training import checkpoint
+from pipelines.training.config import (
+    MAY_CHANGE,
+    AdapterOptions,
+    LearnerOptions,
+    check,
+    flatten,
+    micro_batch,
+    resolved,
+    worker_range,
+)
+
+logger = logging.getLogger(__name__)
+RECORD = "training.json"  # what this --out is: stage, configuration, inputs, MLflow run
+
+
+@dataclass
+class TrainResult:
+    """INTERFACE's result of `deedsr train`."""
+
+    run_id: str
+    checkpoint: str
+    step: int
+    loss: float
+    samples_seen: int
+
+
+def train_learner(options: LearnerOptions, *, progress: bool = True) -> TrainResult:
+    """Stage 1. The same call again continues from the last checkpoint, and does nothing when all is done.
+
+    Raises UsageError for a configuration that cannot work or differs from the one `options.out` began with,
+    DeeDSRError when the training failed.
+    """
+    dataset = _open("learner", options)
+    unit = options.contrast.batch_block
+    return _fit("learner", options, dataset, unit, {"dataset": dataset.digest}, {}, progress)
+
+
+def train_adapter(options: AdapterOptions, *, progress: bool = True) -> TrainResult:
+    """Stage 2; see `train_learner`."""
+    from pipelines.models import resolve_base, resolve_learner
+
+    dataset = _open("adapter", options)
+    resolve_base(options.base)
+    learner = resolve_learner(options.learner)
+    record = _read_record(open_storage(options.learner)) if options.learner != "tiny" else None
+    inputs = {"dataset": dataset.digest, "learner": _weights_digest(learner)}
+    parents = {"learner": record["run_id"] if record else None}
+    return _fit("adapter", options, dataset, 1, inputs, parents, progress)
+
+
+def _open(stage: str, options: LearnerOptions | AdapterOptions) -> Dataset:
+    for name in ("data", "out", *(("learner", "base") if isinstance(options, AdapterOptions) else ())):
+        if not getattr(options, name):
+            raise UsageError(f"--{name} is missing: see `deedsr train {stage} --help`")
+    check(options)
+    dataset = Dataset.open(options.data)
+    if dataset.index("train").num_rows == 0:
+        raise UsageError(f"{options.data} has no sample in its train split: the recipe's split leaves none")
+    return dataset
+
+
+def _fit(
+    stage: str,
+    options: LearnerOptions | AdapterOptions,
+    dataset: Dataset,
+    unit: int,
+    inputs: dict[str, str],
+    parents: dict[str, str | None],
+    progress: bool,
+) -> TrainResult:
+    fewest, most = worker_range(options.train.num_workers)
+    for workers in (fewest, most):
+        micro_batch(options.train, workers, unit)
+    out = open_storage(options.out)
+    record = _read_record(out)
+    if record:
+        _refuse_differences(record, stage, options, inputs)
+        done = checkpoint.committed(out)
+        if done and done[-1].step >= options.train.max_steps and record.get("exported") == done[-1].step:
+            return _result(record["run_id"], out, done[-1])
+
+    cluster.connect()
+    uri = tracking.tracking_uri()
+    cluster_nodes = cluster.nodes()
+    tracking.require_shared_store(uri, cluster_nodes)
+    parents["shards"] = tracking.find_run(None, {"deedsr.dataset.digest": dataset.digest, "deedsr.kind": "shards"})
+    with tracking.start_run(
+        options.experiment,
+        name=Path(options.out.rstrip("/")).name,
+        config=resolved(options),
+        dataset=dataset,
+        parents=parents,
+        run_id=record["run_id"] if record else None,
+        tags={"deedsr.kind": stage, "deedsr.out": tracking.masked_uri(options.out)},
+        tracking_uri=uri,
+        system_metrics=False,
+    ) as run:
+        record = {"stage": stage, "config": resolved(options), "inputs": inputs, "run_id": run.id}
+        out.write(RECORD, json.dumps(record, indent=1).encode())
+        run.flush()
+        _run_ray_train(stage, options, run.id, uri, (fewest, most), progress)
+        last = checkpoint.committed(out)[-1]
+        out.write(RECORD, json.dumps(record | {"exported": last.step}, indent=1).encode())
+        run.set_tags({"deedsr.checkpoint": tracking.masked_uri(f"{out.uri}/{last.folder}")})
+    return _result(run.id, out, last)
+
+
+def _run_ray_train(
+    stage: str,
+    options: LearnerOptions | AdapterOptions,
+    run_id: str,
+    tracking_uri: str,
+    workers: tuple[int, int],
+    progress: bool,
+) -> None:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from pipelines.training.worker import train_worker
+
+    resources = cluster.resources()
+    gpus = options.train.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if resources.get("GPU") else 0.0
+    cpus = options.train.cpus_per_worker
+    if cluster.is_local() and workers[0] * cpus > resources.get("CPU", 0):
+        raise UsageError(
+            f"train.num_workers {options.train.num_workers} with train.cpus_per_worker {cpus:g} needs "
+            f"{workers[0] * cpus:g} CPUs, this machine has {resources.get('CPU', 0):g}: ask for fewer"
+        )
+    # Ray Train keeps its own records per attempt; ours are the checkpoints in --out, so these are dropped again.
+    with cluster.scratch(options.out, f"_ray-{uuid.uuid4().hex[:8]}") as (path, filesystem):
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={
+                "stage": stage,
+                "options": asdict(options),
+                "run_id": run_id,
+                "tracking_uri": tracking_uri,
+                "threads": max(1, int(cpus)),
+                "progress": progress,
+            },
+            torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=workers[0] if workers[0] == workers[1] else workers,
+                use_gpu=bool(gpus),
+                resources_per_worker={"CPU": cpus} | ({"GPU": gpus} if gpus else {}),
+            ),
+            run_config=RunConfig(
+                name=f"deedsr-{stage}",
+                storage_path=path,
+                storage_filesystem=filesystem,
+                failure_config=FailureConfig(max_failures=options.train.max_failures),
+            ),
+        )
+        try:
+            trainer.fit()
+        except Exception as error:
+            raise _explained(stage, error) from error
+
+
+def _explained(stage: str, error: Exception) -> DeeDSRError:
+    """The first cause that a user can act on, else the last line of what the worker said."""
+    seen: BaseException | None = error
+    while seen is not None:
+        for inner in (seen, *getattr(seen, "worker_failures", {}).values()):
+            cause = getattr(inner, "cause", None) or inner
+            if isinstance(cause, DeeDSRError):
+                return cause
+        seen = seen.__cause__ or seen.__context__
+    last = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+    return DeeDSRError(
+        f"training the {stage} failed: {last}. What was checkpointed stays; the same command continues from there"
+    )
+
+
+def _refuse_differences(
+    record: dict[str, Any], stage: str, options: LearnerOptions | AdapterOptions, inputs: dict[str, str]
+) -> None:
+    where = f"{options.out} holds a training of"
+    if record["stage"] != stage:
+        raise UsageError(f"{where} the {record['stage']}, not of the {stage}: choose another --out")
+    before, now = flatten(record["config"]), flatten(json.loads(json.dumps(resolved(options))))
+    # Data and learner are compared by content: they may have moved.
+    same_by_content = MAY_CHANGE | {"data", "learner"}
+    differing = sorted(k for k in before.keys() | now.keys() if k not in same_by_content and before.get(k) != now.get(k))
+    lines = [f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in differing]
+    lines += [f"{k} was {record['inputs'].get(k)}, is {v}" for k, v in inputs.items() if record["inputs"].get(k) != v]
+    if lines:
+        raise UsageError(f"{where} another configuration: {'; '.join(lines)}. Choose another --out, or the old values")
+
+
+def _read_record(out: Storage) -> dict[str, Any] | None:
+    try:
+        return json.loads(out.read(RECORD))
+    except FileNotFoundError:
+        return None
+
+
+def _weights_digest(folder: Path) -> str:
+    import hashlib
+
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _result(run_id: str, out: Storage, last: checkpoint.Checkpoint) -> TrainResult:
+    return TrainResult(run_id, f"{out.uri}/{last.folder}", last.step, last.loss, last.samples_seen)

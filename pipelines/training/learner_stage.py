@@ -1,0 +1,89 @@
+"""Stage 1: the degradation learner, by momentum contrast between quadrants of one LR image."""
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deedsr.dataset.keys import generator
+from deedsr.learner.moco import MomentumContrast
+from deedsr.learner.normalization import commit_statistics, pending_statistics
+from deedsr.learner.pairs import quadrant_pair
+from deedsr.learner.resnet import LEARNER_PRESETS, DegradationLearner
+from pipelines.dataset import Dataset
+from pipelines.training.config import LearnerOptions
+from pipelines.training.stage import Workers
+
+
+class LearnerStage:
+    name = "learner"
+    together = True
+
+    def __init__(self, options: LearnerOptions):
+        self.options = options
+        self.unit = options.contrast.batch_block
+
+    def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        torch.manual_seed(self.options.train.seed)
+        config = LEARNER_PRESETS[self.options.model.preset] | {"norm_group": self.options.model.norm_group}
+        self.learner = DegradationLearner(**config).to(device)
+        self.contrast = MomentumContrast(self.learner, **asdict(self.options.contrast)).to(device)
+        self.step_keys: list[tuple[Tensor, Tensor]] = []
+        return self.learner.train()
+
+    def sample(self, dataset: Dataset, index: Any, row: int, epoch: int) -> dict[str, np.ndarray]:
+        """Two quadrants in [0,1] of one LR image, drawn anew each epoch."""
+        sample = dataset.read_lr(index, row)
+        rng = generator("quadrants", self.options.train.seed, epoch, sample.key)
+        query, key = quadrant_pair(sample.lr.transpose(2, 0, 1), rng)
+        return {
+            "query": query.astype(np.float32) / 255,
+            "key": key.astype(np.float32) / 255,
+            "source": number(f"{sample.info['source_root']}/{sample.info['source']}"),
+        }
+
+    def loss(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        query_BD = model(batch["query"], embedding=True)
+        key_BD = self.contrast.keys(batch["key"])
+        self.step_keys.append((key_BD, batch["source"]))
+        return self.contrast.loss(query_BD, key_BD, batch["source"])
+
+    def end_step(self, workers: Workers) -> None:
+        commit_statistics(self.learner, workers.sum(pending_statistics(self.learner)))
+        keys, sources = (torch.cat(parts) for parts in zip(*self.step_keys, strict=True))
+        self.step_keys.clear()
+        self.contrast.advance(workers.gather(keys), workers.gather(sources))
+        with workers.full_parameters() as parameters:
+            self.contrast.update_momentum(parameters)
+
+    def state(self) -> dict[str, Tensor]:
+        buffers = {f"buffers.{name}": b for name, b in persistent_buffers(self.learner).items()}
+        return buffers | {f"contrast.{name}": t for name, t in self.contrast.state_dict().items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.contrast.load_state_dict(under(state, "contrast."))
+        self.learner.load_state_dict(under(state, "buffers."), strict=False)
+
+    def export(self, folder: Path, trained: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+        learner = DegradationLearner.from_config(self.learner.config)
+        learner.load_state_dict(trained | under(state, "buffers."))
+        learner.save_pretrained(folder / "learner")
+
+
+def number(text: str) -> np.int64:
+    """A stable 63-bit number for a name."""
+    return np.int64(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1)
+
+
+def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries below `prefix`, without it."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    parameters = {name for name, _ in module.named_parameters()}
+    return {name: t for name, t in module.state_dict().items() if name not in parameters}

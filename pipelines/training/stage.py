@@ -1,0 +1,57 @@
+"""What a stage gives to the trainer."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipelines.dataset import Dataset
+
+
+class Workers(Protocol):
+    """What a stage may ask of the other workers (a collective: every worker calls it alike)."""
+
+    rank: int
+    world_size: int
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Element-wise sum over the workers."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Concatenation over the workers, in rank order, along the first axis."""
+
+    def full_parameters(self) -> AbstractContextManager[Iterator[tuple[str, Tensor]]]:
+        """The trained parameters whole and in fp32, whatever ZeRO made of them."""
+
+
+class Stage(Protocol):
+    """One of the two trainings. The trainer calls, in this order: `build` once, then for every micro-batch `loss`,
+    and `end_step` once per optimizer step."""
+
+    name: str
+    together: bool  # the variants of one content stay adjacent in the order of samples
+    unit: int  # samples that must share a forward
+
+    def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """Make the networks from the options' seed; return the module whose parameters with gradients train."""
+
+    def sample(self, dataset: Dataset, index: Any, row: int, epoch: int) -> dict[str, np.ndarray]:
+        """One training sample; its randomness comes from the seed, the sample's key and the epoch. Runs on threads."""
+
+    def loss(self, model: Callable[..., Any], batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss of a micro-batch and numbers to log; `model` is the engine around what `build` returned."""
+
+    def end_step(self, workers: Workers) -> None:
+        """What advances once per optimizer step, after it."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors besides trained parameters and optimizer state that a continuation needs."""
+
+    def load_state(self, state: dict[str, Tensor]) -> None: ...
+
+    def export(self, folder: Path, lineage: dict[str, Any]) -> None:
+        """Write the trained model from the built module, which holds the final weights in fp32."""

@@ -1,0 +1,300 @@
+"""Training: the order of samples, ZeRO stages and worker counts that change nothing, checkpoints, continuation."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from deedsr.errors import DeeDSRError, UsageError
+from pipelines.storage import open_storage
+from pipelines.training import checkpoint
+from pipelines.training.config import (
+    AdapterModelOptions,
+    AdapterOptions,
+    ContrastOptions,
+    DiffusionOptions,
+    LearnerModelOptions,
+    LearnerOptions,
+    TrainOptions,
+    check,
+    from_resolved,
+    learning_rate,
+    micro_batch,
+    resolved,
+    worker_range,
+)
+from pipelines.training.order import SampleOrder
+
+
+@pytest.fixture(scope="module")
+def index():
+    contents = [f"c{i // 4:03d}" for i in range(100)]
+    return pa.table({"shard": [f"s{i // 20}" for i in range(100)], "content": contents})
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_every_epoch_holds_every_row_once_and_batches_follow_the_same_sequence_for_any_number_of_workers(
+    index, together
+):
+    order = SampleOrder(index, "digest", 0, together=together)
+    sequence = order.slice(0, 300)
+    for epoch in range(3):
+        assert sorted(row for e, row in sequence if e == epoch) == list(range(100))
+    assert order.epoch(0).tolist() != order.epoch(1).tolist()
+    batch = 24
+    for workers in (1, 2, 3):
+        share = batch // workers
+        seen = [
+            item
+            for step in range(10)
+            for rank in range(workers)
+            for item in order.slice(step * batch + rank * share, step * batch + (rank + 1) * share)
+        ]
+        assert seen == sequence[: 10 * batch]
+
+
+def test_variants_of_one_content_stay_adjacent_and_the_order_depends_on_digest_and_seed(index):
+    order = SampleOrder(index, "digest", 0, together=True)
+    groups = order.epoch(0) // 4
+    assert all(len(set(groups[i : i + 4])) == 1 for i in range(0, 100, 4))
+    assert SampleOrder(index, "other", 0, together=True).epoch(0).tolist() != order.epoch(0).tolist()
+    assert SampleOrder(index, "digest", 1, together=True).epoch(0).tolist() != order.epoch(0).tolist()
+
+
+def test_samples_are_permuted_within_windows_of_shards(index):
+    rows = SampleOrder(index, "digest", 0, together=False, window=2).epoch(0)
+    shards = rows // 20
+    assert [len(set(shards[i : i + 40])) for i in (0, 40)] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"num_workers": "4..1"}, "train.num_workers"),
+        ({"num_workers": "many"}, "train.num_workers"),
+        ({"lr": -1.0}, "train.lr"),
+        ({"max_steps": 0}, "train.max_steps"),
+        ({"precision": "bf16"}, "train.zero_stage"),
+        ({"ema_decay": 1.0}, "train.ema_decay"),
+        ({"global_batch_size": 33}, "contrast.batch_block"),
+    ],
+)
+def test_impossible_values_are_refused_by_name(change, named):
+    options = LearnerOptions(train=TrainOptions(**change))
+    with pytest.raises(UsageError, match=named):
+        check(options)
+
+
+def test_a_batch_that_does_not_divide_over_the_workers_is_refused():
+    assert micro_batch(TrainOptions(global_batch_size=32, micro_batch_size=8), 2, 4) == (8, 2)
+    with pytest.raises(UsageError, match="global_batch_size"):
+        micro_batch(TrainOptions(global_batch_size=32), 3)
+    with pytest.raises(UsageError, match="batch_block"):
+        micro_batch(TrainOptions(global_batch_size=32), 4, unit=16)
+
+
+def test_options_survive_json():
+    options = AdapterOptions(data="d", sampling={"eta": 1.0}, train=TrainOptions(num_workers="1..4"))
+    assert from_resolved(AdapterOptions, json.loads(json.dumps(resolved(options)))) == options
+    assert worker_range("1..4") == (1, 4)
+
+
+def test_learning_rate_warms_up_and_decays():
+    train = TrainOptions(lr=1.0, schedule="cosine", warmup_steps=10, max_steps=110)
+    rates = [learning_rate(train, step) for step in range(110)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[-1] == pytest.approx(0.01, abs=1e-3)
+
+
+def _checkpoint(step):
+    tensors = {part: {"x": torch.full((3,), float(step))} for part in checkpoint.PARTS}
+    return checkpoint.Checkpoint(step, step * 8, 0.5), tensors
+
+
+def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(tmp_path, caplog):
+    out = open_storage(str(tmp_path))
+    assert checkpoint.read_latest(out) is None
+    for step in (10, 20, 30):
+        checkpoint.write(out, *_checkpoint(step), keep=2)
+    assert [c.step for c in checkpoint.committed(out)] == [20, 30]
+    assert not (tmp_path / "checkpoints/step-00000010/trained.safetensors").exists()
+    damaged = tmp_path / "checkpoints/step-00000030/optimizer.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    found = checkpoint.read_latest(out)
+    assert found is not None
+    assert found[0].step == 20
+    assert found[1]["trained"]["x"].tolist() == [20.0] * 3
+    assert "step-00000030 is damaged" in caplog.text
+    (tmp_path / "checkpoints/step-00000020/state.safetensors").unlink()
+    with pytest.raises(DeeDSRError, match="every checkpoint"):
+        checkpoint.read_latest(out)
+
+
+def test_a_checkpoint_without_its_record_does_not_count(tmp_path):
+    out = open_storage(str(tmp_path))
+    checkpoint.write(out, *_checkpoint(10), keep=2)
+    (tmp_path / "checkpoints/step-00000010/checkpoint.json").unlink()
+    assert checkpoint.read_latest(out) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Distributed arithmetic: real DeepSpeed engines in real processes over gloo, without the cost of a Ray Train start
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A randomly initialised base in diffusers layout, smaller than `tiny`."""
+    from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+
+    from jobs.tiny_base import SCHEDULER
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("base")
+    AutoencoderTiny(
+        encoder_block_out_channels=(16,) * 3, decoder_block_out_channels=(16,) * 3, latent_channels=4,
+        num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1),
+    ).save_pretrained(folder / "vae")  # fmt: skip
+    UNet2DConditionModel(
+        in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2, use_linear_projection=True, sample_size=8,
+    ).save_pretrained(folder / "unet")  # fmt: skip
+    DDIMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def learner_options(small_dataset) -> LearnerOptions:
+    return LearnerOptions(
+        data=str(small_dataset),
+        model=LearnerModelOptions(preset="tiny", norm_group=2),
+        contrast=ContrastOptions(queue_size=24, momentum=0.9, temperature=0.1, batch_block=4, batch_negatives=True),
+        train=TrainOptions(lr=1e-3, global_batch_size=8, max_steps=6, checkpoint_every=3, log_every=1),
+    )
+
+
+@pytest.fixture(scope="module")
+def trained_learner(learner_options, tmp_path_factory) -> Path:
+    """Exported learner of a few steps, made by the ZeRO test's processes."""
+    out = tmp_path_factory.mktemp("learner")
+    run_processes(1, [dataclasses.replace(learner_options, out=str(out))])
+    return out
+
+
+@pytest.fixture(scope="module")
+def adapter_options(small_dataset, base, trained_learner) -> AdapterOptions:
+    return AdapterOptions(
+        data=str(small_dataset),
+        learner=str(trained_learner),
+        base=str(base),
+        model=AdapterModelOptions(preset="tiny"),
+        diffusion=DiffusionOptions(lr_crop=16),
+        train=TrainOptions(lr=1e-3, global_batch_size=4, max_steps=6, checkpoint_every=3, log_every=1, ema_decay=0.9),
+    )
+
+
+WORKER = """
+import json, os, sys
+import torch, torch.distributed as dist
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+from pipelines.dataset import Dataset
+from pipelines.training.config import AdapterOptions, LearnerOptions, from_resolved
+from pipelines.training.worker import train
+
+class Curve(list):
+    def log_metrics(self, values, step): self.append([step, values["loss"]])
+    def flush(self): pass
+
+curves = []
+for kind, tree in json.loads(sys.argv[1]):
+    options = from_resolved({"learner": LearnerOptions, "adapter": AdapterOptions}[kind], tree)
+    dataset = Dataset.open(options.data)
+    if kind == "learner":
+        from pipelines.training.learner_stage import LearnerStage
+        stage = LearnerStage(options)
+    else:
+        from pipelines.training.adapter_stage import AdapterStage
+        stage = AdapterStage(options, dataset.scale)
+    curve = Curve()
+    train(stage, options, dataset, torch.device("cpu"), curve, progress=False)
+    curves.append(curve)
+if dist.get_rank() == 0:
+    print("CURVES" + json.dumps(curves))
+dist.destroy_process_group()
+"""
+
+
+def run_processes(world_size: int, many_options: list) -> list[list[list[float]]]:
+    """Loss curves `[[step, loss], ...]` of the trainings, one after the other in the same processes."""
+    jobs = json.dumps([["learner" if isinstance(o, LearnerOptions) else "adapter", resolved(o)] for o in many_options])
+    port = str(29500 + os.getpid() % 2000 + world_size)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, jobs],
+            env=os.environ
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    outputs = [process.communicate(timeout=280) for process in processes]
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, errors[-3000:]
+    line = next(line for line in outputs[0][0].splitlines() if line.startswith("CURVES"))
+    return json.loads(line.removeprefix("CURVES"))
+
+
+def variants(options, out: Path, **changes):
+    return dataclasses.replace(options, out=str(out), train=dataclasses.replace(options.train, **changes))
+
+
+def test_zero_stages_workers_and_accumulation_change_no_loss(learner_options, adapter_options, tmp_path):
+    """fp32: the first step agrees to 1e-5, later ones to 1e-3 (sums in another order are amplified by training)."""
+    single = [
+        variants(options, tmp_path / f"{kind}-1-{zero}", zero_stage=zero)
+        for kind, options in (("learner", learner_options), ("adapter", adapter_options))
+        for zero in (0, 1, 2, 3)
+    ]
+    double = [
+        variants(options, tmp_path / f"{kind}-2-{zero}", zero_stage=zero, num_workers=2, micro_batch_size=micro)
+        for kind, options, micro in (("learner", learner_options, 4), ("adapter", adapter_options, 1))
+        for zero in (0, 2, 3)
+    ]
+    curves = dict(zip([Path(o.out).name for o in single], run_processes(1, single), strict=True))
+    curves |= dict(zip([Path(o.out).name for o in double], run_processes(2, double), strict=True))
+    for name, curve in curves.items():
+        reference = np.array(curves[name.split("-")[0] + "-1-0"])
+        curve = np.array(curve)
+        assert curve[:, 0].tolist() == list(range(1, 7)), name
+        np.testing.assert_allclose(curve[0, 1], reference[0, 1], rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(curve[:, 1], reference[:, 1], rtol=1e-3, err_msg=name)
+
+
+def test_a_run_continued_at_another_world_size_and_zero_stage_follows_the_uninterrupted_one(
+    learner_options, adapter_options, tmp_path
+):
+    whole = [variants(o, tmp_path / f"whole-{i}") for i, o in enumerate((learner_options, adapter_options))]
+    first = [variants(o, tmp_path / f"part-{i}", max_steps=3) for i, o in enumerate((learner_options, adapter_options))]
+    rest = [
+        variants(o, tmp_path / f"part-{i}", num_workers=2, zero_stage=2)
+        for i, o in enumerate((learner_options, adapter_options))
+    ]
+    last = [variants(o, tmp_path / f"part-{i}", max_steps=8, zero_stage=3) for i, o in enumerate(whole)]
+    uninterrupted = run_processes(1, [*whole, *first])
+    continued = run_processes(2, rest)
+    for expected, got in zip(uninterrupted[:2], continued, strict=True):
+        assert [step for step, _ in got] == [4, 5, 6]
+        np.testing.assert_allclose([x for _, x in got], [x for _, x in expected[3:]], rtol=1e-3)
+    assert [[step for step, _ in curve] for curve in run_processes(1, last)] == [[7, 8], [7, 8]]
