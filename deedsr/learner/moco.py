@@ -78,10 +78,10 @@ class MomentumContrast(nn.Module):
     def loss(
         self, query_BD: torch.Tensor, key_BD: torch.Tensor, sources_B: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """InfoNCE of one micro-batch, mean over its samples, with the shares of positives ranked first and in the top 5.
+        """InfoNCE of one micro-batch, mean over its samples, and the shares of positives ranked first and in the top 5.
 
-        `query_BD` and `key_BD` have length 1. `sources_B` (int64, >= 0) names the photograph of each sample: keys in the
-        queue that come from the query's own photograph are no negatives.
+        `query_BD` and `key_BD` have length 1. `sources_B` (int64, >= 0) names the photograph of each sample: keys in
+        the queue that come from the query's own photograph are no negatives.
         """
         batch = len(query_BD)
         query_BD, key_BD = query_BD.float(), key_BD.float()

@@ -68,7 +68,7 @@ def normalizations(module: nn.Module) -> list[GroupedBatchNorm2d]:
 
 
 def pending_statistics(module: nn.Module) -> torch.Tensor:
-    """What the module's normalisations collected since the last commit, fp32 (N,): all-reduce it by SUM over workers."""
+    """What the module's normalisations collected since the last commit, fp32 (N,): to be summed over the workers."""
     return torch.cat([norm.pending for norm in normalizations(module)] or [torch.zeros(0)])
 
 

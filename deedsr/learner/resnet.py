@@ -19,9 +19,21 @@ HIGH_PASS_GAIN = 8.0
 
 LEARNER_PRESETS: dict[str, dict[str, Any]] = {
     # ResNet-34's depth at double width (paper, 2.1): 85,011,008 parameters.
-    "paper": dict(stem=64, stem_stride=4, widths=(128, 256, 512, 1024), blocks=(3, 4, 6, 3), high_pass=False),
+    "paper": {
+        "stem": 64,
+        "stem_stride": 4,
+        "widths": (128, 256, 512, 1024),
+        "blocks": (3, 4, 6, 3),
+        "high_pass": False,
+    },
     # For one CPU. Half the paper's stem stride, because noise and block edges live in single pixels.
-    "tiny": dict(stem=32, stem_stride=2, widths=(32, 64, 96, 128), blocks=(1, 2, 2, 2), high_pass=True),
+    "tiny": {
+        "stem": 32,
+        "stem_stride": 2,
+        "widths": (32, 64, 96, 128),
+        "blocks": (1, 2, 2, 2),
+        "high_pass": True,
+    },
 }
 
 

@@ -1,0 +1,233 @@
+"""Degradation-aware adapter: what is trained around the frozen base (paper, 3).
+
+Shape suffixes: B batch, C channels, H W space, N tokens, D token width or degradation vector.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+from deedsr.adapter.condition_encoder import Condition, ConditionEncoder
+from deedsr.adapter.cross_attention import CrossAttentionProcessor, cross_attention
+from deedsr.adapter.modulation import Modulation
+
+ADAPTER_PRESETS: dict[str, dict[str, Any]] = {
+    # Paper, 3.2-3.5. With Stable Diffusion 2.1-base: 166,456,384 parameters.
+    "paper": {
+        "model_channels": 256,
+        "attention_levels": (0, 1, 2),
+        "attention_heads": 4,
+        "degradation_dim": 1024,
+        "reduction": 32,
+        "feature_channels": 256,
+        "modulation_hidden": 128,
+    },
+    # For one CPU; self-attention is left out where positions are many.
+    "tiny": {
+        "model_channels": 48,
+        "attention_levels": (2,),
+        "attention_heads": 2,
+        "degradation_dim": 128,
+        "reduction": 8,
+        "feature_channels": 40,
+        "modulation_hidden": 24,
+    },
+}
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """No gradients and evaluation mode, for whatever the trained part stands on."""
+    return module.requires_grad_(False).eval()
+
+
+def residual_blocks(unet: UNet2DConditionModel) -> list[tuple[str, int, ResnetBlock2D]]:
+    """(name, level, block) of every residual block; level 0 is the finest."""
+    deepest = len(unet.down_blocks) - 1
+    parts = [(f"down_blocks.{i}", i, block) for i, block in enumerate(unet.down_blocks)]
+    parts += [("mid_block", deepest, unet.mid_block)]
+    parts += [(f"up_blocks.{i}", deepest - i, block) for i, block in enumerate(unet.up_blocks)]
+    return [
+        (f"{name}.resnets.{number}", level, resnet)
+        for name, level, part in parts
+        for number, resnet in enumerate(part.resnets)
+    ]
+
+
+def cross_attentions(unet: UNet2DConditionModel) -> list[tuple[str, Attention]]:
+    """(name, attention) of every cross-attention."""
+    return [(name, module) for name, module in unet.named_modules() if name.endswith(".attn2")]
+
+
+class DegradationAwareAdapter(ModelMixin, ConfigMixin):
+    """Condition encoder, cross-attention (global branch) and modulation (local branch) for one UNet geometry.
+
+    `attach` hooks it into a UNet that stays as it is: not a submodule, same modules, same state dict. From then on call
+    the adapter, not the UNet. Use `for_unet` to derive the geometry.
+
+    Args:
+        latent_channels: channels of the base's latents.
+        residual_blocks: (name in the UNet, level, channels) of each residual block.
+        cross_attentions: (name in the UNet, channels, heads) of each cross-attention.
+        cross_attention_dim: width of the tokens that the base was trained with.
+        token_init: "new_kv": the encoder's tokens enter new `to_k` and `to_v` (paper, 3.4); "project": the tokens are
+            brought to the base's width first, so that its own `to_k` and `to_v` can be the initial values (paper, 3.9).
+        widths, attention_levels, attention_heads, degradation_dim, reduction, feature_channels: see `ConditionEncoder`.
+        modulation_hidden: channels between a feature map and gamma, beta.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        latent_channels: int,
+        residual_blocks: Sequence[tuple[str, int, int]],
+        cross_attentions: Sequence[tuple[str, int, int]],
+        cross_attention_dim: int,
+        widths: Sequence[int],
+        attention_levels: Sequence[int],
+        attention_heads: int,
+        degradation_dim: int,
+        reduction: int,
+        feature_channels: int,
+        modulation_hidden: int,
+        token_init: str = "new_kv",
+    ):
+        super().__init__()
+        if token_init not in ("new_kv", "project"):
+            raise ValueError(f'token_init must be "new_kv" or "project", got {token_init!r}')
+        self.condition_encoder = ConditionEncoder(
+            latent_channels, widths, attention_levels, attention_heads, degradation_dim, reduction, feature_channels
+        )
+        project = token_init == "project"
+        self.token_projection = nn.Linear(widths[-1], cross_attention_dim) if project else nn.Identity()
+        token_width = cross_attention_dim if project else widths[-1]
+        self.modulations = nn.ModuleList(
+            Modulation(channels, feature_channels, modulation_hidden) for _, _, channels in residual_blocks
+        )
+        self.attentions = nn.ModuleList(
+            cross_attention(channels, heads, token_width) for _, channels, heads in cross_attentions
+        )
+        # The UNet, the hooks on it and its own processors; in a tuple, so that torch registers no submodule.
+        self._attached: tuple[UNet2DConditionModel, list, list] | None = None
+        self._features: tuple[torch.Tensor, ...] | None = None
+
+    @classmethod
+    def for_unet(
+        cls,
+        unet: UNet2DConditionModel,
+        preset: str = "paper",
+        degradation_dim: int | None = None,
+        token_init: str = "new_kv",
+    ) -> "DegradationAwareAdapter":
+        """A new adapter for the geometry of `unet`; `degradation_dim` is the learner's (default: the preset's).
+
+        The encoder has the UNet's levels: `model_channels` wide in the finer half, twice as wide in the coarser half.
+        """
+        options = dict(ADAPTER_PRESETS[preset])
+        levels, channels = len(unet.down_blocks), options.pop("model_channels")
+        if degradation_dim is not None:
+            options["degradation_dim"] = degradation_dim
+        return cls(
+            latent_channels=unet.config["in_channels"],
+            residual_blocks=[(name, level, block.conv2.out_channels) for name, level, block in residual_blocks(unet)],
+            cross_attentions=[(name, attn.query_dim, attn.heads) for name, attn in cross_attentions(unet)],
+            cross_attention_dim=unet.config["cross_attention_dim"],
+            widths=[channels if 2 * level < levels else 2 * channels for level in range(levels)],
+            token_init=token_init,
+            **options,
+        )
+
+    def initialize_from(self, unet: UNet2DConditionModel) -> None:
+        """Copy the base's `to_q` and `to_out`, with projected tokens `to_k` and `to_v` too, as initial values."""
+        for ours, (_, theirs) in zip(self.attentions, self._matching_attentions(unet), strict=True):
+            ours.to_q.load_state_dict(theirs.to_q.state_dict())
+            ours.to_out.load_state_dict(theirs.to_out.state_dict())
+            if self.config["token_init"] == "project":
+                ours.to_k.load_state_dict(theirs.to_k.state_dict())
+                ours.to_v.load_state_dict(theirs.to_v.state_dict())
+
+    def _matching_attentions(self, unet: UNet2DConditionModel) -> list[tuple[str, Attention]]:
+        """The UNet's cross-attentions. ValueError when its geometry is another one than this adapter's."""
+        blocks = [[name, level, block.conv2.out_channels] for name, level, block in residual_blocks(unet)]
+        attentions = [[name, attn.query_dim, attn.heads] for name, attn in cross_attentions(unet)]
+        for ours, theirs in ((self.config["residual_blocks"], blocks), (self.config["cross_attentions"], attentions)):
+            if [list(item) for item in ours] != theirs:
+                raise ValueError(
+                    f"the adapter was made for another UNet: it expects (name, level or channels, channels or heads) "
+                    f"{[tuple(i) for i in ours if list(i) not in theirs][:3]}, the UNet has "
+                    f"{[tuple(i) for i in theirs if i not in [list(o) for o in ours]][:3]}"
+                )
+        return cross_attentions(unet)
+
+    def attach(self, unet: UNet2DConditionModel) -> None:
+        """Hook both branches into `unet`. ValueError when its geometry is another one or it has an adapter already."""
+        attentions = self._matching_attentions(unet)
+        if any(isinstance(attn.processor, CrossAttentionProcessor) for _, attn in attentions):
+            raise ValueError("the UNet has an adapter attached: detach that one first")
+        self.detach()
+        hooks = []
+        for (_, level, block), modulation in zip(residual_blocks(unet), self.modulations, strict=True):
+            hooks.append(block.conv2.register_forward_hook(self._modulate(level, modulation)))
+        processors = []
+        for (_, attn), ours in zip(attentions, self.attentions, strict=True):
+            processors.append((attn, attn.processor))
+            attn.processor = CrossAttentionProcessor(ours)
+        self._attached = (unet, hooks, processors)
+
+    def _modulate(self, level: int, modulation: Modulation):
+        """Hook on a residual block's last convolution: after it comes nothing but the addition of the shortcut."""
+
+        def hook(conv: nn.Module, inputs: tuple, h_BCHW: torch.Tensor) -> torch.Tensor:
+            if self._features is None:
+                raise RuntimeError("this UNet has an adapter attached: call the adapter, or detach() it first")
+            return modulation(h_BCHW, self._features[level])
+
+        return hook
+
+    def detach(self) -> None:
+        """Give the UNet back as it was."""
+        if self._attached is not None:
+            _, hooks, processors = self._attached
+            for hook in hooks:
+                hook.remove()
+            for attn, processor in processors:
+                attn.processor = processor
+        self._attached = self._features = None
+
+    def forward(
+        self,
+        noisy_BCHW: torch.Tensor,
+        t_B: torch.Tensor,
+        z_lr_BCHW: torch.Tensor | None = None,
+        degradation_BD: torch.Tensor | None = None,
+        condition: Condition | None = None,
+    ) -> torch.Tensor:
+        """The attached UNet's output (B, C, H, W) for noisy latents, told about the LR image.
+
+        Args:
+            t_B: diffusion time (B,) or one number for all.
+            z_lr_BCHW: scaled latent of the enlarged LR image, same size as `noisy_BCHW`.
+            degradation_BD: the learner's vector of the LR image.
+            condition: what `condition_encoder` says for these, if known already; replaces the two above.
+
+        Raises ValueError when a side of the latents is not a multiple of 2^(levels - 1), RuntimeError before `attach`.
+        """
+        if self._attached is None:
+            raise RuntimeError("attach the adapter to a UNet before calling it")
+        t_B = torch.as_tensor(t_B, device=noisy_BCHW.device).expand(len(noisy_BCHW))
+        if condition is None:
+            condition = self.condition_encoder(z_lr_BCHW, t_B, degradation_BD)
+        before, self._features = self._features, condition.features
+        try:
+            tokens_BND = self.token_projection(condition.tokens)
+            return self._attached[0](noisy_BCHW, t_B, encoder_hidden_states=tokens_BND).sample
+        finally:
+            # With gradients the features stay for the UNet's own recomputation in backward; without, a forward between
+            # a training forward and its backward must leave no trace.
+            if not torch.is_grad_enabled():
+                self._features = before
