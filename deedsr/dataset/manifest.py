@@ -1,0 +1,78 @@
+"""`manifest.json`: what a dataset holds. It is written last, so a folder without one is not a dataset."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from deedsr.errors import DeeDSRError
+
+__all__ = ["FORMAT_VERSION", "MANIFEST", "REJECTED", "SAMPLES", "Manifest", "ShardEntry", "dataset_digest"]
+
+MANIFEST = "manifest.json"
+SAMPLES = "samples.parquet"
+REJECTED = "rejected.jsonl"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One tar file: its name, number of samples, size in bytes and SHA-256."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of `manifest.json`.
+
+    `given` = `used` + `rejected` counts sources; crops that were left out of used sources are in `rejected.jsonl` only.
+    `shards` are in the order of (root, split, hash of their first source). `files` maps `samples.parquet` and
+    `rejected.jsonl` to their SHA-256. Only `digest`, `recipe_digest` and `source_digest` are promised to be equal for
+    equal recipe and sources; `files` also cover where the sources lay.
+    """
+
+    format_version: int
+    created_by: str
+    recipe: dict[str, Any]
+    recipe_digest: str
+    source_digest: str
+    given: int
+    used: int
+    rejected: int
+    samples: int
+    shards: tuple[ShardEntry, ...]
+    digest: str
+    libraries: dict[str, str]
+    files: dict[str, str]
+
+    def to_json(self) -> bytes:
+        return (json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes, uri: str) -> "Manifest":
+        """Reads and checks a manifest; `uri` names it in the DeeDSRError that a broken or newer one raises."""
+        try:
+            content = json.loads(data)
+            version = content["format_version"]
+            if version != FORMAT_VERSION:
+                raise DeeDSRError(
+                    f"{uri} has format version {version}, this deedsr reads {FORMAT_VERSION}: "
+                    "use the release that wrote it, or generate the dataset again"
+                )
+            content["shards"] = tuple(ShardEntry(**shard) for shard in content["shards"])
+            manifest = cls(**{field.name: content[field.name] for field in fields(cls)})
+        except (ValueError, KeyError, TypeError) as error:
+            raise DeeDSRError(f"{uri} is not a manifest of a dataset ({type(error).__name__}: {error})") from error
+        if manifest.digest != dataset_digest(shard.sha256 for shard in manifest.shards):
+            raise DeeDSRError(f"{uri} was altered: its digest does not follow from its shards; generate it again")
+        return manifest
+
+
+def dataset_digest(shard_hashes: Iterable[str]) -> str:
+    """SHA-256, hexadecimal, over the shards' hexadecimal SHA-256 in the manifest's order, one a line."""
+    return hashlib.sha256("".join(f"{sha256}\n" for sha256 in shard_hashes).encode()).hexdigest()

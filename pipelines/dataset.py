@@ -1,0 +1,118 @@
+"""Reading a finished dataset: its manifest, its index, and single samples through their offsets in the shards."""
+
+import hashlib
+import io
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+
+from deedsr.dataset.codecs import decode_stored
+from deedsr.dataset.manifest import MANIFEST, SAMPLES, Manifest
+from deedsr.degradation.recipe import Recipe
+from deedsr.errors import DatasetNotCommitted, DeeDSRError
+from pipelines.storage import Storage, open_storage
+
+__all__ = ["Dataset", "LRSample", "Sample"]
+
+
+class Sample(NamedTuple):
+    """`hr` and `lr`: uint8 RGB, (height, width, 3), the HR `scale` times the LR; `info`: the sample's KEY.json."""
+
+    key: str
+    hr: np.ndarray
+    lr: np.ndarray
+    info: dict[str, Any]
+
+
+class LRSample(NamedTuple):
+    """A sample without its HR."""
+
+    key: str
+    lr: np.ndarray
+    info: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset whose generation finished."""
+
+    storage: Storage
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, uri: str) -> "Dataset":
+        """The dataset at a directory or S3 prefix. Raises DatasetNotCommitted if there is no manifest."""
+        storage = open_storage(uri)
+        try:
+            data = storage.read(MANIFEST)
+        except FileNotFoundError:
+            raise DatasetNotCommitted(storage.uri) from None
+        return cls(storage, Manifest.from_json(data, f"{storage.uri}/{MANIFEST}"))
+
+    @property
+    def uri(self) -> str:
+        return self.storage.uri
+
+    @property
+    def digest(self) -> str:
+        return self.manifest.digest
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        return Recipe.model_validate(self.manifest.recipe)
+
+    @property
+    def scale(self) -> int:
+        return self.recipe.scale
+
+    @cached_property
+    def _samples(self) -> pa.Table:
+        import pyarrow.parquet
+
+        try:
+            data = self.storage.read(SAMPLES)
+        except FileNotFoundError:
+            raise DeeDSRError(f"{self.uri}/{SAMPLES} is missing: generate the dataset again") from None
+        if hashlib.sha256(data).hexdigest() != self.manifest.files[SAMPLES]:
+            raise DeeDSRError(f"{self.uri}/{SAMPLES} is not the file its manifest names: generate the dataset again")
+        return pyarrow.parquet.read_table(io.BytesIO(data))
+
+    def index(self, split: str | None = None) -> pa.Table:
+        """Rows of `samples.parquet`, of one split or of all, in shard order; variants of one content are adjacent."""
+        if split is None:
+            return self._samples
+        return self._samples.filter(pa.compute.equal(self._samples["split"], split))
+
+    def read(self, table: pa.Table, row: int) -> Sample:
+        """The sample in row `row` of an index. One range of the shard is read."""
+        key, (hr, lr, info) = self._members(table, row, ("hr", "lr", "json"))
+        return Sample(key, self._decode(hr, key), self._decode(lr, key), json.loads(info))
+
+    def read_lr(self, table: pa.Table, row: int) -> LRSample:
+        """The same without the HR, which is neither read nor decoded."""
+        key, (lr, info) = self._members(table, row, ("lr", "json"))
+        return LRSample(key, self._decode(lr, key), json.loads(info))
+
+    def _decode(self, data: bytes, key: str) -> np.ndarray:
+        try:
+            return decode_stored(data)
+        except ValueError:
+            raise DeeDSRError(f"{self.uri}: sample {key} is damaged: run `deedsr verify {self.uri}`") from None
+
+    def _members(self, table: pa.Table, row: int, members: tuple[str, ...]) -> tuple[str, list[bytes]]:
+        key, shard = table["key"][row].as_py(), table["shard"][row].as_py()
+        spans = [(table[f"{name}_offset"][row].as_py(), table[f"{name}_size"][row].as_py()) for name in members]
+        (start, _), (last, size) = spans[0], spans[-1]  # a sample's members lie one after the other
+        length = last + size - start
+        try:
+            data = self.storage.read_range(shard, start, length)
+        except FileNotFoundError:
+            raise DeeDSRError(f"{self.uri}/{shard} is missing: run `deedsr verify {self.uri}`") from None
+        if len(data) != length:
+            raise DeeDSRError(f"{self.uri}/{shard} ends before sample {key}: run `deedsr verify {self.uri}`")
+        return key, [data[offset - start : offset - start + size] for offset, size in spans]
