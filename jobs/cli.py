@@ -1,0 +1,143 @@
+"""The command line: finds the command, reads its options, runs it, prints the result.
+
+stdout holds the result and nothing else; logs, progress bars and errors go to stderr. Exit codes: 0 done; 1 the work
+failed, or part of it; 2 the command or its configuration is wrong; 130 interrupted.
+"""
+
+import contextlib
+import importlib
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from difflib import get_close_matches
+from importlib.metadata import version
+from typing import Any
+
+from deedsr.errors import DeeDSRError, UsageError
+from jobs.command import Command, Outcome
+from jobs.options import CommandParser
+
+DONE, FAILED, INTERRUPTED = 0, 1, 130
+
+COMMANDS = {
+    "demo": ("jobs.demo", "the whole chain on the shipped photographs, on this machine"),
+    "shards": ("jobs.shards", "make degradation shards from photographs"),
+    "verify": ("jobs.verify", "check every shard and sample of a dataset"),
+    "train learner": ("jobs.train_learner", "stage 1: the degradation learner"),
+    "train adapter": ("jobs.train_adapter", "stage 2: the degradation-aware adapter around a frozen base"),
+    "evaluate": ("jobs.evaluate", "metrics of a model, beside bicubic, on a dataset"),
+    "upscale": ("jobs.upscale", "enlarge pictures"),
+    "compare": ("jobs.compare", "the runs of an experiment side by side"),
+    "submit": ("jobs.submit", "send a job file to a Ray cluster"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code. Never raises for a user's mistake."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues where it stopped", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        return _report(error)
+
+
+def set_up_process() -> None:
+    """Settings of a process that is one command: logs to stderr, SIGTERM ends it as Ctrl-C does."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for layer in ("deedsr", "pipelines", "jobs"):
+        logging.getLogger(layer).setLevel(logging.INFO)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview())
+        return DONE
+    if argv[0] == "--version":
+        print(version("deedsr"))
+        return DONE
+    name, words = _command_of(argv)
+    command, parser = load(name)
+    try:
+        request = parser.read(words)
+    except SystemExit:  # --help was printed
+        return DONE
+    with contextlib.redirect_stdout(sys.stderr):
+        outcome: Outcome = command.run(request.options)
+    print(json.dumps(outcome.values, allow_nan=False) if request.as_json else outcome)
+    return DONE if outcome.complete else FAILED
+
+
+def _command_of(argv: list[str]) -> tuple[str, list[str]]:
+    """(name of the command, the words behind it)."""
+    for length in (2, 1):
+        name = " ".join(argv[:length])
+        if name in COMMANDS:
+            return name, argv[length:]
+    group = [name for name in COMMANDS if name.startswith(f"{argv[0]} ")]
+    if group:
+        raise UsageError(f"`deedsr {argv[0]}` needs one of: {', '.join(group)}")
+    close = get_close_matches(argv[0], COMMANDS, n=1)
+    guess = f"did you mean `deedsr {close[0]}`?" if close else f"there are: {', '.join(COMMANDS)}"
+    raise UsageError(f"unknown command {argv[0]!r}; {guess}")
+
+
+def load(name: str) -> tuple[Command, CommandParser]:
+    """A command and its parser."""
+    module = importlib.import_module(COMMANDS[name][0])
+    command: Command = module.COMMAND
+    parser = CommandParser(
+        command.options,
+        command=name,
+        description=f"{(module.__doc__ or '').strip()}\n\nexample:\n  {command.example}",
+        operand=command.operand,
+        presets=command.presets,
+    )
+    return command, parser
+
+
+def overview() -> str:
+    """The list of commands."""
+    lines = [f"  {name:<14} {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(["usage: deedsr COMMAND ...", "", *lines, "", "deedsr COMMAND --help explains a command."])
+
+
+def _report(error: Exception) -> int:
+    """Say what went wrong in one message; returns the exit code."""
+    ours = next((link for link in _chain(error) if isinstance(link, DeeDSRError)), None)
+    if ours is not None:
+        print(f"error: {ours}", file=sys.stderr)
+        return ours.exit_code
+    if os.environ.get("DEEDSR_DEBUG") == "1":
+        traceback.print_exception(error)
+        return FAILED
+    if isinstance(error, OSError) and error.strerror:
+        print(f"error: {error.strerror}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+        return FAILED
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    said = f"{type(error).__name__}: {first_line}"
+    print(f"internal error: {said}; set DEEDSR_DEBUG=1 for the traceback", file=sys.stderr)
+    return FAILED
+
+
+def _chain(error: BaseException | None) -> Iterator[Any]:
+    """An error and what it came from, through the wrappers that Ray puts around errors of a task."""
+    seen: set[int] = set()
+    pending = [error]
+    while pending:
+        link = pending.pop(0)
+        if link is None or id(link) in seen:
+            continue
+        seen.add(id(link))
+        # A wrapper of Ray is also an instance of the error it wraps, with the remote traceback as its text.
+        inner = getattr(link, "cause", None)
+        pending += [inner if isinstance(inner, BaseException) else None, link.__cause__, link.__context__]
+        if not isinstance(inner, BaseException):
+            yield link

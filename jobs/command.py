@@ -1,0 +1,42 @@
+"""What every command module offers to the command line."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a command did: `values` is the JSON object of `--json`, `text` what a person reads."""
+
+    values: Mapping[str, Any]
+    text: str = ""  # empty: the values, one a line
+    complete: bool = True  # False: part of the work failed (exit code 1); the values say which
+
+    def __str__(self) -> str:
+        if self.text:
+            return self.text
+        width = max(map(len, self.values), default=0)
+        return "\n".join(f"{key.replace('_', ' '):<{width}}  {readable(value)}" for key, value in self.values.items())
+
+
+def readable(value: Any) -> str:
+    """A value for people: floats to four digits, lists one item a line."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {readable(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return "".join(f"\n  {readable(item)}" for item in value) if value else "none"
+    return str(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One command: a dataclass of options, what runs them, and how to say it."""
+
+    options: type
+    run: Callable[[Any], Outcome]
+    example: str  # shown by --help
+    operand: str = ""  # the option that may be typed without its name
+    presets: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # the first is the default

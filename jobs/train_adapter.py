@@ -1,0 +1,23 @@
+"""Stage 2: train the degradation-aware adapter around a frozen diffusion model.
+
+The same command with the same --out continues from the last checkpoint, and does nothing when it is already done.
+"""
+
+import dataclasses
+
+from jobs.command import Command, Outcome
+from pipelines.training.config import PRESETS, AdapterOptions
+
+
+def run(options: AdapterOptions) -> Outcome:
+    from pipelines.training.fit import train_adapter
+
+    return Outcome(dataclasses.asdict(train_adapter(options)))
+
+
+COMMAND = Command(
+    AdapterOptions,
+    run,
+    presets=PRESETS["adapter"],
+    example="deedsr train adapter --data shards --learner runs/learner --base tiny --out runs/adapter --preset tiny",
+)
