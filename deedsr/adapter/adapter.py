@@ -75,7 +75,7 @@ class DegradationAwareAdapter(ModelMixin, ConfigMixin):
         residual_blocks: (name in the UNet, level, channels) of each residual block.
         cross_attentions: (name in the UNet, channels, heads) of each cross-attention.
         cross_attention_dim: width of the tokens that the base was trained with.
-        token_init: "new_kv": the encoder's tokens enter new `to_k` and `to_v` (paper, 3.4); "project": the tokens are
+        tokens: "new_kv": the encoder's tokens enter new `to_k` and `to_v` (paper, 3.4); "project": the tokens are
             brought to the base's width first, so that its own `to_k` and `to_v` can be the initial values (paper, 3.9).
         widths, attention_levels, attention_heads, degradation_dim, reduction, feature_channels: see `ConditionEncoder`.
         modulation_hidden: channels between a feature map and gamma, beta.
@@ -95,15 +95,15 @@ class DegradationAwareAdapter(ModelMixin, ConfigMixin):
         reduction: int,
         feature_channels: int,
         modulation_hidden: int,
-        token_init: str = "new_kv",
+        tokens: str = "new_kv",
     ):
         super().__init__()
-        if token_init not in ("new_kv", "project"):
-            raise ValueError(f'token_init must be "new_kv" or "project", got {token_init!r}')
+        if tokens not in ("new_kv", "project"):
+            raise ValueError(f'tokens must be "new_kv" or "project", got {tokens!r}')
         self.condition_encoder = ConditionEncoder(
             latent_channels, widths, attention_levels, attention_heads, degradation_dim, reduction, feature_channels
         )
-        project = token_init == "project"
+        project = tokens == "project"
         self.token_projection = nn.Linear(widths[-1], cross_attention_dim) if project else nn.Identity()
         token_width = cross_attention_dim if project else widths[-1]
         self.modulations = nn.ModuleList(
@@ -122,7 +122,7 @@ class DegradationAwareAdapter(ModelMixin, ConfigMixin):
         unet: UNet2DConditionModel,
         preset: str = "paper",
         degradation_dim: int | None = None,
-        token_init: str = "new_kv",
+        tokens: str = "new_kv",
     ) -> "DegradationAwareAdapter":
         """A new adapter for the geometry of `unet`; `degradation_dim` is the learner's (default: the preset's).
 
@@ -138,7 +138,7 @@ class DegradationAwareAdapter(ModelMixin, ConfigMixin):
             cross_attentions=[(name, attn.query_dim, attn.heads) for name, attn in cross_attentions(unet)],
             cross_attention_dim=unet.config["cross_attention_dim"],
             widths=[channels if 2 * level < levels else 2 * channels for level in range(levels)],
-            token_init=token_init,
+            tokens=tokens,
             **options,
         )
 
@@ -147,7 +147,7 @@ class DegradationAwareAdapter(ModelMixin, ConfigMixin):
         for ours, (_, theirs) in zip(self.attentions, self._matching_attentions(unet), strict=True):
             ours.to_q.load_state_dict(theirs.to_q.state_dict())
             ours.to_out.load_state_dict(theirs.to_out.state_dict())
-            if self.config["token_init"] == "project":
+            if self.config["tokens"] == "project":
                 ours.to_k.load_state_dict(theirs.to_k.state_dict())
                 ours.to_v.load_state_dict(theirs.to_v.state_dict())
 

@@ -116,14 +116,14 @@ class DegradationLearner(ModelMixin, ConfigMixin):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     @property
-    def degradation_dim(self) -> int:
+    def dim(self) -> int:
         """Length D of the degradation vector."""
         return self.config["widths"][-1]
 
     @property
     def embedding_dim(self) -> int:
         """Length of the contrastive embedding."""
-        return self.config["projection"] or self.degradation_dim
+        return self.config["projection"] or self.dim
 
     def forward(self, lr_BCHW: torch.Tensor, embedding: bool = False) -> torch.Tensor:
         """RGB in [0, 1] of any size to the degradation vector (B, D), or to the embedding that `embed` describes."""
