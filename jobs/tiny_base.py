@@ -33,36 +33,36 @@ TOKEN_WIDTH = 128
 LAYOUT_FEATURES = 8  # mean RGB, grey std, horizontal and vertical edge energy, cell row, cell column
 SEED = 2404_00661
 
-AUTOENCODER = dict(
-    encoder_block_out_channels=(32, 32, 32),
-    decoder_block_out_channels=(32, 32, 32),
-    num_encoder_blocks=(1, 2, 3),
-    num_decoder_blocks=(3, 2, 1),
-    latent_channels=LATENT_CHANNELS,
-)
-UNET = dict(
-    sample_size=32,
-    in_channels=LATENT_CHANNELS,
-    out_channels=LATENT_CHANNELS,
-    block_out_channels=(64, 96, 128),
-    layers_per_block=1,
-    down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-    cross_attention_dim=TOKEN_WIDTH,
-    attention_head_dim=(2, 3, 4),
-    use_linear_projection=True,
-)
-SCHEDULER = dict(
-    num_train_timesteps=1000,
-    beta_start=0.00085,
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
-    clip_sample=False,
-    set_alpha_to_one=False,
-    steps_offset=1,
-    timestep_spacing="leading",
-    prediction_type="v_prediction",
-)
+AUTOENCODER = {
+    "encoder_block_out_channels": (32, 32, 32),
+    "decoder_block_out_channels": (32, 32, 32),
+    "num_encoder_blocks": (1, 2, 3),
+    "num_decoder_blocks": (3, 2, 1),
+    "latent_channels": LATENT_CHANNELS,
+}
+UNET = {
+    "sample_size": 32,
+    "in_channels": LATENT_CHANNELS,
+    "out_channels": LATENT_CHANNELS,
+    "block_out_channels": (64, 96, 128),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": TOKEN_WIDTH,
+    "attention_head_dim": (2, 3, 4),
+    "use_linear_projection": True,
+}
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "prediction_type": "v_prediction",
+}
 
 
 def load_photos(folder: Path, longest: int = 2200) -> list[np.ndarray]:
@@ -160,10 +160,10 @@ class Run:
                 saved = time.time()
 
     def save(self):
-        state = dict(
-            modules=self.modules.state_dict(), optimizer=self.optimizer.state_dict(), ema=self.ema,
-            schedule=self.schedule.state_dict(), step=self.step, losses=self.losses,
-        )  # fmt: skip
+        state = {
+            "modules": self.modules.state_dict(), "optimizer": self.optimizer.state_dict(), "ema": self.ema,
+            "schedule": self.schedule.state_dict(), "step": self.step, "losses": self.losses,
+        }  # fmt: skip
         torch.save(state, self.path.with_suffix(".part"))
         os.replace(self.path.with_suffix(".part"), self.path)
 
@@ -222,9 +222,14 @@ def train_unet(photos_dir: Path, out: Path, steps: int, bank: int = 4000, crop: 
         size, batch = (16, 24) if step < steps * 2 // 3 else (32, 8)
         index = rng.integers(len(images), size=batch)
         tops, lefts = rng.integers(crop // 4 - size + 1, size=(2, batch))
-        z = torch.stack([latents[i, :, t : t + size, l : l + size] for i, t, l in zip(index, tops, lefts)]).float()
+        z = torch.stack(
+            [latents[i, :, t : t + size, l : l + size] for i, t, l in zip(index, tops, lefts, strict=True)]
+        ).float()
         x = to_tensor(
-            [images[i, 4 * t : 4 * (t + size), 4 * l : 4 * (l + size)] for i, t, l in zip(index, tops, lefts)]
+            [
+                images[i, 4 * t : 4 * (t + size), 4 * l : 4 * (l + size)]
+                for i, t, l in zip(index, tops, lefts, strict=True)
+            ]
         )
         keep = torch.from_numpy((rng.random(batch) > 0.15).astype(np.float32))[:, None, None]
         tokens = embed(layout_prompt(x)) * keep

@@ -10,14 +10,13 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from deedsr.adapter.adapter import DegradationAwareAdapter
+from deedsr.adapter.adapter import DegradationAwareAdapter, freeze
 from deedsr.dataset.keys import generator
 from deedsr.learner.resnet import DegradationLearner
-from deedsr.sampling.latents import encode_latents
+from deedsr.sampling.latents import downsampling_factor, encode_latents, enlarge
 from pipelines.dataset import Dataset
 from pipelines.models import load_vae, resolve_base, resolve_learner
 from pipelines.training.config import AdapterOptions
-from pipelines.training.learner_stage import under
 from pipelines.training.stage import Workers
 
 
@@ -32,26 +31,25 @@ class AdapterStage:
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         base = resolve_base(self.options.base)
         frozen = {"torch_dtype": dtype}
-        self.unet = _freeze(UNet2DConditionModel.from_pretrained(base, subfolder="unet", **frozen), device)
-        self.vae = _freeze(load_vae(base, **frozen), device)
-        self.learner = _freeze(
-            DegradationLearner.from_pretrained(resolve_learner(self.options.learner), **frozen), device
-        )
+        self.unet = freeze(UNet2DConditionModel.from_pretrained(base, subfolder="unet", **frozen)).to(device)
+        self.vae = freeze(load_vae(base, **frozen)).to(device)
+        self.learner = freeze(DegradationLearner.from_pretrained(resolve_learner(self.options.learner), **frozen))
+        self.learner.to(device)
         self.scheduler = DDIMScheduler.from_pretrained(base, subfolder="scheduler")
         torch.manual_seed(self.options.train.seed)
         self.adapter = DegradationAwareAdapter.for_unet(
             self.unet,
             preset=self.options.model.preset,
             tokens=self.options.model.tokens,
-            degradation_dim=self.learner.dim,
+            degradation_dim=self.learner.degradation_dim,
         )
         self.adapter.initialize_from(self.unet)
         self.adapter.to(device).attach(self.unet)
         self.latent_channels = int(self.unet.config["in_channels"])
-        self.vae_factor = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        self.vae_factor = downsampling_factor(self.vae)
         return self.adapter
 
-    def sample(self, dataset: Dataset, index: Any, row: int, epoch: int) -> dict[str, np.ndarray]:
+    def sample(self, dataset: Dataset, index: Any, row: int, epoch: int) -> dict[str, Any]:
         """The whole LR for the learner; an aligned LR/HR crop, a timestep and the noise for the denoiser."""
         sample = dataset.read(index, row)
         options = self.options
@@ -78,9 +76,9 @@ class AdapterStage:
         dtype = next(self.unet.parameters()).dtype
         with torch.no_grad():
             degradation_BD = self.learner(batch["lr"].to(dtype))
-            upsampled = F.interpolate(batch["lr_crop"], scale_factor=self.scale, mode="bicubic").clamp(0, 1)
-            z_lr = encode_latents(self.vae, (2 * upsampled - 1).to(dtype), noise=batch["encoding_noise"][:, 0])
-            z_hr = encode_latents(self.vae, (2 * batch["hr_crop"] - 1).to(dtype), noise=batch["encoding_noise"][:, 1])
+            upsampled = enlarge(batch["lr_crop"], self.scale)
+            z_lr = encode_latents(self.vae, (2 * upsampled - 1).to(dtype), batch["encoding_noise"][:, 0])
+            z_hr = encode_latents(self.vae, (2 * batch["hr_crop"] - 1).to(dtype), batch["encoding_noise"][:, 1])
             noise, t = batch["noise"].to(dtype), batch["timestep"]
             noisy = self.scheduler.add_noise(z_hr, noise, t)
             kind = self.scheduler.config["prediction_type"]
@@ -105,7 +103,7 @@ class AdapterStage:
 
     def export(self, folder: Path, trained: dict[str, Tensor], state: dict[str, Tensor]) -> None:
         adapter = DegradationAwareAdapter.from_config(self.adapter.config)
-        adapter.load_state_dict(under(trained, ""))
+        adapter.load_state_dict(trained)
         adapter.save_pretrained(folder / "adapter")
         self.learner.save_pretrained(folder / "learner")
         description = {
@@ -115,10 +113,6 @@ class AdapterStage:
             "sampling": self.options.sampling,
         }
         (folder / "deedsr.json").write_text(json.dumps(description, indent=2))
-
-
-def _freeze(module: nn.Module, device: torch.device) -> Any:
-    return module.to(device).requires_grad_(False).eval()
 
 
 def _unit(image: np.ndarray) -> np.ndarray:

@@ -109,7 +109,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "tiny": {
             "model": {"preset": "tiny"},
-            "contrast": {"queue_size": 1024, "momentum": 0.99, "temperature": 0.1, "batch_block": 32, "batch_negatives": True},
+            "contrast": {
+                "queue_size": 1024, "momentum": 0.99, "temperature": 0.1, "batch_block": 32, "batch_negatives": True,
+            },
             "train": {
                 "optimizer": "adamw", "lr": 2e-3, "schedule": "cosine", "warmup_steps": 20, "weight_decay": 1e-4,
                 "global_batch_size": 64, "max_steps": 400, "checkpoint_every": 100,
@@ -138,9 +140,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 # What may change between the first command and a continuation of it.
 MAY_CHANGE = {
-    "out", "experiment",
-    "train.max_steps", "train.num_workers", "train.micro_batch_size", "train.zero_stage", "train.cpus_per_worker",
-    "train.gpus_per_worker", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "train.max_failures",
+    "out", "experiment", "train.max_steps", "train.num_workers", "train.micro_batch_size", "train.zero_stage",
+    "train.cpus_per_worker", "train.gpus_per_worker", "train.checkpoint_every", "train.keep_checkpoints",
+    "train.log_every", "train.max_failures",
 }  # fmt: skip
 
 
@@ -210,8 +212,7 @@ def micro_batch(train: TrainOptions, world_size: int, unit: int = 1) -> tuple[in
     if rest or share % micro or micro % unit:
         raise UsageError(
             f"train.global_batch_size {train.global_batch_size} does not divide over {world_size} workers with "
-            f"micro batches of {micro} samples"
-            + (f" in units of {unit} (contrast.batch_block)" if unit > 1 else "")
+            f"micro batches of {micro} samples" + (f" in units of {unit} (contrast.batch_block)" if unit > 1 else "")
         )
     return micro, share // micro
 

@@ -1,6 +1,5 @@
 """A DeepSpeed engine around what trains, with its full state in and out for any ZeRO stage and world size."""
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -197,7 +197,9 @@ def _refuse_differences(
     before, now = flatten(record["config"]), flatten(json.loads(json.dumps(resolved(options))))
     # Data and learner are compared by content: they may have moved.
     same_by_content = MAY_CHANGE | {"data", "learner"}
-    differing = sorted(k for k in before.keys() | now.keys() if k not in same_by_content and before.get(k) != now.get(k))
+    differing = sorted(
+        k for k in before.keys() | now.keys() if k not in same_by_content and before.get(k) != now.get(k)
+    )
     lines = [f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in differing]
     lines += [f"{k} was {record['inputs'].get(k)}, is {v}" for k, v in inputs.items() if record["inputs"].get(k) != v]
     if lines:

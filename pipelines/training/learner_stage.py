@@ -35,7 +35,7 @@ class LearnerStage:
         self.step_keys: list[tuple[Tensor, Tensor]] = []
         return self.learner.train()
 
-    def sample(self, dataset: Dataset, index: Any, row: int, epoch: int) -> dict[str, np.ndarray]:
+    def sample(self, dataset: Dataset, index: Any, row: int, epoch: int) -> dict[str, Any]:
         """Two quadrants in [0,1] of one LR image, drawn anew each epoch."""
         sample = dataset.read_lr(index, row)
         rng = generator("quadrants", self.options.train.seed, epoch, sample.key)

@@ -3,13 +3,14 @@
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
 
 from pipelines.training.order import SampleOrder
 
-Arrays = dict[str, np.ndarray]
+Arrays = dict[str, Any]  # numpy arrays and numbers
 Batch = dict[str, torch.Tensor]
 
 

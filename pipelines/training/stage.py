@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -39,7 +38,7 @@ class Stage(Protocol):
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """Make the networks from the options' seed; return the module whose parameters with gradients train."""
 
-    def sample(self, dataset: Dataset, index: Any, row: int, epoch: int) -> dict[str, np.ndarray]:
+    def sample(self, dataset: Dataset, index: Any, row: int, epoch: int) -> dict[str, Any]:
         """One training sample; its randomness comes from the seed, the sample's key and the epoch. Runs on threads."""
 
     def loss(self, model: Callable[..., Any], batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -53,5 +52,5 @@ class Stage(Protocol):
 
     def load_state(self, state: dict[str, Tensor]) -> None: ...
 
-    def export(self, folder: Path, lineage: dict[str, Any]) -> None:
-        """Write the trained model from the built module, which holds the final weights in fp32."""
+    def export(self, folder: Path, trained: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+        """Write the model that whole fp32 parameters and what `state` gave make."""

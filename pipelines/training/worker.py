@@ -1,7 +1,6 @@
 """What every training worker runs."""
 
 import logging
-
 import tempfile
 import time
 from pathlib import Path
