@@ -1,0 +1,27 @@
+"""MLflow runs: what was run, on what, from which parents, and how it went.
+
+Every run holds its whole configuration (parameters, and `config.yaml` as artifact), the git commit, library versions,
+the dataset's digest as an MLflow dataset input and as tag `deedsr.dataset.digest`, its parents as tags
+`deedsr.parent.*`, metrics, system metrics and pictures. It holds no secret and no dump of the environment.
+
+One process writes a run at a time. A training driver starts the run (`system_metrics=False`), rank 0's worker opens it
+by (`tracking_uri`, `id`) with `open_run` and leaves it with `close`; the driver sets the final status with `finish`.
+"""
+
+from pipelines.tracking.provenance import DatasetInput, HasDigest
+from pipelines.tracking.run import Run, find_run, open_run, start_run
+from pipelines.tracking.store import EXPERIMENTS, connect, masked_uri, require_shared_store, tracking_uri
+
+__all__ = [
+    "EXPERIMENTS",
+    "DatasetInput",
+    "HasDigest",
+    "Run",
+    "connect",
+    "find_run",
+    "masked_uri",
+    "open_run",
+    "require_shared_store",
+    "start_run",
+    "tracking_uri",
+]

@@ -1,0 +1,135 @@
+"""The MLflow store: which one is in force, whether it answers, whether every node can write it."""
+
+import contextlib
+import logging
+import os
+import re
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+from deedsr.errors import UsageError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+EXPERIMENTS = ("deedsr-shards", "deedsr-learner", "deedsr-adapter", "deedsr-evaluation")
+
+
+def tracking_uri(uri: str | None = None) -> str:
+    """The store in force: `uri`, else `MLFLOW_TRACKING_URI`, else `mlflow.db` in the working directory.
+
+    SQLite paths come back absolute, so that a worker process with another working directory means the same file.
+    """
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    if uri.startswith("sqlite:///"):
+        return f"sqlite:///{_sqlite_path(uri)}"
+    if "://" not in uri or uri.startswith("file:"):
+        raise UsageError(
+            f"MLFLOW_TRACKING_URI={uri} is a plain folder, which MLflow no longer writes: "
+            "use sqlite:///PATH/mlflow.db or the http address of an MLflow server"
+        )
+    return uri
+
+
+def masked_uri(text: str) -> str:
+    """`text` with the user and password of every URI in it replaced by `***`."""
+    return re.sub(r"://[^/@\s\"']+@", "://***@", text)
+
+
+def require_shared_store(uri: str, nodes: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse an SQLite store when work may run on another machine, which could not write it.
+
+    Args:
+        uri: tracking URI.
+        nodes: `ray.nodes()` of the connected cluster.
+
+    Raises:
+        UsageError: the store is a file and some alive node has another host name than this machine.
+    """
+    if not uri.startswith(("sqlite:", "file:")):
+        return
+    here = socket.gethostname()
+    elsewhere = sorted({str(n["NodeManagerHostname"]) for n in nodes if n["Alive"]} - {here})
+    if elsewhere:
+        raise UsageError(
+            f"the MLflow store {masked_uri(uri)} is a file on {here}, but the Ray cluster also has "
+            f"{', '.join(elsewhere[:3])}{' and others' if len(elsewhere) > 3 else ''}, which cannot write it: "
+            "set MLFLOW_TRACKING_URI to the http address of an MLflow server that all nodes reach"
+        )
+
+
+def connect(uri: str) -> "MlflowClient":
+    """A client whose store answered. MLflow's chatter on stdout and in the logs is off.
+
+    Raises:
+        UsageError: the store cannot be reached; the message names it and the remedy.
+    """
+    # Set before the import that reads it; a run must not talk to anybody but the store.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    remedy = "start the server or set MLFLOW_TRACKING_URI to a store that can be reached"
+    if uri.startswith("sqlite:///"):
+        folder = Path(_sqlite_path(uri)).parent
+        remedy = f"{folder} must be a folder that you may write; or set MLFLOW_TRACKING_URI to another store"
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with _few_retries():
+            client = MlflowClient(tracking_uri=uri)
+            client.search_experiments(max_results=1)
+    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
+        raise UsageError(f"the MLflow store {masked_uri(uri)} cannot be used ({cause(error)}): {remedy}") from error
+    return client
+
+
+def cause(error: BaseException) -> str:
+    """First line of the innermost error: MLflow, SQLAlchemy and requests wrap it in pages."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return masked_uri(str(error).strip().partition("\n")[0] or type(error).__name__)
+
+
+def _sqlite_path(uri: str) -> str:
+    return os.path.abspath(unquote(uri.removeprefix("sqlite:///")))
+
+
+@contextlib.contextmanager
+def _few_retries() -> Iterator[None]:
+    """MLflow retries a dead server for minutes; the first contact should answer at once or say so."""
+    name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+    before = os.environ.get(name)
+    os.environ.setdefault(name, "1")
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+
+
+def experiment_id(client: "MlflowClient", uri: str, name: str) -> str:
+    """Id of the experiment, which is made when missing; beside an SQLite store its artifacts lie in `mlartifacts/`."""
+    from mlflow.exceptions import MlflowException
+
+    location = None  # a server decides itself
+    if uri.startswith("sqlite:///"):
+        location = (Path(_sqlite_path(uri)).parent / "mlartifacts" / name).as_uri()
+    if client.get_experiment_by_name(name) is None:
+        # Another process may create it in the same moment.
+        with contextlib.suppress(MlflowException):
+            return client.create_experiment(name, artifact_location=location)
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None or experiment.lifecycle_stage != "active":
+        raise UsageError(
+            f"the MLflow experiment {name} in {masked_uri(uri)} is deleted: restore it "
+            "(`mlflow experiments restore`) or name another"
+        )
+    return experiment.experiment_id
