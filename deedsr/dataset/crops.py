@@ -10,9 +10,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from deedsr.degradation.recipe import Crop
 
-__all__ = ["MAX_PIXELS", "CropPlace", "RejectedImage", "choose_crops", "cut", "decode"]
+__all__ = ["CropPlace", "RejectedImage", "choose_crops", "cut", "decode"]
 
-MAX_PIXELS = 2**28  # 268 megapixels, 0.8 GB decoded: above it a picture is taken for a decompression bomb
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
 
 
@@ -39,17 +38,15 @@ def decode(data: bytes) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on large pictures and odd metadata
-            image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
-            if image.width * image.height > MAX_PIXELS:
-                raise RejectedImage("too many pixels")
+            image = ImageOps.exif_transpose(Image.open(io.BytesIO(data), formats=_FORMATS))
             if image.mode.startswith("I;16"):
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                return cv2.cvtColor((np.asarray(image) >> 8).astype(np.uint8), cv2.COLOR_GRAY2RGB)
             if image.mode in ("I", "F"):
                 raise RejectedImage("pixel format is neither 8 nor 16 bits")
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            return np.asarray(image.convert("RGB"))
     except RejectedImage:
         raise
-    except Image.DecompressionBombError:
+    except Image.DecompressionBombError:  # above 179 megapixels
         raise RejectedImage("too many pixels") from None
     except UnidentifiedImageError:
         raise RejectedImage("not a JPEG, PNG, WebP or TIFF image") from None

@@ -1,0 +1,94 @@
+"""The Ray cluster that work runs on: the one `RAY_ADDRESS` names, as inside a submitted job, else one of our own."""
+
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+from deedsr.errors import UsageError
+from pipelines.storage import open_storage
+
+__all__ = ["arrow_filesystem", "connect", "is_local", "nodes", "resources", "scratch"]
+
+# The object store only passes plans, summaries and metrics; Ray's default is a third of the memory.
+_OBJECT_STORE = 256 << 20
+
+
+def connect() -> None:
+    """Connects this process to Ray, once. A local cluster ends with the process, however that ends.
+
+    Raises UsageError if `RAY_ADDRESS` names a cluster that does not answer.
+    """
+    # Read by Ray at import and by the processes it starts: no telemetry, and no remark on machines without GPU.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        # "local" never joins a cluster that somebody else runs on this machine.
+        ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE, logging_level="WARNING")
+        return
+    try:
+        ray.init(address=address, logging_level="WARNING")
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UsageError(f"no Ray cluster answers at RAY_ADDRESS={address}: start it, or unset RAY_ADDRESS") from error
+
+
+def nodes() -> list[dict[str, Any]]:
+    """`ray.nodes()` of the connected cluster."""
+    import ray
+
+    return ray.nodes()
+
+
+def resources() -> dict[str, float]:
+    """Everything the connected cluster has, by Ray's names: `CPU`, `GPU`, `memory` in bytes, ..."""
+    import ray
+
+    return ray.cluster_resources()
+
+
+def is_local() -> bool:
+    """Whether the whole cluster is this machine and nothing joined it from outside."""
+    hosts = {node["NodeManagerHostname"] for node in nodes() if node["Alive"]}
+    return not os.environ.get("RAY_ADDRESS") and hosts == {socket.gethostname()}
+
+
+@contextmanager
+def scratch(uri: str, name: str) -> Iterator[tuple[str, Any]]:
+    """A folder below `uri` as (path, pyarrow file system), removed with all it holds on leaving."""
+    storage = open_storage(uri).child(name)
+    path, filesystem = arrow_filesystem(storage.uri)
+    try:
+        yield path, filesystem
+    finally:
+        local = storage.local_path("")
+        if local is not None:
+            shutil.rmtree(local, ignore_errors=True)
+        else:
+            for entry in list(storage.list()):
+                storage.delete(entry.path)
+
+
+def arrow_filesystem(uri: str) -> tuple[str, Any]:
+    """The path that pyarrow wants for `uri`, and its file system, set up from the same AWS variables as ours."""
+    from pyarrow import fs
+
+    storage = open_storage(uri)
+    if not storage.uri.startswith("s3://"):
+        return storage.uri, fs.LocalFileSystem()
+    endpoint = urlsplit(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    options = {
+        "region": region,
+        "endpoint_override": endpoint.netloc or None,
+        "scheme": endpoint.scheme or None,
+        "allow_bucket_creation": False,
+    }
+    return storage.uri.removeprefix("s3://"), fs.S3FileSystem(**{k: v for k, v in options.items() if v is not None})
