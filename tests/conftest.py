@@ -1,4 +1,4 @@
-"""Real parts shared by the tests: shipped photographs, one S3 server process, one local Ray cluster."""
+"""Real parts shared by the tests: shipped photographs, a small dataset of them, an S3 server, a local Ray cluster."""
 
 import os
 import socket
@@ -22,6 +22,32 @@ import pytest
 def photos() -> Path:
     """Folder of the shipped photographs: train/ and validation/."""
     return Path(str(files("deedsr") / "assets" / "photos"))
+
+
+@pytest.fixture(scope="session")
+def small_recipe():
+    """Crops of 128 px in groups of four degradations; the photographs under validation/ are for validation."""
+    from deedsr.degradation.recipe import Recipe, load_recipe
+
+    fields = load_recipe("deedsr").model_dump(mode="json")
+    fields["crop"] |= {"size": 128, "per_source": 2}
+    fields |= {
+        "name": "small",
+        "variants": 4,
+        "shard": {"min_sources": 1, "target_sources": 3, "max_sources": 4},
+        "split": {"validation_patterns": ["validation/*"], "validation_share": 0},
+    }
+    return Recipe.model_validate(fields)
+
+
+@pytest.fixture(scope="session")
+def small_dataset(ray_cluster, photos, small_recipe, tmp_path_factory) -> str:
+    """A dataset of the shipped photographs: 88 samples for training, 48 for validation, in several shards. Read only."""
+    from pipelines.shards import generate
+
+    out = str(tmp_path_factory.mktemp("small") / "dataset")
+    generate([str(photos)], out, small_recipe, workers=2, progress=False)
+    return out
 
 
 @pytest.fixture(scope="session")

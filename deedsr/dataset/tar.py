@@ -2,7 +2,7 @@
 
 import hashlib
 import tarfile
-from typing import BinaryIO
+from typing import IO
 
 __all__ = ["TarWriter"]
 
@@ -14,7 +14,7 @@ class TarWriter:
     kind of file but says nothing about where a member lies, which reading a sample alone needs.
     """
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: IO[bytes]):
         self._file = file
         self._hash = hashlib.sha256()
         self.size = 0  # bytes written so far
