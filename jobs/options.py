@@ -50,7 +50,7 @@ class Option:
         if typing.get_origin(self.type) is Literal:
             return "{" + ",".join(str(value) for value in typing.get_args(self.type)) + "}"
         if self.type is bool:
-            return "{true,false}"
+            return "[true|false]"
         return self.key.rpartition(".")[2].upper()
 
 
@@ -186,7 +186,7 @@ class CommandParser(ArgumentParser):
 
     def read(self, argv: list[str]) -> Request:
         """Options and wishes from the words behind the command; UsageError when they are wrong."""
-        argv = [spelled(word) for word in argv]
+        argv = [self._completed(word, behind) for word, behind in zip(argv, [*argv[1:], ""], strict=True)]
         typed = {key_of(word) for word in argv if word.startswith("--")}
         given = self._parse(argv)
         values: dict[str, list[str]] = {}
@@ -202,6 +202,12 @@ class CommandParser(ArgumentParser):
             words = [spelled(f"--{key}={word}") for key, [word] in preset.items()] + words
             given = self._parse(words + argv)
         return Request(self._build(given), given["json"])
+
+    def _completed(self, word: str, behind: str) -> str:
+        """A word in the parser's spelling; a switch such as --wait stands for --wait=true."""
+        option = self.options.get(key_of(word)) if word.startswith("--") and "=" not in word else None
+        switch = option is not None and option.type is bool and behind not in ("true", "false")
+        return spelled(word) + ("=true" if switch else "")
 
     def _parse(self, argv: list[str]) -> Any:
         self.argv = argv
