@@ -1,0 +1,26 @@
+"""DeeDSR: degradation-aware real-world super-resolution."""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deedsr.adapter.adapter import DegradationAwareAdapter
+    from deedsr.learner.resnet import DegradationLearner
+    from deedsr.sampling.pipeline import DeeDSRPipeline
+
+__version__ = version("deedsr")
+__all__ = ["DeeDSRPipeline", "DegradationAwareAdapter", "DegradationLearner", "__version__"]
+
+# Loaded when first asked for: torch and diffusers take seconds, which `deedsr --help` need not.
+_HOMES = {
+    "DeeDSRPipeline": "deedsr.sampling.pipeline",
+    "DegradationAwareAdapter": "deedsr.adapter.adapter",
+    "DegradationLearner": "deedsr.learner.resnet",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'deedsr' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,78 @@
+"""Pictures to tensors and back, and padding to the sizes that networks take.
+
+Shape suffixes: B batch, C channels, H W pixels.
+"""
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+
+Picture: TypeAlias = Image.Image | np.ndarray | torch.Tensor
+OUTPUT_TYPES = ("pil", "np", "pt")
+
+
+def to_tensors(pictures: Picture | list[Picture]) -> list[torch.Tensor]:
+    """RGB tensors (3, H, W) in [0, 1], float32, of one picture or several.
+
+    A picture is a PIL image, a uint8 array (H, W, 3) or a floating-point tensor (3, H, W) in [0, 1]; an array or
+    tensor of four dimensions and a list are several pictures. Raises ValueError for anything else.
+    """
+    if isinstance(pictures, np.ndarray | torch.Tensor) and pictures.ndim == 4:
+        pictures = list(pictures)
+    tensors = [_to_tensor(picture) for picture in (pictures if isinstance(pictures, list | tuple) else [pictures])]
+    if not tensors:
+        raise ValueError("no picture given")
+    return tensors
+
+
+def _to_tensor(picture: Picture) -> torch.Tensor:
+    if isinstance(picture, Image.Image):
+        picture = np.array(picture.convert("RGB"))
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or picture.size == 0:
+            raise ValueError(f"arrays must be uint8 RGB (H, W, 3), got {picture.dtype} of shape {picture.shape}")
+        return torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1))).float() / 255
+    if not isinstance(picture, torch.Tensor):
+        raise ValueError(f"pictures must be PIL images, uint8 arrays or tensors, got {type(picture).__name__}")
+    if not picture.is_floating_point() or picture.ndim != 3 or picture.shape[0] != 3 or picture.numel() == 0:
+        raise ValueError(f"tensors must be floating-point RGB (3, H, W), got {picture.dtype} of {tuple(picture.shape)}")
+    low, high = picture.aminmax()
+    if not (low >= 0 and high <= 1):  # written so that NaN is refused too
+        raise ValueError(f"tensors must lie in [0, 1], got {low:.3g} to {high:.3g}")
+    return picture.float()
+
+
+def from_tensors(pictures: list[torch.Tensor], output_type: str) -> Any:
+    """Tensors (3, H, W) in [0, 1] as PIL images (`pil`), arrays (H, W, 3) in [0, 1] (`np`) or tensors (`pt`).
+
+    As in diffusers, arrays and tensors of one size come stacked; of several sizes they stay a list.
+    """
+    if output_type == "pil":
+        return [Image.fromarray(to_uint8(picture)) for picture in pictures]
+    same_size = len({picture.shape for picture in pictures}) == 1
+    if output_type == "pt":
+        return torch.stack(pictures) if same_size else pictures
+    arrays = [picture.permute(1, 2, 0).cpu().numpy() for picture in pictures]
+    return np.stack(arrays) if same_size else arrays
+
+
+def to_uint8(picture_CHW: torch.Tensor) -> np.ndarray:
+    """A tensor (3, H, W) in [0, 1] as uint8 array (H, W, 3), rounded to the nearest."""
+    return (picture_CHW * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+
+
+def pad_reflect(x_BCHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Mirrors right and bottom up to `height` x `width`, back and forth where the image is smaller than the pad."""
+    rows, columns = (
+        _mirrored(have, want).to(x_BCHW.device) for have, want in zip(x_BCHW.shape[2:], (height, width), strict=True)
+    )
+    return x_BCHW[:, :, rows][:, :, :, columns]
+
+
+def _mirrored(have: int, want: int) -> torch.Tensor:
+    """Indices 0 1 2 1 0 1 ... for have = 3."""
+    period = max(2 * (have - 1), 1)
+    index = torch.arange(want) % period
+    return torch.minimum(index, period - index) if have > 1 else torch.zeros_like(index)

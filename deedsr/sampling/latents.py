@@ -1,0 +1,45 @@
+"""Images to latents and back, for AutoencoderKL and AutoencoderTiny alike.
+
+Shape suffixes: B batch, C channels, H W pixels, h w latent cells.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn.functional import interpolate
+
+
+def enlarge(lr_BCHW: torch.Tensor, scale: int) -> torch.Tensor:
+    """Bicubic enlargement in [0, 1], not antialiased, overshoot cut off: what the base sees of an LR image."""
+    return interpolate(lr_BCHW, scale_factor=scale, mode="bicubic", align_corners=False).clamp(0, 1)
+
+
+def downsampling_factor(vae: Any) -> int:
+    """Pixels per latent cell and side."""
+    config = vae.config
+    channels = config.get("encoder_block_out_channels") or config["block_out_channels"]
+    return 2 ** (len(channels) - 1)
+
+
+def encode_latents(vae: Any, x_BCHW: torch.Tensor, noise_BChw: torch.Tensor | None = None) -> torch.Tensor:
+    """Latents (B, C, h, w) of images in [-1, 1], scaled to what the UNet works on.
+
+    Standard normal `noise_BChw` samples AutoencoderKL's posterior, as the paper does; without it its mode is taken.
+    AutoencoderTiny has no posterior, the noise does nothing there.
+    """
+    encoded = vae.encode(x_BCHW)
+    if hasattr(encoded, "latent_dist"):
+        posterior = encoded.latent_dist
+        z_BChw = posterior.mean if noise_BChw is None else posterior.mean + posterior.std * noise_BChw.to(x_BCHW.dtype)
+    else:
+        z_BChw = encoded.latents
+    return (z_BChw - _shift(vae)) * vae.config["scaling_factor"]
+
+
+def decode_latents(vae: Any, z_BChw: torch.Tensor) -> torch.Tensor:
+    """Images (B, 3, H, W), nominally in [-1, 1], of latents; the inverse of `encode_latents`."""
+    return vae.decode(z_BChw / vae.config["scaling_factor"] + _shift(vae)).sample
+
+
+def _shift(vae: Any) -> float:
+    return vae.config.get("shift_factor") or 0.0

@@ -1,0 +1,185 @@
+"""Model folders and bases on disk: where they are, what they say of themselves, and their parts.
+
+A model is a full pipeline (`model_index.json`) or what training writes: `adapter/`, `learner/` and `deedsr.json`,
+which names the base. A base is any folder with `vae/`, `unet/` and `scheduler/`, so a full pipeline is one too.
+Weights are read from safetensors only.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from deedsr.errors import UsageError
+from deedsr.sampling.settings import SamplingSettings
+
+BASE_PARTS = ("vae", "unet", "scheduler")
+TRAINED_PARTS = ("learner", "adapter")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model's description.
+
+    Attributes:
+        path: holds `learner/` and `adapter/`, and `vae/`, `unet/` and `scheduler/` where `base` is None.
+        base: name, folder, URI or hub id of the base, as written.
+        scale: enlargement factor.
+        sampling: what the model recommends.
+    """
+
+    path: Path
+    base: str | None
+    scale: int
+    sampling: SamplingSettings
+
+    @classmethod
+    def read(cls, path: Path) -> "ModelFolder":
+        """Raises UsageError naming `path` where it holds no DeeDSR model, or one of a newer format."""
+        if (path / "model_index.json").is_file():
+            description = _read_json(path / "model_index.json")
+            if description.get("_class_name") != "DeeDSRPipeline":
+                raise UsageError(
+                    f"{path} holds a {description.get('_class_name')}, not a DeeDSRPipeline: "
+                    "it can be the --base of `deedsr train adapter`, which writes a model"
+                )
+            base = None
+        elif (path / "deedsr.json").is_file():
+            description = _read_json(path / "deedsr.json")
+            if description.get("format_version") != 1:
+                raise UsageError(
+                    f"{path}/deedsr.json has format {description.get('format_version')}, this code reads 1"
+                )
+            base = description.get("base")
+            if not isinstance(base, str):
+                raise UsageError(f"{path}/deedsr.json names no base")
+        else:
+            raise UsageError(
+                f"{path} is not a DeeDSR model: it has neither model_index.json nor deedsr.json; "
+                "give what `deedsr train adapter` wrote, or tiny"
+            )
+        scale = description.get("scale")
+        if not isinstance(scale, int):
+            raise UsageError(f"{path} does not record its scale")
+        try:
+            sampling = SamplingSettings.of(description.get("sampling") or {})
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from error
+        return cls(path, base, scale, sampling)
+
+    def base_path(self) -> Path:
+        """Local folder of the base; a relative one is looked for in the model's own folder first."""
+        if self.base is None:
+            return self.path
+        beside = self.path / self.base
+        return find_base(beside if beside.is_dir() else self.base)
+
+
+def find_folder(name: str | Path) -> Path:
+    """Local folder of a model or base: `tiny`, a folder, or a hub id (downloaded into the hub's cache).
+
+    Raises UsageError where there is none.
+    """
+    if str(name) == "tiny":
+        return Path(str(files("deedsr") / "assets" / "tiny"))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UsageError(f"{path} is a file: give the folder of a model")
+    if _HUB_ID.fullmatch(str(name)):
+        return _download(str(name))
+    raise UsageError(f"there is no model folder {name}")
+
+
+def find_base(name: str | Path) -> Path:
+    """Local folder with `vae/`, `unet/` and `scheduler/`; a trained model stands for the base it was trained on.
+
+    Raises UsageError where there is none.
+    """
+    path = find_folder(name)
+    if (path / "deedsr.json").is_file() and not (path / "unet").is_dir():
+        return ModelFolder.read(path).base_path()
+    missing = [part for part in BASE_PARTS if not (path / part).is_dir()]
+    if missing:
+        raise UsageError(
+            f"the base {name} has no {' and no '.join(f'{part}/' for part in missing)}: "
+            "give a Stable Diffusion model in diffusers layout, or tiny"
+        )
+    return path
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    # One set of weights: no half-precision variants, no other formats, nothing pickled.
+    wanted = ["*.json", "*/diffusion_pytorch_model.safetensors", "*/diffusion_pytorch_model-*-of-*.safetensors"]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=wanted))
+    except Exception as error:  # the hub's client raises a dozen kinds, of requests, httpx and its own
+        raise UsageError(
+            f"{hub_id} is no local folder, and the model hub did not give it ({type(error).__name__}): "
+            "check the name, the network and, for a private model, the login"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} is not a JSON object")
+    return value
+
+
+def load_part(path: Path, part: str, **options: Any) -> Any:
+    """One part of a model from its folder `path/part`: `vae`, `unet`, `scheduler`, `learner` or `adapter`.
+
+    `options` go to diffusers' `from_pretrained` (`torch_dtype`, `variant`); the learner stays float32.
+    Raises UsageError where the folder is missing, holds another kind of part, or weights that do not fit its configuration.
+    """
+    folder = path / part
+    config_name = "scheduler_config.json" if part == "scheduler" else "config.json"
+    if not (folder / config_name).is_file():
+        raise UsageError(f"{path} is not a complete model: {part}/{config_name} is missing")
+    kinds = _kinds(part)
+    name = _read_json(folder / config_name).get("_class_name", "")
+    kind = kinds.get(name)
+    if kind is None:
+        wanted = "a scheduler of diffusers" if part == "scheduler" else " or ".join(sorted(kinds))
+        raise UsageError(f"{folder} holds no {part}: {config_name} names {name or 'nothing'}, not {wanted}")
+    if part == "scheduler":
+        return kind.from_pretrained(folder)
+    if part == "learner":
+        options.pop("torch_dtype", None)  # runs once per picture, and its running statistics are not for half precision
+    try:
+        module, report = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
+    except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError ... by what is wrong with the file
+        raise UsageError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    unfit = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
+    if unfit:
+        raise UsageError(f"the weights in {folder} are of another model than its config.json: {len(unfit)} tensors "
+                         f"differ, such as {unfit[0]}")  # fmt: skip
+    return module.eval()
+
+
+def _kinds(part: str) -> dict[str, Any]:
+    """Classes that may play a part, by name."""
+    import diffusers
+
+    from deedsr.adapter.adapter import DegradationAwareAdapter
+    from deedsr.learner.resnet import DegradationLearner
+
+    if part == "scheduler":
+        return {name: getattr(diffusers, name) for name in dir(diffusers) if name.endswith("Scheduler")}
+    classes = {
+        "vae": [diffusers.AutoencoderKL, diffusers.AutoencoderTiny],
+        "unet": [diffusers.UNet2DConditionModel],
+        "learner": [DegradationLearner],
+        "adapter": [DegradationAwareAdapter],
+    }
+    return {kind.__name__: kind for kind in classes[part]}

@@ -1,0 +1,48 @@
+"""How a picture is sampled: what a model recommends, and what a caller wants otherwise."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Self
+
+from deedsr.errors import UsageError
+from deedsr.sampling.color_fix import COLOR_FIXES
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """The defaults are the paper's: 50 DDIM steps with eta 1, the first one guided wholly by the LR latent."""
+
+    num_inference_steps: int = 50
+    noise_guidance: float = 1.0  # strength, 0 (off) .. 1 (predicted clean latent replaced by the LR latent)
+    noise_guidance_share: float = 0.0  # of the steps, from the first on; 0 = the first step only
+    eta: float = 1.0  # 0 = deterministic sampling, 1 = fresh noise in every step
+    color_fix: str = "adain"  # none, adain or wavelet
+
+    def __post_init__(self) -> None:
+        _require_number("num_inference_steps", self.num_inference_steps, 1, 1000, kind=int)
+        for name in ("noise_guidance", "noise_guidance_share", "eta"):
+            _require_number(name, getattr(self, name), 0, 1, kind=int | float)
+        if self.color_fix not in COLOR_FIXES:
+            raise UsageError(f"color_fix must be one of {', '.join(COLOR_FIXES)}, got {self.color_fix!r}")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """Settings from a model's configuration; a name it does not know is a UsageError."""
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise UsageError(f"unknown sampling setting {name!r}: there are {', '.join(known)}")
+        return cls(**values)
+
+    def override(self, **wanted: Any) -> Self:
+        """These settings with every value that is not None in place of its own."""
+        return replace(self, **{name: value for name, value in wanted.items() if value is not None})
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _require_number(name: str, value: Any, low: int, high: int, kind: Any) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
+        noun = "a whole number" if kind is int else "a number"
+        raise UsageError(f"{name} must be {noun} from {low} to {high}, got {value!r}")

@@ -1,0 +1,475 @@
+"""Claims about sampling, on small networks of the real classes with random weights and on the shipped photographs."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    UNet2DConditionModel,
+)
+from PIL import Image
+
+from deedsr.adapter.adapter import DegradationAwareAdapter
+from deedsr.errors import UsageError
+from deedsr.learner.resnet import LEARNER_PRESETS, DegradationLearner
+from deedsr.sampling.color_fix import COLOR_FIXES, fix_color
+from deedsr.sampling.guidance import clean_latent, guidance_strengths, model_output
+from deedsr.sampling.images import pad_reflect
+from deedsr.sampling.latents import decode_latents, encode_latents, enlarge
+from deedsr.sampling.pipeline import DeeDSRPipeline
+from deedsr.sampling.settings import SamplingSettings
+
+# Stable Diffusion 2.1-base's noise schedule.
+SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+
+
+def make_pipeline(kind: str = "tiny", prediction: str = "v_prediction", **options) -> DeeDSRPipeline:
+    """A pipeline around a KL (factor 2) or Tiny (factor 4) autoencoder and a two-level UNet, weights from seed 0."""
+    torch.manual_seed(0)
+    vae = {
+        "kl": lambda: AutoencoderKL(
+            block_out_channels=(16, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=8,
+            latent_channels=4,
+        ),
+        "tiny": lambda: AutoencoderTiny(
+            encoder_block_out_channels=(16, 16, 16),
+            decoder_block_out_channels=(16, 16, 16),
+            num_encoder_blocks=(1, 1, 1),
+            num_decoder_blocks=(1, 1, 1),
+        ),
+    }[kind]()
+    unet = UNet2DConditionModel(
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+    learner = DegradationLearner(**LEARNER_PRESETS["tiny"])
+    adapter = DegradationAwareAdapter.for_unet(unet, preset="tiny", degradation_dim=learner.dim)
+    for parameter in adapter.parameters():  # what starts at zero has learned something in a trained adapter
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    parts = [part.eval() for part in (vae, unet, learner, adapter)]
+    pipe = DeeDSRPipeline(
+        *parts[:2], DDIMScheduler(**SCHEDULE, prediction_type=prediction), *parts[2:], sampling=options
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> DeeDSRPipeline:
+    return make_pipeline(num_inference_steps=4)
+
+
+@pytest.fixture(scope="module")
+def lr(photos) -> np.ndarray:
+    image = cv2.cvtColor(cv2.imread(str(photos / "validation" / "Green-Maple.jpg")), cv2.COLOR_BGR2RGB)
+    return cv2.resize(image, (96, 54), interpolation=cv2.INTER_AREA)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def pixels(result) -> np.ndarray:
+    return np.asarray(result.images[0]).astype(int)
+
+
+def test_equal_seeds_give_equal_pictures_and_others_do_not(pipe, lr):
+    first, again, other = (pixels(pipe(lr, generator=seeded(seed))) for seed in (7, 7, 8))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_a_second_call_with_the_same_generator_draws_anew(pipe, lr):
+    generator = seeded()
+    assert not np.array_equal(pixels(pipe(lr, generator=generator)), pixels(pipe(lr, generator=generator)))
+
+
+def test_manual_seed_of_torch_is_followed_without_a_generator(pipe, lr):
+    pictures = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        pictures.append(pixels(pipe(lr)))
+    assert np.array_equal(*pictures)
+
+
+@pytest.mark.parametrize("kind", ["kl", "tiny"])
+def test_a_batch_of_several_sizes_equals_the_single_pictures(kind, lr):
+    pipe = make_pipeline(kind, num_inference_steps=3)
+    inputs = [lr[:20, :24], lr[10:27, 5:18], lr[30:50, 30:54]]  # first and last are sampled together
+    batch = pipe(inputs, generator=seeded(), output_type="pt").images
+    for picture, single_input in zip(batch, inputs, strict=True):
+        single = pipe(single_input, generator=seeded(), output_type="pt").images[0]
+        torch.testing.assert_close(picture, single, atol=1e-4, rtol=0)
+
+
+def test_each_picture_may_have_its_own_generator(pipe, lr):
+    batch = pipe([lr[:16, :16]] * 2, generator=[seeded(1), seeded(2)], output_type="pt").images
+    single = pipe(lr[:16, :16], generator=seeded(2), output_type="pt").images[0]
+    torch.testing.assert_close(batch[1], single, atol=1e-4, rtol=0)
+    assert not torch.allclose(batch[0], batch[1])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (2, 3), (5, 40), (8, 8), (13, 17), (33, 10)])
+@pytest.mark.parametrize("kind", ["kl", "tiny"])
+def test_any_size_comes_out_four_times_as_large(kind, size, lr):
+    pipe = make_pipeline(kind, num_inference_steps=2)
+    picture = pipe(np.ascontiguousarray(lr[: size[0], : size[1]]), generator=seeded()).images[0]
+    assert picture.size == (4 * size[1], 4 * size[0])
+
+
+def test_padding_mirrors_right_and_bottom_only_as_often_as_needed():
+    x = torch.arange(6.0).reshape(1, 1, 2, 3)
+    expected = np.pad(x.numpy(), ((0, 0), (0, 0), (0, 5), (0, 9)), mode="reflect")
+    np.testing.assert_array_equal(pad_reflect(x, 7, 12), expected)
+    assert torch.equal(pad_reflect(x, 2, 3), x)
+    assert torch.equal(pad_reflect(x[..., :1], 2, 4), x[..., :1].expand(1, 1, 2, 4))
+
+
+def test_padding_stops_at_the_next_whole_latent_cell_of_the_deepest_level(pipe, lr):
+    seen = []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[2:]))
+    pipe(lr[:13, :16], num_inference_steps=2)  # 52 x 64 pixels, in multiples of 4 (autoencoder) x 2 (levels)
+    hook.remove()
+    assert seen == [(14, 16)]
+
+
+def test_timesteps_of_fifty_steps_are_the_papers():
+    scheduler = DDIMScheduler(**SCHEDULE)
+    scheduler.set_timesteps(50)
+    assert scheduler.timesteps.tolist() == list(range(981, 0, -20))
+    assert scheduler.alphas_cumprod[[981, 961]].tolist() == pytest.approx([0.005776, 0.007282], abs=1e-6)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_full_guidance_is_the_papers_first_step(prediction):
+    """x = sqrt(a') z + sqrt(1 - a' - sigma^2) eps + sigma n with the eps that fits z, sigma = 0.4545."""
+    scheduler = DDIMScheduler(**SCHEDULE, prediction_type=prediction)
+    scheduler.set_timesteps(50)
+    z, x_t = (torch.randn(1, 4, 8, 8, generator=seeded(seed)) for seed in (1, 2))
+    a, a_prev = scheduler.alphas_cumprod[981], scheduler.alphas_cumprod[961]
+    output = model_output(z, x_t, a, prediction)
+    stepped = scheduler.step(output, 981, x_t, eta=1.0, generator=seeded(3)).prev_sample
+
+    sigma = ((1 - a_prev) / (1 - a) * (1 - a / a_prev)).sqrt()
+    assert sigma == pytest.approx(0.4545, abs=5e-5)
+    eps = (x_t - a.sqrt() * z) / (1 - a).sqrt()
+    noise = torch.randn(z.shape, generator=seeded(3))
+    expected = a_prev.sqrt() * z + (1 - a_prev - sigma**2).sqrt() * eps + sigma * noise
+    torch.testing.assert_close(stepped, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_model_output_and_clean_latent_are_inverse(prediction):
+    x_0, x_t = (torch.randn(2, 4, 8, 8, generator=seeded(seed), dtype=torch.float64) for seed in (1, 2))
+    abar = torch.tensor(0.3, dtype=torch.float64)
+    torch.testing.assert_close(clean_latent(model_output(x_0, x_t, abar, prediction), x_t, abar, prediction), x_0)
+
+
+def test_guidance_acts_on_the_first_step_or_the_given_share():
+    assert guidance_strengths(1.0, 0.0, 5) == [1, 0, 0, 0, 0]
+    assert guidance_strengths(0.5, 0.4, 5) == [0.5, 0.5, 0, 0, 0]
+    assert guidance_strengths(0.0, 1.0, 3) == [0, 0, 0]
+
+
+def test_the_unet_is_not_asked_where_its_answer_would_be_thrown_away(pipe, lr):
+    calls = []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, args: calls.append(args[1]))
+    for guidance, share, expected in ((1.0, 0.0, 9), (1.0, 0.5, 5), (0.5, 0.5, 10), (0.0, 0.0, 10)):
+        calls.clear()
+        pipe(lr[:8, :8], num_inference_steps=10, noise_guidance=guidance, noise_guidance_share=share)
+        assert len(calls) == expected
+    hook.remove()
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler])
+def test_guidance_in_every_step_returns_the_lr_latent_under_any_scheduler(pipe, lr, scheduler):
+    own = pipe.scheduler
+    pipe.scheduler = scheduler.from_config(own.config)
+    crop = lr[:16, :16]
+    options = {"num_inference_steps": 10, "color_fix": "none", "generator": seeded(), "output_type": "pt"}
+    picture = pipe(crop, noise_guidance=1.0, noise_guidance_share=1.0, eta=0.0, **options).images
+    pipe.scheduler = own
+
+    x = enlarge(torch.from_numpy(crop).permute(2, 0, 1)[None] / 255, 4)
+    with torch.no_grad():
+        expected = decode_latents(pipe.vae, encode_latents(pipe.vae, 2 * x - 1)) / 2 + 0.5
+    torch.testing.assert_close(picture, expected.clamp(0, 1), atol=0.02, rtol=0)
+
+
+def test_stronger_guidance_brings_the_picture_closer_to_the_lr(pipe, lr):
+    crop = lr[:24, :24]
+    results = [
+        pixels(pipe(crop, noise_guidance=strength, noise_guidance_share=1.0, generator=seeded()))
+        for strength in (0.0, 0.5, 1.0)
+    ]
+    far, middle, near = (np.abs(result - results[2]).mean() for result in results)
+    assert far > middle > near == 0
+
+
+def test_what_the_model_recommends_holds_unless_overridden(lr):
+    pipe = make_pipeline(num_inference_steps=3, color_fix="wavelet", noise_guidance_share=0.4)
+    assert pipe.sampling == SamplingSettings(3, 1.0, 0.4, 1.0, "wavelet")
+    explicit = pipe(
+        lr[:8, :8], num_inference_steps=3, color_fix="wavelet", noise_guidance_share=0.4, generator=seeded()
+    )
+    recommended = pipe(lr[:8, :8], generator=seeded())
+    overridden = pipe(lr[:8, :8], color_fix="none", generator=seeded())
+    assert np.array_equal(pixels(recommended), pixels(explicit))
+    assert not np.array_equal(pixels(recommended), pixels(overridden))
+
+
+def test_the_learner_sees_the_lr_as_it_is_and_once(pipe, lr):
+    seen = []
+    hook = pipe.learner.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    pipe(lr[:13, :11], num_inference_steps=3)
+    hook.remove()
+    assert len(seen) == 1
+    torch.testing.assert_close(seen[0][0], torch.from_numpy(lr[:13, :11]).permute(2, 0, 1) / 255)
+
+
+def test_the_picture_depends_on_the_degradation_vector(pipe, lr):
+    before = pixels(pipe(lr[:16, :16], generator=seeded()))
+    hook = pipe.learner.register_forward_hook(lambda module, args, vector: vector + 1)
+    after = pixels(pipe(lr[:16, :16], generator=seeded()))
+    hook.remove()
+    assert not np.array_equal(before, after)
+
+
+def test_pil_arrays_and_tensors_are_the_same_picture_and_pixels_are_rounded(pipe, lr):
+    crop = np.ascontiguousarray(lr[:12, :12])
+    tensor = torch.from_numpy(crop).permute(2, 0, 1) / 255
+    floats = pipe(tensor, generator=seeded(), output_type="pt").images
+    for given in (Image.fromarray(crop), crop, tensor[None], crop[None], [crop]):
+        rounded = pixels(pipe(given, generator=seeded()))
+        np.testing.assert_array_equal(rounded, (floats[0] * 255).round().permute(1, 2, 0))
+    arrays = pipe(crop, generator=seeded(), output_type="np").images
+    np.testing.assert_allclose(arrays, floats.permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("method", COLOR_FIXES)
+def test_color_fixes_keep_the_size_and_match_each_picture_to_its_own_lr(method):
+    image, reference = (torch.rand(2, 3, 20, 28, generator=seeded(seed)) for seed in (1, 2))
+    reference = reference * 0.5 + torch.tensor([0.1, 0.4])[:, None, None, None]
+    fixed = fix_color(method, image, reference)
+    assert fixed.shape == image.shape
+    torch.testing.assert_close(fixed[1:], fix_color(method, image[1:], reference[1:]))
+    if method == "none":
+        assert torch.equal(fixed, image)
+        return
+    torch.testing.assert_close(fixed.mean((2, 3)), reference.mean((2, 3)), atol=0.02, rtol=0)
+    if method == "adain":
+        torch.testing.assert_close(fixed.std((2, 3)), reference.std((2, 3)), atol=1e-3, rtol=0)
+    else:  # detail stays the picture's
+        step = lambda x: x[..., 1:] - x[..., :-1]
+        torch.testing.assert_close(step(fixed), step(image), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["kl", "tiny"])
+def test_latents_of_either_autoencoder_are_scaled_and_restored(kind, lr):
+    vae = make_pipeline(kind).vae
+    vae.register_to_config(scaling_factor=0.5, shift_factor=0.25)
+    x = torch.from_numpy(lr[:16, :16]).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        raw = vae.encode(x).latent_dist.mean if kind == "kl" else vae.encode(x).latents
+        z = encode_latents(vae, x)
+        torch.testing.assert_close(z, (raw - 0.25) * 0.5)
+        torch.testing.assert_close(decode_latents(vae, z), vae.decode(raw).sample)
+        noisy = encode_latents(vae, x, torch.ones_like(z))
+    assert torch.equal(noisy, z) == (kind == "tiny")
+
+
+def test_a_saved_pipeline_comes_back_exactly(lr, tmp_path):
+    pipe = make_pipeline("kl", num_inference_steps=3, noise_guidance_share=0.4, color_fix="none")
+    pipe.save_pretrained(tmp_path / "model")
+    again = DeeDSRPipeline.from_pretrained(tmp_path / "model")
+    again.set_progress_bar_config(disable=True)
+    assert (again.scale, again.sampling) == (pipe.scale, pipe.sampling)
+    for name in ("vae", "unet", "learner", "adapter"):
+        before, after = (getattr(p, name).state_dict() for p in (pipe, again))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+    crop = lr[:16, :16]
+    assert np.array_equal(pixels(pipe(crop, generator=seeded())), pixels(again(crop, generator=seeded())))
+    assert not any(path.suffix in (".bin", ".pt", ".pkl") for path in (tmp_path / "model").rglob("*"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What `deedsr train adapter` writes, beside its base."""
+    folder = tmp_path_factory.mktemp("trained")
+    pipe = make_pipeline("kl")
+    pipe.vae.save_pretrained(folder / "base" / "vae")
+    pipe.unet.save_pretrained(folder / "base" / "unet")
+    PNDMScheduler.from_config(pipe.scheduler.config).save_pretrained(folder / "base" / "scheduler")
+    pipe.learner.save_pretrained(folder / "model" / "learner")
+    pipe.adapter.save_pretrained(folder / "model" / "adapter")
+    description = {"format_version": 1, "base": "../base", "scale": 4, "sampling": {"num_inference_steps": 2}}
+    (folder / "model" / "deedsr.json").write_text(json.dumps(description))
+    return folder
+
+
+def test_a_trained_folder_finds_its_base_and_samples_by_ddim(trained, lr, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    pipe = DeeDSRPipeline.from_pretrained(trained / "model")
+    assert isinstance(pipe.scheduler, DDIMScheduler)
+    assert pipe.scheduler.config["prediction_type"] == "v_prediction"
+    assert pipe.sampling.num_inference_steps == 2
+    pipe.scheduler.set_timesteps(50)
+    assert pipe.scheduler.timesteps[0] == 981
+    assert pipe(lr[:8, :8]).images[0].size == (32, 32)
+
+
+def test_networks_load_and_sample_in_the_dtype_asked_for(trained, lr):
+    pipe = DeeDSRPipeline.from_pretrained(trained / "model", torch_dtype=torch.bfloat16)
+    assert {pipe.unet.dtype, pipe.adapter.dtype, pipe.vae.dtype} == {torch.bfloat16}
+    assert pipe(lr[:8, :8]).images[0].size == (32, 32)
+    pipe.to(torch.float32)
+    assert pipe(lr[:8, :8]).images[0].size == (32, 32)
+
+
+def test_weights_stored_in_half_precision_compute_in_full(trained, lr, tmp_path):
+    model = copy_of(trained, tmp_path)
+    pipe = DeeDSRPipeline.from_pretrained(model)
+    pipe.adapter.half().save_pretrained(model / "adapter")
+    pipe.learner.half().save_pretrained(model / "learner")
+    again = DeeDSRPipeline.from_pretrained(model)
+    assert {again.learner.dtype, again.adapter.dtype} == {torch.float32}
+    assert again(lr[:8, :8]).images[0].size == (32, 32)
+
+
+def copy_of(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "copy")
+    return tmp_path / "copy" / "model"
+
+
+def test_a_folder_that_is_no_model_is_refused_with_the_remedy(trained, tmp_path):
+    for folder, message in (
+        (tmp_path / "nothing", "there is no model folder"),
+        (tmp_path, "neither model_index.json nor deedsr.json"),
+        (trained / "base", "neither model_index.json nor deedsr.json"),
+        (trained / "model" / "deedsr.json", "is a file"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            DeeDSRPipeline.from_pretrained(folder)
+    with pytest.raises(UsageError, match="the model hub did not give it"):
+        DeeDSRPipeline.from_pretrained("nobody/nothing")
+
+
+def test_a_damaged_or_foreign_part_is_one_clear_error(trained, tmp_path):
+    model = copy_of(trained, tmp_path)
+    weights = model / "adapter" / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UsageError, match="adapter cannot be loaded"):
+        DeeDSRPipeline.from_pretrained(model)
+    weights.write_bytes((model / "learner" / "diffusion_pytorch_model.safetensors").read_bytes())
+    with pytest.raises(UsageError, match="adapter.* (cannot be loaded|of another model)"):
+        DeeDSRPipeline.from_pretrained(model)
+    weights.unlink()
+    with pytest.raises(UsageError, match="adapter cannot be loaded"):
+        DeeDSRPipeline.from_pretrained(model)
+    weights.write_bytes(whole)
+
+    (model / "adapter" / "config.json").rename(model / "adapter" / "other.json")
+    with pytest.raises(UsageError, match="adapter/config.json is missing"):
+        DeeDSRPipeline.from_pretrained(model)
+    (model / "adapter" / "config.json").write_text((model / "learner" / "config.json").read_text())
+    with pytest.raises(UsageError, match="names DegradationLearner, not DegradationAwareAdapter"):
+        DeeDSRPipeline.from_pretrained(model)
+
+
+def test_an_adapter_of_another_base_is_refused(trained, tmp_path):
+    torch.manual_seed(0)
+    other = UNet2DConditionModel(
+        block_out_channels=(16, 16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+    with pytest.raises(UsageError, match="does not fit its base"):
+        DeeDSRPipeline.from_pretrained(trained / "model", unet=other)
+
+
+def test_a_missing_base_is_refused_by_name(trained, tmp_path):
+    model = copy_of(trained, tmp_path)
+    description = json.loads((model / "deedsr.json").read_text())
+    (model / "deedsr.json").write_text(json.dumps(description | {"base": "../gone"}))
+    with pytest.raises(UsageError, match="gone"):
+        DeeDSRPipeline.from_pretrained(model)
+    pipe = DeeDSRPipeline.from_pretrained(model, base=trained / "base")
+    assert pipe.scale == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_inference_steps": 0}, "num_inference_steps must be a whole number from 1 to 1000, got 0"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps"),
+        ({"noise_guidance": 1.5}, "noise_guidance must be a number from 0 to 1, got 1.5"),
+        ({"noise_guidance_share": float("nan")}, "noise_guidance_share"),
+        ({"eta": -1}, "eta"),
+        ({"color_fix": "sepia"}, "color_fix must be one of none, adain, wavelet, got 'sepia'"),
+    ],
+)
+def test_impossible_settings_are_refused_by_name(pipe, lr, options, message):
+    with pytest.raises(UsageError, match=message):
+        pipe(lr, **options)
+
+
+def test_inputs_that_are_no_pictures_are_refused(pipe, lr):
+    for bad in ([], lr / 255, lr[..., :1], lr[:0], torch.full((3, 4, 4), 2.0), torch.full((3, 4, 4), torch.nan), "x"):
+        with pytest.raises(ValueError):
+            pipe(bad)
+    with pytest.raises(ValueError, match="1 generators for 2 pictures"):
+        pipe([lr, lr], generator=[seeded()])
+
+
+def test_importing_the_pipeline_loads_neither_ray_nor_mlflow_nor_boto3():
+    program = (
+        "import sys, deedsr; assert 'torch' not in sys.modules; from deedsr import DeeDSRPipeline; "
+        "print([name for name in ('ray', 'mlflow', 'boto3', 'pipelines', 'jobs') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
