@@ -42,7 +42,7 @@ def small_recipe():
 
 @pytest.fixture(scope="session")
 def small_dataset(ray_cluster, photos, small_recipe, tmp_path_factory) -> str:
-    """A dataset of the shipped photographs: 88 samples for training, 48 for validation, in several shards. Read only."""
+    """A dataset of the shipped photographs, read only: 88 samples for training, 48 for validation, several shards."""
     from pipelines.shards import generate
 
     out = str(tmp_path_factory.mktemp("small") / "dataset")
