@@ -78,10 +78,15 @@ def _half_size(y: np.ndarray) -> np.ndarray:
     return y
 
 
-def _features(image: np.ndarray, border: int) -> np.ndarray:
-    """Features of all whole blocks of an image, (N, 36); NaN for a block without variation."""
-    y = np.round(luma(image, border))
+def niqe_features(image: np.ndarray) -> np.ndarray:
+    """What NIQE looks at in a uint8 RGB image (H, W, 3): 36 numbers of each whole block of 96 x 96 pixels, (N, 36).
+
+    Blocks without variation are left out, so N may be 0.
+    """
+    y = np.round(luma(image))
     rows, columns = (side // BLOCK for side in y.shape)
+    if not rows or not columns:
+        return np.empty((0, 36))
     y = y[: rows * BLOCK, : columns * BLOCK]
     scales = []
     for side in (BLOCK, BLOCK // 2):
@@ -89,19 +94,12 @@ def _features(image: np.ndarray, border: int) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):
             scales.append(_block_features(blocks))
         y = _half_size(y)
-    return np.concatenate(scales, axis=1)
+    features_NF = np.concatenate(scales, axis=1)
+    return features_NF[np.isfinite(features_NF).all(axis=1)]
 
 
-def niqe_set(images: Iterable[np.ndarray], border: int = 0) -> float:
-    """NIQE of a set of uint8 RGB images (H, W, 3): one fit over the blocks of all of them. Lower is more natural.
-
-    This is how crops of 256 pixels can be judged, each too small for a fit of its own. A sharp photograph has 2.6
-    to 5, a bicubic enlargement by 4 has 7 to 10. Grain and over-sharpening lower it too.
-    Raises ValueError where fewer than two blocks of 96 x 96 pixels with texture are found.
-    """
-    features = [_features(image, border) for image in images if min(image.shape[:2]) - 2 * border >= BLOCK]
-    features_NF = np.concatenate(features) if features else np.empty((0, 36))
-    features_NF = features_NF[np.isfinite(features_NF).all(axis=1)]
+def niqe_of_features(features_NF: np.ndarray) -> float:
+    """NIQE from the features of all blocks, of one image or of many. Raises ValueError for fewer than two blocks."""
     if len(features_NF) < 2:
         raise ValueError(
             f"NIQE needs two blocks of {BLOCK}x{BLOCK} pixels with texture, found {len(features_NF)}: "
@@ -113,6 +111,16 @@ def niqe_set(images: Iterable[np.ndarray], border: int = 0) -> float:
     return float(np.sqrt(difference_F @ np.linalg.pinv(covariance_FF) @ difference_F))
 
 
-def niqe(image: np.ndarray, border: int = 0) -> float:
+def niqe_set(images: Iterable[np.ndarray]) -> float:
+    """NIQE of a set of uint8 RGB images (H, W, 3): one fit over the blocks of all of them. Lower is more natural.
+
+    This is how crops of 256 pixels can be judged, each too small for a fit of its own. A sharp photograph has 2.6
+    to 5, a bicubic enlargement by 4 has 7 to 10. Grain and over-sharpening lower it too.
+    Raises ValueError where fewer than two blocks of 96 x 96 pixels with texture are found.
+    """
+    return niqe_of_features(np.concatenate([np.empty((0, 36)), *map(niqe_features, images)]))
+
+
+def niqe(image: np.ndarray) -> float:
     """NIQE of one uint8 RGB image (H, W, 3), meaningful from 512 pixels a side on; see `niqe_set`."""
-    return niqe_set([image], border)
+    return niqe_set([image])

@@ -140,7 +140,8 @@ def load_part(path: Path, part: str, **options: Any) -> Any:
     """One part of a model from its folder `path/part`: `vae`, `unet`, `scheduler`, `learner` or `adapter`.
 
     `options` go to diffusers' `from_pretrained` (`torch_dtype`, `variant`); the learner stays float32.
-    Raises UsageError where the folder is missing, holds another kind of part, or weights that do not fit its configuration.
+    Raises UsageError where the folder is missing, holds another kind of part, or weights that do not fit its
+    configuration.
     """
     folder = path / part
     config_name = "scheduler_config.json" if part == "scheduler" else "config.json"
