@@ -32,7 +32,13 @@ def connect() -> None:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         # "local" never joins a cluster that somebody else runs on this machine.
-        ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE, logging_level="WARNING")
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE,
+            logging_level="WARNING",
+            log_to_driver=False,
+        )
         return
     try:
         ray.init(address=address, logging_level="WARNING")

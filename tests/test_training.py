@@ -225,7 +225,7 @@ for kind, tree in json.loads(sys.argv[1]):
         from pipelines.training.adapter_stage import AdapterStage
         stage = AdapterStage(options, dataset.scale)
     curve = Curve()
-    train(stage, options, dataset, torch.device("cpu"), curve, progress=False)
+    train(stage, options, dataset, torch.device("cpu"), curve)
     curves.append(curve)
 if dist.get_rank() == 0:
     print("CURVES" + json.dumps(curves))

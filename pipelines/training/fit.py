@@ -22,6 +22,7 @@ from pipelines.training.config import (
     resolved,
     worker_range,
 )
+from pipelines.training.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 RECORD = "training.json"  # what this --out is: stage, configuration, inputs, MLflow run
@@ -143,7 +144,11 @@ def _run_ray_train(
             f"{workers[0] * cpus:g} CPUs, this machine has {resources.get('CPU', 0):g}: ask for fewer"
         )
     # Ray Train keeps its own records per attempt; ours are the checkpoints in --out, so these are dropped again.
-    with cluster.scratch(options.out, f"_ray-{uuid.uuid4().hex[:8]}") as (path, filesystem):
+    done = checkpoint.committed(open_storage(options.out))
+    with (
+        cluster.scratch(options.out, f"_ray-{uuid.uuid4().hex[:8]}") as (path, filesystem),
+        progress_bar(stage, options.train.max_steps, done[-1].step if done else 0, progress) as bar,
+    ):
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={
@@ -152,7 +157,7 @@ def _run_ray_train(
                 "run_id": run_id,
                 "tracking_uri": tracking_uri,
                 "threads": max(1, int(cpus)),
-                "progress": progress,
+                "progress": bar,
             },
             torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
             scaling_config=ScalingConfig(

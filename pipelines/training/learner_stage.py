@@ -1,6 +1,5 @@
 """Stage 1: the degradation learner, by momentum contrast between quadrants of one LR image."""
 
-import hashlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ class LearnerStage:
         return {
             "query": query.astype(np.float32) / 255,
             "key": key.astype(np.float32) / 255,
-            "source": number(f"{sample.info['source_root']}/{sample.info['source']}"),
+            "source": np.int64(int(index["source_sha256"][row].as_py()[:15], 16)),
         }
 
     def loss(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -72,11 +71,6 @@ class LearnerStage:
         learner = DegradationLearner.from_config(self.learner.config)
         learner.load_state_dict(trained | under(state, "buffers."))
         learner.save_pretrained(folder / "learner")
-
-
-def number(text: str) -> np.int64:
-    """A stable 63-bit number for a name."""
-    return np.int64(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1)
 
 
 def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

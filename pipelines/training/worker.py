@@ -3,6 +3,7 @@
 import logging
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """Ray Train's loop of one worker. `config`: `stage`, `options`, `run_id`, `tracking_uri`, `threads`."""
+    """Ray Train's loop of one worker. `config`: `stage`, `options`, `run_id`, `tracking_uri`, `threads`, `progress`."""
     import ray.train.torch
 
     torch.set_num_threads(config["threads"])
@@ -47,7 +48,7 @@ def train_worker(config: dict[str, Any]) -> None:
 
         run = tracking.open_run(config["tracking_uri"], config["run_id"])
     try:
-        train(stage, options, dataset, ray.train.torch.get_device(), run, progress=config["progress"])
+        train(stage, options, dataset, ray.train.torch.get_device(), run, config["progress"].tell.remote)
     finally:
         if run:
             run.close()
@@ -59,9 +60,12 @@ def train(
     dataset: Dataset,
     device: torch.device,
     run: Any | None,
-    progress: bool = True,
+    tell: Callable[[int, float], Any] = lambda step, loss: None,
 ) -> None:
-    """Train `stage` from its last checkpoint to `train.max_steps`. Needs a process group; every worker calls it."""
+    """Train `stage` from its last checkpoint to `train.max_steps`. Needs a process group; every worker calls it.
+
+    Rank 0 logs to `run` and tells `tell` each logged step and its loss.
+    """
     plan = options.train
     out = open_storage(options.out)
     index = dataset.index("train")
@@ -97,7 +101,6 @@ def train(
         world_size=world_size,
         rank=rank,
     )
-    bar = _bar(stage.name, plan.max_steps, first_step) if rank == 0 and progress else None
 
     # 3. optimizer steps
     began = logged = time.perf_counter()
@@ -134,9 +137,8 @@ def train(
                 values["grad_norm"] = norm
             if run:
                 run.log_metrics(values, step)
-            if bar:
-                bar.update(since)
-                bar.set_description(f"{stage.name} loss {loss_value:.4f}")
+            if rank == 0:
+                tell(step, loss_value)
         began = time.perf_counter()
 
         if step % plan.checkpoint_every == 0 or step == plan.max_steps:
@@ -144,8 +146,6 @@ def train(
                 run.flush()  # a checkpoint never runs ahead of the curves
             _checkpoint(out, stage, engine, ema, checkpoint.Checkpoint(step, step * plan.global_batch_size, loss_value),
                         plan.keep_checkpoints)  # fmt: skip
-    if bar:
-        bar.close()
 
     # 4. the trained model
     if rank == 0:
@@ -184,11 +184,3 @@ def _export(out: Storage, stage: Stage, tensors: dict[str, dict[str, Tensor]]) -
     with tempfile.TemporaryDirectory() as folder:
         stage.export(Path(folder), averaged or tensors["trained"], rest)
         publish(Path(folder), out.uri)
-
-
-def _bar(name: str, total: int, initial: int) -> Any:
-    from ray.experimental import tqdm_ray
-
-    bar = tqdm_ray.tqdm(total=total, desc=name)
-    bar.update(initial)
-    return bar
