@@ -11,6 +11,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from scipy.sparse import csr_array
 
 from deedsr.degradation import noise
 from deedsr.degradation.kernels import blur_kernel
@@ -70,12 +71,11 @@ def rescale(image: np.ndarray, mode: str, factor: float) -> np.ndarray:
     """Resize by a factor, sizes rounded down, as `F.interpolate(scale_factor=factor)` does without antialiasing."""
     if factor == 1:
         return image
-    height, width = (max(1, int(side * factor)) for side in image.shape[:2])
+    height, width = (int(side * factor) for side in image.shape[:2])
     if mode == "area":
         return _average(_to_float(image), height, width)
     # OpenCV rounds the size up or down but maps pixels by the factor itself, so that cutting the surplus is exact.
-    factor_y, factor_x = max(factor, 0.51 / image.shape[0]), max(factor, 0.51 / image.shape[1])
-    resized = cv2.resize(_to_float(image), None, fx=factor_x, fy=factor_y, interpolation=_INTERPOLATION[mode])
+    resized = cv2.resize(_to_float(image), None, fx=factor, fy=factor, interpolation=_INTERPOLATION[mode])
     return resized[:height, :width]
 
 
@@ -92,23 +92,19 @@ def resize(image: np.ndarray, mode: str, size: list[int], factor: float = 1.0) -
 
 def _average(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Mean of the pixels that each output pixel touches (torch's area mode, adaptive average pooling)."""
-    return _average_axis(_average_axis(image, 0, height), 1, width)
+    columns = cv2.transpose(_average_rows(image, height))
+    return cv2.transpose(_average_rows(columns, width))
 
 
-def _average_axis(image: np.ndarray, axis: int, count: int) -> np.ndarray:
-    length = image.shape[axis]
-    if count == length:
-        return image
-    index = np.arange(count)
+def _average_rows(image: np.ndarray, count: int) -> np.ndarray:
+    length, index = image.shape[0], np.arange(count)
     start = index * length // count
     touched = -(-(index + 1) * length // count) - start
-    shape = (-1, 1, 1) if axis == 0 else (1, -1, 1)
-    total = image.take(start, axis)
-    for offset in range(1, touched.max()):
-        inside = (touched > offset).astype(np.float32).reshape(shape)
-        total += image.take(start + offset, axis, mode="clip") * inside
-    total *= (1 / touched).astype(np.float32).reshape(shape)
-    return total
+    ends = np.concatenate([[0], np.cumsum(touched)])
+    source = np.arange(ends[-1]) + np.repeat(start - ends[:-1], touched)
+    weights = np.repeat((1 / touched).astype(np.float32), touched)
+    matrix = csr_array((weights, source, ends), shape=(count, length))
+    return (matrix @ image.reshape(length, -1)).reshape(count, *image.shape[1:])
 
 
 def add_noise(image: np.ndarray, family: str, gray: bool, seed: int, **strength: float) -> np.ndarray:

@@ -19,6 +19,7 @@ __all__ = ["NOISE_FAMILIES", "RESIZE_MODES", "draw_degradation", "scalar_paramet
 
 RESIZE_MODES = ("area", "bilinear", "bicubic")
 NOISE_FAMILIES = ("gaussian", "poisson")
+_LEAST_SIDE = 16
 
 # Columns of `samples.parquet` by step. A value that a sample did not draw is NaN.
 _BLUR = ("kernel", "size", "sigma_x", "sigma_y", "theta", "beta", "cutoff")
@@ -45,11 +46,11 @@ def draw_degradation(
 
     Depends on nothing but its arguments. The result is plain JSON data: `size`, `scale`, `clean` and `steps`, the list
     of operations in order with all their parameters; noise fields are named by a 64-bit seed. Raises `ValueError` for
-    an image smaller than one LR pixel.
+    an image too small to be resized twice.
     """
     height, width = size
-    if min(size) < scale:
-        raise ValueError(f"an HR image must be at least {scale} px a side for scale {scale}, got {height}x{width}")
+    if min(size) < _LEAST_SIDE:
+        raise ValueError(f"an HR image must be at least {_LEAST_SIDE} px a side, got {height}x{width}")
     lr_size = [height // scale, width // scale]
     draws: dict[str, Any] = {"size": [height, width], "scale": scale, "clean": rng.random() < ranges.clean_probability}
     if draws["clean"]:

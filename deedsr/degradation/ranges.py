@@ -38,6 +38,12 @@ def _around_one(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
+def _factors(pair: tuple[float, float]) -> tuple[float, float]:
+    if not 0.1 <= pair[0] <= 1 <= pair[1] <= 4:
+        raise ValueError(f"must be a range [low, high] with 0.1 <= low <= 1 <= high <= 4, got {list(pair)}")
+    return pair
+
+
 def _odd(pair: tuple[int, int]) -> tuple[int, int]:
     if pair[0] % 2 == 0 or pair[1] % 2 == 0:
         raise ValueError(f"must be odd kernel sizes [low, high], got {list(pair)}")
@@ -54,6 +60,7 @@ Probability = Annotated[float, AfterValidator(_probability)]
 Sigma = Annotated[tuple[float, float], _range(0.01, 50)]
 Level = Annotated[tuple[float, float], _range(0, 255)]
 Shape = Annotated[tuple[float, float], AfterValidator(_around_one)]
+Factor = Annotated[tuple[float, float], AfterValidator(_factors)]
 KernelSizes = Annotated[tuple[int, int], _range(3, 51), AfterValidator(_odd)]
 Cutoff = Annotated[tuple[float, float], _range(0.1, math.pi)]
 Quality = Annotated[tuple[int, int], _range(1, 100)]
@@ -103,7 +110,7 @@ class ResizeShares(_Ranges):
 
 class ResizeRanges(_Ranges):
     shares: ResizeShares
-    factor: Shape  # down: low to 1, up: 1 to high
+    factor: Factor  # down: low to 1, up: 1 to high
 
 
 class NoiseRanges(_Ranges):
