@@ -1,0 +1,275 @@
+"""Runs of an experiment side by side: what differs in their configuration, their figures, curves and pictures.
+
+Runs are put together by what they read: the figures of two datasets (or of two splits of one) never share a table or a
+chart. Shards runs are the exception, since every one of them makes a dataset: they form one group.
+"""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deedsr.errors import UsageError
+from pipelines.curves import Curve, draw
+from pipelines.page import data_uri, duration_text, metric_text, read_picture, write_page
+from pipelines.tracking import EXPERIMENTS, connect, masked_uri
+from pipelines.tracking import tracking_uri as resolve_uri
+from pipelines.tracking.provenance import COMMIT_TAG, CONFIG_TAG, DIGEST_TAG, PARENT_TAG
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run as StoredRun
+
+MAX_PICTURES = 24  # in a page, over all runs
+SYSTEM_PREFIX = "system/"
+
+
+@dataclass(frozen=True)
+class RunGroup:
+    """Runs whose figures may be compared. `title` says what they share."""
+
+    title: str
+    runs: list[dict[str, Any]]
+
+    def metric_names(self) -> list[str]:
+        return sorted({name for run in self.runs for name in run["metrics"]})
+
+    def config_names(self) -> list[str]:
+        return sorted({name for run in self.runs for name in run["config"]})
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`runs`: one dict for each run, in order of `groups`, newest first. `page`: the HTML file, if one was asked for.
+
+    A run has `run_id`, `name`, `experiment`, `status`, `started` (ISO 8601, UTC), `seconds` (None while it runs),
+    `dataset_digest`, `parents`, `commit`, `config` (only the parameters in which the runs of its group differ),
+    `metrics` (last values), `samples_per_second` (None where not logged).
+    """
+
+    runs: list[dict[str, Any]]
+    page: str | None = None
+    groups: list[RunGroup] = field(default_factory=list, repr=False)
+
+    def text(self) -> str:
+        """The groups as tables for a terminal."""
+        parts = [_text_table(group) for group in self.groups]
+        return "\n\n".join([*parts, f"page: {self.page}"] if self.page else parts)
+
+
+def compare(
+    experiment: str | None = None, out: str | Path | None = None, tracking_uri: str | None = None
+) -> Comparison:
+    """Put the runs of one experiment, or (None) of all `deedsr-*` experiments, side by side.
+
+    Raises:
+        UsageError: no store, no such experiment (the message lists those there are), or no run in it.
+    """
+    uri = resolve_uri(tracking_uri)
+    if uri.startswith("sqlite:///") and not os.path.exists(uri.removeprefix("sqlite:///")):
+        # Connecting would make an empty store here, which helps nobody who stands in the wrong folder.
+        raise UsageError(
+            f"there is no MLflow store at {uri.removeprefix('sqlite:///')}: go to the folder in which the runs were "
+            "made, or set MLFLOW_TRACKING_URI"
+        )
+    client = connect(uri)
+    names = {e.experiment_id: e.name for e in client.search_experiments()}
+    wanted = {i: n for i, n in names.items() if n == experiment or (experiment is None and n.startswith("deedsr-"))}
+    if not wanted:
+        there = ", ".join(sorted(n for n in names.values() if n != "Default")) or "none"
+        raise UsageError(
+            f"no experiment {experiment or 'deedsr-*'} in the MLflow store {masked_uri(uri)}: there are: {there}"
+        )
+    stored = {run.info.run_id: run for run in _all_runs(client, list(wanted))}
+    if not stored:
+        raise UsageError(f"experiment {', '.join(wanted.values())} in {masked_uri(uri)} holds no run yet")
+    groups = _grouped([(wanted[run.info.experiment_id], run) for run in stored.values()])
+    page = None
+    if out is not None:
+        page = str(_write(client, Path(out), experiment or "All experiments", uri, groups, stored))
+    return Comparison([run for group in groups for run in group.runs], page, groups)
+
+
+def _all_runs(client: "MlflowClient", experiments: list[str]) -> list["StoredRun"]:
+    runs, token = [], None
+    while True:
+        batch = client.search_runs(experiments, order_by=["attributes.start_time DESC"], page_token=token)
+        runs += batch
+        token = batch.token
+        if not token:
+            return runs
+
+
+def _grouped(runs: Sequence[tuple[str, "StoredRun"]]) -> list[RunGroup]:
+    order = {name: number for number, name in enumerate(EXPERIMENTS)}
+    groups: dict[tuple[str, ...], list[tuple[str, StoredRun]]] = {}
+    for experiment, run in sorted(runs, key=lambda pair: order.get(pair[0], len(order))):
+        groups.setdefault(_comparable(experiment, run), []).append((experiment, run))
+    return [RunGroup(_title(key), _described(members)) for key, members in groups.items()]
+
+
+def _comparable(experiment: str, run: "StoredRun") -> tuple[str, ...]:
+    """Runs with an equal key may stand in one table: experiment, kind, dataset digest, split."""
+    kind = run.data.tags.get("deedsr.kind", experiment.removeprefix("deedsr-"))
+    if kind == "shards":
+        return experiment, kind
+    # A run that recorded no dataset is comparable with itself only.
+    digest = run.data.tags.get(DIGEST_TAG) or f"not recorded by run {run.info.run_id}"
+    return experiment, kind, digest, _config(run).get("split", "")
+
+
+def _title(key: tuple[str, ...]) -> str:
+    experiment, _, *data = key
+    if not data:
+        return experiment
+    digest, split = data
+    return f"{experiment} · dataset {digest if ' ' in digest else digest[:12]}{f' · {split}' if split else ''}"
+
+
+def _described(members: Sequence[tuple[str, "StoredRun"]]) -> list[dict[str, Any]]:
+    configs = [_config(run) for _, run in members]
+    names = {name for config in configs for name in config}
+    different = sorted(name for name in names if len({config.get(name) for config in configs}) > 1)
+    described = []
+    for (experiment, run), config in zip(members, configs, strict=True):
+        info, tags = run.info, run.data.tags
+        metrics = {k: v for k, v in sorted(run.data.metrics.items()) if not k.startswith(SYSTEM_PREFIX)}
+        described.append(
+            {
+                "run_id": info.run_id,
+                "name": info.run_name,
+                "experiment": experiment,
+                "status": info.status,
+                "started": datetime.fromtimestamp(info.start_time / 1000, UTC).isoformat(timespec="seconds"),
+                "seconds": (info.end_time - info.start_time) / 1000 if info.end_time else None,
+                "dataset_digest": tags.get(DIGEST_TAG),
+                "parents": {k.removeprefix(PARENT_TAG): v for k, v in tags.items() if k.startswith(PARENT_TAG)},
+                "commit": tags.get(COMMIT_TAG),
+                "config": {name: config.get(name) for name in different},
+                "metrics": metrics,
+                "samples_per_second": metrics.get("samples_per_second"),
+            }
+        )
+    return described
+
+
+def _config(run: "StoredRun") -> dict[str, str]:
+    """Parameters in force: a resume may have changed some, which stands in tags."""
+    changed = {k.removeprefix(CONFIG_TAG): v for k, v in run.data.tags.items() if k.startswith(CONFIG_TAG)}
+    return run.data.params | changed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+def _text_table(group: RunGroup) -> str:
+    metrics, settings = group.metric_names(), group.config_names()
+    header = ["run", "id", "status", "time", *metrics, *settings]
+    rows = [
+        [
+            run["name"],
+            run["run_id"][:8],
+            run["status"].lower(),
+            duration_text(run["seconds"]) if run["seconds"] is not None else "running",
+            *(metric_text(run["metrics"][m], m.rsplit(".", 1)[-1]) if m in run["metrics"] else "-" for m in metrics),
+            *(_short(run["config"][name]) for name in settings),
+        ]
+        for run in group.runs
+    ]
+    # One line for each figure, one column for each run: a terminal is narrow, configurations are long.
+    columns = [header, *rows]
+    widths = [max(len(cell) for cell in column) for column in columns]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in zip(*columns, strict=True)
+    ]
+    return "\n".join([group.title, *("  " + line for line in lines)])
+
+
+def _short(value: str | None) -> str:
+    value = "-" if value is None else value
+    return value if len(value) <= 40 else value[:37] + "..."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Page
+
+
+def _write(
+    client: "MlflowClient", out: Path, title: str, uri: str, groups: list[RunGroup], stored: dict[str, "StoredRun"]
+) -> Path:
+    pictures_left = MAX_PICTURES
+    sections = []
+    for group in groups:
+        labels = _labels(group.runs)
+        rows = _pictures(client, group, labels, pictures_left)
+        pictures_left -= sum(len(row["shots"]) for row in rows)
+        sections.append(
+            {
+                "title": group.title,
+                "runs": [run | {"label": labels[run["run_id"]]} for run in group.runs],
+                "metrics": group.metric_names(),
+                "settings": group.config_names(),
+                "charts": _charts(client, group, labels),
+                "pictures": rows,
+            }
+        )
+    return write_page(
+        out, "comparison.html", title=title, store=masked_uri(uri), sections=sections, known=dict.fromkeys(stored, 1)
+    )
+
+
+def _labels(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Name of each run, with a piece of its id where names repeat."""
+    names = [run["name"] for run in runs]
+    return {
+        run["run_id"]: run["name"] if names.count(run["name"]) == 1 else f"{run['name']} {run['run_id'][:6]}"
+        for run in runs
+    }
+
+
+def _charts(client: "MlflowClient", group: RunGroup, labels: dict[str, str]) -> list[Any]:
+    """Metrics that were logged over several steps, the runs of the group overlaid."""
+    charts = []
+    for name in group.metric_names():
+        curves = []
+        for run in group.runs:
+            history = client.get_metric_history(run["run_id"], name) if name in run["metrics"] else []
+            points = sorted({(m.step, m.value) for m in history})
+            if len(points) > 1:
+                curves.append(Curve(labels[run["run_id"]], points))
+        if curves:
+            charts.append(draw(curves, name))
+    return charts
+
+
+def _pictures(client: "MlflowClient", group: RunGroup, labels: dict[str, str], at_most: int) -> list[dict[str, Any]]:
+    """Pictures by name, those of most runs first, each with what every run made of it."""
+    runs_with: dict[str, list[str]] = {}
+    for run in group.runs:
+        for path in _artifacts(client, run["run_id"], "pictures"):
+            runs_with.setdefault(path, []).append(run["run_id"])
+    rows = []
+    for path in sorted(runs_with, key=lambda p: (-len(runs_with[p]), p)):
+        ids = runs_with[path]
+        if len(ids) > at_most:
+            break
+        at_most -= len(ids)
+        with tempfile.TemporaryDirectory() as folder:
+            shots = [
+                {"label": labels[i], "src": data_uri(read_picture(client.download_artifacts(i, path, folder)))}
+                for i in ids
+            ]
+        rows.append({"name": Path(path).stem, "shots": shots})
+    return rows
+
+
+def _artifacts(client: "MlflowClient", run_id: str, folder: str) -> list[str]:
+    found = []
+    for item in client.list_artifacts(run_id, folder):
+        found += _artifacts(client, run_id, item.path) if item.is_dir else [item.path]
+    return [path for path in found if path.endswith(".png")]

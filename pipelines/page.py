@@ -1,0 +1,94 @@
+"""Self-contained HTML pages: one file that opens without a network, with its styles, scripts and pictures inside."""
+
+import base64
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MAX_SIDE = 1280  # px: larger pictures are reduced for the page
+WEBP_QUALITY = 90
+
+# Name as readers know it, unit, and whether more is better (+1) or less (-1).
+METRICS: dict[str, tuple[str, str, int]] = {
+    "psnr": ("PSNR-Y", "dB", 1),
+    "ssim": ("SSIM-Y", "", 1),
+    "niqe": ("NIQE", "", -1),
+    "lpips": ("LPIPS", "", -1),
+    "dists": ("DISTS", "", -1),
+    "fid": ("FID", "", -1),
+    "musiq": ("MUSIQ", "", 1),
+    "maniqa": ("MANIQA", "", 1),
+    "clipiqa": ("CLIP-IQA", "", 1),
+}
+
+
+def write_page(out: str | Path, template: str, **content: Any) -> Path:
+    """Render `templates/{template}` with `content` and write it in one step; a reader never sees half a page."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": metric_text, "duration": duration_text}
+    html = environment.get_template(template).render(metric_names=METRICS, **content)
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{uuid4().hex[:8]}")
+    try:
+        temporary.write_text(html, encoding="utf-8")
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return out
+
+
+def read_picture(picture: "np.ndarray | str | Path") -> "np.ndarray":
+    """A picture as uint8 HWC RGB, from an array of that kind or a file."""
+    import cv2
+    import numpy as np
+
+    if isinstance(picture, np.ndarray):
+        return picture
+    found = cv2.imread(str(picture), cv2.IMREAD_COLOR)
+    if found is None:
+        raise FileNotFoundError(f"{picture} is not a readable picture")
+    return cv2.cvtColor(found, cv2.COLOR_BGR2RGB)
+
+
+def data_uri(image_HWC: "np.ndarray", lossless: bool = False) -> str:
+    """A uint8 RGB picture as WebP inside a `data:` URI, at most `MAX_SIDE` px a side."""
+    import cv2
+
+    height, width = image_HWC.shape[:2]
+    if max(height, width) > MAX_SIDE:
+        share = MAX_SIDE / max(height, width)
+        size = (max(1, round(width * share)), max(1, round(height * share)))
+        image_HWC = cv2.resize(image_HWC, size, interpolation=cv2.INTER_AREA)
+    quality = 101 if lossless else WEBP_QUALITY  # OpenCV: above 100 means lossless
+    _, data = cv2.imencode(".webp", cv2.cvtColor(image_HWC, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_WEBP_QUALITY, quality])
+    return "data:image/webp;base64," + base64.b64encode(data.tobytes()).decode()
+
+
+def metric_text(value: float, metric: str = "") -> str:
+    """A metric to the digits in which it is usually given."""
+    return f"{value:.4f}" if metric in ("ssim", "lpips", "dists") else f"{value:.2f}"
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds as people say them: `0.42 s`, `38 s`, `9 min 12 s`, `2 h 05 min`."""
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{rest} s"
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

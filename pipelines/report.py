@@ -1,0 +1,288 @@
+"""The report of a demo: one HTML file that shows what was run and what came out.
+
+It takes plain data and opens nothing but the picture files that it is given:
+
+    write_report("out/report.html", DemoReport(
+        title="...", summary="...", seconds=512.0,
+        steps=[Step("Degradation shards", "deedsr shards --source ...", 31.0, "96 pairs in 4 shards")],
+        evaluation=Evaluation(digest, samples=24, metrics={"Bicubic": {"psnr": 23.1, ...}, "tiny": {...}}),
+        trainings=[Training("Degradation learner", curves=[Curve("loss", [(1, 4.1), ...])], ...)],
+        samples=[ShardSample(key, lr, hr, degradation)],
+        pictures=[PictureSet("Yellow-Flower", {"LR": ..., "Bicubic": ..., "This demo": ..., "tiny": ..., "HR": ...})],
+        versions={"torch": "..."}, machine={"CPU": "2 cores"}, dataset_digest=digest,
+        links=[Link("Lossless pictures", "evaluation/pictures/")],
+        commands=[("Browse the runs", "mlflow ui --backend-store-uri sqlite:////...")],
+    ))
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deedsr.errors import DeeDSRError
+from pipelines.curves import Curve, draw
+from pipelines.page import METRICS, data_uri, read_picture, write_page
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Picture = np.ndarray | str | Path  # uint8 HWC RGB, or a file
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the chain: `command` as a person would type it, `result` one line of what came out."""
+
+    name: str
+    command: str
+    seconds: float
+    result: str
+
+
+@dataclass(frozen=True)
+class Training:
+    """One trained stage. Each curve becomes a chart of its own; `config` is the whole resolved configuration."""
+
+    name: str
+    curves: Sequence[Curve]
+    steps: int
+    seconds_per_step: float
+    config: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics of several methods on the same pairs of one dataset: `metrics[method][name]`, names of `page.METRICS`.
+
+    The first method is the one that the others are compared with (bicubic). None: the figure cannot be told.
+    """
+
+    dataset_digest: str
+    samples: int
+    metrics: Mapping[str, Mapping[str, float | None]]
+    note: str = ""
+
+
+def evaluation_of(results: Mapping[str, Mapping[str, Any]], note: str = "") -> Evaluation:
+    """The table of several `results.json` by label (`{"This demo": {...}, "tiny": {...}}`), bicubic first.
+
+    Raises DeeDSRError when they were not taken on the same pairs: such figures may not share a table.
+    """
+    pairs = {
+        label: (found["dataset"]["digest"], tuple(sample["key"] for sample in found["samples"]))
+        for label, found in results.items()
+    }
+    if len(set(pairs.values())) != 1:
+        told = ", ".join(f"{label}: {len(keys)} pairs of {digest[:12]}" for label, (digest, keys) in pairs.items())
+        raise DeeDSRError(f"evaluations of different pairs cannot share a table ({told}): evaluate on one dataset")
+    ((digest, keys),) = set(pairs.values())
+    metrics = {"Bicubic": next(iter(results.values()))["metrics"]["bicubic"]}
+    metrics |= {label: found["metrics"]["model"] for label, found in results.items()}
+    return Evaluation(digest, len(keys), metrics, note)
+
+
+@dataclass(frozen=True)
+class ShardSample:
+    """A training pair and `degradation`: the values drawn for it, as in `KEY.json`."""
+
+    key: str
+    lr: "Picture"
+    hr: "Picture"
+    degradation: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """One scene in several versions, by label, from worst to best; all of one aspect ratio.
+
+    The slider first shows the second version (bicubic) against `shown`, by default the last one that is not HR.
+    `figures[label]` is one line under a version, such as `24.1 dB`.
+    """
+
+    title: str
+    versions: Mapping[str, "Picture"]
+    note: str = ""
+    shown: str = ""
+    figures: Mapping[str, str] = field(default_factory=dict)
+
+
+def evaluated_pictures(folders: Mapping[str, Path], keys: Sequence[str], shown: str = "") -> list[PictureSet]:
+    """Pictures that evaluations left, by label of the model; the folders hold `results.json` and `pictures/`.
+
+    All were taken on the same pairs: LR, bicubic and HR come from the first folder.
+    """
+    found = {label: json.loads((folder / "results.json").read_text()) for label, folder in folders.items()}
+    samples = {label: {sample["key"]: sample for sample in result["samples"]} for label, result in found.items()}
+    first = next(iter(folders))
+    sets = []
+    for key in keys:
+        base = samples[first][key]
+        files = {"LR": folders[first] / base["pictures"]["lr"], "Bicubic": folders[first] / base["pictures"]["bicubic"]}
+        files |= {label: folder / samples[label][key]["pictures"]["model"] for label, folder in folders.items()}
+        files["HR"] = folders[first] / base["pictures"]["hr"]
+        psnr = {"Bicubic": base["metrics"]["bicubic"].get("psnr")}
+        psnr |= {label: samples[label][key]["metrics"]["model"].get("psnr") for label in folders}
+        figures = {label: f"{value:.2f} dB" for label, value in psnr.items() if value is not None}
+        sets.append(PictureSet(_scene_name(base), files, shown=shown, figures=figures))
+    return sets
+
+
+def _scene_name(sample: Mapping[str, Any]) -> str:
+    """Readable name of a sample: that of its photograph, else its key."""
+    source = sample.get("source")
+    path = source.get("path") if isinstance(source, Mapping) else source
+    return Path(path).stem.replace("-", " ").replace("_", " ") if path else sample["key"]
+
+
+@dataclass(frozen=True)
+class Link:
+    """A place beside the report, by a relative path, or an address."""
+
+    label: str
+    href: str
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """All that the page shows. Sections without content are left out."""
+
+    title: str
+    summary: str
+    seconds: float
+    dataset_digest: str
+    steps: Sequence[Step]
+    evaluation: Evaluation
+    trainings: Sequence[Training]
+    samples: Sequence[ShardSample]
+    pictures: Sequence[PictureSet]
+    versions: Mapping[str, str]
+    machine: Mapping[str, str] = field(default_factory=dict)
+    links: Sequence[Link] = ()
+    commands: Sequence[tuple[str, str]] = ()
+
+
+def write_report(out: str | Path, report: DemoReport) -> Path:
+    """Write the page to `out`. About 100 kB for each 512 px version of a picture: a dozen scenes stay under 8 MB."""
+    return write_page(
+        out,
+        "report.html",
+        report=report,
+        total=sum(step.seconds for step in report.steps) or 1.0,
+        table=metric_rows(report.evaluation.metrics),
+        pictures=[picture_view(picture) for picture in report.pictures],
+        samples=[
+            {
+                "key": sample.key,
+                "hr": data_uri(read_picture(sample.hr)),
+                "lr": data_uri(read_picture(sample.lr), lossless=True),
+                "steps": describe_degradation(sample.degradation),
+            }
+            for sample in report.samples
+        ],
+        charts=[[draw([curve], curve.name) for curve in training.curves] for training in report.trainings],
+        configs=[yaml_text(training.config) for training in report.trainings],
+    )
+
+
+def picture_view(picture: PictureSet) -> dict[str, Any]:
+    """What the comparison slider of one picture needs: encoded versions and which two it starts with."""
+    labels = list(picture.versions)
+    arrays = {label: read_picture(version) for label, version in picture.versions.items()}
+    height, width = max((array.shape[:2] for array in arrays.values()), key=lambda size: size[0])
+    candidates = [label for label in labels if label != "HR"] or labels
+    return {
+        "title": picture.title,
+        "note": picture.note,
+        "width": width,
+        "height": height,
+        "focus": busiest_spot(arrays[labels[-1]]),
+        "left": labels[1] if len(labels) > 2 else labels[0],
+        "right": picture.shown or candidates[-1],
+        "versions": [
+            {
+                "label": label,
+                "src": data_uri(array, lossless=array.shape[0] < height),
+                "coarse": array.shape[0] < height,
+                "figure": picture.figures.get(label, ""),
+            }
+            for label, array in arrays.items()
+        ],
+    }
+
+
+def busiest_spot(image_HWC: "np.ndarray") -> tuple[float, float]:
+    """Centre (x, y as shares of the sides) of the window, a third of the picture wide, with the most fine detail."""
+    import cv2
+    import numpy as np
+
+    gray = cv2.cvtColor(image_HWC, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    height, width = gray.shape
+    window = (max(1, width // 3), max(1, height // 3))
+    detail = cv2.blur(np.abs(cv2.Laplacian(gray, cv2.CV_32F)), window)
+    inner = detail[window[1] // 2 : height - window[1] // 2, window[0] // 2 : width - window[0] // 2]
+    row, column = np.unravel_index(int(inner.argmax()), inner.shape)
+    return (column + window[0] // 2) / width, (row + window[1] // 2) / height
+
+
+def metric_rows(metrics: Mapping[str, Mapping[str, float | None]]) -> dict[str, Any]:
+    """A table of methods by metrics: value, difference from the first method, and whether it is the best."""
+    names = [name for name in METRICS if any(name in row for row in metrics.values())]
+    names += sorted({name for row in metrics.values() for name in row} - set(names))
+    columns = {name: [row.get(name) for row in metrics.values()] for name in names}
+
+    def cell(name: str, number: int) -> dict[str, Any]:
+        sign = METRICS[name][2] if name in METRICS else 1
+        value, baseline = columns[name][number], columns[name][0]
+        told = [sign * other for other in columns[name] if other is not None]
+        difference = value - baseline if number and value is not None and baseline is not None else None
+        return {
+            "name": name,
+            "value": value,
+            "best": value is not None and len(told) > 1 and sign * value == max(told),
+            "difference": difference,
+            "better": difference is not None and sign * difference > 0,
+        }
+
+    rows = [{"label": label, "cells": [cell(n, number) for n in names]} for number, label in enumerate(metrics)]
+    return {"names": names, "rows": rows}
+
+
+def describe_degradation(draws: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The drawn chain in words, in order: (operation, values)."""
+    titles = {"blur": "Blur", "resize": "Resize", "noise": "Noise", "jpeg": "JPEG", "sinc": "Sinc"}
+    lines = []
+    for step in draws["steps"]:
+        kind = step["step"].rstrip("0123456789")
+        lines.append((titles.get(kind, kind), ", ".join(_values(kind, step))))
+    return lines
+
+
+def _values(kind: str, step: Mapping[str, Any]) -> list[str]:
+    if kind in ("blur", "sinc"):
+        words = [step["kernel"].replace("_", " ")] if kind == "blur" else []
+        words.append(f"{step['size']} px")
+        if "cutoff" in step:
+            return [*words, f"cut-off {step['cutoff']:.2f}"]
+        sigmas = [f"{step['sigma_x']:.2f}"]
+        if step["sigma_y"] != step["sigma_x"]:
+            sigmas.append(f"{step['sigma_y']:.2f}")
+        return [*words, f"σ {' / '.join(sigmas)}"]
+    if kind == "resize":
+        size = [f"to {step['size'][1]}×{step['size'][0]}"] if "size" in step else []
+        return [step["mode"], *size] if size else [step["mode"], f"×{step['factor']:.2f}"]
+    if kind == "noise":
+        strength = f"σ {step['sigma']:.1f}" if "sigma" in step else f"scale {step['scale']:.2f}"
+        return [step["family"], strength, *(["gray"] if step["gray"] else [])]
+    if kind == "jpeg":
+        return [f"quality {step['quality']}"]
+    return [f"{name} {value}" for name, value in step.items() if name != "step"]
+
+
+def yaml_text(config: Mapping[str, Any]) -> str:
+    """A configuration as people write it; empty for none."""
+    import yaml
+
+    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True) if config else ""
