@@ -2,6 +2,7 @@
 
     python -m jobs.tiny_base autoencoder --photos DIR --out DIR
     python -m jobs.tiny_base unet        --photos DIR --out DIR
+    python -m jobs.tiny_base photos      --photos DIR --out DIR
     python -m jobs.tiny_base export      --out DIR --to deedsr/assets/tiny/base
 
 The base plays the part that Stable Diffusion plays at full size: it learns what photographs look like and never
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from PIL import Image
 from tqdm import tqdm
 
 # Shape suffixes: B batch, C channels, H W space, N tokens, D token width.
@@ -72,7 +74,7 @@ def load_photos(folder: Path, longest: int = 2200) -> list[np.ndarray]:
     for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".png")):
         if any(name in path.name for name in VALIDATION):
             continue
-        image = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+        image = np.asarray(Image.open(path).convert("RGB"))
         for side in (longest, longest // 2):
             scale = side / max(image.shape[:2])
             if scale < 1:
@@ -106,6 +108,15 @@ def recolour(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         curves = np.exp(rng.uniform(-0.4, 0.4, 3)) * levels ** np.exp(rng.uniform(-0.4, 0.4, 3))
         crop = cv2.LUT(crop, (255 * curves).clip(0, 255).round().astype(np.uint8)[None])
     return crop
+
+
+def write_photos(photos_dir: Path, out: Path) -> None:
+    """The training photographs as they are trained on, each at two sizes and also recoloured: sources for shards."""
+    for number, photo in enumerate(load_photos(photos_dir)):
+        rng = np.random.default_rng([SEED, 11, number])
+        for name, image in (("plain", photo), ("recoloured", recolour(photo, rng))):
+            bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+            cv2.imwrite(str(out / f"{number:03d}-{name}.jpg"), bgr, [cv2.IMWRITE_JPEG_QUALITY, 96])
 
 
 def to_tensor(crops: list[np.ndarray]) -> torch.Tensor:
@@ -268,7 +279,7 @@ def export(out: Path, to: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["autoencoder", "unet", "export"])
+    parser.add_argument("part", choices=["autoencoder", "unet", "photos", "export"])
     parser.add_argument("--photos", type=Path, help="folder of training photographs")
     parser.add_argument("--out", type=Path, required=True, help="folder of training state")
     parser.add_argument("--to", type=Path, help="export: folder of the diffusers layout")
@@ -282,6 +293,8 @@ def main() -> None:
         train_autoencoder(args.photos, args.out, args.steps or 5000)
     elif args.part == "unet":
         train_unet(args.photos, args.out, args.steps or 12000)
+    elif args.part == "photos":
+        write_photos(args.photos, args.out)
     else:
         export(args.out, args.to)
 

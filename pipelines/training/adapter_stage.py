@@ -41,7 +41,7 @@ class AdapterStage:
             self.unet,
             preset=self.options.model.preset,
             tokens=self.options.model.tokens,
-            degradation_dim=self.learner.degradation_dim,
+            degradation_dim=self.learner.dim,
         )
         self.adapter.initialize_from(self.unet)
         self.adapter.to(device).attach(self.unet)
