@@ -82,5 +82,7 @@ def _normal_quantiles() -> np.ndarray:
 def _few_photons(photons: int) -> np.ndarray:
     """uint8 quantiles at 65,536 midpoints, a row for each 8-bit level whose mean count is small (1 MB as a rule)."""
     levels = [level for level in range(256) if level * photons / 255 < _FEW_PHOTONS]
-    cumulative = [pdtr(np.arange(64), level * photons / 255) for level in levels]
-    return np.stack([np.searchsorted(row, _PROBABILITIES) for row in cumulative]).astype(np.uint8)
+    table = np.empty((len(levels), 65536), np.uint8)
+    for level in levels:
+        table[level] = np.searchsorted(pdtr(np.arange(64), level * photons / 255), _PROBABILITIES)
+    return table

@@ -1,0 +1,547 @@
+"""Degradation: draws, kernels, the chain against its plain transcription, recipes."""
+
+import json
+import math
+from collections import Counter
+
+import cv2
+import numpy as np
+import plain_degradation as plain
+import pytest
+import torch
+from pydantic import BaseModel
+from scipy import stats
+
+from deedsr.dataset.keys import content_key, generator, sample_key
+from deedsr.degradation import (
+    Recipe,
+    builtin_recipes,
+    chain,
+    degrade,
+    draw_degradation,
+    kernels,
+    load_recipe,
+    noise,
+    recipe,
+    scalar_parameters,
+)
+from deedsr.errors import UsageError
+
+DEEDSR = load_recipe("deedsr").degradation
+SIGNIFICANCE = 1e-4  # of each statistical test; the draws are fixed, so that a test that passes keeps passing
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = cv2.getNumThreads(), torch.get_num_threads()
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    yield
+    cv2.setNumThreads(before[0])
+    torch.set_num_threads(before[1])
+
+
+@pytest.fixture(scope="module")
+def crops(photos):
+    """256 px crops of the shipped photographs."""
+    names = sorted((photos / "train").glob("*.jpg"))
+    images = [cv2.cvtColor(cv2.imread(str(name)), cv2.COLOR_BGR2RGB) for name in names]
+    return [np.ascontiguousarray(image[300:556, 400:656]) for image in images]
+
+
+@pytest.fixture(scope="module")
+def many_draws():
+    return [draw_degradation(DEEDSR, (512, 512), 4, generator("draws", index)) for index in range(5000)]
+
+
+def values(draws, step, key):
+    found = [item[key] for draw in draws for item in draw["steps"] if item["step"] == step and key in item]
+    assert len(found) > 100
+    return np.array(found)
+
+
+def assert_uniform(sample, low, high):
+    assert low <= sample.min()
+    assert sample.max() <= high
+    assert stats.kstest(sample, stats.uniform(low, high - low).cdf).pvalue > SIGNIFICANCE
+
+
+def assert_share(hits, count, share):
+    assert stats.binomtest(int(hits), count, share).pvalue > SIGNIFICANCE
+
+
+# Draws
+
+
+def test_equal_seeds_give_equal_draws_and_other_samples_other_draws():
+    def draw(*parts):
+        return draw_degradation(DEEDSR, (512, 512), 4, generator(*parts))
+
+    assert draw("a", 1) == draw("a", 1)
+    dirty = [json.dumps(drawn) for variant in range(200) if not (drawn := draw("a", variant))["clean"]]
+    assert len(set(dirty)) == len(dirty) > 180
+
+
+def test_draws_depend_on_no_global_random_state():
+    np.random.seed(1)
+    first = draw_degradation(DEEDSR, (512, 512), 4, generator("a"))
+    np.random.seed(2)
+    cv2.setRNGSeed(5)
+    assert draw_degradation(DEEDSR, (512, 512), 4, generator("a")) == first
+
+
+def test_continuous_values_are_uniform_over_their_ranges(many_draws):
+    assert_uniform(values(many_draws, "blur1", "sigma_x"), 0.2, 1.5)
+    assert_uniform(values(many_draws, "blur2", "sigma_x"), 0.2, 1.0)
+    assert_uniform(values(many_draws, "noise1", "sigma"), 1, 15)
+    assert_uniform(values(many_draws, "noise1", "scale"), 0.05, 2.0)
+    assert_uniform(values(many_draws, "noise2", "sigma"), 1, 12)
+    assert_uniform(values(many_draws, "noise2", "scale"), 0.05, 1.0)
+    assert_uniform(values(many_draws, "sinc", "cutoff"), math.pi / 3, math.pi)
+    factor = values(many_draws, "resize1", "factor")
+    assert_uniform(factor[factor < 1], 0.3, 1)
+    assert_uniform(factor[factor > 1], 1, 1.5)
+    factor = values(many_draws, "resize2", "factor")
+    assert_uniform(factor[factor < 1], 0.6, 1)
+    assert_uniform(factor[factor > 1], 1, 1.2)
+    turned = [item for draw in many_draws for item in draw["steps"] if "anisotropic" in item.get("kernel", "")]
+    assert_uniform(np.array([item["theta"] for item in turned]), -math.pi, math.pi)
+    assert_uniform(np.array([item["sigma_y"] for item in turned if item["step"] == "blur1"]), 0.2, 1.5)
+    sinc = [item for draw in many_draws for item in draw["steps"] if item["step"] == "blur1" and "cutoff" in item]
+    assert_uniform(np.array([item["cutoff"] for item in sinc if item["size"] < 13]), math.pi / 3, math.pi)
+    assert_uniform(np.array([item["cutoff"] for item in sinc if item["size"] >= 13]), math.pi / 5, math.pi)
+
+
+def test_integers_cover_their_ranges_evenly(many_draws):
+    for step, low, high in (("jpeg1", 60, 95), ("jpeg2", 60, 100)):
+        counts = Counter(values(many_draws, step, "quality").tolist())
+        assert set(counts) == set(range(low, high + 1))
+        assert stats.chisquare(list(counts.values())).pvalue > SIGNIFICANCE
+    for step in ("blur1", "blur2", "sinc"):
+        counts = Counter(values(many_draws, step, "size").tolist())
+        assert set(counts) == {7, 9, 11, 13, 15, 17, 19, 21}
+        assert stats.chisquare(list(counts.values())).pvalue > SIGNIFICANCE
+
+
+def test_choices_have_their_shares_sample_by_sample(many_draws):
+    count = len(many_draws)
+    assert_share(sum(draw["clean"] for draw in many_draws), count, 0.01)
+    dirty = [draw for draw in many_draws if not draw["clean"]]
+    steps = [{item["step"]: item for item in draw["steps"]} for draw in dirty]
+    count = len(dirty)
+    assert all("blur1" in step for step in steps)
+    assert_share(sum("blur2" in step for step in steps), count, 0.5)
+    assert_share(sum("sinc" in step for step in steps), count, 0.8)
+    assert_share(sum(draw["steps"][-1]["step"] == "jpeg2" for draw in dirty), count, 0.5)
+    for name in ("noise1", "noise2"):
+        assert_share(sum(step[name]["family"] == "gaussian" for step in steps), count, 0.5)
+        assert_share(sum(step[name]["gray"] for step in steps), count, 0.4)
+    for name, up, down in (("resize1", 0.2, 0.7), ("resize2", 0.3, 0.4)):
+        assert_share(sum(step[name]["factor"] > 1 for step in steps), count, up)
+        assert_share(sum(step[name]["factor"] < 1 for step in steps), count, down)
+    for name in ("resize1", "resize2", "resize3"):
+        for mode in ("area", "bilinear", "bicubic"):
+            assert_share(sum(step[name]["mode"] == mode for step in steps), count, 1 / 3)
+    mix = {"sinc": 0.1} | {name: 0.9 * share for name, share in DEEDSR.blur1.mix}
+    for name, share in mix.items():
+        assert_share(sum(step["blur1"]["kernel"] == name for step in steps), count, share)
+
+
+def test_shape_exponents_lie_below_one_and_above_one_half_of_the_time_each():
+    ranges = load_recipe("realesrgan").degradation
+    draws = [draw_degradation(ranges, (64, 64), 4, generator("beta", index)) for index in range(3000)]
+    for prefix, low, high in (("generalized", 0.5, 4), ("plateau", 1, 2)):
+        found = [item for draw in draws for item in draw["steps"] if item.get("kernel", "").startswith(prefix)]
+        beta = np.array([item["beta"] for item in found])
+        if low < 1:
+            assert_uniform(beta[beta < 1], low, 1)
+        assert_uniform(beta[beta > 1], 1, high)
+        assert_share(np.sum(beta > 1), len(beta), 0.5)
+
+
+def test_order_of_the_last_step_is_the_one_drawn(many_draws):
+    for draw in many_draws[:500]:
+        tail = [item["step"] for item in draw["steps"] if item["step"] in ("noise2", "resize3", "sinc", "jpeg2")]
+        if not draw["clean"]:
+            assert tail in (
+                ["noise2", "resize3", "sinc", "jpeg2"],
+                ["noise2", "resize3", "jpeg2"],
+                ["noise2", "jpeg2", "resize3", "sinc"],
+                ["noise2", "jpeg2", "resize3"],
+            )
+
+
+def test_scalar_parameters_have_the_same_columns_for_every_sample(many_draws):
+    rows = [scalar_parameters(draw) for draw in many_draws[:500]]
+    assert any(row["deg_clean"] for row in rows)
+    assert {tuple(row) for row in rows} == {tuple(rows[0])}
+    assert all(name.startswith("deg_") and isinstance(value, float) for row in rows for name, value in row.items())
+    for draw, row in zip(many_draws, rows, strict=False):
+        for item in draw["steps"]:
+            for key in ("sigma_x", "factor", "quality", "cutoff", "scale"):
+                if key in item:
+                    assert row[f"deg_{item['step']}_{key}"] == item[key]
+    dirty = next(row for row in rows if not row["deg_clean"])
+    assert math.isnan(dirty["deg_noise1_sigma"]) != math.isnan(dirty["deg_noise1_scale"])
+
+
+# Kernels
+
+
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+def test_kernels_equal_their_definition(kernel):
+    draws = np.random.default_rng(len(kernel))
+    for size in (7, 13, 21):
+        parameters = {"cutoff": draws.uniform(0.7, 3.1)}
+        if kernel != "sinc":
+            sigma_x, sigma_y = draws.uniform(0.2, 3, 2)
+            turned = kernel.endswith("anisotropic")
+            parameters = {"sigma_x": sigma_x, "sigma_y": sigma_y if turned else sigma_x, "theta": draws.uniform(-3, 3)}
+            if kernel.startswith(("generalized", "plateau")):
+                parameters["beta"] = draws.uniform(0.5, 4)
+        built = kernels.blur_kernel(kernel, size, **parameters)
+        assert built.shape == (size, size)
+        assert built.sum() == pytest.approx(1, abs=1e-5)
+        assert np.allclose(built, built[::-1, ::-1], atol=1e-7)  # symmetric about its centre
+        if not kernel.endswith("anisotropic"):
+            assert np.allclose(built, built.T, atol=1e-7)
+        pad = (21 - size) // 2
+        assert np.allclose(np.pad(built, pad), plain.kernel_21(kernel, size, **parameters), atol=2e-7)
+
+
+def test_an_unknown_kernel_and_an_even_size_are_refused():
+    with pytest.raises(ValueError, match="isotropic, anisotropic"):
+        kernels.blur_kernel("box", 7)
+    with pytest.raises(ValueError, match="odd and positive, got 8"):
+        kernels.sinc(8, 1.0)
+
+
+def test_cutting_and_separating_a_kernel_moves_no_pixel_visibly(crops, many_draws):
+    image = crops[0].astype(np.float32)
+    for draw in many_draws[:60]:
+        for item in draw["steps"]:
+            if item["step"] == "blur1":
+                parameters = {key: value for key, value in item.items() if key != "step"}
+                full = cv2.filter2D(image, -1, plain.kernel_21(**parameters).astype(np.float32))
+                assert np.abs(chain.blur(image, **parameters) - full).max() < 0.03
+
+
+# Resizing
+
+
+@pytest.mark.parametrize("mode", ["area", "bilinear", "bicubic"])
+def test_resizing_is_torchs(crops, mode):
+    image = np.ascontiguousarray(crops[1][:120, :201]).astype(np.float32)
+    for factor in (0.3, 0.437, 0.5, 0.77, 1.0, 1.13, 1.499):
+        expected = plain.interpolate(image, mode, scale_factor=factor)
+        result = chain.rescale(image, mode, factor)
+        assert result.shape == expected.shape
+        assert np.abs(result - expected).max() < 0.01
+    for size in ((30, 50), (31, 64), (60, 67), (144, 240), (120, 201)):
+        expected = plain.interpolate(image, mode, size=size)
+        assert np.abs(chain.resize(image, mode, list(size)) - expected).max() < 0.01
+
+
+# Noise
+
+
+def test_gaussian_noise_is_normal_and_gray_noise_is_one_field():
+    image = np.full((200, 200, 3), 128, np.float32)
+    field = (noise.add_gaussian(image, 7.0, False, 2**64 - 1) - 128) / 7
+    assert stats.kstest(field.ravel(), stats.norm.cdf).pvalue > SIGNIFICANCE
+    assert field.std() == pytest.approx(1, abs=0.01)
+    assert stats.kurtosis(field.ravel()) == pytest.approx(0, abs=0.06)
+    assert np.abs(np.corrcoef(field.reshape(-1, 3).T) - np.eye(3)).max() < 0.025
+    for neighbour in (field[1:] * field[:-1], field[:, 1:] * field[:, :-1]):
+        assert abs(neighbour.mean()) < 0.015
+    gray = noise.add_gaussian(image, 7.0, True, 3) - 128
+    assert gray.std() == pytest.approx(7, rel=0.03)
+    assert np.array_equal(gray[..., 0], gray[..., 1])
+    assert np.array_equal(gray[..., 0], gray[..., 2])
+    assert not np.array_equal(noise.add_gaussian(image, 7.0, True, 4) - 128, gray)
+
+
+@pytest.mark.parametrize("photons", [2, 64, 128, 256])
+def test_photon_counts_are_poisson_at_every_level(photons):
+    count = 40_000
+    for level in (0, 1, 3, 8, 14, 16, 17, 40, 129, 200, 255):
+        mean = level * photons / 255
+        counts = noise.poisson_counts(np.full(count, level, np.uint8), photons, level)
+        assert counts.min() >= 0
+        assert np.array_equal(counts, np.rint(counts))
+        if level == 0:
+            assert counts.max() == 0
+            continue
+        assert counts.mean() == pytest.approx(mean, abs=4.5 * math.sqrt(mean / count))
+        spread = math.sqrt((2 + 1 / mean) / count)  # relative standard error of a Poisson variance
+        assert counts.var() == pytest.approx(mean, rel=4.5 * spread)
+        seen = np.bincount(counts.astype(int), minlength=1)
+        gap = np.abs(np.cumsum(seen) / count - stats.poisson(mean).cdf(np.arange(len(seen)))).max()
+        assert gap < 2.2 / math.sqrt(count) + 1e-3  # Kolmogorov's bound beside the stated accuracy
+
+
+@pytest.mark.parametrize("gray", [False, True])
+def test_poisson_noise_agrees_with_the_plain_samplers_at_dark_and_bright_pixels(crops, gray):
+    image = crops[2].astype(np.float32)
+    level = image @ np.array([0.299, 0.587, 0.114], np.float32) if gray else image
+    bgr = np.ascontiguousarray(image[..., ::-1])
+    ours = np.stack([(noise.add_poisson(bgr, 1.5, gray, seed) - bgr)[..., ::-1] for seed in range(12)])
+    exact = np.stack([plain.noise(image, "poisson", gray, seed, scale=1.5) + 0 * image for seed in range(12)])
+    edges = np.quantile(level, [0, 0.1, 0.3, 0.5, 0.7, 0.9, 1])
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        inside = (level >= low) & (level < high)
+        a, b = ours[:, inside], exact[:, inside]
+        assert a.std() == pytest.approx(b.std(), rel=0.02)
+        assert a.mean() == pytest.approx(b.mean(), abs=0.05 * b.std())
+        assert stats.skew(a, axis=None) == pytest.approx(stats.skew(b, axis=None), abs=0.06)
+
+
+# The chain
+
+
+def test_a_round_trip_through_json_replays_the_identical_lr(crops):
+    for index in range(120):
+        name = builtin_recipes()[index % len(builtin_recipes())]
+        hr = crops[index % len(crops)]
+        draws = draw_degradation(load_recipe(name).degradation, (256, 256), 4, generator(name, index))
+        before = json.dumps(draws, sort_keys=True)
+        lr = degrade(hr, draws)
+        assert lr.shape == (64, 64, 3)
+        assert lr.dtype == np.uint8
+        cv2.setRNGSeed(index)
+        assert np.array_equal(degrade(hr.copy(), json.loads(before)), lr)
+        assert json.dumps(draws, sort_keys=True) == before
+
+
+def test_every_step_but_noise_equals_its_plain_transcription(crops):
+    """Step by step from the same image: a rounding that falls the other way would spread over a block in JPEG."""
+    seen = Counter()
+    for index in range(40):
+        image = crops[index % len(crops)].astype(np.float32)
+        for item in draw_degradation(DEEDSR, (256, 256), 4, generator("plain", index))["steps"]:
+            expected = plain.apply(image, **item)
+            if not item["step"].startswith("noise"):
+                parameters = {key: value for key, value in item.items() if key != "step"}
+                result = chain._STEPS[item["step"]](np.ascontiguousarray(image[..., ::-1]), **parameters)[..., ::-1]
+                assert result.shape == expected.shape
+                assert np.abs(result - expected).max() < 0.03
+                seen[item["step"]] += 1
+            image = expected
+    assert len(seen) == 8
+
+
+def test_without_noise_the_chain_is_its_plain_transcription_up_to_rounding(crops):
+    differences = []
+    for index in range(30):
+        hr = crops[index % len(crops)]
+        draws = draw_degradation(DEEDSR, (256, 256), 4, generator("plain", index))
+        draws["steps"] = [item for item in draws["steps"] if not item["step"].startswith("noise")]
+        differences.append(np.abs(degrade(hr, draws).astype(int) - plain.degrade(hr, draws)).mean())
+    assert np.mean(differences) < 0.1
+
+
+def test_with_noise_the_chain_has_the_spectrum_of_its_plain_transcription(crops):
+    """Mean power of the LR, by frequency band and colour channel, over the same draws."""
+
+    def bands(lr):
+        power = np.abs(np.fft.fft2(lr.astype(float) - lr.mean((0, 1)), axes=(0, 1))) ** 2
+        frequency = np.hypot(np.fft.fftfreq(64)[:, None], np.fft.fftfreq(64)[None])
+        edges = np.linspace(0, 0.5, 7)
+        return [
+            power[(frequency > low) & (frequency <= high)].mean(0)
+            for low, high in zip(edges[:-1], edges[1:], strict=True)
+        ]
+
+    ours, exact = [], []
+    for index in range(90):
+        hr = crops[index % len(crops)]
+        draws = draw_degradation(DEEDSR, (256, 256), 4, generator("spectrum", index))
+        ours.append(bands(degrade(hr, draws)))
+        exact.append(bands(plain.degrade(hr, draws)))
+    assert np.allclose(np.mean(ours, 0), np.mean(exact, 0), rtol=0.02)
+
+
+def test_a_clean_sample_is_the_bicubic_reduction(crops):
+    ranges = DEEDSR.model_copy(update={"clean_probability": 1.0})
+    draws = draw_degradation(ranges, (256, 256), 4, generator("clean"))
+    expected = plain.interpolate(crops[3].astype(np.float32), "bicubic", scale_factor=0.25)
+    assert np.abs(degrade(crops[3], draws) - expected.clip(0, 255)).max() < 0.51
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_any_size_from_16_pixels_on_works(scale):
+    rng = np.random.default_rng(scale)
+    ranges = load_recipe("heavy").degradation
+    for index, size in enumerate([(16, 16), (16, 301), (97, 17), (33, 50), (128, 61)] * 8):
+        hr = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+        lr = degrade(hr, draw_degradation(ranges, size, scale, generator(index)))
+        assert lr.shape == (size[0] // scale, size[1] // scale, 3)
+
+
+def test_images_of_one_colour_keep_it_but_for_noise():
+    for level in (0, 255):
+        hr = np.full((64, 64, 3), level, np.uint8)
+        draws = draw_degradation(DEEDSR, (64, 64), 4, generator("flat"))
+        draws["steps"] = [item for item in draws["steps"] if not item["step"].startswith("noise")]
+        assert np.abs(degrade(hr, draws).astype(int) - level).max() <= 1
+
+
+def test_other_images_than_the_draws_are_for_are_refused():
+    draws = draw_degradation(DEEDSR, (64, 64), 4, generator("a"))
+    with pytest.raises(ValueError, match=r"size \[64, 64\], got \[64, 60\]"):
+        degrade(np.zeros((64, 60, 3), np.uint8), draws)
+    with pytest.raises(ValueError, match=r"uint8 of shape \(height, width, 3\), got float32"):
+        degrade(np.zeros((64, 64, 3), np.float32), draws)
+    with pytest.raises(ValueError, match="at least 16 px a side, got 15x64"):
+        draw_degradation(DEEDSR, (15, 64), 4, generator("a"))
+
+
+# Recipes
+
+
+def test_heavier_recipes_leave_less_of_the_picture(crops):
+    def error(name):
+        ranges = load_recipe(name).degradation
+        total = 0.0
+        for index in range(40):
+            hr = crops[index % len(crops)]
+            lr = degrade(hr, draw_degradation(ranges, (256, 256), 4, generator(name, index)))
+            total += np.abs(cv2.resize(hr, (64, 64), interpolation=cv2.INTER_AREA).astype(float) - lr).mean()
+        return total
+
+    assert error("light") < 0.7 * error("medium") < 0.7 * 0.8 * error("heavy")
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+def test_a_recipe_survives_json(name):
+    loaded = load_recipe(name)
+    assert loaded.name == name
+    assert Recipe.model_validate(json.loads(json.dumps(loaded.model_dump(mode="json")))) == loaded
+
+
+def test_demo_differs_from_deedsr_in_no_range_and_names_the_validation_photographs(photos):
+    from fnmatch import fnmatch
+
+    demo = load_recipe("demo")
+    assert demo.degradation == DEEDSR
+    assert (demo.crop.size, demo.variants) == (256, 4)
+    matched = {
+        folder: [any(fnmatch(path.name, pattern) for pattern in demo.split.validation_patterns) for path in paths]
+        for folder in ("train", "validation")
+        if (paths := sorted((photos / folder).glob("*.jpg")))
+    }
+    assert all(matched["validation"])
+    assert not any(matched["train"])
+
+
+def leaves(model, path=()):
+    for name, value in model:
+        if isinstance(value, BaseModel):
+            yield from leaves(value, (*path, name))
+        else:
+            yield (*path, name), value
+
+
+def replaced(model, path, value):
+    inner = replaced(getattr(model, path[0]), path[1:], value) if path[1:] else value
+    return model.model_copy(update={path[0]: inner})
+
+
+def changed(value):
+    if isinstance(value, tuple):
+        return (*value[1:], "area") if not value or isinstance(value[0], str) else (value[0] - 1, value[1])
+    if isinstance(value, str):
+        return "webp"
+    return value * 2 + 1
+
+
+def test_every_field_of_a_recipe_and_the_algorithm_change_its_digest(monkeypatch):
+    loaded = load_recipe("deedsr")
+    digests = {loaded.digest}
+    fields = list(leaves(loaded))
+    for path, value in fields:
+        digests.add(replaced(loaded, path, changed(value)).digest)
+    assert len(digests) == len(fields) + 1 > 60
+    monkeypatch.setattr(recipe, "ALGORITHM_VERSION", recipe.ALGORITHM_VERSION + 1)
+    assert loaded.digest not in digests
+
+
+def test_a_file_overrides_its_base_key_by_key(tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: realesrgan\nseed: 7\ndegradation: {noise1: {gaussian_sigma: [2, 3]}}\n")
+    (tmp_path / "child.yaml").write_text("base: mine.yaml\ncrop: {size: 256}\n")
+    mine, child = load_recipe(tmp_path / "mine.yaml"), load_recipe(str(tmp_path / "child.yaml"))
+    assert mine.name == "mine"
+    assert mine.seed == child.seed == 7
+    assert mine.degradation.noise1.gaussian_sigma == (2, 3)
+    assert mine.degradation.noise1.poisson_scale == (0.05, 3.0)
+    assert mine.degradation.blur2.probability == 0.8
+    assert (mine.crop.size, child.crop.size) == (512, 256)
+    assert child.degradation == mine.degradation
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("scale: 5", r"scale: input should be 2, 3 or 4, got 5"),
+        ("crop: {sise: 256}", r"unknown key crop\.sise; accepted here: size, per_source, min_std, min_laplacian"),
+        ("degradation: {blur1: {sigma: [3, 1]}}", r"degradation\.blur1\.sigma must be a range .* got \[3\.0, 1\.0\]"),
+        ("degradation: {blur1: {sigma: [-1, 1]}}", r"degradation\.blur1\.sigma must be a range .* got \[-1\.0, 1\.0\]"),
+        ("degradation: {blur1: {kernel_size: [8, 21]}}", r"kernel_size must be odd kernel sizes .* got \[8, 21\]"),
+        (
+            "degradation: {noise2: {gray_probability: 1.5}}",
+            r"gray_probability must be a probability .* got 1\.5",
+        ),
+        ("degradation: {blur1: {mix: {isotropic: 0.9}}}", r"degradation\.blur1\.mix must sum to 1, got 1\.45"),
+        ("degradation: {resize1: {shares: {up: 0.9}}}", r"resize1\.shares must sum to 1, got 1\.7"),
+        ("degradation: {resize1: {factor: [0.01, 1]}}", r"resize1\.factor must be a range .* 0\.1 <= low"),
+        ("degradation: {jpeg1_quality: [0, 90]}", r"jpeg1_quality must be a range \[low, high\] with 1 <= low"),
+        ("degradation: {resize_modes: []}", r"degradation\.resize_modes: tuple should have at least 1 item"),
+        ("degradation: {resize_modes: [lanczos]}", r"'area', 'bilinear' or 'bicubic', got 'lanczos'"),
+        ("degradation: {noise1: {gaussian_sigma: [.nan, 3]}}", r"gaussian_sigma\.0: input should be a finite number"),
+        ("formats: {lr: jpeg}", r"formats\.lr: input should be 'png' or 'webp', got 'jpeg'"),
+        ("shard: {min_sources: 40}", r"shard must have min_sources <= target_sources <= max_sources, got 40, 16, 64"),
+        ("crop: {size: 510}", r"crop\.size must be a multiple of scale, got 510 and 4"),
+        ("crop: 512", r"crop must be a mapping of size, per_source, min_std, min_laplacian, got 512"),
+        ("seed: many", r"seed: input should be a valid integer.* got 'many'"),
+        ("variants: 0", r"variants: input should be greater than or equal to 1, got 0"),
+        ("base: nope", r"no recipe 'nope': it is neither a file nor one of deedsr, demo, heavy, light, medium"),
+        ("base: mine.yaml", r"is its own base"),
+        ("base: [deedsr]", r"base must be the name or path of a recipe"),
+        ("a: [", r"is not valid YAML"),
+        ("- deedsr", r"must be a YAML mapping of keys, got list"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_in_one_line_that_names_the_key_and_what_is_accepted(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=message) as error:
+        load_recipe(path)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_recipe_is_refused_with_the_names_of_those_there_are(tmp_path):
+    with pytest.raises(UsageError, match="neither a file nor one of deedsr, demo, heavy, light, medium, realesrgan"):
+        load_recipe("deepsr")
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_recipe(tmp_path)
+
+
+# Keys
+
+
+def test_keys_name_one_crop_and_one_degradation():
+    key = content_key(0, "a/b.jpg", 3, 4)
+    others = [(1, "a/b.jpg", 3, 4), (0, "a/c.jpg", 3, 4), (0, "a/b.jpg", 34, 4), (0, "a/b.jpg", 3, 44)]
+    assert len({key, *(content_key(*other) for other in others)}) == 5
+    assert len(key) == 20
+    assert int(key, 16) >= 0
+    assert sample_key(key, 3) == f"{key}-03"
+    assert content_key(np.int64(0), "a/b.jpg", np.int64(3), 4) == key
+    assert content_key(0, b"\xff.jpg".decode(errors="surrogateescape"), 3, 4) != key
+
+
+def test_generators_of_different_parts_are_independent():
+    parts = [("a", 1), ("a", 2), ("a1",), ("a", "1"), ("a", 1, 0), (1, "a")]
+    assert len({generator(*part).random() for part in parts}) == len(parts)
+    assert generator("a", 1).random() == generator("a", 1).random()
+    assert generator("a", 1).bit_generator.random_raw() == 5384203339590973226
