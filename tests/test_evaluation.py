@@ -1,0 +1,182 @@
+"""Claims about evaluation, on the small dataset of shipped photographs and a small model with random weights."""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from small_networks import make_pipeline
+
+from deedsr.errors import DatasetNotCommitted, UsageError
+from deedsr.metrics import niqe_set, psnr_y, ssim_y
+from pipelines.dataset import Dataset
+from pipelines.evaluation import evaluate
+from pipelines.storage import open_storage, publish
+
+
+@pytest.fixture(scope="module", autouse=True)
+def surroundings(tmp_path_factory):
+    """One thread, and an MLflow store of this module's own."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "small"
+    make_pipeline(num_inference_steps=2).save_pretrained(folder)
+    (folder / "training.json").write_text(json.dumps({"run_id": "run-of-the-adapter"}))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def evaluated(model, small_dataset, tmp_path_factory):
+    out = tmp_path_factory.mktemp("evaluated") / "out"
+    result = evaluate(model, small_dataset, str(out), limit=6, seed=3, progress=False)
+    return out, result, json.loads((out / "results.json").read_text())
+
+
+def read(path: Path) -> np.ndarray:
+    return cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+
+
+def test_the_result_names_its_figures_its_dataset_and_its_run(evaluated, small_dataset):
+    out, result, results = evaluated
+    assert result.samples == len(results["samples"]) == 6
+    assert set(result.metrics) == {"model", "bicubic"}
+    assert set(result.metrics["model"]) == {"psnr", "ssim", "niqe"}
+    assert result.metrics == results["metrics"]
+    assert results["dataset"]["digest"] == result.dataset_digest == Dataset.open(small_dataset).digest
+    assert (results["run_id"], results["sampling"]["num_inference_steps"]) == (result.run_id, 2)
+    assert result.results == str(out / "results.json")
+
+
+def test_every_figure_can_be_told_again_from_the_pictures(evaluated):
+    out, result, results = evaluated
+    pictures = {
+        name: [read(out / sample["pictures"][name]) for sample in results["samples"]]
+        for name in ("lr", "bicubic", "model", "hr")
+    }
+    for lr, bicubic in zip(pictures["lr"], pictures["bicubic"], strict=True):
+        np.testing.assert_array_equal(cv2.resize(lr, (128, 128), interpolation=cv2.INTER_CUBIC), bicubic)
+    for method in ("model", "bicubic"):
+        psnr, ssim = (
+            [measure(*pair, 4) for pair in zip(pictures[method], pictures["hr"], strict=True)]
+            for measure in (psnr_y, ssim_y)
+        )
+        assert [sample["metrics"][method]["psnr"] for sample in results["samples"]] == pytest.approx(psnr)
+        assert result.metrics[method] == pytest.approx(
+            {"psnr": np.mean(psnr), "ssim": np.mean(ssim), "niqe": niqe_set(pictures[method])}
+        )
+
+
+def test_pairs_are_the_datasets_own_and_of_the_split(evaluated, small_dataset):
+    out, _, results = evaluated
+    dataset = Dataset.open(small_dataset)
+    index = dataset.index("validation")
+    rows = {index["key"][row].as_py(): row for row in range(index.num_rows)}
+    for record in results["samples"]:
+        sample = dataset.read(index, rows[record["key"]])
+        np.testing.assert_array_equal(read(out / record["pictures"]["hr"]), sample.hr)
+        np.testing.assert_array_equal(read(out / record["pictures"]["lr"]), sample.lr)
+
+
+def test_a_samples_picture_does_not_depend_on_what_else_is_measured(evaluated, model, small_dataset, tmp_path):
+    out, _, results = evaluated
+    evaluate(model, small_dataset, str(tmp_path), limit=2, seed=3, metrics=["psnr"], progress=False)
+    fewer = json.loads((tmp_path / "results.json").read_text())
+    assert [sample["key"] for sample in fewer["samples"]] == [results["samples"][i]["key"] for i in (0, 3)]
+    for sample in fewer["samples"]:
+        name = sample["pictures"]["model"]
+        assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
+    assert fewer["metrics"]["model"].keys() == {"psnr"}
+
+
+def test_the_seed_and_the_settings_reach_the_sampling(evaluated, model, small_dataset, tmp_path):
+    out, _, results = evaluated
+    evaluate(model, small_dataset, str(tmp_path), limit=1, seed=4, steps=1, metrics=["psnr"], progress=False)
+    other = json.loads((tmp_path / "results.json").read_text())
+    name = other["samples"][0]["pictures"]["model"]
+    assert (tmp_path / name).read_bytes() != (out / name).read_bytes()
+    assert (other["seed"], other["sampling"]["num_inference_steps"]) == (4, 1)
+
+
+def test_the_mlflow_run_holds_configuration_dataset_parent_figures_and_pictures(evaluated):
+    from mlflow import MlflowClient
+
+    from pipelines import tracking
+
+    _, result, _ = evaluated
+    client = MlflowClient(tracking.tracking_uri())
+    run = client.get_run(result.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["deedsr.parent.adapter"] == "run-of-the-adapter"
+    assert run.data.tags["deedsr.dataset.digest"] == result.dataset_digest
+    assert run.inputs.dataset_inputs[0].dataset.digest == result.dataset_digest[:36]
+    assert run.data.params["sampling.num_inference_steps"] == "2"
+    for method, values in result.metrics.items():
+        for name, value in values.items():
+            assert run.data.metrics[f"{method}.{name}"] == pytest.approx(value)
+    assert len(client.list_artifacts(result.run_id, "pictures")) == 6
+    assert "results.json" in [artifact.path for artifact in client.list_artifacts(result.run_id)]
+
+
+def test_model_dataset_and_output_may_lie_in_s3(evaluated, model, small_dataset, bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    place = f"{bucket}/{tmp_path.name}"
+    publish(Path(model), f"{place}/model")
+    publish(Path(small_dataset), f"{place}/dataset")
+    result = evaluate(
+        f"{place}/model", f"{place}/dataset", f"{place}/out", limit=1, seed=3, metrics=["psnr"], progress=False
+    )
+    out, _, local = evaluated
+    results = json.loads(open_storage(f"{place}/out").read("results.json"))
+    assert result.results == f"{place}/out/results.json"
+    assert results["samples"] == [
+        {**local["samples"][0], "metrics": {m: {"psnr": v["psnr"]} for m, v in local["samples"][0]["metrics"].items()}}
+    ]
+    name = results["samples"][0]["pictures"]["model"]
+    assert open_storage(f"{place}/out").read(name) == (out / name).read_bytes()
+
+
+def test_what_cannot_be_measured_is_refused_before_any_work(model, small_dataset, tmp_path, photos, small_recipe):
+    from pipelines.shards import generate
+
+    other = tmp_path / "model-x2"
+    make_pipeline(scale=2).save_pretrained(other)
+    empty = tmp_path / "empty"
+    fields = small_recipe.model_dump(mode="json")
+    fields["crop"] |= {"size": 64, "per_source": 1}
+    (tmp_path / "one.txt").write_text(str(photos / "train" / "life.jpg"))
+    generate([str(tmp_path / "one.txt")], str(empty), type(small_recipe).model_validate(fields), 1, progress=False)
+
+    out = tmp_path / "out"
+    for error, message, arguments in (
+        (UsageError, "enlarges by 2, the pairs of .* differ by 4", {"model": str(other)}),
+        (UsageError, "unknown metric 'fid': there are psnr, ssim, niqe", {"metrics": ["psnr", "fid"]}),
+        (UsageError, "no metric given", {"metrics": []}),
+        (UsageError, "no sample in its validation split", {"data": str(empty)}),
+        (UsageError, "niqe needs HR crops of 96 pixels", {"data": str(empty), "split": "train"}),
+        (UsageError, "split must be train or validation, got 'test'", {"split": "test"}),
+        (UsageError, "limit must be 1 or more, got 0", {"limit": 0}),
+        (UsageError, "noise_guidance must be", {"noise_guidance": 2.0}),
+        (UsageError, "no model folder", {"model": str(tmp_path / "nowhere")}),
+        (DatasetNotCommitted, "has no manifest.json", {"data": str(tmp_path)}),
+    ):
+        with pytest.raises(error, match=message):
+            evaluate(**{"model": model, "data": small_dataset, "out": str(out), "progress": False} | arguments)
+    assert not out.exists()
+
+
+def test_progress_goes_to_stderr_only(model, small_dataset, tmp_path, capsys):
+    evaluate(model, small_dataset, str(tmp_path), limit=1, metrics=["psnr"])
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "evaluate" in printed.err
