@@ -269,7 +269,7 @@ def _pictures(client: "MlflowClient", group: RunGroup, labels: dict[str, str], a
 
 
 def _artifacts(client: "MlflowClient", run_id: str, folder: str) -> list[str]:
-    found = []
+    found: list[str] = []
     for item in client.list_artifacts(run_id, folder):
         found += _artifacts(client, run_id, item.path) if item.is_dir else [item.path]
     return [path for path in found if path.endswith(".png")]

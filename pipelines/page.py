@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from pipelines.curves import number_text
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -78,8 +80,10 @@ def data_uri(image_HWC: "np.ndarray", lossless: bool = False) -> str:
 
 
 def metric_text(value: float, metric: str = "") -> str:
-    """A metric to the digits in which it is usually given."""
-    return f"{value:.4f}" if metric in ("ssim", "lpips", "dists") else f"{value:.2f}"
+    """A metric to the digits in which it is usually given; other figures to four significant digits."""
+    if metric in METRICS:
+        return f"{value:.4f}" if metric in ("ssim", "lpips", "dists") else f"{value:.2f}"
+    return number_text(value)
 
 
 def duration_text(seconds: float) -> str:

@@ -126,7 +126,7 @@ def evaluated_pictures(folders: Mapping[str, Path], keys: Sequence[str], shown: 
         psnr = {"Bicubic": base["metrics"]["bicubic"].get("psnr")}
         psnr |= {label: samples[label][key]["metrics"]["model"].get("psnr") for label in folders}
         figures = {label: f"{value:.2f} dB" for label, value in psnr.items() if value is not None}
-        sets.append(PictureSet(_scene_name(base), files, shown=shown, figures=figures))
+        sets.append(PictureSet(_scene_name(base), files, note=f"Sample {key}", shown=shown, figures=figures))
     return sets
 
 

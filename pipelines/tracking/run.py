@@ -302,6 +302,7 @@ class Run:
             yield
         except (MlflowException, SQLAlchemyError, OSError) as error:
             raise DeeDSRError(
-                f"the MLflow store {masked_uri(self.tracking_uri)} did not take what run {self.id} logs ({cause(error)}): "
-                "see that it runs and has space, then start the same command again, which continues the run"
+                f"the MLflow store {masked_uri(self.tracking_uri)} did not take what run {self.id} logs "
+                f"({cause(error)}): see that it runs and has space, then start the same command again, "
+                "which continues the run"
             ) from error

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 EXPERIMENTS = ("deedsr-shards", "deedsr-learner", "deedsr-adapter", "deedsr-evaluation")
+SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
 
 
 def tracking_uri(uri: str | None = None) -> str:
@@ -26,10 +27,10 @@ def tracking_uri(uri: str | None = None) -> str:
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     if uri.startswith("sqlite:///"):
         return f"sqlite:///{_sqlite_path(uri)}"
-    if "://" not in uri or uri.startswith("file:"):
+    if uri.partition("://")[0].partition("+")[0] not in SCHEMES:
         raise UsageError(
-            f"MLFLOW_TRACKING_URI={uri} is a plain folder, which MLflow no longer writes: "
-            "use sqlite:///PATH/mlflow.db or the http address of an MLflow server"
+            f"MLFLOW_TRACKING_URI={masked_uri(uri)} names no MLflow store: it must begin with one of "
+            f"{', '.join(f'{scheme}://' for scheme in SCHEMES)} (a plain folder is no longer one)"
         )
     return uri
 
