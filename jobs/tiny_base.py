@@ -221,7 +221,7 @@ def train_autoencoder(photos_dir: Path, out: Path, steps: int, side: int = 96, b
     run.loop(loss_of_step)
 
 
-def train_unet(photos_dir: Path, out: Path, steps: int, bank: int = 4000, crop: int = 192) -> None:
+def train_unet(photos_dir: Path, out: Path, steps: int, bank: int = 2500, crop: int = 192) -> None:
     """Two resolutions: most steps on 16x16 latents, the last third on 32x32 (context at the deepest level)."""
     vae = autoencoder_run(out, 0).averaged("vae")
     photos = load_photos(photos_dir)
@@ -233,14 +233,14 @@ def train_unet(photos_dir: Path, out: Path, steps: int, bank: int = 4000, crop: 
     unet, embed = run.modules["unet"], run.modules["embed"]
     abar = DDIMScheduler(**SCHEDULER).alphas_cumprod
 
-    images, latents = [], []
+    some_images, some_latents = [], []
     for start in tqdm(range(0, bank, 32), desc="latent bank", mininterval=10):
         rng = np.random.default_rng([SEED, 7, start])
         crops = [random_crop(photos, crop, rng) for _ in range(32)]
         with torch.no_grad():
-            latents.append(vae.encode(to_tensor(crops)).latents.half())
-        images.append(np.stack(crops))
-    images, latents = np.concatenate(images), torch.cat(latents)
+            some_latents.append(vae.encode(to_tensor(crops)).latents.half())
+        some_images.append(np.stack(crops))
+    images, latents = np.concatenate(some_images), torch.cat(some_latents)
 
     def loss_of_step(rng, step):
         size, batch = (16, 24) if step < steps * 2 // 3 else (32, 8)
