@@ -71,8 +71,13 @@ def _run(argv: list[str]) -> int:
         return DONE
     with contextlib.redirect_stdout(sys.stderr):
         outcome: Outcome = command.run(request.options)
-    print(json.dumps(outcome.values, allow_nan=False) if request.as_json else outcome)
+    print(_json(outcome.values) if request.as_json else outcome)
     return DONE if outcome.complete else FAILED
+
+
+def _json(values: Any) -> str:
+    """One line of strict JSON, which knows neither NaN nor infinity: they become null."""
+    return json.dumps(json.loads(json.dumps(values), parse_constant=lambda name: None))
 
 
 def _command_of(argv: list[str]) -> tuple[str, list[str]]:

@@ -21,9 +21,11 @@ class Outcome:
 
 
 def readable(value: Any) -> str:
-    """A value for people: floats to four digits, lists one item a line."""
+    """A value for people: floats to four digits, lists and nested mappings one item a line."""
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, Mapping) and any(isinstance(item, Mapping) for item in value.values()):
+        return "".join(f"\n  {key}: {readable(item)}" for key, item in value.items())
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {readable(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Put the runs of an MLflow experiment side by side: configuration differences, curves, metrics, pictures."""
+"""Put MLflow runs side by side: configuration differences, curves, pictures, and metrics by evaluated dataset."""
 
 import dataclasses
 
@@ -7,14 +7,15 @@ from jobs.command import Command, Outcome
 
 @dataclasses.dataclass
 class CompareOptions:
-    experiment: str = "deedsr-evaluation"  # MLflow experiment
-    out: str = "comparison.html"  # the page
+    experiment: str | None = None  # MLflow experiment; null = every experiment whose name begins with deedsr-
+    out: str | None = None  # page to write, such as comparison.html; null = tables only
 
 
 def run(options: CompareOptions) -> Outcome:
     from pipelines.comparison import compare
 
-    return Outcome(dataclasses.asdict(compare(**dataclasses.asdict(options))))
+    result = compare(options.experiment, options.out)
+    return Outcome({"runs": result.runs, "page": result.page}, text=result.text())
 
 
 COMMAND = Command(CompareOptions, run, example="deedsr compare --experiment deedsr-learner --out learners.html")

@@ -1,28 +1,39 @@
 """Measure a model and bicubic interpolation on the same pairs of a dataset."""
 
 import dataclasses
+from typing import Literal
 
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import PositiveInt
 
 from jobs.command import Command, Outcome
+from jobs.sampling import SamplingOptions
 
 
-@dataclasses.dataclass
-class EvaluateOptions:
+@dataclasses.dataclass(kw_only=True)
+class EvaluateOptions(SamplingOptions):
     model: str  # folder or URI written by `train adapter`, or tiny
     data: str  # degradation shards
-    out: str  # where the figures and pictures go
+    out: str  # where figures and pictures go: folder or s3://bucket/prefix
     metrics: str = "psnr,ssim,niqe"  # names, separated by commas
-    split: str = "validation"  # train or validation
-    steps: PositiveInt | None = None  # sampling steps; null = what the model was made with
-    seed: NonNegativeInt = 0  # of the sampling noise
+    split: Literal["validation", "train"] = "validation"  # which part of the dataset
+    limit: PositiveInt | None = None  # at most so many pairs, evenly spread; null = all
     experiment: str = "deedsr-evaluation"  # MLflow experiment
 
 
 def run(options: EvaluateOptions) -> Outcome:
     from pipelines.evaluation import evaluate
 
-    return Outcome(dataclasses.asdict(evaluate(**dataclasses.asdict(options))))
+    result = evaluate(
+        options.model,
+        options.data,
+        options.out,
+        metrics=[name.strip() for name in options.metrics.split(",") if name.strip()],
+        split=options.split,
+        limit=options.limit,
+        experiment=options.experiment,
+        **options.sampling(),
+    )
+    return Outcome(dataclasses.asdict(result))
 
 
 COMMAND = Command(

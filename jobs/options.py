@@ -8,6 +8,7 @@ the same code and refused in the same words. What is typed wins over the file, t
 import argparse
 import dataclasses
 import inspect
+import io
 import re
 import tokenize
 import types
@@ -47,8 +48,9 @@ class Option:
 
     @property
     def metavar(self) -> str:
-        if typing.get_origin(self.type) is Literal:
-            return "{" + ",".join(str(value) for value in typing.get_args(self.type)) + "}"
+        for part in (self.type, *typing.get_args(self.type)):
+            if typing.get_origin(part) is Literal:
+                return "{" + ",".join(str(value) for value in typing.get_args(part)) + "}"
         if self.type is bool:
             return "[true|false]"
         return self.key.rpartition(".")[2].upper()
@@ -56,13 +58,13 @@ class Option:
 
 def trailing_comments(kind: type) -> dict[str, str]:
     """Field name -> the comment behind its definition."""
-    lines = iter(inspect.getsource(kind).splitlines(keepends=True))
     comments, name = {}, ""
-    for token in tokenize.generate_tokens(lambda: next(lines, "")):
-        if field := re.match(r"\s+(\w+):", token.line):
-            name = field[1]
-        if token.type == tokenize.COMMENT:
-            comments[name] = token.string.lstrip("# ")
+    for base in [base for base in reversed(kind.__mro__) if dataclasses.is_dataclass(base)]:
+        for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(base)).readline):
+            if field := re.match(r"\s+(\w+):", token.line):
+                name = field[1]
+            if token.type == tokenize.COMMENT:
+                comments[name] = token.string.lstrip("# ")
     return comments
 
 
@@ -186,7 +188,7 @@ class CommandParser(ArgumentParser):
 
     def read(self, argv: list[str]) -> Request:
         """Options and wishes from the words behind the command; UsageError when they are wrong."""
-        argv = [self._completed(word, behind) for word, behind in zip(argv, [*argv[1:], ""], strict=True)]
+        argv = [self._completed(word, behind) for word, behind in zip(argv, [*argv[1:], ""], strict=False)]
         typed = {key_of(word) for word in argv if word.startswith("--")}
         given = self._parse(argv)
         values: dict[str, list[str]] = {}

@@ -1,29 +1,22 @@
-"""Enlarge pictures with a trained model."""
+"""Enlarge pictures. One that cannot be read is listed under `failed` and does not stop the others."""
 
 import dataclasses
-from typing import Literal
-
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from jobs.command import Command, Outcome
+from jobs.sampling import SamplingOptions
 
 
-@dataclasses.dataclass
-class UpscaleOptions:
+@dataclasses.dataclass(kw_only=True)
+class UpscaleOptions(SamplingOptions):
     input: list[str]  # files, folders or URIs
-    out: str  # folder of the results
+    out: str  # where the results go: folder or s3://bucket/prefix
     model: str = "tiny"  # folder or URI written by `train adapter`, or tiny
-    steps: PositiveInt = 50  # sampling steps
-    noise_guidance: NonNegativeFloat = 1.0  # strength; 0 = off
-    color_fix: Literal["none", "adain", "wavelet"] = "adain"  # takes the colours of the input
-    seed: NonNegativeInt = 0  # of the sampling noise
-    tile: PositiveInt | None = None  # input pixels per side of a tile; null = the whole picture at once
 
 
 def run(options: UpscaleOptions) -> Outcome:
     from pipelines.upscaling import upscale
 
-    result = upscale(**dataclasses.asdict(options))
+    result = upscale(options.input, options.out, model=options.model, **options.sampling())
     return Outcome(dataclasses.asdict(result), complete=not result.failed)
 
 

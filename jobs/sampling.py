@@ -1,0 +1,22 @@
+"""Options of every command that samples pictures."""
+
+import dataclasses
+from typing import Any, Literal
+
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
+
+
+@dataclasses.dataclass(kw_only=True)
+class SamplingOptions:
+    """null stands for what the model itself recommends."""
+
+    steps: PositiveInt | None = None  # sampling steps; null = the model's own, for the paper's model 50
+    noise_guidance: ClosedUnitInterval | None = None  # strength, 0 = off; null = the model's own, for the paper's 1
+    noise_guidance_share: ClosedUnitInterval | None = None  # share of the steps that are guided; 0 = the first only
+    eta: ClosedUnitInterval | None = None  # 0 = deterministic sampling, 1 = fresh noise in every step
+    color_fix: Literal["none", "adain", "wavelet"] | None = None  # how the colours of the input are kept
+    seed: NonNegativeInt = 0  # of the noise: the same seed gives the same picture
+
+    def sampling(self) -> dict[str, Any]:
+        """What `pipelines.upscaling.upscale` and `pipelines.evaluation.evaluate` take of these."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplingOptions)}
