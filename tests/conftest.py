@@ -97,8 +97,8 @@ def bucket(s3_server) -> str:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster():
-    """One local Ray cluster of two CPUs for every test that needs one."""
+def ray_cluster(s3_server):
+    """One local Ray cluster of two CPUs for every test that needs one; its workers know the S3 server."""
     import ray
 
     ray.init(address="local", num_cpus=2, object_store_memory=200 << 20, include_dashboard=False, log_to_driver=False)

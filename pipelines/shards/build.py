@@ -114,6 +114,7 @@ def _write_variants(
     stored = encode(pixels, formats.hr, formats.hr_quality)
     # The LR is made from the HR as stored, so that the pair is true to itself and replays from the tar.
     hr = decode_stored(stored) if formats.hr == "jpeg" else pixels
+    recipe_digest = recipe.digest
     content = content_key(source.root, source.path, place.top, place.left)
     for variant in range(recipe.variants):
         key = sample_key(content, variant)
@@ -125,7 +126,7 @@ def _write_variants(
             "flip": flip,
             "variant": variant,
             "seed": seed,
-            "recipe_digest": recipe.digest,
+            "recipe_digest": recipe_digest,
             "degradation": draws,
         }
         row: dict[str, Any] = {

@@ -36,8 +36,9 @@ class ShardPlan:
 def plan_shards(sources: Sequence[Source], recipe: Recipe) -> list[ShardPlan]:
     """The shards in the manifest's order: by root, split, and hash of the first source."""
     hashed = sorted((source.root, split_of(source, recipe.split), _hash(source), source) for source in sources)
+    digest = recipe.digest
     return [
-        _plan(root, split, run, recipe)
+        _plan(root, split, run, digest)
         for (root, split), group in groupby(hashed, key=lambda item: item[:2])
         for run in _cut([(hash, source) for _, _, hash, source in group], recipe.shard)
     ]
@@ -72,9 +73,9 @@ def _ends(run: Sequence[tuple[bytes, Source]], shard: Shard) -> bool:
     return len(run) >= shard.max_sources or (len(run) >= shard.min_sources and last_says_so)
 
 
-def _plan(root: int, split: str, run: Sequence[tuple[bytes, Source]], recipe: Recipe) -> ShardPlan:
+def _plan(root: int, split: str, run: Sequence[tuple[bytes, Source]], recipe_digest: str) -> ShardPlan:
     listing = [(source.path, source.size, source.version) for _, source in run]
-    work = json.dumps([recipe.digest, ALGORITHM_VERSION, root, split, listing])
+    work = json.dumps([recipe_digest, ALGORITHM_VERSION, root, split, listing])
     leading = int.from_bytes(run[0][0][:8]) * 10**10 >> 64
     return ShardPlan(
         root,

@@ -1,0 +1,228 @@
+"""Claims on what is in a dataset: samples, tars, index, manifest, crops."""
+
+import io
+import json
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from deedsr.dataset.codecs import decode_stored, encode
+from deedsr.dataset.crops import RejectedImage, choose_crops, cut, decode
+from deedsr.dataset.manifest import Manifest
+from deedsr.dataset.tar import TarWriter
+from deedsr.degradation.chain import degrade
+from deedsr.degradation.recipe import Crop
+from deedsr.errors import DatasetNotCommitted, DeeDSRError
+from pipelines.dataset import Dataset
+from pipelines.shards.build import build_shard
+from pipelines.shards.plan import plan_shards
+from pipelines.shards.sources import list_sources
+from pipelines.storage import open_storage
+
+
+@pytest.fixture(scope="module")
+def dataset(small_dataset) -> Dataset:
+    return Dataset.open(small_dataset)
+
+
+def file_bytes(image: np.ndarray, format: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def bomb() -> bytes:
+    """A small PNG whose header claims 20000 x 20000 pixels."""
+    png = file_bytes(noise(8, 8, 3))
+    header = b"IHDR" + struct.pack(">II", 20000, 20000) + png[24:29]
+    return png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
+
+
+def test_a_plain_webdataset_reader_reads_the_shards(dataset):
+    import webdataset
+
+    tars = [f"{dataset.uri}/{shard.name}" for shard in dataset.manifest.shards]
+    samples = list(webdataset.WebDataset(tars, shardshuffle=False, empty_check=False).decode("rgb8"))
+    assert len(samples) == dataset.manifest.samples
+    assert sorted(sample["__key__"] for sample in samples) == sorted(dataset.index()["key"].to_pylist())
+    for sample in samples[:3]:
+        assert sample["hr.png"].shape == (128, 128, 3)
+        assert sample["lr.png"].shape == (32, 32, 3)
+        assert sample["json"]["recipe_digest"] == dataset.recipe.digest
+
+
+def test_the_index_finds_every_sample_alone(dataset):
+    table = dataset.index()
+    assert table.num_rows == dataset.manifest.samples
+    for row in range(0, table.num_rows, 7):
+        sample = dataset.read(table, row)
+        with tarfile.open(f"{dataset.uri}/{table['shard'][row].as_py()}") as tar:
+            stored = {
+                member.name: tar.extractfile(member).read() for member in tar if member.name.startswith(sample.key)
+            }
+        assert np.array_equal(sample.hr, decode_stored(stored[f"{sample.key}.hr.png"]))
+        assert np.array_equal(sample.lr, decode_stored(stored[f"{sample.key}.lr.png"]))
+        assert sample.info == json.loads(stored[f"{sample.key}.json"])
+        assert np.array_equal(dataset.read_lr(table, row).lr, sample.lr)
+
+
+def test_splits_share_no_source_and_follow_the_patterns(dataset):
+    train, validation = (dataset.index(split) for split in ("train", "validation"))
+    assert (train.num_rows, validation.num_rows) == (88, 48)
+    assert all(path.startswith("validation/") for path in validation["source"].to_pylist())
+    assert not any(path.startswith("validation/") for path in train["source"].to_pylist())
+
+
+def test_keys_are_unique_without_dots_and_variants_of_a_crop_are_adjacent(dataset):
+    table = dataset.index()
+    keys, contents = table["key"].to_pylist(), table["content"].to_pylist()
+    assert len(set(keys)) == len(keys)
+    assert not any("." in key for key in keys)
+    assert [contents[i : i + 4] for i in range(0, len(contents), 4)] == [[c] * 4 for c in contents[::4]]
+    assert len(set(contents)) == len(contents) // 4
+
+
+def test_variants_share_the_hr_and_differ_in_the_degradation(dataset):
+    table = dataset.index()
+    samples = [dataset.read(table, row) for row in range(4)]
+    assert all(np.array_equal(sample.hr, samples[0].hr) for sample in samples)
+    assert len({json.dumps(sample.info["degradation"]) for sample in samples}) == 4
+    assert len({sample.lr.tobytes() for sample in samples}) == 4
+
+
+def test_a_sample_says_where_it_was_cut_and_replays_to_its_lr(dataset, photos):
+    table = dataset.index("validation")
+    flips = set()
+    for row in range(0, table.num_rows, 4):
+        sample = dataset.read(table, row)
+        top, left, height, width = sample.info["crop"]
+        pixels = decode((photos / sample.info["source"]["path"]).read_bytes())[top : top + height, left : left + width]
+        flips.add(sample.info["flip"])
+        assert np.array_equal(sample.hr, pixels[:, ::-1] if sample.info["flip"] else pixels)
+        assert np.array_equal(degrade(sample.hr, sample.info["degradation"]), sample.lr)
+    assert flips == {True, False}
+
+
+@pytest.mark.parametrize(("hr", "lr"), [("jpeg", "webp"), ("webp", "png")])
+def test_the_lr_is_made_from_the_hr_as_stored(photos, small_recipe, tmp_path, hr, lr):
+    fields = small_recipe.model_dump(mode="json")
+    fields["formats"] = {"hr": hr, "hr_quality": 70, "lr": lr}
+    recipe = type(small_recipe).model_validate(fields | {"variants": 1})
+    out = open_storage(tmp_path)
+    record = build_shard(plan_shards(list_sources([str(photos / "train")]), recipe)[0], recipe, out)
+    for row in record.rows[:3]:
+        stored = {m: out.read_range(record.name, row[f"{m}_offset"], row[f"{m}_size"]) for m in ("hr", "lr", "json")}
+        draws = json.loads(stored["json"])["degradation"]
+        assert np.array_equal(degrade(decode_stored(stored["hr"]), draws), decode_stored(stored["lr"]))
+
+
+def test_no_shard_holds_a_location_a_time_or_a_user(dataset, photos):
+    for shard in dataset.manifest.shards:
+        data = Path(dataset.uri, shard.name).read_bytes()
+        assert str(photos).encode() not in data
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            for member in tar:
+                assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (0, 0, 0, "", "")
+
+
+def test_tar_offsets_and_hash_are_those_of_the_file(tmp_path):
+    import hashlib
+
+    with (tmp_path / "x.tar").open("wb") as file:
+        tar = TarWriter(file)
+        offsets = {name: tar.add(name, data) for name, data in [("a.bin", b"1" * 700), ("b.bin", b""), ("c", b"xyz")]}
+        digest = tar.finish()
+    data = (tmp_path / "x.tar").read_bytes()
+    assert hashlib.sha256(data).hexdigest() == digest
+    assert len(data) == tar.size
+    with tarfile.open(tmp_path / "x.tar") as read:
+        assert {member.name: member.offset_data for member in read} == offsets
+
+
+def test_a_folder_without_manifest_is_not_a_dataset(small_dataset, tmp_path):
+    for file in Path(small_dataset).glob("*.tar"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(DatasetNotCommitted, match=r"no manifest\.json"):
+        Dataset.open(str(tmp_path))
+
+
+def test_an_altered_or_newer_manifest_is_refused(dataset):
+    fields = json.loads(dataset.manifest.to_json())
+    assert Manifest.from_json(json.dumps(fields).encode(), "x") == dataset.manifest
+    shorter = fields | {"shards": fields["shards"][1:]}
+    for wrong, message in [
+        (shorter, "altered"),
+        (fields | {"format_version": 99}, "version 99"),
+        ({}, "not a manifest"),
+    ]:
+        with pytest.raises(DeeDSRError, match=message):
+            Manifest.from_json(json.dumps(wrong).encode(), "x")
+    with pytest.raises(DeeDSRError, match="not a manifest"):
+        Manifest.from_json(b"{", "x")
+
+
+@pytest.mark.parametrize("format", ["png", "webp"])
+def test_lossless_formats_are_lossless(format):
+    image = noise(33, 65, 3)
+    assert np.array_equal(decode_stored(encode(image, format)), image)
+
+
+def test_decoding_honours_orientation_grey_and_sixteen_bits():
+    image = cv2.resize(noise(6, 8, 3), (80, 60), interpolation=cv2.INTER_NEAREST)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees clockwise
+    turned = decode(file_bytes(image, "PNG", exif=exif))
+    assert np.array_equal(turned, np.rot90(image, -1))
+    grey = image[..., 0]
+    assert np.array_equal(decode(file_bytes(grey)), np.stack([grey] * 3, -1))
+    deep = grey.astype(np.uint16) * 256 + 17
+    assert np.array_equal(decode(file_bytes(deep)), np.stack([grey] * 3, -1))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b"<html>not found</html>", "not a JPEG"),
+        (file_bytes(noise(64, 64, 3), "JPEG")[:2000], "broken"),
+        (file_bytes(noise(64, 64, 3), "PNG")[:2000], "broken"),
+        (file_bytes(noise(64, 64, 3), "WEBP", lossless=True)[:2000], "broken"),
+        (bomb(), "too many pixels"),
+    ],
+    ids=["empty", "text", "cut jpeg", "cut png", "cut webp", "bomb"],
+)
+def test_what_cannot_be_decoded_is_rejected_with_a_reason(data, reason):
+    with pytest.raises(RejectedImage, match=reason):
+        decode(data)
+
+
+def test_crops_are_textured_inside_the_picture_and_do_not_overlap():
+    image = np.full((300, 500, 3), 128, np.uint8)
+    image[:, :300] = noise(300, 300, 3)
+    crop = Crop(size=64, per_source=50, min_std=15, min_laplacian=40)
+    chosen, smooth = choose_crops(image, crop, np.random.default_rng(1))
+    assert len(chosen) + len(smooth) == (300 // 64) * (500 // 64)
+    covered = np.zeros(image.shape[:2], int)
+    for place in chosen + smooth:
+        assert cut(image, place).shape == (64, 64, 3)
+        cut(covered, place)[...] += 1
+    assert covered.max() == 1
+    assert chosen
+    assert smooth
+    assert all(place.left < 300 for place in chosen)
+    assert all(place.left + 64 > 300 for place in smooth)
+    few, _ = choose_crops(image, crop.model_copy(update={"per_source": 3}), np.random.default_rng(1))
+    assert few == chosen[:3]
+    for wrong, reason in [(image[:63], "smaller"), (image[:, 300:], "texture")]:
+        with pytest.raises(RejectedImage, match=reason):
+            choose_crops(wrong, crop, np.random.default_rng(1))
