@@ -159,7 +159,7 @@ class CommandParser(ArgumentParser):
             self.add_argument("operands", nargs="*", type=str, help=argparse.SUPPRESS)
         preset = words_of(next(iter(self.presets.values()), {}))
         groups: dict[str, Any] = {}
-        for option in self.options.values():
+        for option in sorted(self.options.values(), key=lambda option: (not option.required, option.group != "")):
             title = option.group or ("required" if option.required else "options")
             if title not in groups:
                 groups[title] = self.add_argument_group(title)
