@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-from deedsr.errors import UsageError
+from deedsr.errors import DeeDSRError, UsageError
 from pipelines.storage import open_storage
 
 __all__ = ["arrow_filesystem", "connect", "is_local", "nodes", "resources", "scratch"]
@@ -20,7 +20,7 @@ _OBJECT_STORE = 256 << 20
 def connect() -> None:
     """Connects this process to Ray, once. A local cluster ends with the process, however that ends.
 
-    Raises UsageError if `RAY_ADDRESS` names a cluster that does not answer.
+    Raises UsageError if `RAY_ADDRESS` names a cluster that does not answer, DeeDSRError if none starts here.
     """
     # Read by Ray at import and by the processes it starts: no telemetry, and no remark on machines without GPU.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -31,14 +31,20 @@ def connect() -> None:
         return
     address = os.environ.get("RAY_ADDRESS")
     if not address:
-        # "local" never joins a cluster that somebody else runs on this machine.
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE,
-            logging_level="WARNING",
-            log_to_driver=False,
-        )
+        try:
+            # "local" never joins a cluster that somebody else runs on this machine.
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE,
+                logging_level="WARNING",
+                log_to_driver=False,
+            )
+        except Exception as error:  # Ray has no narrower class for a start that timed out
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DeeDSRError(
+                f"Ray did not start on this machine: {reason} If the machine is very busy, run the command again later"
+            ) from error
         return
     try:
         ray.init(address=address, logging_level="WARNING")
