@@ -19,6 +19,8 @@ from deedsr.degradation.kernels import blur_kernel
 __all__ = ["degrade"]
 
 _JPEG_LIMIT = 65_500  # pixels a side
+_DIRECT_SIZE = 129  # kernels with more elements go through a Fourier transform in OpenCV
+_DIRECT_TAPS = 180  # from about here on the transform is faster
 _INTERPOLATION = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 
 
@@ -45,26 +47,39 @@ def blur(image: np.ndarray, kernel: str, size: int, **parameters: float) -> np.n
 
 
 def convolve(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """Correlate a float32 image with a kernel that sums to 1, leaving out what cannot be seen.
+    """Correlate a float32 image with a kernel that sums to 1 and is symmetric about its centre.
 
-    Outer rings that hold less than 1e-4 of the kernel move no pixel by more than 0.03 levels, so they are cut; a
-    product of a column and a row is applied as two filters.
+    Weights too small to be seen are left out; a product of a column and a row is applied as two filters.
     """
-    kernel = _trimmed(kernel)
-    rows, columns = kernel.shape
-    column, row = kernel[:, columns // 2], kernel[rows // 2] / kernel[rows // 2, columns // 2]
+    centre = kernel.shape[0] // 2
+    column, row = kernel[:, centre], kernel[centre] / kernel[centre, centre]
     if np.abs(np.outer(column, row) - kernel).sum() < 1e-5:
+        column, row = _significant(column), _significant(row)
         return cv2.sepFilter2D(image, cv2.CV_32F, row, column, borderType=cv2.BORDER_REFLECT_101)
-    return cv2.filter2D(image, cv2.CV_32F, kernel, borderType=cv2.BORDER_REFLECT_101)
+    kernel = _significant(kernel)
+    if kernel.size <= _DIRECT_SIZE or np.count_nonzero(kernel) > _DIRECT_TAPS:
+        return cv2.filter2D(image, cv2.CV_32F, kernel, borderType=cv2.BORDER_REFLECT_101)
+
+    # OpenCV takes the Fourier transform of larger kernels, at any number of taps: hand it bands of rows instead.
+    height, width = image.shape[:2]
+    radius = kernel.shape[0] // 2
+    padded = cv2.copyMakeBorder(image, radius, radius, radius, radius, cv2.BORDER_REFLECT_101)
+    blurred = np.zeros_like(image)
+    for top in range(0, len(kernel), _DIRECT_SIZE // len(kernel)):
+        band = kernel[top : top + _DIRECT_SIZE // len(kernel)]
+        rows = padded[top : top + height + len(band) - 1]
+        blurred += cv2.filter2D(rows, cv2.CV_32F, band, anchor=(0, 0))[:height, :width]
+    return blurred
 
 
-def _trimmed(kernel: np.ndarray) -> np.ndarray:
-    """The kernel's centre, normalised, without the rings whose weights' magnitudes sum to less than 1e-4."""
-    weights, cut = np.abs(kernel), 0
-    while cut < kernel.shape[0] // 2 and weights.sum() - weights[cut + 1 : -cut - 1, cut + 1 : -cut - 1].sum() < 1e-4:
-        cut += 1
-    centre = kernel[cut : kernel.shape[0] - cut, cut : kernel.shape[1] - cut]
-    return centre / centre.sum()
+def _significant(weights: np.ndarray) -> np.ndarray:
+    """The weights without the smallest, which together move no pixel by 0.013 levels, and without empty margins."""
+    magnitude = np.abs(weights)
+    ascending = np.sort(magnitude, axis=None)
+    least = ascending[np.searchsorted(np.cumsum(ascending), 5e-5)]
+    kept = np.where(magnitude < least, 0, weights)
+    margin = np.argwhere(kept).min()
+    return kept[(slice(margin, len(kept) - margin),) * kept.ndim] / kept.sum()
 
 
 def rescale(image: np.ndarray, mode: str, factor: float) -> np.ndarray:

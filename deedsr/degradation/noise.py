@@ -36,20 +36,19 @@ def add_poisson(image: np.ndarray, scale: float, gray: bool, seed: int) -> np.nd
     level = cv2.add(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY) if gray else image, 0, dtype=cv2.CV_8U)
     distinct = np.count_nonzero(cv2.calcHist([level.reshape(-1)], [0], None, [256], [0, 256]))
     photons = 1 << int(distinct - 1).bit_length()
-    noise = poisson_counts(level, photons, seed)
+    noise = poisson_counts(level, photons, _random_bits(level.shape, seed))
     noise *= scale * 255 / photons
     noise = cv2.scaleAdd(level.astype(np.float32), -scale, noise)
     return cv2.add(image, cv2.cvtColor(noise, cv2.COLOR_GRAY2BGR) if gray else noise)
 
 
-def poisson_counts(level: np.ndarray, photons: int, seed: int) -> np.ndarray:
-    """Photons counted where level / 255 * photons are expected: a float32 array of whole numbers, shaped like `level`.
+def poisson_counts(level: np.ndarray, photons: int, bits: np.ndarray) -> np.ndarray:
+    """Photons counted where level / 255 * photons are expected, by 16 random bits for each: whole numbers in float32.
 
     The Cornish-Fisher expansion m + s z + (z^2 - 1) / 6 of the quantiles around the mean m, rounded; s^2 = m - 5/36
     makes up for the variance of rounding (1/12) and of the quadratic term (1/18). It fails for small means: those few
     levels have tables.
     """
-    bits = _random_bits(level.shape, seed)
     mean = np.arange(256) * (photons / 255)
     z = _normal_quantiles().take(bits)
     counts = z * np.float32(1 / 6)
