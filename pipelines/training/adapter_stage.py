@@ -17,7 +17,7 @@ from deedsr.sampling.latents import downsampling_factor, encode_latents, enlarge
 from pipelines.dataset import Dataset
 from pipelines.models import load_vae, resolve_base, resolve_learner
 from pipelines.training.config import AdapterOptions
-from pipelines.training.stage import Workers
+from pipelines.training.stage import Workers, fresh
 
 
 class AdapterStage:
@@ -30,7 +30,7 @@ class AdapterStage:
 
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         base = resolve_base(self.options.base)
-        frozen = {"torch_dtype": dtype}
+        frozen = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
         self.unet = freeze(UNet2DConditionModel.from_pretrained(base, subfolder="unet", **frozen)).to(device)
         self.vae = freeze(load_vae(base, **frozen)).to(device)
         self.learner = freeze(DegradationLearner.from_pretrained(resolve_learner(self.options.learner), **frozen))
@@ -102,10 +102,10 @@ class AdapterStage:
         """Nothing but the trained parameters advances."""
 
     def export(self, folder: Path, trained: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-        adapter = DegradationAwareAdapter.from_config(self.adapter.config)
-        adapter.load_state_dict(trained)
-        adapter.save_pretrained(folder / "adapter")
-        self.learner.save_pretrained(folder / "learner")
+        for part, weights in (("adapter", trained), ("learner", self.learner.float().state_dict())):
+            model = fresh(getattr(self, part))
+            model.load_state_dict(weights)
+            model.save_pretrained(folder / part)
         description = {
             "format_version": 1,
             "base": self.options.base,

@@ -15,7 +15,7 @@ from deedsr.learner.pairs import quadrant_pair
 from deedsr.learner.resnet import LEARNER_PRESETS, DegradationLearner
 from pipelines.dataset import Dataset
 from pipelines.training.config import LearnerOptions
-from pipelines.training.stage import Workers
+from pipelines.training.stage import Workers, fresh
 
 
 class LearnerStage:
@@ -68,7 +68,7 @@ class LearnerStage:
         self.learner.load_state_dict(under(state, "buffers."), strict=False)
 
     def export(self, folder: Path, trained: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-        learner = DegradationLearner.from_config(self.learner.config)
+        learner = fresh(self.learner)
         learner.load_state_dict(trained | under(state, "buffers."))
         learner.save_pretrained(folder / "learner")
 

@@ -54,3 +54,8 @@ class Stage(Protocol):
 
     def export(self, folder: Path, trained: dict[str, Tensor], state: dict[str, Tensor]) -> None:
         """Write the model that whole fp32 parameters and what `state` gave make."""
+
+
+def fresh(model: Any) -> Any:
+    """A new model of the same class and configuration, without what its config says of where it was loaded from."""
+    return type(model)(**{key: value for key, value in model.config.items() if not key.startswith("_")})
