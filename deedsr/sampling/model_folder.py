@@ -84,7 +84,10 @@ def find_folder(name: str | Path) -> Path:
     Raises UsageError where there is none.
     """
     if str(name) == "tiny":
-        return Path(str(files("deedsr") / "assets" / "tiny"))
+        path = Path(str(files("deedsr") / "assets" / "tiny"))
+        if not path.is_dir():
+            raise UsageError(f"this installation of deedsr is without the model tiny ({path}): install it again")
+        return path
     path = Path(name).expanduser()
     if path.is_dir():
         return path
