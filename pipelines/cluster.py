@@ -37,7 +37,7 @@ def connect() -> None:
                 address="local",
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE,
-                logging_level="WARNING",
+                logging_level="ERROR",
                 log_to_driver=False,
             )
         except Exception as error:  # Ray has no narrower class for a start that timed out

@@ -1,5 +1,6 @@
 """Reading a finished dataset: its manifest, its index, and single samples through their offsets in the shards."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from deedsr.dataset.codecs import decode_stored
-from deedsr.dataset.manifest import MANIFEST, SAMPLES, Manifest
+from deedsr.dataset.manifest import MANIFEST, SAMPLES, Manifest, kept_copy
 from deedsr.degradation.recipe import Recipe
 from deedsr.errors import DatasetNotCommitted, DeeDSRError
 from pipelines.storage import Storage, open_storage
@@ -70,17 +71,21 @@ class Dataset:
     def scale(self) -> int:
         return self.recipe.scale
 
+    def file(self, name: str) -> bytes:
+        """`samples.parquet` or `rejected.jsonl` as the manifest has it. Raises DeeDSRError if it is gone or altered."""
+        sha256 = self.manifest.files[name]
+        for path in (name, kept_copy(name, sha256)):
+            with contextlib.suppress(FileNotFoundError):
+                data = self.storage.read(path)
+                if hashlib.sha256(data).hexdigest() == sha256:
+                    return data
+        raise DeeDSRError(f"{self.uri}/{name} is missing or altered: generate the dataset again, it reuses the shards")
+
     @cached_property
     def _samples(self) -> pa.Table:
         import pyarrow.parquet
 
-        try:
-            data = self.storage.read(SAMPLES)
-        except FileNotFoundError:
-            raise DeeDSRError(f"{self.uri}/{SAMPLES} is missing: generate the dataset again") from None
-        if hashlib.sha256(data).hexdigest() != self.manifest.files[SAMPLES]:
-            raise DeeDSRError(f"{self.uri}/{SAMPLES} is not the file its manifest names: generate the dataset again")
-        return pyarrow.parquet.read_table(io.BytesIO(data))
+        return pyarrow.parquet.read_table(io.BytesIO(self.file(SAMPLES)))
 
     def index(self, split: str | None = None) -> pa.Table:
         """Rows of `samples.parquet`, of one split or of all, in shard order; variants of one content are adjacent."""

@@ -172,10 +172,16 @@ def test_another_recipe_or_seed_reuses_nothing(copy, tmp_path, small_recipe):
     few = copy / "validation"
     recipe = changed(small_recipe, variants=1)
     first = run([few], tmp_path / "out", recipe)
+    manifest = (tmp_path / "out" / "manifest.json").read_bytes()
     other = run([few], tmp_path / "out", changed(recipe, seed=1))
     assert (other.reused, other.written) == (0, other.shards)
     assert other.digest != first.digest
     assert Dataset.open(str(tmp_path / "out")).recipe.seed == 1
+    # A run that ends just before its manifest leaves the older dataset readable.
+    (tmp_path / "out" / "manifest.json").write_bytes(manifest)
+    older = Dataset.open(str(tmp_path / "out"))
+    assert older.recipe.seed == 0
+    assert {older.read(older.index(), row).info["recipe_digest"] for row in range(5)} == {recipe.digest}
 
 
 def names(count: int, root: int = 0) -> list[Source]:
@@ -354,3 +360,5 @@ def test_verify_reads_the_samples_and_does_not_trust_hashes_alone(photos, tmp_pa
     result = verify(str(out), progress=False)
     assert result.samples == 0
     assert any("points beside" in problem for problem in result.problems)
+    (out / "samples.parquet").write_bytes(b"")
+    assert "samples.parquet: its SHA-256 is not what the manifest says" in verify(str(out), progress=False).problems

@@ -8,7 +8,7 @@ from typing import Any
 
 from deedsr.errors import DeeDSRError
 
-__all__ = ["FORMAT_VERSION", "MANIFEST", "REJECTED", "SAMPLES", "Manifest", "ShardEntry", "dataset_digest"]
+__all__ = ["FORMAT_VERSION", "MANIFEST", "REJECTED", "SAMPLES", "Manifest", "ShardEntry", "dataset_digest", "kept_copy"]
 
 MANIFEST = "manifest.json"
 SAMPLES = "samples.parquet"
@@ -76,3 +76,11 @@ class Manifest:
 def dataset_digest(shard_hashes: Iterable[str]) -> str:
     """SHA-256, hexadecimal, over the shards' hexadecimal SHA-256 in the manifest's order, one a line."""
     return hashlib.sha256("".join(f"{sha256}\n" for sha256 in shard_hashes).encode()).hexdigest()
+
+
+def kept_copy(name: str, sha256: str) -> str:
+    """Where `samples.parquet` or `rejected.jsonl` also lie, under a name whose content never changes.
+
+    Generating again overwrites both before it replaces the manifest; the older manifest's readers find these.
+    """
+    return f"_state/{sha256[:12]}-{name}"

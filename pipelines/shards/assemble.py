@@ -19,6 +19,7 @@ from deedsr.dataset.manifest import (
     Manifest,
     ShardEntry,
     dataset_digest,
+    kept_copy,
 )
 from deedsr.degradation.recipe import Recipe
 from deedsr.errors import DeeDSRError
@@ -60,6 +61,9 @@ def assemble(plans: Sequence[ShardPlan], records: Sequence[ShardRecord], recipe:
         SAMPLES: _parquet(plans, records),
         REJECTED: b"".join(json.dumps(line).encode() + b"\n" for line in rejected),
     }
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    for name, data in files.items():
+        out.write(kept_copy(name, hashes[name]), data)
     for name, data in files.items():
         out.write(name, data)
     manifest = Manifest(
@@ -75,7 +79,7 @@ def assemble(plans: Sequence[ShardPlan], records: Sequence[ShardRecord], recipe:
         shards=shards,
         digest=dataset_digest(shard.sha256 for shard in shards),
         libraries={name: version(name) for name in _LIBRARIES},
-        files={name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+        files=hashes,
     )
     out.write(MANIFEST, manifest.to_json())
     return manifest

@@ -116,9 +116,11 @@ def _build_all(
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     parallel = workers or max(1, int(cluster.resources().get("CPU", 1)))
     per_block = min(max(len(plans) // (parallel * _BLOCKS_PER_WORKER), 1), _MAX_SHARDS_PER_BLOCK)
-    blocks = ray.data.from_items([{"plan": plan} for plan in plans], override_num_blocks=-(-len(plans) // per_block))
-    work = blocks.map(
-        partial(_task, recipe=recipe, out=out), num_cpus=1, compute=ray.data.TaskPoolStrategy(size=workers)
+    blocks = -(-len(plans) // per_block)
+    work = ray.data.from_items([{"plan": plan} for plan in plans], override_num_blocks=blocks).map(
+        partial(_task, recipe=recipe, out=out),
+        num_cpus=1,
+        compute=ray.data.TaskPoolStrategy(size=workers and min(workers, blocks)),
     )
     try:
         for summary in work.iter_rows():

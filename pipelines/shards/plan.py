@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import groupby
 
+from deedsr.dataset.manifest import FORMAT_VERSION
 from deedsr.degradation.recipe import ALGORITHM_VERSION, Recipe, Shard, Split
 from pipelines.shards.sources import Source
 
@@ -75,7 +76,7 @@ def _ends(run: Sequence[tuple[bytes, Source]], shard: Shard) -> bool:
 
 def _plan(root: int, split: str, run: Sequence[tuple[bytes, Source]], recipe_digest: str) -> ShardPlan:
     listing = [(source.path, source.size, source.version) for _, source in run]
-    work = json.dumps([recipe_digest, ALGORITHM_VERSION, root, split, listing])
+    work = json.dumps([FORMAT_VERSION, recipe_digest, ALGORITHM_VERSION, root, split, listing])
     leading = int.from_bytes(run[0][0][:8]) * 10**10 >> 64
     return ShardPlan(
         root,

@@ -12,12 +12,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute
-import pyarrow.parquet
 from tqdm import tqdm
 
 from deedsr.dataset.codecs import decode_stored
 from deedsr.dataset.manifest import REJECTED, SAMPLES, Manifest, ShardEntry
 from deedsr.degradation.recipe import Recipe
+from deedsr.errors import DeeDSRError
 from pipelines.dataset import Dataset
 from pipelines.storage import Storage
 
@@ -38,15 +38,18 @@ def verify(uri: str, progress: bool = True) -> VerifyResult:
     """Reads the dataset at `uri` from end to end. Raises DatasetNotCommitted if there is none."""
     dataset = Dataset.open(uri)
     manifest, recipe, storage = dataset.manifest, dataset.recipe, dataset.storage
-    problems = list(_check_manifest(manifest, recipe))
-    index = _read_index(storage, manifest, problems)
-    rejected = _read_hashed(storage, REJECTED, manifest, problems)
-    if rejected is not None:
-        problems += _check_rejected(rejected, manifest)
+    problems = [*_check_manifest(manifest, recipe), *_check_files(manifest, storage)]
+    index = None
+    try:
+        problems += _check_rejected(dataset.file(REJECTED), manifest)
+        index = dataset.index()
+        problems += _check_index(index, manifest)
+    except DeeDSRError as error:
+        problems.append(str(error))
     whole = 0
 
     def check(shard: ShardEntry) -> tuple[int, list[str]]:
-        rows = index.filter(pa.compute.equal(index["shard"], shard.name)).to_pylist() if index else None
+        rows = index.filter(pa.compute.equal(index["shard"], shard.name)).to_pylist() if index is not None else None
         return _check_shard(shard, rows, recipe, storage)
 
     with (
@@ -69,28 +72,21 @@ def _check_manifest(manifest: Manifest, recipe: Recipe) -> Iterator[str]:
         yield "manifest.json: used and rejected sources do not add up to those given"
 
 
-def _read_hashed(storage: Storage, name: str, manifest: Manifest, problems: list[str]) -> bytes | None:
-    try:
-        data = storage.read(name)
-    except FileNotFoundError:
-        problems.append(f"{name} is missing")
-        return None
-    if hashlib.sha256(data).hexdigest() != manifest.files[name]:
-        problems.append(f"{name}: its content is not what the manifest says")
-        return None
-    return data
+def _check_files(manifest: Manifest, storage: Storage) -> Iterator[str]:
+    """The files under their plain names, which other programs read; our own reader has a kept copy of each."""
+    for name, sha256 in manifest.files.items():
+        try:
+            if hashlib.sha256(storage.read(name)).hexdigest() != sha256:
+                yield f"{name}: its SHA-256 is not what the manifest says"
+        except FileNotFoundError:
+            yield f"{name} is missing"
 
 
-def _read_index(storage: Storage, manifest: Manifest, problems: list[str]) -> pa.Table | None:
-    data = _read_hashed(storage, SAMPLES, manifest, problems)
-    if data is None:
-        return None
-    index = pyarrow.parquet.read_table(io.BytesIO(data))
+def _check_index(index: pa.Table, manifest: Manifest) -> Iterator[str]:
     if index.num_rows != manifest.samples:
-        problems.append(f"{SAMPLES}: {index.num_rows} rows, the manifest counts {manifest.samples} samples")
+        yield f"{SAMPLES}: {index.num_rows} rows, the manifest counts {manifest.samples} samples"
     if pa.compute.count_distinct(index["key"]).as_py() != index.num_rows:
-        problems.append(f"{SAMPLES}: a key stands for more than one sample")
-    return index
+        yield f"{SAMPLES}: a key stands for more than one sample"
 
 
 def _check_rejected(data: bytes, manifest: Manifest) -> Iterator[str]:
