@@ -110,6 +110,7 @@ def test_continuous_values_are_uniform_over_their_ranges(many_draws):
     sinc = [item for draw in many_draws for item in draw["steps"] if item["step"] == "blur1" and "cutoff" in item]
     assert_uniform(np.array([item["cutoff"] for item in sinc if item["size"] < 13]), math.pi / 3, math.pi)
     assert_uniform(np.array([item["cutoff"] for item in sinc if item["size"] >= 13]), math.pi / 5, math.pi)
+    assert min(item["cutoff"] for item in sinc if item["size"] == 13) < math.pi / 3
 
 
 def test_integers_cover_their_ranges_evenly(many_draws):
@@ -298,7 +299,7 @@ def test_poisson_noise_agrees_with_the_plain_samplers_at_dark_and_bright_pixels(
 
 
 def test_a_round_trip_through_json_replays_the_identical_lr(crops):
-    for index in range(120):
+    for index in range(72):
         name = builtin_recipes()[index % len(builtin_recipes())]
         hr = crops[index % len(crops)]
         draws = draw_degradation(load_recipe(name).degradation, (256, 256), 4, generator(name, index))
