@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         return _run(argv)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Ray answers SIGTERM with SystemExit once it is connected
         print("interrupted; the same command continues where it stopped", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:

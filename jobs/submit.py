@@ -20,7 +20,7 @@ from jobs.command import Command, Outcome
 from jobs.job_file import JobFile, load_job_file
 
 if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
+    from ray.job_submission import JobDetails, JobSubmissionClient
 
 logger = logging.getLogger(__name__)
 
@@ -42,19 +42,26 @@ def run(options: SubmitOptions) -> Outcome:
     client = connect(address)
     try:
         job_id = running(client, job) or submit(client, job)
-        if options.wait:
-            follow(client, job_id)
-        details = client.get_job_info(job_id)
-    except KeyboardInterrupt:
-        how = " or ".join(f"ray job {verb} {job_id} --address {address}" for verb in ("stop", "logs --follow"))
-        print(f"{job_id} keeps running; stop or follow it with: {how}", file=sys.stderr)
-        raise
+        details = report(client, job, job_id, address, options.wait)
     except (RuntimeError, ConnectionError) as error:
         raise DeeDSRError(f"the cluster at {address} refused or went away: {error}") from error
     values = {"job_id": job_id, "status": str(details.status), "entrypoint": job.entrypoint, "address": address}
     if details.status in ("FAILED", "STOPPED"):
         return Outcome(values | {"message": details.message}, complete=False)
     return Outcome(values)
+
+
+def report(client: "JobSubmissionClient", job: JobFile, job_id: str, address: str, wait: bool) -> "JobDetails":
+    """What has become of the job, after its end if `wait`. Ctrl-C says how to reach the job, which goes on."""
+    try:
+        logger.info("%s runs: %s", job_id, job.entrypoint)
+        if wait:
+            follow(client, job_id)
+        return client.get_job_info(job_id)
+    except KeyboardInterrupt:
+        how = " or ".join(f"ray job {verb} {job_id} --address {address}" for verb in ("stop", "logs --follow"))
+        print(f"{job_id} keeps running; stop or follow it with: {how}", file=sys.stderr)
+        raise
 
 
 def connect(address: str) -> "JobSubmissionClient":
@@ -73,7 +80,7 @@ def running(client: "JobSubmissionClient", job: JobFile) -> str | None:
     """Submission id of a job with the same entry point that has not ended, if there is one."""
     for details in client.list_jobs():
         if details.entrypoint == job.entrypoint and details.submission_id and not details.status.is_terminal():
-            logger.info("%s already runs this job", details.submission_id)
+            logger.info("this job was submitted before and has not ended")
             return details.submission_id
     return None
 
@@ -88,7 +95,6 @@ def submit(client: "JobSubmissionClient", job: JobFile) -> str:
         entrypoint_num_gpus=job.entrypoint_num_gpus,
         entrypoint_memory=job.entrypoint_memory or None,
     )
-    logger.info("submitted %s: %s", job_id, job.entrypoint)
     return job_id
 
 

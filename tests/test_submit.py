@@ -131,7 +131,14 @@ def test_a_shards_job_outlives_ctrl_c_is_followed_again_and_yields_the_digest_of
     job = {"command": "shards", "name": "shards", "working_dir": str(ROOT), "options": options}
 
     with head.start_submit(job, "--wait") as first:
-        job_id = next(line.split()[2].rstrip(":") for line in first.stderr if " submitted " in line)
+        said = []
+        for line in first.stderr:
+            said.append(line)
+            if " runs: " in line:
+                break
+        else:
+            pytest.fail("".join(said) + (head.folder / "head.log").read_text())
+        job_id = said[-1].split()[1]
         first.send_signal(signal.SIGINT)
         output, log = first.communicate(timeout=60)
     assert first.returncode == 130, log
