@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from deedsr.errors import DeeDSRError, UsageError
@@ -180,8 +180,10 @@ def decode(data: bytes) -> Decoded:
         image = ImageOps.exif_transpose(image)
     except Image.DecompressionBombError as error:
         raise DeeDSRError(f"too large to be decoded: {error}") from error
+    except UnidentifiedImageError as error:
+        raise DeeDSRError("not a picture of a known format") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error ...
-        raise DeeDSRError(f"not a picture that can be decoded: {error}") from error
+        raise DeeDSRError(f"damaged, it cannot be decoded: {error}") from error
     profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA", "P") else None
     if image.mode.startswith(("I", "F")):
         image = _eight_bit(image)

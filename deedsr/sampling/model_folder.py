@@ -146,6 +146,8 @@ def load_part(path: Path, part: str, **options: Any) -> Any:
     Raises UsageError where the folder is missing, holds another kind of part, or weights that do not fit its
     configuration.
     """
+    from diffusers.utils import logging
+
     folder = path / part
     config_name = "scheduler_config.json" if part == "scheduler" else "config.json"
     if not (folder / config_name).is_file():
@@ -160,10 +162,16 @@ def load_part(path: Path, part: str, **options: Any) -> Any:
         return kind.from_pretrained(folder)
     if part == "learner":
         options.pop("torch_dtype", None)  # runs once per picture, and its running statistics are not for half precision
+    # Materialised at once: the other way needs the package accelerate, which nothing else here does.
+    options = {"low_cpu_mem_usage": False} | options
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it would warn of is checked below
     try:
         module, report = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
     except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError ... by what is wrong with the file
         raise UsageError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    finally:
+        logging.set_verbosity(verbosity)
     unfit = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     if unfit:
         raise UsageError(f"the weights in {folder} are of another model than its config.json: {len(unfit)} tensors "
