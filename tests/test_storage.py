@@ -1,5 +1,6 @@
 """Claims on storage, each on a local directory and on a real S3 server process."""
 
+import os
 import pickle
 import time
 
@@ -63,6 +64,8 @@ def test_a_write_that_fails_leaves_the_old_object_and_nothing_else(storage, tmp_
         storage.write("x", tmp_path)  # a directory cannot be read as a file
     assert storage.read("x") == b"old"
     assert [entry.path for entry in storage.list()] == ["x"]
+    if storage.local_path("x"):  # a listing leaves out unfinished files, a directory has none to hide
+        assert os.listdir(storage.uri) == ["x"]
 
 
 def test_a_storage_travels_to_another_process(storage):
