@@ -249,7 +249,7 @@ def run_processes(world_size: int, many_options: list) -> list[list[list[float]]
         )
         for rank in range(world_size)
     ]
-    outputs = [process.communicate(timeout=280) for process in processes]
+    outputs = [process.communicate(timeout=600) for process in processes]
     for process, (_, errors) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, errors[-3000:]
     line = next(line for line in outputs[0][0].splitlines() if line.startswith("CURVES"))

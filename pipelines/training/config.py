@@ -16,31 +16,31 @@ class TrainOptions:
     schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up
     warmup_steps: int = 0  # linear warm-up
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: momentum 0.9
-    weight_decay: float = 0.01
+    weight_decay: float = 0.01  # pull of the weights to zero
     clip_grad_norm: float = 0.0  # 0 = off
     max_steps: int = 1000  # optimizer steps in all
     global_batch_size: int = 32  # samples per optimizer step, over all workers and accumulation
-    micro_batch_size: int | None = None  # samples per forward on one worker; None = as many as it gets
+    micro_batch_size: int | None = None  # samples per forward on one worker; null = all it gets
     num_workers: int | str = 1  # a number, or a range such as 1..4 (elastic)
     zero_stage: Literal[0, 1, 2, 3] = 0  # DeepSpeed ZeRO
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 keeps fp32 master weights (needs zero_stage 1, 2 or 3)
-    seed: int = 0
+    seed: int = 0  # of initial weights, order of samples and every draw
     checkpoint_every: int = 200  # optimizer steps
     keep_checkpoints: int = 2  # the newest stay
     log_every: int = 10  # optimizer steps between points of the curves
     ema_decay: float = 0.0  # averaged weights are the ones exported; 0 = off
     max_failures: int = 3  # restarts of the worker group before the run gives up
     cpus_per_worker: float = 1.0  # also the compute threads of a worker
-    gpus_per_worker: float | None = None  # None = 1 where the cluster has GPUs, else 0
+    gpus_per_worker: float | None = None  # null = 1 where the cluster has GPUs, else 0
 
 
 @dataclass
 class ContrastOptions:
     """Momentum contrast (docs/method.md, stage 1)."""
 
-    queue_size: int = 24576
-    momentum: float = 0.999
-    temperature: float = 0.07
+    queue_size: int = 24576  # past keys that serve as negatives
+    momentum: float = 0.999  # of the key encoder, per optimizer step
+    temperature: float = 0.07  # of the contrastive loss
     batch_block: int = 32  # consecutive samples of the global batch that stay in one forward; see MomentumContrast
     batch_negatives: bool = False  # keys of the other samples of the block are negatives too
 
@@ -49,7 +49,7 @@ class ContrastOptions:
 class LearnerModelOptions:
     """Degradation learner; the defaults are the paper's 85 M parameter ResNet."""
 
-    preset: Literal["paper", "tiny"] = "paper"
+    preset: Literal["paper", "tiny"] = "paper"  # size of the network
     norm_group: int = 16  # samples that share batch-norm statistics; divides contrast.batch_block
 
 
@@ -69,7 +69,7 @@ class LearnerOptions:
 class AdapterModelOptions:
     """Degradation-aware adapter; its geometry follows the base's UNet."""
 
-    preset: Literal["paper", "tiny"] = "paper"
+    preset: Literal["paper", "tiny"] = "paper"  # size of the encoder and the branches
     tokens: Literal["new_kv", "project"] = "new_kv"  # global branch: new to_k/to_v, or tokens projected to the base's
 
 
@@ -100,8 +100,8 @@ class AdapterOptions:
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "learner": {
         "paper": {
-            "model": {"preset": "paper"},
-            "contrast": {"queue_size": 24576, "momentum": 0.999, "temperature": 0.07},
+            "model": {"preset": "paper", "norm_group": 12},
+            "contrast": {"queue_size": 24576, "momentum": 0.999, "temperature": 0.07, "batch_block": 24},
             "train": {
                 "optimizer": "sgd", "lr": 0.03, "weight_decay": 1e-4, "global_batch_size": 96, "max_steps": 200_000,
                 "checkpoint_every": 1000,
