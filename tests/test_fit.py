@@ -1,0 +1,199 @@
+"""`train learner` and `train adapter` on a real Ray cluster: results, continuation, lineage, a model that runs."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deedsr.errors import DatasetNotCommitted, UsageError
+from pipelines import tracking
+from pipelines.training.config import (
+    AdapterModelOptions,
+    AdapterOptions,
+    ContrastOptions,
+    DiffusionOptions,
+    LearnerModelOptions,
+    LearnerOptions,
+    TrainOptions,
+)
+from pipelines.training.fit import train_adapter, train_learner
+from tests.test_training import base  # noqa: F401  (a randomly initialised base)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """An MLflow store of this module's own."""
+    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    yield uri
+    os.environ.pop("MLFLOW_TRACKING_URI")
+    if before is not None:
+        os.environ["MLFLOW_TRACKING_URI"] = before
+
+
+@pytest.fixture(scope="module")
+def shards_run(store, small_dataset) -> str:
+    """The run that made the dataset, as `deedsr shards` records it."""
+    from pipelines.dataset import Dataset
+
+    with tracking.start_run(
+        "deedsr-shards", name="shards", config={}, tags={"deedsr.kind": "shards"}, system_metrics=False
+    ) as run:
+        run.log_dataset(Dataset.open(str(small_dataset)), context="shards")
+    return run.id
+
+
+@pytest.fixture(scope="module")
+def learner_options(small_dataset, tmp_path_factory) -> LearnerOptions:
+    return LearnerOptions(
+        data=str(small_dataset),
+        out=str(tmp_path_factory.mktemp("fit") / "learner"),
+        model=LearnerModelOptions(preset="tiny", norm_group=2),
+        contrast=ContrastOptions(queue_size=24, batch_block=4),
+        train=TrainOptions(global_batch_size=8, max_steps=4, checkpoint_every=2, log_every=1, num_workers=2),
+    )
+
+
+@pytest.fixture(scope="module")
+def learner(ray_cluster, shards_run, learner_options):
+    return train_learner(learner_options, progress=False)
+
+
+@pytest.fixture(scope="module")
+def adapter_options(learner, learner_options, base, tmp_path_factory) -> AdapterOptions:  # noqa: F811
+    return AdapterOptions(
+        data=learner_options.data,
+        learner=learner_options.out,
+        base=str(base),
+        out=str(tmp_path_factory.mktemp("fit") / "adapter"),
+        model=AdapterModelOptions(preset="tiny"),
+        diffusion=DiffusionOptions(lr_crop=16),
+        sampling={"num_inference_steps": 3},
+        train=TrainOptions(global_batch_size=4, max_steps=3, checkpoint_every=2, log_every=1, ema_decay=0.9),
+    )
+
+
+@pytest.fixture(scope="module")
+def adapter(adapter_options):
+    before = _hash(Path(adapter_options.base))
+    result = train_adapter(adapter_options, progress=False)
+    assert _hash(Path(adapter_options.base)) == before
+    return result
+
+
+def _hash(folder: Path) -> str:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def _steps(run_id: str) -> list[int]:
+    client = tracking.connect(tracking.tracking_uri())
+    return [metric.step for metric in client.get_metric_history(run_id, "loss")]
+
+
+def test_the_result_names_run_checkpoint_and_progress(learner, learner_options):
+    assert (learner.step, learner.samples_seen) == (4, 32)
+    assert np.isfinite(learner.loss)
+    assert json.loads((Path(learner.checkpoint) / "checkpoint.json").read_text())["step"] == 4
+    assert (Path(learner_options.out) / "learner" / "config.json").is_file()
+    assert not list(Path(learner_options.out).glob("_ray*"))
+
+
+def test_the_run_knows_its_dataset_and_the_run_that_made_it(learner, shards_run, small_dataset):
+    from pipelines.dataset import Dataset
+
+    run = tracking.connect(tracking.tracking_uri()).get_run(learner.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["deedsr.parent.shards"] == shards_run
+    assert run.data.tags["deedsr.dataset.digest"] == Dataset.open(str(small_dataset)).digest
+    assert run.inputs.dataset_inputs
+    assert run.data.params["train.global_batch_size"] == "8"
+
+
+def test_the_same_call_again_does_nothing_and_a_longer_one_continues_its_own_run(learner, learner_options):
+    assert train_learner(learner_options, progress=False) == learner
+    train = dataclasses.replace(learner_options.train, max_steps=6, num_workers=1, zero_stage=2)
+    longer = train_learner(dataclasses.replace(learner_options, train=train), progress=False)
+    assert (longer.run_id, longer.step) == (learner.run_id, 6)
+    assert _steps(learner.run_id) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"train": {"lr": 0.5}}, "train.lr was 0.0001, is 0.5"),
+        ({"contrast": {"temperature": 0.5}}, "contrast.temperature"),
+        ({"model": {"preset": "paper"}}, "model.preset"),
+    ],
+)
+def test_another_configuration_on_the_same_out_is_refused_by_name(learner, learner_options, change, named):
+    changed = dataclasses.replace(
+        learner_options,
+        **{part: dataclasses.replace(getattr(learner_options, part), **values) for part, values in change.items()},
+    )
+    with pytest.raises(UsageError, match=named):
+        train_learner(changed, progress=False)
+
+
+def test_a_training_of_the_other_stage_is_refused(learner, learner_options, adapter_options):
+    with pytest.raises(UsageError, match="holds a training of the learner"):
+        train_adapter(dataclasses.replace(adapter_options, out=learner_options.out), progress=False)
+
+
+def test_missing_inputs_are_one_clear_error(learner_options, adapter_options, tmp_path):
+    with pytest.raises(DatasetNotCommitted, match="manifest.json"):
+        train_learner(dataclasses.replace(learner_options, data=str(tmp_path)), progress=False)
+    with pytest.raises(UsageError, match="learner"):
+        train_adapter(dataclasses.replace(adapter_options, learner=str(tmp_path)), progress=False)
+    with pytest.raises(UsageError, match="unet"):
+        train_adapter(dataclasses.replace(adapter_options, base=str(tmp_path)), progress=False)
+
+
+def test_more_workers_than_the_machine_has_are_refused_instead_of_waited_for(ray_cluster, learner_options, tmp_path):
+    train = dataclasses.replace(learner_options.train, global_batch_size=32, num_workers=8)
+    with pytest.raises(UsageError, match="needs 8 CPUs"):
+        train_learner(dataclasses.replace(learner_options, out=str(tmp_path), train=train), progress=False)
+
+
+def test_the_adapter_is_a_model_that_enlarges_and_names_its_parents(adapter, adapter_options, learner, shards_run):
+    from deedsr import DeeDSRPipeline
+
+    tags = tracking.connect(tracking.tracking_uri()).get_run(adapter.run_id).data.tags
+    assert tags["deedsr.parent.learner"] == learner.run_id
+    assert tags["deedsr.parent.shards"] == shards_run
+    pipe = DeeDSRPipeline.from_pretrained(adapter_options.out)
+    pipe.set_progress_bar_config(disable=True)
+    lr = np.random.default_rng(0).integers(0, 256, (24, 20, 3), dtype=np.uint8)
+    assert pipe(lr).images[0].size == (80, 96)
+    for config in Path(adapter_options.out).rglob("config.json"):
+        assert "_name_or_path" not in json.loads(config.read_text())
+
+
+@pytest.mark.soak
+def test_a_killed_driver_is_continued_by_the_same_command_without_gap_or_doubled_step(store, learner_options, tmp_path):
+    out = tmp_path / "learner"
+    words = [
+        sys.executable, "-m", "deedsr", "train", "learner", "--preset", "tiny", "--data", learner_options.data,
+        "--out", str(out), "--model.norm_group", "2", "--contrast.batch_block", "4", "--contrast.queue_size", "24",
+        "--train.global_batch_size", "8", "--train.max_steps", "60", "--train.checkpoint_every", "5",
+        "--train.log_every", "1", "--json",
+    ]  # fmt: skip
+    first = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 200
+    while not list(out.glob("checkpoints/*10/checkpoint.json")) and time.time() < deadline:
+        time.sleep(0.2)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    second = subprocess.run(words, capture_output=True, text=True, timeout=250, check=True)
+    result = json.loads(second.stdout)
+    assert result["step"] == 60
+    assert _steps(result["run_id"]) == list(range(1, 61))
