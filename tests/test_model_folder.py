@@ -1,0 +1,162 @@
+"""Claims about models on disk: what is saved comes back, what is not a whole model is refused by name."""
+
+import json
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, PNDMScheduler, UNet2DConditionModel
+from small_networks import make_pipeline
+
+from deedsr.errors import UsageError
+from deedsr.sampling.pipeline import DeeDSRPipeline
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def lr(photos) -> np.ndarray:
+    image = cv2.cvtColor(cv2.imread(str(photos / "validation" / "Green-Maple.jpg")), cv2.COLOR_BGR2RGB)
+    return cv2.resize(image, (64, 36), interpolation=cv2.INTER_AREA)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def pixels(result) -> np.ndarray:
+    return np.asarray(result.images[0]).astype(int)
+
+
+def test_a_saved_pipeline_comes_back_exactly(lr, tmp_path):
+    pipe = make_pipeline("kl", num_inference_steps=3, noise_guidance_share=0.4, color_fix="none")
+    pipe.save_pretrained(tmp_path / "model")
+    again = DeeDSRPipeline.from_pretrained(tmp_path / "model")
+    again.set_progress_bar_config(disable=True)
+    assert (again.scale, again.sampling) == (pipe.scale, pipe.sampling)
+    for name in ("vae", "unet", "learner", "adapter"):
+        before, after = (getattr(p, name).state_dict() for p in (pipe, again))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+    crop = lr[:16, :16]
+    assert np.array_equal(pixels(pipe(crop, generator=seeded())), pixels(again(crop, generator=seeded())))
+    assert not any(path.suffix in (".bin", ".pt", ".pkl") for path in (tmp_path / "model").rglob("*"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What `deedsr train adapter` writes, beside its base."""
+    folder = tmp_path_factory.mktemp("trained")
+    pipe = make_pipeline("kl")
+    pipe.vae.save_pretrained(folder / "base" / "vae")
+    pipe.unet.save_pretrained(folder / "base" / "unet")
+    PNDMScheduler.from_config(pipe.scheduler.config).save_pretrained(folder / "base" / "scheduler")
+    pipe.learner.save_pretrained(folder / "model" / "learner")
+    pipe.adapter.save_pretrained(folder / "model" / "adapter")
+    description = {"format_version": 1, "base": "../base", "scale": 4, "sampling": {"num_inference_steps": 2}}
+    (folder / "model" / "deedsr.json").write_text(json.dumps(description))
+    return folder
+
+
+def test_a_trained_folder_finds_its_base_and_samples_by_ddim(trained, lr, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    pipe = DeeDSRPipeline.from_pretrained(trained / "model")
+    assert isinstance(pipe.scheduler, DDIMScheduler)
+    assert pipe.scheduler.config["prediction_type"] == "v_prediction"
+    assert pipe.sampling.num_inference_steps == 2
+    pipe.scheduler.set_timesteps(50)
+    assert pipe.scheduler.timesteps[0] == 981
+    assert pipe(lr[:8, :8]).images[0].size == (32, 32)
+
+
+def test_networks_load_and_sample_in_the_dtype_asked_for(trained, lr):
+    pipe = DeeDSRPipeline.from_pretrained(trained / "model", torch_dtype=torch.bfloat16)
+    assert {pipe.unet.dtype, pipe.adapter.dtype, pipe.vae.dtype} == {torch.bfloat16}
+    assert pipe(lr[:8, :8]).images[0].size == (32, 32)
+    pipe.to(torch.float32)
+    assert pipe(lr[:8, :8]).images[0].size == (32, 32)
+
+
+def test_weights_stored_in_half_precision_compute_in_full(trained, lr, tmp_path):
+    model = copy_of(trained, tmp_path)
+    pipe = DeeDSRPipeline.from_pretrained(model)
+    pipe.adapter.half().save_pretrained(model / "adapter")
+    pipe.learner.half().save_pretrained(model / "learner")
+    again = DeeDSRPipeline.from_pretrained(model)
+    assert {again.learner.dtype, again.adapter.dtype} == {torch.float32}
+    assert again(lr[:8, :8]).images[0].size == (32, 32)
+
+
+def copy_of(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "copy")
+    return tmp_path / "copy" / "model"
+
+
+def test_a_folder_that_is_no_model_is_refused_with_the_remedy(trained, tmp_path):
+    for folder, message in (
+        (tmp_path / "nothing", "there is no model folder"),
+        (tmp_path, "neither model_index.json nor deedsr.json"),
+        (trained / "base", "neither model_index.json nor deedsr.json"),
+        (trained / "model" / "deedsr.json", "is a file"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            DeeDSRPipeline.from_pretrained(folder)
+    with pytest.raises(UsageError, match="the model hub did not give it"):
+        DeeDSRPipeline.from_pretrained("nobody/nothing")
+
+
+def test_a_damaged_or_foreign_part_is_one_clear_error(trained, tmp_path):
+    model = copy_of(trained, tmp_path)
+    weights = model / "adapter" / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UsageError, match="adapter cannot be loaded"):
+        DeeDSRPipeline.from_pretrained(model)
+    weights.write_bytes((model / "learner" / "diffusion_pytorch_model.safetensors").read_bytes())
+    with pytest.raises(UsageError, match="adapter.* (cannot be loaded|of another model)"):
+        DeeDSRPipeline.from_pretrained(model)
+    weights.unlink()
+    with pytest.raises(UsageError, match="adapter cannot be loaded"):
+        DeeDSRPipeline.from_pretrained(model)
+    weights.write_bytes(whole)
+
+    (model / "adapter" / "config.json").rename(model / "adapter" / "other.json")
+    with pytest.raises(UsageError, match="adapter/config.json is missing"):
+        DeeDSRPipeline.from_pretrained(model)
+    (model / "adapter" / "config.json").write_text((model / "learner" / "config.json").read_text())
+    with pytest.raises(UsageError, match="names DegradationLearner, not DegradationAwareAdapter"):
+        DeeDSRPipeline.from_pretrained(model)
+
+
+def test_an_adapter_of_another_base_is_refused(trained, tmp_path):
+    torch.manual_seed(0)
+    other = UNet2DConditionModel(
+        block_out_channels=(16, 16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+    with pytest.raises(UsageError, match="does not fit its base"):
+        DeeDSRPipeline.from_pretrained(trained / "model", unet=other)
+
+
+def test_a_missing_base_is_refused_by_name(trained, tmp_path):
+    model = copy_of(trained, tmp_path)
+    description = json.loads((model / "deedsr.json").read_text())
+    (model / "deedsr.json").write_text(json.dumps(description | {"base": "../gone"}))
+    with pytest.raises(UsageError, match="gone"):
+        DeeDSRPipeline.from_pretrained(model)
+    pipe = DeeDSRPipeline.from_pretrained(model, base=trained / "base")
+    assert pipe.scale == 4
