@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 def _local(name: str | Path) -> Path | str:
-    """A URI becomes a local folder; whatever else stays."""
-    return localize(name) if "://" in str(name) else name
+    """A URI becomes a local folder, without the checkpoints of the training that wrote it; whatever else stays."""
+    return localize(name, without="checkpoints") if "://" in str(name) else name
 
 
 def resolve_model(model: str | Path) -> Path:

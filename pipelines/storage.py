@@ -267,8 +267,10 @@ def open_storage(uri: str | Path) -> Storage:
     raise UsageError(f"{text}: locations are s3://bucket/prefix, file:///dir or a path, not {scheme[1]}://")
 
 
-def localize(uri: str | Path) -> Path:
+def localize(uri: str | Path, without: str = "") -> Path:
     """A local directory with what lies at `uri`: the directory itself, or an S3 prefix downloaded once.
+
+    `without`: a folder below it that is not downloaded.
 
     Downloads are kept under `$XDG_CACHE_HOME/deedsr` (else `~/.cache/deedsr`) by location and ETags, so that changed
     objects get another directory. Raises UsageError if there is nothing at `uri`.
@@ -279,7 +281,7 @@ def localize(uri: str | Path) -> Path:
         if not local.is_dir():
             raise UsageError(f"{storage.uri} is not a directory" if local.exists() else f"{storage.uri} does not exist")
         return local
-    entries = list(storage.list())
+    entries = [entry for entry in storage.list() if not (without and entry.path.startswith(f"{without}/"))]
     if not entries:
         raise UsageError(f"there is nothing below {storage.uri}")
     name = hashlib.sha256(repr((storage.uri, [tuple(entry) for entry in entries])).encode()).hexdigest()

@@ -33,8 +33,10 @@ class AdapterStage:
         frozen = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
         self.unet = freeze(UNet2DConditionModel.from_pretrained(base, subfolder="unet", **frozen)).to(device)
         self.vae = freeze(load_vae(base, **frozen)).to(device)
-        self.learner = freeze(DegradationLearner.from_pretrained(resolve_learner(self.options.learner), **frozen))
-        self.learner.to(device)
+        # The learner stays in fp32: its vectors are computed once per image, and its statistics do not fit bf16.
+        self.learner = freeze(
+            DegradationLearner.from_pretrained(resolve_learner(self.options.learner), low_cpu_mem_usage=False)
+        ).to(device)
         self.scheduler = DDIMScheduler.from_pretrained(base, subfolder="scheduler")
         torch.manual_seed(self.options.train.seed)
         self.adapter = DegradationAwareAdapter.for_unet(
@@ -75,7 +77,7 @@ class AdapterStage:
     def loss(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         dtype = next(self.unet.parameters()).dtype
         with torch.no_grad():
-            degradation_BD = self.learner(batch["lr"].to(dtype))
+            degradation_BD = self.learner(batch["lr"]).to(dtype)
             upsampled = enlarge(batch["lr_crop"], self.scale)
             z_lr = encode_latents(self.vae, (2 * upsampled - 1).to(dtype), batch["encoding_noise"][:, 0])
             z_hr = encode_latents(self.vae, (2 * batch["hr_crop"] - 1).to(dtype), batch["encoding_noise"][:, 1])
@@ -102,7 +104,7 @@ class AdapterStage:
         """Nothing but the trained parameters advances."""
 
     def export(self, folder: Path, trained: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-        for part, weights in (("adapter", trained), ("learner", self.learner.float().state_dict())):
+        for part, weights in (("adapter", trained), ("learner", self.learner.state_dict())):
             model = fresh(getattr(self, part))
             model.load_state_dict(weights)
             model.save_pretrained(folder / part)

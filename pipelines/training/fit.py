@@ -2,10 +2,11 @@
 
 import json
 import logging
+import os
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines import cluster, tracking
@@ -25,6 +26,7 @@ from pipelines.training.config import (
 from pipelines.training.progress import progress_bar
 
 logger = logging.getLogger(__name__)
+Options = TypeVar("Options", LearnerOptions, AdapterOptions)
 RECORD = "training.json"  # what this --out is: stage, configuration, inputs, MLflow run
 
 
@@ -45,6 +47,7 @@ def train_learner(options: LearnerOptions, *, progress: bool = True) -> TrainRes
     Raises UsageError for a configuration that cannot work or differs from the one `options.out` began with,
     DeeDSRError when the training failed.
     """
+    options = _located(options)
     dataset = _open("learner", options)
     unit = options.contrast.batch_block
     return _fit("learner", options, dataset, unit, {"dataset": dataset.digest}, {}, progress)
@@ -54,6 +57,7 @@ def train_adapter(options: AdapterOptions, *, progress: bool = True) -> TrainRes
     """Stage 2; see `train_learner`."""
     from pipelines.models import resolve_base, resolve_learner
 
+    options = _located(options)
     dataset = _open("adapter", options)
     resolve_base(options.base)
     learner = resolve_learner(options.learner)
@@ -61,6 +65,17 @@ def train_adapter(options: AdapterOptions, *, progress: bool = True) -> TrainRes
     inputs = {"dataset": dataset.digest, "learner": _weights_digest(learner)}
     parents = {"learner": record["run_id"] if record else None}
     return _fit("adapter", options, dataset, 1, inputs, parents, progress)
+
+
+def _located(options: Options) -> Options:
+    """Relative paths made absolute: workers, and whoever loads the model later, have other working directories."""
+    places = {name: getattr(options, name) for name in ("data", "out", "learner", "base") if hasattr(options, name)}
+    local = {
+        name: os.path.abspath(place)
+        for name, place in places.items()
+        if place not in ("", "tiny") and "://" not in place and (name in ("data", "out") or Path(place).exists())
+    }
+    return replace(options, **local)
 
 
 def _open(stage: str, options: LearnerOptions | AdapterOptions) -> Dataset:

@@ -50,7 +50,7 @@ def train_worker(config: dict[str, Any]) -> None:
     try:
         train(stage, options, dataset, ray.train.torch.get_device(), run, config["progress"].tell.remote)
     finally:
-        if run:
+        if run is not None:
             run.close()
 
 
@@ -135,14 +135,14 @@ def train(
             logged = now
             if (norm := engine.grad_norm()) is not None:
                 values["grad_norm"] = norm
-            if run:
+            if run is not None:
                 run.log_metrics(values, step)
             if rank == 0:
                 tell(step, loss_value)
         began = time.perf_counter()
 
         if step % plan.checkpoint_every == 0 or step == plan.max_steps:
-            if run:
+            if run is not None:
                 run.flush()  # a checkpoint never runs ahead of the curves
             _checkpoint(out, stage, engine, ema, checkpoint.Checkpoint(step, step * plan.global_batch_size, loss_value),
                         plan.keep_checkpoints)  # fmt: skip
