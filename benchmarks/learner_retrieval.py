@@ -18,10 +18,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from deedsr.degradation.chain import degrade
-from deedsr.degradation.draws import draw_degradation
 
 from deedsr.dataset.keys import generator
+from deedsr.degradation.chain import degrade
+from deedsr.degradation.draws import draw_degradation
 from deedsr.degradation.recipe import load_recipe
 from deedsr.learner.resnet import DegradationLearner
 
@@ -102,8 +102,7 @@ def similarity(q: np.ndarray, k: np.ndarray, scale: np.ndarray | None) -> np.nda
     return -np.linalg.norm(q[:, None] / scale - k[None] / scale, axis=2)
 
 
-def hits_other_content(q: np.ndarray, k: np.ndarray, content: np.ndarray, standardise: bool) -> np.ndarray:
-    scale = k.std(0) + 1e-9 if standardise else None
+def hits_other_content(q: np.ndarray, k: np.ndarray, content: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
     scores = similarity(q, k, scale)
     hits = np.zeros(len(q), bool)
     for i in range(len(q)):
@@ -147,12 +146,13 @@ def main() -> None:
 
     result: dict[str, dict[str, tuple[float, float, float]]] = {}
     for name, features in arms.items():
-        standardise = name == "patch statistics"
-        other = hits_other_content(features(queries), features(keys), same_content, standardise)
+        q, k = features(queries), features(keys)
+        scale = k.std(0) + 1e-9 if name == "patch statistics" else None
+        other = hits_other_content(q, k, same_content, scale)
         hits = []
         for q_images, k_images in same:
             q, k = features(q_images), features(k_images)
-            scores = similarity(q, k, k.std(0) + 1e-9 if standardise else None)
+            scores = similarity(q, k, scale)
             hits.append(scores.argmax(1) == np.arange(CANDIDATES))
         result[name] = {
             "other contents": interval(other, same_content),

@@ -1,9 +1,10 @@
-"""Pretrain the `tiny` base: a small autoencoder and a small diffusion UNet, from photographs alone.
+"""Make `tiny`: pretrain its base, a small autoencoder and a small diffusion UNet, and assemble the model.
 
     python -m jobs.tiny_base autoencoder --photos DIR --out DIR
     python -m jobs.tiny_base unet        --photos DIR --out DIR
+    python -m jobs.tiny_base export      --out DIR --to deedsr/assets/tiny
     python -m jobs.tiny_base photos      --photos DIR --out DIR
-    python -m jobs.tiny_base export      --out DIR --to deedsr/assets/tiny/base
+    python -m jobs.tiny_base assemble    --out ADAPTER --to deedsr/assets/tiny [--sampling JSON]
 
 The base plays the part that Stable Diffusion plays at full size: it learns what photographs look like and never
 sees a low-resolution image. Its cross-attention is made useful by a layout prompt, 16 tokens that say for each cell
@@ -27,6 +28,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from tqdm import tqdm
+
+from deedsr.sampling.settings import SamplingSettings
 
 # Shape suffixes: B batch, C channels, H W space, N tokens, D token width.
 
@@ -277,12 +280,23 @@ def export(out: Path, to: Path) -> None:
     (to / "pretraining.json").write_text(json.dumps(curves))
 
 
+def assemble(adapter: Path, to: Path, sampling: str | None) -> None:
+    """Write base, learner and adapter as one pipeline in half precision."""
+    from deedsr import DeeDSRPipeline
+
+    pipeline = DeeDSRPipeline.from_pretrained(adapter)
+    if sampling:
+        pipeline.register_to_config(sampling=SamplingSettings.of(json.loads(sampling)).as_dict())
+    pipeline.to(torch.float16).save_pretrained(to)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["autoencoder", "unet", "photos", "export"])
+    parser.add_argument("part", choices=["autoencoder", "unet", "photos", "export", "assemble"])
     parser.add_argument("--photos", type=Path, help="folder of training photographs")
     parser.add_argument("--out", type=Path, required=True, help="folder of training state")
     parser.add_argument("--to", type=Path, help="export: folder of the diffusers layout")
+    parser.add_argument("--sampling", help="assemble: sampling settings of the model, as JSON")
     parser.add_argument("--steps", type=int, help="default: 5000 for the autoencoder, 12000 for the UNet")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -295,6 +309,8 @@ def main() -> None:
         train_unet(args.photos, args.out, args.steps or 12000)
     elif args.part == "photos":
         write_photos(args.photos, args.out)
+    elif args.part == "assemble":
+        assemble(args.out, args.to, args.sampling)
     else:
         export(args.out, args.to)
 

@@ -146,6 +146,11 @@ class LocalStorage(Storage):
     def delete(self, path: str) -> None:
         with _explained("delete", str(self.directory / path)):
             (self.directory / path).unlink(missing_ok=True)
+            # As on S3, a folder is gone with its last object.
+            for folder in (self.directory / path).parents:
+                if folder == self.directory or not folder.is_dir() or any(folder.iterdir()):
+                    break
+                folder.rmdir()
 
     def child(self, path: str) -> Storage:
         return LocalStorage(self.directory / path)

@@ -118,13 +118,16 @@ class Engine:
         from deepspeed.utils import safe_set_full_optimizer_state
 
         # torch makes its state at the first step; ZeRO keeps it per flat partition. Make it now, empty, then fill it.
-        for group in self.base_optimizer.param_groups:
-            for p in group["params"]:
-                slot = self.base_optimizer.state[p]
-                for moment in self.moments:
-                    slot[moment] = torch.zeros_like(p)
-                if STEP in state:
-                    slot[STEP] = state[STEP].clone().float()
+        if self.stage == 3:
+            holders = self.engine.optimizer.fp32_partitioned_groups_flat
+        else:
+            holders = [p for group in self.base_optimizer.param_groups for p in group["params"]]
+        for p in holders:
+            slot = self.base_optimizer.state[p]
+            for moment in self.moments:
+                slot[moment] = torch.zeros_like(p)
+            if STEP in state:
+                slot[STEP] = state[STEP].clone().float()
         if self.stage in (1, 2):
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
         for name, p in self.named:
