@@ -288,6 +288,10 @@ def assemble(adapter: Path, to: Path, sampling: str | None) -> None:
     if sampling:
         pipeline.register_to_config(sampling=SamplingSettings.of(json.loads(sampling)).as_dict())
     pipeline.to(torch.float16).save_pretrained(to)
+    for path in [to / "model_index.json", *to.glob("*/config.json")]:
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)  # where the parts lay on the machine that made them
+        path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def main() -> None:
