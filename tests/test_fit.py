@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_training import base  # noqa: F401  (a randomly initialised base)
 
 from deedsr.errors import DatasetNotCommitted, UsageError
 from pipelines import tracking
@@ -25,7 +26,6 @@ from pipelines.training.config import (
     TrainOptions,
 )
 from pipelines.training.fit import train_adapter, train_learner
-from tests.test_training import base  # noqa: F401  (a randomly initialised base)
 
 
 @pytest.fixture(scope="module")
