@@ -244,12 +244,13 @@ class Chain:
         client = tracking.connect(tracking.tracking_uri())
         record = json.loads((self.out / stage / "training.json").read_text())
         histories = {name: client.get_metric_history(run_id, name) for name in names}
-        stamps = [metric.timestamp for metric in histories["loss"]]
-        seconds = (max(stamps) - min(stamps)) / 1000 / max(1, len(stamps) - 1)
+        losses = histories["loss"]
+        first, last = losses[0], losses[-1]
+        seconds = (last.timestamp - first.timestamp) / 1000 / max(1, last.step - first.step)
         return report.Training(
             title,
             [Curve(name, [(m.step, m.value) for m in history]) for name, history in histories.items()],
-            steps=len(stamps),
+            steps=last.step,
             seconds_per_step=seconds,
             config=record["config"],
         )
