@@ -114,7 +114,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             },
             "train": {
                 "optimizer": "adamw", "lr": 2e-3, "schedule": "cosine", "warmup_steps": 20, "weight_decay": 1e-4,
-                "global_batch_size": 64, "max_steps": 400, "checkpoint_every": 100,
+                "global_batch_size": 64, "micro_batch_size": 32, "max_steps": 400, "checkpoint_every": 100,
             },
         },
     },
@@ -132,7 +132,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "sampling": {"num_inference_steps": 20, "noise_guidance_share": 0.4},
             "train": {
                 "lr": 1e-3, "schedule": "cosine", "warmup_steps": 50, "clip_grad_norm": 1.0, "ema_decay": 0.995,
-                "global_batch_size": 8, "max_steps": 1000, "checkpoint_every": 100,
+                "global_batch_size": 8, "micro_batch_size": 4, "max_steps": 1000, "checkpoint_every": 100,
             },
         },
     },
