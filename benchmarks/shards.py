@@ -16,7 +16,7 @@ from pathlib import Path
 
 from deedsr.degradation.recipe import Recipe, load_recipe
 from pipelines.shards import generate
-from pipelines.shards.build import build_shard
+from pipelines.shards.build import FromSources
 from pipelines.shards.plan import plan_shards
 from pipelines.shards.sources import list_sources
 from pipelines.storage import open_storage
@@ -43,9 +43,9 @@ def main() -> None:
         sources = Path(work) / "sources"
         link_sources(sources, recipe, options.samples)
         alone = open_storage(f"{work}/alone")
-        plans = plan_shards(list_sources([str(sources)]), recipe)
+        plans = list(plan_shards(list_sources([str(sources)]), recipe))
         wall, cpu = time.perf_counter(), time.process_time()
-        records = [build_shard(plan, recipe, alone) for plan in plans]
+        records = [FromSources(recipe).build(plan, alone) for plan in plans]
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         samples = sum(record.samples for record in records)
         job = generate([str(sources)], f"{work}/job", recipe, options.workers)

@@ -1,13 +1,16 @@
 """Make degradation shards: crop photographs, degrade the crops, write the pairs as WebDataset tars.
 
-The same command again reuses every finished shard whose sources, recipe and algorithm are unchanged.
+The same command again reuses every finished shard whose sources, recipe and algorithm are unchanged. In place of
+--source: --hr-from makes new degradations of the HR that a dataset holds, and writes LR only; --join writes such a
+dataset with its HR, self-contained; --gc alone clears what older versions and killed runs left in --out.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse.typing import PositiveInt
 
+from deedsr.errors import UsageError
 from jobs.command import Command, Outcome
 
 if TYPE_CHECKING:
@@ -21,28 +24,50 @@ PICTURES = 4  # pairs that the MLflow run shows
 
 @dataclasses.dataclass
 class ShardsOptions:
-    source: list[str]  # folders, s3:// prefixes or text files that list pictures
     out: str  # the dataset: folder or s3://bucket/prefix
+    source: list[str] = dataclasses.field(default_factory=list)  # folders, s3:// prefixes or lists of pictures
+    hr_from: str | None = None  # dataset whose HR images are degraded anew
+    join: str | None = None  # dataset made by --hr-from, to be written with its HR
     recipe: str = "deedsr"  # deedsr, realesrgan, light, medium, heavy, demo or a YAML file
     workers: PositiveInt | None = None  # tasks at a time; null = every CPU of the cluster
+    gc: bool = False  # in the end, remove from --out what its manifest does not name: older versions lose their shards
     tracking: bool = True  # log an MLflow run
     experiment: str = "deedsr-shards"  # MLflow experiment
 
 
 def run(options: ShardsOptions) -> Outcome:
     from deedsr.degradation.recipe import load_recipe
-    from pipelines.shards import generate
 
+    given = [name for name in ("source", "hr_from", "join") if getattr(options, name)]
+    if len(given) > 1 or not (given or options.gc):
+        raise UsageError("give one of --source, --hr-from and --join" + (", not several" if given else ""))
+    if not given:
+        return Outcome(_cleared(options.out))
     recipe = load_recipe(options.recipe)
-    if options.tracking:
-        return _run_tracked(options, recipe)
-    return Outcome(dataclasses.asdict(generate(options.source, options.out, recipe, options.workers)))
+    outcome = _run_tracked(options, recipe) if options.tracking else dataclasses.asdict(_make(options, recipe))
+    return Outcome(outcome | (_cleared(options.out) if options.gc else {}))
 
 
-def _run_tracked(options: ShardsOptions, recipe: "Recipe") -> Outcome:
+def _make(options: ShardsOptions, recipe: "Recipe") -> "ShardsResult":
+    from pipelines.shards import export_pairs, generate, regenerate
+
+    if options.hr_from:
+        return regenerate(options.hr_from, options.out, recipe, options.workers)
+    if options.join:
+        return export_pairs(options.join, options.out, options.workers)
+    return generate(options.source, options.out, recipe, options.workers)
+
+
+def _cleared(out: str) -> dict[str, int]:
+    from pipelines.shards.garbage import collect_garbage
+
+    garbage = collect_garbage(out)
+    return {"removed_objects": garbage.removed, "removed_bytes": garbage.bytes}
+
+
+def _run_tracked(options: ShardsOptions, recipe: "Recipe") -> dict[str, Any]:
     from pipelines import tracking
     from pipelines.dataset import Dataset
-    from pipelines.shards import generate
 
     with tracking.start_run(
         options.experiment,
@@ -50,9 +75,9 @@ def _run_tracked(options: ShardsOptions, recipe: "Recipe") -> Outcome:
         config=dataclasses.asdict(options) | {"recipe": recipe.model_dump(mode="json")},
         tags={"deedsr.kind": "shards", "deedsr.recipe.digest": recipe.digest},
     ) as run:
-        result = generate(options.source, options.out, recipe, options.workers)
+        result = _make(options, recipe)
         _log(run, result, Dataset.open(options.out))
-    return Outcome(dataclasses.asdict(result) | {"run_id": run.id})
+    return dataclasses.asdict(result) | {"run_id": run.id}
 
 
 def _log(run: "Run", result: "ShardsResult", dataset: "Dataset") -> None:

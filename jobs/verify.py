@@ -1,6 +1,11 @@
-"""Re-hash every shard against the manifest and read every sample of a dataset."""
+"""Re-hash every shard against the manifest and read every sample of a dataset.
+
+With --replay N the LR of N samples is also made again from the stored HR and the recorded draws, and compared.
+"""
 
 import dataclasses
+
+from jsonargparse.typing import NonNegativeInt
 
 from jobs.command import Command, Outcome
 
@@ -8,13 +13,14 @@ from jobs.command import Command, Outcome
 @dataclasses.dataclass
 class VerifyOptions:
     uri: str  # dataset: folder or s3://bucket/prefix
+    replay: NonNegativeInt = 0  # samples, spread over the dataset, whose LR is made again
 
 
 def run(options: VerifyOptions) -> Outcome:
     from pipelines.shards import verify
 
-    result = verify(options.uri)
+    result = verify(options.uri, options.replay)
     return Outcome(dataclasses.asdict(result), complete=result.ok)
 
 
-COMMAND = Command(VerifyOptions, run, operand="uri", example="deedsr verify s3://photos/shards")
+COMMAND = Command(VerifyOptions, run, operand="uri", example="deedsr verify s3://photos/shards --replay 100")

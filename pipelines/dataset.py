@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
+import posixpath
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -71,6 +72,32 @@ class Dataset:
     def scale(self) -> int:
         return self.recipe.scale
 
+    def hr_dataset(self) -> "Dataset":
+        """The dataset that holds the HR images: itself, or the one that it names.
+
+        Raises DeeDSRError if that one is gone, or another one lies in its place.
+        """
+        source = self.manifest.hr_from
+        if source is None:
+            return self
+        where = source.uri if "://" in source.uri or source.uri.startswith("/") else self._beside(source.uri)
+        remedy = f"put it there, or name its place: deedsr shards --hr-from PLACE --out {self.uri} with the same recipe"
+        try:
+            found = Dataset.open(where)
+        except DatasetNotCommitted:
+            raise DeeDSRError(f"{self.uri} takes its HR from {where}, which is not there: {remedy}") from None
+        if found.manifest.hr_from is not None or found.recipe.formats.hr != self.recipe.formats.hr:
+            raise DeeDSRError(f"{self.uri} takes its HR from {where}, where another dataset lies: {remedy}")
+        return found
+
+    def _beside(self, relative: str) -> str:
+        scheme, separator, path = self.uri.rpartition("://")
+        return scheme + separator + posixpath.normpath(posixpath.join(path, relative))
+
+    @cached_property
+    def _hr_storage(self) -> Storage:
+        return self.hr_dataset().storage
+
     def file(self, name: str) -> bytes:
         """`samples.parquet` or `rejected.jsonl` as the manifest has it. Raises DeeDSRError if it is gone or altered."""
         sha256 = self.manifest.files[name]
@@ -94,8 +121,13 @@ class Dataset:
         return self._samples.filter(pa.compute.equal(self._samples["split"], split))
 
     def read(self, table: pa.Table, row: int) -> Sample:
-        """The sample in row `row` of an index. One range of the shard is read."""
-        key, (hr, lr, info) = self._members(table, row, ("hr", "lr", "json"))
+        """The sample in row `row` of an index. One range of a shard is read, or two if the HR is another dataset's."""
+        shard, hr_shard = (table[name][row].as_py() for name in ("shard", "hr_shard"))
+        if shard == hr_shard:
+            key, (hr, lr, info) = self._members(table, row, ("hr", "lr", "json"))
+        else:
+            key, (hr,) = self._members(table, row, ("hr",), self._hr_storage, hr_shard)
+            key, (lr, info) = self._members(table, row, ("lr", "json"))
         return Sample(key, self._decode(hr, key), self._decode(lr, key), json.loads(info))
 
     def read_lr(self, table: pa.Table, row: int) -> LRSample:
@@ -109,15 +141,22 @@ class Dataset:
         except ValueError:
             raise DeeDSRError(f"{self.uri}: sample {key} is damaged: run `deedsr verify {self.uri}`") from None
 
-    def _members(self, table: pa.Table, row: int, members: tuple[str, ...]) -> tuple[str, list[bytes]]:
-        key, shard = table["key"][row].as_py(), table["shard"][row].as_py()
+    def _members(
+        self,
+        table: pa.Table,
+        row: int,
+        members: tuple[str, ...],
+        storage: Storage | None = None,
+        shard: str | None = None,
+    ) -> tuple[str, list[bytes]]:
+        key, shard, storage = table["key"][row].as_py(), shard or table["shard"][row].as_py(), storage or self.storage
         spans = [(table[f"{name}_offset"][row].as_py(), table[f"{name}_size"][row].as_py()) for name in members]
         (start, _), (last, size) = spans[0], spans[-1]  # a sample's members lie one after the other
         length = last + size - start
         try:
-            data = self.storage.read_range(shard, start, length)
+            data = storage.read_range(shard, start, length)
         except FileNotFoundError:
-            raise DeeDSRError(f"{self.uri}/{shard} is missing: run `deedsr verify {self.uri}`") from None
+            raise DeeDSRError(f"{storage.uri}/{shard} is missing: run `deedsr verify {storage.uri}`") from None
         if len(data) != length:
-            raise DeeDSRError(f"{self.uri}/{shard} ends before sample {key}: run `deedsr verify {self.uri}`")
+            raise DeeDSRError(f"{storage.uri}/{shard} ends before sample {key}: run `deedsr verify {storage.uri}`")
         return key, [data[offset - start : offset - start + size] for offset, size in spans]

@@ -32,6 +32,10 @@ class Entry(NamedTuple):
     version: str  # modification time in ns, or the ETag
 
 
+class Conflict(DeeDSRError):
+    pass
+
+
 class Storage(ABC):
     """Objects below one location, addressed by relative paths with `/`. Pickles: a client is made where it is used."""
 
@@ -50,7 +54,7 @@ class Storage(ABC):
         """`size` bytes from `offset`, fewer at the end. Raises FileNotFoundError if there is no such object."""
 
     @abstractmethod
-    def write(self, path: str, data: bytes | Path) -> None:
+    def write(self, path: str, data: bytes | Path, expected=None) -> None:
         """Puts an object, from memory or from a local file. Readers see the old object or the new one, never a part."""
 
     @abstractmethod
@@ -75,6 +79,19 @@ class Storage(ABC):
     @abstractmethod
     def download(self, path: str, target: Path) -> None:
         """Copies an object to a local file."""
+
+    def open(self, path):
+        import io
+
+        return io.BytesIO(self.read(path))
+
+    def require_writable(self, needed_bytes=None):
+        self.write("_probe", b"")
+        self.delete("_probe")
+
+    def delete_many(self, paths):
+        for path in paths:
+            self.delete(path)
 
     def local_path(self, path: str) -> Path | None:
         """The object's place in the local file system, None where it has none."""
@@ -120,7 +137,7 @@ class LocalStorage(Storage):
             file.seek(offset)
             return file.read(size)
 
-    def write(self, path: str, data: bytes | Path) -> None:
+    def write(self, path: str, data: bytes | Path, expected=None) -> None:
         target = self.directory / path
         partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}{_PARTIAL}")
         with _explained("write", str(target)):
@@ -211,7 +228,7 @@ class S3Storage(Storage):
                         raise
         raise AssertionError("unreachable")
 
-    def write(self, path: str, data: bytes | Path) -> None:
+    def write(self, path: str, data: bytes | Path, expected=None) -> None:
         with _explained("write", f"{self.uri}/{path}"):
             if isinstance(data, Path):
                 self._client.upload_file(str(data), self.bucket, self._key(path))

@@ -20,7 +20,7 @@ from deedsr.degradation.chain import degrade
 from deedsr.degradation.recipe import Crop
 from deedsr.errors import DatasetNotCommitted, DeeDSRError
 from pipelines.dataset import Dataset
-from pipelines.shards.build import build_shard
+from pipelines.shards.build import FromSources
 from pipelines.shards.plan import plan_shards
 from pipelines.shards.sources import list_sources
 from pipelines.storage import open_storage
@@ -119,8 +119,9 @@ def test_the_lr_is_made_from_the_hr_as_stored(photos, small_recipe, tmp_path, hr
     fields["formats"] = {"hr": hr, "hr_quality": 70, "lr": lr}
     recipe = type(small_recipe).model_validate(fields | {"variants": 1})
     out = open_storage(tmp_path)
-    record = build_shard(plan_shards(list_sources([str(photos / "train")]), recipe)[0], recipe, out)
-    for row in record.rows[:3]:
+    plan = next(iter(plan_shards(list_sources([str(photos / "train")]), recipe)))
+    record = FromSources(recipe).build(plan, out)
+    for row in record.rows.slice(0, 3).to_pylist():
         stored = {m: out.read_range(record.name, row[f"{m}_offset"], row[f"{m}_size"]) for m in ("hr", "lr", "json")}
         draws = json.loads(stored["json"])["degradation"]
         assert np.array_equal(degrade(decode_stored(stored["hr"]), draws), decode_stored(stored["lr"]))

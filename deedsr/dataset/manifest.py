@@ -2,18 +2,29 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from deedsr.errors import DeeDSRError
 
-__all__ = ["FORMAT_VERSION", "MANIFEST", "REJECTED", "SAMPLES", "Manifest", "ShardEntry", "dataset_digest", "kept_copy"]
+__all__ = [
+    "FORMAT_VERSION",
+    "MANIFEST",
+    "REJECTED",
+    "SAMPLES",
+    "STATE",
+    "HRSource",
+    "Manifest",
+    "ShardEntry",
+    "kept_copy",
+]
 
 MANIFEST = "manifest.json"
 SAMPLES = "samples.parquet"
 REJECTED = "rejected.jsonl"
-FORMAT_VERSION = 1
+STATE = "_state"  # folder of what only generation needs
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -27,11 +38,23 @@ class ShardEntry:
 
 
 @dataclass(frozen=True)
+class HRSource:
+    """Where the HR images of a dataset without HR lie: another dataset, by its digest, and its place.
+
+    `uri` is relative to the dataset that names it where both lie in the same place, so that they may move together.
+    """
+
+    digest: str
+    uri: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The content of `manifest.json`.
 
     `given` = `used` + `rejected` counts sources; crops that were left out of used sources are in `rejected.jsonl` only.
-    `shards` are in the order of (root, split, hash of their first source). `files` maps `samples.parquet` and
+    `hr_from`: the dataset that holds the HR images, None if this one does. `shards` are in the order of (root, split,
+    hash of their first source), and come last in the file: there may be many. `files` maps `samples.parquet` and
     `rejected.jsonl` to their SHA-256. Only `digest`, `recipe_digest` and `source_digest` are promised to be equal for
     equal recipe and sources; `files` also cover where the sources lay.
     """
@@ -45,13 +68,23 @@ class Manifest:
     used: int
     rejected: int
     samples: int
-    shards: tuple[ShardEntry, ...]
     digest: str
     libraries: dict[str, str]
     files: dict[str, str]
+    hr_from: HRSource | None
+    shards: tuple[ShardEntry, ...]
 
     def to_json(self) -> bytes:
-        return (json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n").encode()
+        return b"".join(self.json_lines(json.dumps(asdict(shard)) for shard in self.shards))
+
+    def json_lines(self, shards: Iterable[str]) -> Iterator[bytes]:
+        """The manifest a piece at a time, with `shards`, each a JSON text, in place of its own."""
+        about = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "shards"}
+        about["hr_from"] = self.hr_from and asdict(self.hr_from)
+        yield json.dumps(about, indent=1, ensure_ascii=False)[:-2].encode() + b',\n "shards": ['
+        for number, shard in enumerate(shards):
+            yield (",\n  " if number else "\n  ").encode() + shard.encode()
+        yield b"\n ]\n}\n"
 
     @classmethod
     def from_json(cls, data: bytes, uri: str) -> "Manifest":
@@ -65,6 +98,7 @@ class Manifest:
                     "use the release that wrote it, or generate the dataset again"
                 )
             content["shards"] = tuple(ShardEntry(**shard) for shard in content["shards"])
+            content["hr_from"] = content["hr_from"] and HRSource(**content["hr_from"])
             manifest = cls(**{field.name: content[field.name] for field in fields(cls)})
         except (ValueError, KeyError, TypeError) as error:
             raise DeeDSRError(f"{uri} is not a manifest of a dataset ({type(error).__name__}: {error})") from error
@@ -75,7 +109,10 @@ class Manifest:
 
 def dataset_digest(shard_hashes: Iterable[str]) -> str:
     """SHA-256, hexadecimal, over the shards' hexadecimal SHA-256 in the manifest's order, one a line."""
-    return hashlib.sha256("".join(f"{sha256}\n" for sha256 in shard_hashes).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for sha256 in shard_hashes:
+        digest.update(f"{sha256}\n".encode())
+    return digest.hexdigest()
 
 
 def kept_copy(name: str, sha256: str) -> str:
@@ -83,4 +120,4 @@ def kept_copy(name: str, sha256: str) -> str:
 
     Generating again overwrites both before it replaces the manifest; the older manifest's readers find these.
     """
-    return f"_state/{sha256[:12]}-{name}"
+    return f"{STATE}/{sha256[:12]}-{name}"

@@ -15,7 +15,7 @@ import numpy as np
 from deedsr.degradation.kernels import KERNELS
 from deedsr.degradation.ranges import BlurRanges, DegradationRanges, NoiseRanges, ResizeRanges
 
-__all__ = ["NOISE_FAMILIES", "RESIZE_MODES", "draw_degradation", "scalar_parameters"]
+__all__ = ["NOISE_FAMILIES", "RESIZE_MODES", "SCALAR_COLUMNS", "draw_degradation", "scalar_parameters"]
 
 RESIZE_MODES = ("area", "bilinear", "bicubic")
 NOISE_FAMILIES = ("gaussian", "poisson")
@@ -36,6 +36,12 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
     "sinc": ("size", "cutoff"),
     "jpeg2": ("quality",),
 }
+# What `scalar_parameters` gives, in order.
+SCALAR_COLUMNS = (
+    "deg_clean",
+    "deg_jpeg_last",
+    *(f"deg_{step}_{column}" for step, columns in _COLUMNS.items() for column in columns),
+)
 _CODES = {"kernel": KERNELS, "mode": RESIZE_MODES, "family": NOISE_FAMILIES}
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -18,7 +19,7 @@ from deedsr.errors import UsageError
 __all__ = ["ALGORITHM_VERSION", "Recipe", "builtin_recipes", "load_recipe"]
 
 # Raised whenever the same recipe and sources would give other bytes than before.
-ALGORITHM_VERSION = 1
+ALGORITHM_VERSION = 2
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -68,6 +69,20 @@ class Split(_Part):
     validation_share: Probability
 
 
+class Weight(_Part):
+    """Sources that count for more, or less, than the others: the first pattern that matches decides."""
+
+    pattern: str  # fnmatch, on the relative path
+    variants: Annotated[int, Field(ge=1, le=100)]  # in place of the recipe's
+
+
+class Stratum(_Part):
+    """One severity of degradation and how often it is drawn."""
+
+    share: Annotated[float, Field(gt=0, le=1)]  # of the samples, in expectation
+    degradation: DegradationRanges
+
+
 def _named(name: str) -> str:
     if not name.strip():
         raise ValueError("must not be empty")
@@ -81,13 +96,26 @@ class Recipe(_Part):
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     scale: Literal[2, 3, 4]
     variants: Annotated[int, Field(ge=1, le=100)]  # independent degradations of each crop
+    weights: tuple[Weight, ...] = ()  # other numbers of variants for some sources
     crop: Crop
     flip: Probability  # of mirroring a crop left to right
+    rotate: Probability = 0.0  # of turning a crop by 90, 180 or 270 degrees, each as likely
+    alpha: Literal["composite", "reject"] = "composite"  # pictures with transparency: over white, or left out
+    duplicates: Literal["keep", "reject"] = "keep"  # reject: of equal files the first by path is used; reads all first
     formats: Formats
     shard: Shard
     split: Split
     max_rejected_share: Probability  # of the sources; with more, generation fails
+    distinct_degradations: Annotated[int, Field(ge=0)] = 0  # contents share so many per variant; 0 = each its own
+    strata: dict[str, Stratum] = {}  # severities in place of `degradation`, drawn by each sample's own hash
     degradation: DegradationRanges
+
+    @model_validator(mode="after")
+    def _shares(self) -> Self:
+        total = sum(stratum.share for stratum in self.strata.values())
+        if self.strata and abs(total - 1) > 1e-6:
+            raise ValueError(f"strata: the shares must sum to 1, got {total:g}")
+        return self
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:
@@ -100,6 +128,20 @@ class Recipe(_Part):
         """SHA-256, hexadecimal, of the canonical JSON of every field and the algorithm's version."""
         fields = {"algorithm_version": ALGORITHM_VERSION, "recipe": self.model_dump(mode="json")}
         return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def variants_of(self, path: str) -> int:
+        """How many degradations each crop of the source at this relative path gets."""
+        return next((w.variants for w in self.weights if fnmatchcase(path, w.pattern)), self.variants)
+
+    def degrading(self, other: Recipe) -> Recipe:
+        """This recipe with the degradations of `other`: what makes new LR images of the HR this one made.
+
+        What fixes the HR images and their shards stays; name, seed, variants, weights, strata, degradation and the
+        LR's format are the other's.
+        """
+        theirs = ("name", "seed", "variants", "weights", "distinct_degradations", "strata", "degradation")
+        formats = self.formats.model_copy(update={"lr": other.formats.lr})
+        return self.model_copy(update={name: getattr(other, name) for name in theirs} | {"formats": formats})
 
 
 _BUILTIN = files("deedsr.degradation") / "recipes"
@@ -115,10 +157,12 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     """The built-in recipe of that name, else the YAML file at that path.
 
     A file gives only the keys that differ from its base: `base: NAME`, a built-in recipe or another file beside it,
-    `deedsr` unless named. A list replaces the base's. Raises `UsageError` naming the key, its value and what is
-    accepted.
+    `deedsr` unless named. A list replaces the base's. In `strata`, a number is the share of the built-in recipe or file
+    of that name, a mapping gives `share` and the ranges of `degradation` that differ from the recipe's own. Raises
+    `UsageError` naming the key, its value and what is accepted.
     """
     fields = _read(str(name_or_path), Path(), ())
+    fields = _with_strata(fields, str(name_or_path))
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:
@@ -159,6 +203,24 @@ def _read(name: str, folder: Path, seen: tuple[str, ...]) -> dict[str, Any]:
     return _override(_read(base, place, (*seen, name)), fields)
 
 
+def _with_strata(fields: dict[str, Any], recipe: str) -> dict[str, Any]:
+    """The keys with every stratum's ranges written out."""
+    given = fields.get("strata")
+    if not isinstance(given, dict):
+        return fields
+    strata: dict[str, Any] = {}
+    for name, stratum in given.items():
+        if isinstance(stratum, int | float) and not isinstance(stratum, bool):
+            ranges = _read(str(name), Path(recipe).parent, ())["degradation"]
+            strata[name] = {"share": stratum, "degradation": ranges}
+        elif isinstance(stratum, dict):
+            own = _override(fields["degradation"], stratum.get("degradation", {}))
+            strata[name] = stratum | {"degradation": own}
+        else:
+            strata[name] = stratum  # refused by the model, by name
+    return fields | {"strata": strata}
+
+
 def _override(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in changes.items():
@@ -186,5 +248,8 @@ def _explain(problem: Any) -> str:
 def _keys(location: tuple[int | str, ...]) -> list[str]:
     model: Any = Recipe
     for part in location:
-        model = model.model_fields[part].annotation
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            model = model.model_fields[str(part)].annotation
+        else:  # a list's position or a mapping's key: the members' model comes last, but for an ellipsis
+            model = [kind for kind in get_args(model) if kind is not ...][-1]
     return list(model.model_fields)

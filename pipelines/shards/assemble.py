@@ -1,12 +1,19 @@
-"""Committed shards become a dataset: `samples.parquet`, `rejected.jsonl`, and last of all `manifest.json`."""
+"""Committed shards become a dataset: `samples.parquet`, `rejected.jsonl`, and last of all `manifest.json`.
+
+Everything is written as a stream, record by record: what is held does not grow with the dataset.
+"""
 
 import hashlib
-import io
 import json
+import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from importlib.metadata import version
-from typing import Any
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -16,77 +23,161 @@ from deedsr.dataset.manifest import (
     MANIFEST,
     REJECTED,
     SAMPLES,
+    HRSource,
     Manifest,
     ShardEntry,
-    dataset_digest,
     kept_copy,
 )
 from deedsr.degradation.recipe import Recipe
 from deedsr.errors import DeeDSRError
-from pipelines.shards.build import ShardRecord
 from pipelines.shards.plan import ShardPlan
-from pipelines.storage import Storage
+from pipelines.shards.record import COLUMNS, ShardRecord, read_record
+from pipelines.storage import Conflict, Storage
 
-__all__ = ["assemble"]
+__all__ = ["Inherited", "assemble", "records_of"]
 
-# The order of the columns; those of the degradation, all float64, follow.
-_COLUMNS = pa.schema(
-    [("key", pa.string()), ("content", pa.string()), ("variant", pa.int32()), ("split", pa.string())]
-    + [("shard", pa.string()), ("root", pa.int32()), ("source", pa.string()), ("source_uri", pa.string())]
-    + [("source_sha256", pa.string())]
-    + [(name, pa.int32()) for name in ("top", "left", "height", "width")]
-    + [("flip", pa.bool_())]
-    + [("hr_ext", pa.string()), ("hr_offset", pa.int64()), ("hr_size", pa.int64())]
-    + [("lr_ext", pa.string()), ("lr_offset", pa.int64()), ("lr_size", pa.int64())]
-    + [("json_offset", pa.int64()), ("json_size", pa.int64())]
-)
 # What can change the bytes of a sample besides the recipe and the sources.
-_LIBRARIES = ("numpy", "opencv-python-headless", "pillow")
+_LIBRARIES = ("numpy", "opencv-python-headless", "pillow", "scipy")
+_ROWS = 65_536  # of a row group of `samples.parquet`
+_AHEAD = 32  # records read before they are needed
 
 
-def assemble(plans: Sequence[ShardPlan], records: Sequence[ShardRecord], recipe: Recipe, out: Storage) -> Manifest:
-    """Writes the dataset's files; `records` are those of `plans`, in the manifest's order.
+class Inherited(NamedTuple):
+    """What a dataset that was made of another says of its sources."""
 
-    Raises DeeDSRError, and writes nothing, if more than `recipe.max_rejected_share` of the sources were rejected or
-    there is no sample.
+    given: int
+    source_digest: str
+    rejected: bytes  # `rejected.jsonl`
+
+
+def records_of(paths: Iterable[str], out: Storage) -> Iterator[ShardRecord]:
+    """Records in the order of their paths, read ahead of need."""
+    paths = iter(paths)
+    with ThreadPoolExecutor(16) as threads:
+        waiting = [threads.submit(read_record, path, out) for path in islice(paths, _AHEAD)]
+        while waiting:
+            yield waiting.pop(0).result()
+            waiting += [threads.submit(read_record, path, out) for path in islice(paths, 1)]
+
+
+def assemble(
+    planned: Iterable[tuple[ShardPlan, ShardRecord]],
+    recipe: Recipe,
+    out: Storage,
+    *,
+    expected: str | None,
+    hr_from: HRSource | None = None,
+    inherited: Inherited | None = None,
+) -> tuple[Manifest, int]:
+    """Writes the dataset's files from its shards in the manifest's order.
+
+    Returns the manifest, its shards left out, and their number.
+
+    `expected`: version of the manifest that this one replaces, None if there is to be none. Raises DeeDSRError, and
+    writes nothing, if more than `recipe.max_rejected_share` of the sources were rejected or there is no sample; and if
+    another run replaced the manifest meanwhile by another dataset, which then stands.
     """
-    rejected = [line for record in records for line in record.rejected]
-    given = sum(len(plan.sources) for plan in plans)
-    reasons = Counter(line["reason"] for line in rejected if line["kind"] == "source")
-    _check_rejected(given, reasons, recipe)
-    shards = tuple(
-        ShardEntry(record.name, record.samples, record.bytes, record.sha256) for record in records if record.samples
-    )
-    files = {
-        SAMPLES: _parquet(plans, records),
-        REJECTED: b"".join(json.dumps(line).encode() + b"\n" for line in rejected),
-    }
-    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    for name, data in files.items():
-        out.write(kept_copy(name, hashes[name]), data)
-    for name, data in files.items():
-        out.write(name, data)
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        created_by=f"deedsr {version('deedsr')}",
-        recipe=recipe.model_dump(mode="json"),
-        recipe_digest=recipe.digest,
-        source_digest=_source_digest(plans, records),
-        given=given,
-        used=given - reasons.total(),
-        rejected=reasons.total(),
-        samples=sum(shard.samples for shard in shards),
-        shards=shards,
-        digest=dataset_digest(shard.sha256 for shard in shards),
-        libraries={name: version(name) for name in _LIBRARIES},
-        files=hashes,
-    )
-    out.write(MANIFEST, manifest.to_json())
-    return manifest
+    with tempfile.TemporaryDirectory(prefix="deedsr-manifest-") as folder:
+        samples, rejected, entries, whole = (Path(folder) / n for n in (SAMPLES, REJECTED, "shards.jsonl", MANIFEST))
+        sums = _write_parts(planned, samples, rejected, entries)
+        if inherited:
+            sums.given = inherited.given
+            sums.reasons = _reasons(inherited.rejected)
+            rejected.write_bytes(inherited.rejected)
+        _check_rejected(sums.given, sums.reasons, sums.samples, recipe)
+        files = {SAMPLES: samples, REJECTED: rejected}
+        hashes = {name: _sha256(path) for name, path in files.items()}
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            created_by=f"deedsr {version('deedsr')}",
+            recipe=recipe.model_dump(mode="json"),
+            recipe_digest=recipe.digest,
+            source_digest=inherited.source_digest if inherited else sums.sources.hexdigest(),
+            given=sums.given,
+            used=sums.given - sums.reasons.total(),
+            rejected=sums.reasons.total(),
+            samples=sums.samples,
+            digest=sums.digest.hexdigest(),
+            libraries={name: version(name) for name in _LIBRARIES},
+            files=hashes,
+            hr_from=hr_from,
+            shards=(),
+        )
+        with whole.open("wb") as file, entries.open() as lines:
+            file.writelines(manifest.json_lines(line.rstrip("\n") for line in lines))
+        for name, path in files.items():
+            out.write(kept_copy(name, hashes[name]), path)
+        for name, path in files.items():
+            out.write(name, path)
+        try:
+            out.write(MANIFEST, whole, expected=expected)
+        except Conflict:
+            _require_same(manifest, out)
+    return manifest, sums.shards
 
 
-def _check_rejected(given: int, reasons: Counter[str], recipe: Recipe) -> None:
-    if reasons.total() <= recipe.max_rejected_share * given and reasons.total() < given:
+def _require_same(manifest: Manifest, out: Storage) -> None:
+    """Another run was faster: fine if it made the same dataset, else that one stands, whole, and this is an error."""
+    theirs = Manifest.from_json(out.read(MANIFEST), f"{out.uri}/{MANIFEST}")
+    if (theirs.digest, theirs.recipe_digest) == (manifest.digest, manifest.recipe_digest):
+        return
+    for name, sha256 in theirs.files.items():
+        out.write(name, out.read(kept_copy(name, sha256)))
+    raise DeeDSRError(
+        f"another run replaced {out.uri}/{MANIFEST} meanwhile by a dataset of recipe {theirs.recipe['name']}, digest "
+        f"{theirs.digest[:12]}: that one stands; to replace it, run the same command again, it reuses its shards"
+    )
+
+
+class _Sums:
+    def __init__(self) -> None:
+        self.given = self.samples = self.shards = 0
+        self.reasons: Counter[str] = Counter()
+        self.digest = hashlib.sha256()  # over the shards' SHA-256, one a line, as `dataset_digest`
+        # SHA-256 over root, relative path and content of every source given, in the manifest's order.
+        self.sources = hashlib.sha256()
+
+
+def _write_parts(
+    planned: Iterable[tuple[ShardPlan, ShardRecord]], samples: Path, rejected: Path, entries: Path
+) -> _Sums:
+    sums = _Sums()
+    held: list[pa.Table] = []
+    with (
+        pyarrow.parquet.ParquetWriter(samples, COLUMNS, compression="zstd") as table,
+        rejected.open("w") as lines,
+        entries.open("w") as shards,
+    ):
+        for plan, record in planned:
+            for path, sha256 in record.sources:
+                sums.given += 1
+                sums.sources.update(json.dumps([plan.root, path, sha256]).encode() + b"\n")
+            for line in record.rejected:
+                sums.reasons.update([line["reason"]] if line["kind"] == "source" else [])
+                lines.write(json.dumps(line) + "\n")
+            if not record.samples:
+                continue
+            entry = ShardEntry(record.name, record.samples, record.bytes, record.sha256)
+            shards.write(json.dumps(asdict(entry)) + "\n")
+            sums.digest.update(f"{record.sha256}\n".encode())
+            sums.shards += 1
+            sums.samples += record.samples
+            held.append(record.rows)
+            if sum(rows.num_rows for rows in held) >= _ROWS:
+                table.write_table(pa.concat_tables(held))
+                held.clear()
+        if held:
+            table.write_table(pa.concat_tables(held))
+    return sums
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_rejected(given: int, reasons: Counter[str], samples: int, recipe: Recipe) -> None:
+    if reasons.total() <= recipe.max_rejected_share * given and samples:
         return
     counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
     raise DeeDSRError(
@@ -95,24 +186,7 @@ def _check_rejected(given: int, reasons: Counter[str], recipe: Recipe) -> None:
     )
 
 
-def _source_digest(plans: Sequence[ShardPlan], records: Sequence[ShardRecord]) -> str:
-    """SHA-256 over root, relative path and content of every source given, in the manifest's order."""
-    lines = [
-        json.dumps([plan.root, path, sha256])
-        for plan, record in zip(plans, records, strict=True)
-        for path, sha256 in record.sources.items()
-    ]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _parquet(plans: Sequence[ShardPlan], records: Sequence[ShardRecord]) -> bytes:
-    rows: list[dict[str, Any]] = []
-    for plan, record in zip(plans, records, strict=True):
-        uris = {source.path: source.uri for source in plan.sources}
-        place = {"split": plan.split, "root": plan.root, "shard": record.name}
-        rows += [{**row, **place, "source_uri": uris[row["source"]]} for row in record.rows]
-    degradation = [pa.field(name, pa.float64()) for name in rows[0] if name.startswith("deg_")]
-    table = pa.Table.from_pylist(rows, schema=pa.schema([*_COLUMNS, *degradation]))
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(table, buffer, compression="zstd")
-    return buffer.getvalue()
+def _reasons(rejected: bytes) -> Counter[str]:
+    """How many sources the lines of a `rejected.jsonl` leave out, by reason."""
+    lines: Iterator[dict[str, Any]] = (json.loads(line) for line in rejected.splitlines())
+    return Counter(line["reason"] for line in lines if line["kind"] == "source")

@@ -1,29 +1,28 @@
 """The shards job: plan, build on Ray Data what is not committed yet, assemble."""
 
-import logging
+import os
+import posixpath
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 from tqdm import tqdm
 
-from deedsr.dataset.manifest import MANIFEST
+from deedsr.dataset.manifest import MANIFEST, REJECTED, SAMPLES, HRSource, kept_copy
 from deedsr.degradation.recipe import Recipe
 from deedsr.errors import DeeDSRError, UsageError
-from pipelines import cluster
-from pipelines.shards.assemble import assemble
-from pipelines.shards.build import ShardRecord, build_shard, read_record, record_path
-from pipelines.shards.plan import ShardPlan, plan_shards
+from pipelines.dataset import Dataset
+from pipelines.shards.assemble import Inherited, assemble, records_of
+from pipelines.shards.build import FromSources, ShardWork
+from pipelines.shards.derive import FromHR, Joined
+from pipelines.shards.execute import build_missing
+from pipelines.shards.plan import ShardPlan, derived_plan, plan_shards
+from pipelines.shards.record import Inventory
+from pipelines.shards.run import PlanParts, running
 from pipelines.shards.sources import list_sources
 from pipelines.storage import Storage, open_storage
 
-__all__ = ["ShardsResult", "generate"]
-
-_MAX_SHARDS_PER_BLOCK = 8
-_BLOCKS_PER_WORKER = 8  # enough that the last block does not keep one worker busy for long
+__all__ = ["ShardsResult", "export_pairs", "generate", "regenerate"]
 
 
 @dataclass
@@ -43,7 +42,11 @@ class ShardsResult:
 
 
 def generate(
-    sources: Sequence[str], out: str, recipe: Recipe, workers: int | None = None, progress: bool = True
+    sources: Sequence[str],
+    out: str,
+    recipe: Recipe,
+    workers: int | None = None,
+    progress: bool = True,
 ) -> ShardsResult:
     """Makes or completes the dataset `out` of the pictures in `sources` (folders, list files, S3 prefixes).
 
@@ -51,36 +54,89 @@ def generate(
     before are reused. Raises UsageError for sources or a place that cannot be used, DeeDSRError if the work failed;
     what was committed stays, and the same call continues from there.
     """
-    begin = time.time()
+    plans = lambda: plan_shards(list_sources(sources), recipe)
+    return _run(plans, FromSources(recipe), open_storage(out), recipe, workers, progress)
+
+
+def regenerate(
+    hr_from: str, out: str, recipe: Recipe, workers: int | None = None, progress: bool = True
+) -> ShardsResult:
+    """Makes or completes the dataset `out`: new LR images of the HR that the dataset `hr_from` holds, and no HR.
+
+    Of `recipe` only what concerns the degradation counts (`Recipe.degrading`). Errors as of `generate`.
+    """
+    dataset = Dataset.open(hr_from).hr_dataset()
     storage = open_storage(out)
-    plans = plan_shards(list_sources(sources), recipe)
-    sizes = {entry.path: entry.size for entry in storage.list()}
-    records = _committed(plans, storage, sizes)
-    missing = [plan for plan in plans if plan.id not in records]
-    first_start = time.time()
-    built = 0
-    with tqdm(
-        total=sum(len(plan.sources) for plan in plans),
-        initial=sum(len(plan.sources) for plan in plans if plan.id in records),
-        unit="source",
-        desc="shards",
-        disable=not progress,
-    ) as bar:
-        for summary in _build_all(missing, recipe, storage, workers):
-            first_start = summary["started"] if not built else min(first_start, summary["started"])
-            built += summary["samples"]
-            bar.set_postfix_str(f"{built / max(time.time() - first_start, 1e-3):.1f} samples/s", refresh=False)
-            bar.update(summary["sources"])
-    records |= _read_all(missing, storage)
-    manifest = assemble(plans, [records[plan.id] for plan in plans], recipe, storage)
+    if storage.uri == dataset.uri:
+        raise UsageError(f"--out {storage.uri} is the dataset that the HR comes from: choose another")
+    recipe = dataset.recipe.degrading(recipe)
+    work = FromHR(recipe, dataset.storage, _index(dataset))
+    hr = HRSource(dataset.digest, _relative(dataset.uri, storage.uri))
+    plans = lambda: (derived_plan(shard, recipe.digest) for shard in dataset.manifest.shards)
+    return _run(plans, work, storage, recipe, workers, progress, hr_from=hr, inherited=_inherited(dataset))
+
+
+def export_pairs(lr_dataset: str, out: str, workers: int | None = None, progress: bool = True) -> ShardsResult:
+    """Makes or completes the dataset `out`: the pairs of a dataset that takes its HR from another, self-contained.
+
+    Its digest is that of a dataset made with the same recipe from the sources. Errors as of `generate`.
+    """
+    dataset = Dataset.open(lr_dataset)
+    storage = open_storage(out)
+    if dataset.manifest.hr_from is None:
+        raise UsageError(f"{dataset.uri} holds its HR images itself: there is nothing to join")
+    if storage.uri in (dataset.uri, dataset.hr_dataset().uri):
+        raise UsageError(f"--out {storage.uri} is one of the datasets to join: choose another")
+    work = Joined(dataset.storage, _index(dataset), dataset.hr_dataset().storage)
+    plans = lambda: (derived_plan(shard, "join") for shard in dataset.manifest.shards)
+    return _run(plans, work, storage, dataset.recipe, workers, progress, inherited=_inherited(dataset))
+
+
+def _run(
+    plans: Callable[[], Iterable[ShardPlan]],
+    work: ShardWork,
+    out: Storage,
+    recipe: Recipe,
+    workers: int | None,
+    progress: bool,
+    hr_from: HRSource | None = None,
+    inherited: Inherited | None = None,
+) -> ShardsResult:
+    begin = time.time()
+    before = _version(out)
+    first_plans = iter(plans())
+    first = next(first_plans)  # sources that cannot be used are found out before anything is written
+    out.require_writable()
+    with running(out) as folder:
+        inventory = Inventory.of(out)
+        parts = PlanParts(folder)
+        with tqdm(unit="shard", desc="plan", disable=not progress, leave=False) as bar:
+            parts.write(_counted(first, first_plans, bar), inventory)
+        unit, total, done = ("source", parts.sources, parts.reused_sources)
+        if not parts.sources:  # shards made of shards
+            unit, total, done = "shard", parts.shards, parts.shards - parts.missing_shards
+        first_start, built, written = time.time(), 0, 0
+        with tqdm(total=total, initial=done, unit=unit, desc="shards", disable=not progress) as bar:
+            for shard in build_missing(parts, work, out, workers):
+                first_start = shard.started if not built else min(first_start, shard.started)
+                built += shard.samples
+                written += shard.samples > 0
+                inventory.records[shard.id] = shard.key
+                bar.set_postfix_str(f"{built / max(time.time() - first_start, 1e-3):.1f} samples/s", refresh=False)
+                bar.update(shard.sources if unit == "source" else 1)
+        _require_tars(parts, inventory, out)
+        records = records_of((inventory.record(plan) for plan in parts), out)
+        manifest, shards = assemble(
+            zip(parts, records, strict=True), recipe, out, expected=before, hr_from=hr_from, inherited=inherited
+        )
     end = time.time()
     return ShardsResult(
-        manifest=f"{storage.uri}/{MANIFEST}",
+        manifest=f"{out.uri}/{MANIFEST}",
         digest=manifest.digest,
         samples=manifest.samples,
-        shards=len(manifest.shards),
-        written=sum(records[plan.id].samples > 0 for plan in missing),
-        reused=len(manifest.shards) - sum(records[plan.id].samples > 0 for plan in missing),
+        shards=shards,
+        written=written,
+        reused=shards - written,
         rejected=manifest.rejected,
         seconds=round(end - begin, 3),
         start_up_seconds=round(max(first_start - begin, 0.0), 3),
@@ -88,57 +144,47 @@ def generate(
     )
 
 
-def _committed(plans: Sequence[ShardPlan], out: Storage, sizes: dict[str, int]) -> dict[str, ShardRecord]:
-    """Records of the shards that are there already, by plan id. A record counts if its tar is there in full size."""
-    records = _read_all([plan for plan in plans if record_path(plan) in sizes], out)
-    return {id: record for id, record in records.items() if not record.name or sizes.get(record.name) == record.bytes}
-
-
-def _read_all(plans: Sequence[ShardPlan], out: Storage) -> dict[str, ShardRecord]:
-    with ThreadPoolExecutor(16) as threads:
-        records = threads.map(partial(read_record, out=out), plans)
-        return {plan.id: record for plan, record in zip(plans, records, strict=True)}
-
-
-def _build_all(
-    plans: Sequence[ShardPlan], recipe: Recipe, out: Storage, workers: int | None
-) -> Iterator[dict[str, Any]]:
-    """Builds shards on the cluster; yields {started, sources, samples} of each as it is committed, in any order."""
-    if not plans:
-        return
-    cluster.connect()
-    import ray.data
-    from ray.exceptions import RayError
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    parallel = workers or max(1, int(cluster.resources().get("CPU", 1)))
-    per_block = min(max(len(plans) // (parallel * _BLOCKS_PER_WORKER), 1), _MAX_SHARDS_PER_BLOCK)
-    blocks = -(-len(plans) // per_block)
-    work = ray.data.from_items([{"plan": plan} for plan in plans], override_num_blocks=blocks).map(
-        partial(_task, recipe=recipe, out=out),
-        num_cpus=1,
-        compute=ray.data.TaskPoolStrategy(size=workers and min(workers, blocks)),
-    )
+def _version(out: Storage) -> str | None:
+    """Of the manifest that is there now."""
     try:
-        for summary in work.iter_rows():
-            if summary["error"]:
-                raise (UsageError if summary["usage"] else DeeDSRError)(summary["error"])
-            yield summary
-    except RayError as error:
-        last = str(error).strip().splitlines()[-1]
+        return out.stat(MANIFEST).version
+    except FileNotFoundError:
+        return None
+
+
+def _require_tars(parts: PlanParts, inventory: Inventory, out: Storage) -> None:
+    """Nobody may have removed what the manifest is about to name."""
+    now = Inventory(Inventory.of(out).tars, inventory.records)
+    gone = next((plan for plan in parts if not now.holds(plan)), None)
+    if gone is not None:
         raise DeeDSRError(
-            f"making shards failed: {last}; run the same command again, it reuses what is done"
-        ) from error
+            f"a shard of {out.uri} disappeared while others were made (number {gone.number}): something else removes "
+            "files there; stop it and run the same command again"
+        )
 
 
-def _task(row: dict[str, Any], recipe: Recipe, out: Storage) -> dict[str, Any]:
-    plan: ShardPlan = row["plan"]
-    summary = {"started": time.time(), "sources": len(plan.sources), "samples": 0, "error": "", "usage": False}
-    try:
-        # A user's mistake travels as a value: as an exception it would come back wrapped in Ray's traceback.
-        return summary | {"samples": build_shard(plan, recipe, out).samples}
-    except DeeDSRError as error:
-        return summary | {"error": str(error), "usage": isinstance(error, UsageError)}
+def _index(dataset: Dataset) -> str:
+    """Path of the dataset's `samples.parquet` whose content never changes."""
+    return kept_copy(SAMPLES, dataset.manifest.files[SAMPLES])
+
+
+def _inherited(dataset: Dataset) -> Inherited:
+    manifest = dataset.manifest
+    return Inherited(manifest.given, manifest.source_digest, dataset.file(REJECTED))
+
+
+def _relative(uri: str, to: str) -> str:
+    """`uri` as seen from `to`, if both are local or in one bucket; else as it is."""
+    if "://" not in uri and "://" not in to:
+        return os.path.relpath(uri, to)
+    if uri.split("/")[:3] == to.split("/")[:3]:
+        return posixpath.relpath(uri.partition("://")[2], to.partition("://")[2])
+    return uri
+
+
+def _counted(first: ShardPlan, rest: Iterator[ShardPlan], bar: tqdm) -> Iterator[ShardPlan]:
+    yield first
+    bar.update()
+    for plan in rest:
+        yield plan
+        bar.update()

@@ -2,86 +2,167 @@
 
 Within one `--source` and split, sources are ordered by the SHA-256 of what they are called, and a shard ends after a
 source whose hash says so, between a least and a greatest number of sources. So a shard depends on its own sources and
-on little else: adding a source rewrites the shard it falls into, or cuts it in two.
+on little else: adding a source rewrites the shard it falls into, or cuts it in two. Sources inside one file (a tar, a
+Parquet table) stay together in their order, so that a shard reads few files.
+
+A listing of any length is planned in bounded memory: it is sorted through temporary files, bucket by bucket.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import NamedTuple
 
-from deedsr.dataset.manifest import FORMAT_VERSION
+from deedsr.dataset.manifest import FORMAT_VERSION, ShardEntry
 from deedsr.degradation.recipe import ALGORITHM_VERSION, Recipe, Shard, Split
 from pipelines.shards.sources import Source
 
-__all__ = ["ShardPlan", "plan_shards"]
+__all__ = ["ShardPlan", "derived_plan", "plan_shards"]
+
+_IN_MEMORY = 200_000  # sources held before they go to files
+_BUCKETS = 64  # per root and split: ten million sources are 160,000 at a time
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """The sources of one shard, in order.
+    """The sources of one shard, in order; or the shard of another dataset that it derives from.
 
-    `number` says where the shard stands: three digits of the root, ten of the hash of its first source. `id` names the
-    work: recipe, algorithm, and the path, size and version of each source. Equal ids, equal shards.
+    `number` says where the shard stands: three digits of the root, ten of the hash of its first source, and twelve of
+    that source's place where it lies inside another file. `id` names the work: recipe, algorithm, and the path, size
+    and version of each source, or the content of the shard behind. Equal ids, equal shards.
     """
 
     root: int
     split: str
-    sources: tuple[Source, ...]
     number: str
     id: str
+    sources: tuple[Source, ...] = ()
+    origin: str = ""  # name of the shard it derives from
+
+    def to_json(self) -> bytes:
+        """One line."""
+        return json.dumps([self.root, self.split, self.number, self.id, self.sources, self.origin]).encode()
+
+    @classmethod
+    def from_json(cls, line: bytes) -> "ShardPlan":
+        root, split, number, id, sources, origin = json.loads(line)
+        return cls(root, split, number, id, tuple(Source(*source) for source in sources), origin)
 
 
-def plan_shards(sources: Sequence[Source], recipe: Recipe) -> list[ShardPlan]:
+def plan_shards(sources: Iterable[Source], recipe: Recipe) -> Iterator[ShardPlan]:
     """The shards in the manifest's order: by root, split, and hash of the first source."""
-    hashed = sorted((source.root, split_of(source, recipe.split), _hash(source), source) for source in sources)
     digest = recipe.digest
-    return [
-        _plan(root, split, run, digest)
-        for (root, split), group in groupby(hashed, key=lambda item: item[:2])
-        for run in _cut([(hash, source) for _, _, hash, source in group], recipe.shard)
-    ]
+    with tempfile.TemporaryDirectory(prefix="deedsr-plan-") as folder:
+        ordered = _sorted(sources, recipe.split, Path(folder))
+        for (root, split), group in groupby(ordered, key=lambda placed: (placed.root, placed.split)):
+            for run in _cut(group, recipe.shard):
+                yield _plan(root, split, run, digest)
+
+
+def derived_plan(shard: ShardEntry, work: str) -> ShardPlan:
+    """A shard that is made of a shard of another dataset; `work` names what is done to it (a recipe's digest, ...)."""
+    split, number, _ = shard.name.split("-")
+    id = hashlib.sha256(json.dumps([FORMAT_VERSION, ALGORITHM_VERSION, work, shard.sha256]).encode()).hexdigest()
+    return ShardPlan(int(number[:3]), split, number, id, origin=shard.name)
 
 
 def split_of(source: Source, split: Split) -> str:
     """`validation` if a pattern matches the relative path; without patterns, if the hash falls into the share."""
+    return _split(source, _hash(source.root, source.path), split)
+
+
+class _Placed(NamedTuple):
+    """A source and where it stands. The fields are in the order of sorting."""
+
+    root: int
+    split: str
+    place: str  # hexadecimal hash of the file it lies in
+    position: int  # within that file
+    hash: str  # its own, hexadecimal
+    source: Source
+
+
+def _placed(source: Source, split: Split) -> _Placed:
+    hash = _hash(source.root, source.path)
+    place = _hash(source.root, source.container) if source.container else hash
+    position = max(source.offset, source.row, 0)
+    return _Placed(source.root, _split(source, hash, split), place.hex(), position, hash.hex(), source)
+
+
+def _split(source: Source, hash: bytes, split: Split) -> str:
     if split.validation_patterns:
         chosen = any(fnmatchcase(source.path, pattern) for pattern in split.validation_patterns)
     else:
-        chosen = int.from_bytes(_hash(source)[8:16]) < split.validation_share * 2**64
+        chosen = int.from_bytes(hash[8:16]) < split.validation_share * 2**64
     return "validation" if chosen else "train"
 
 
-def _hash(source: Source) -> bytes:
+def _hash(root: int, path: str) -> bytes:
     # Names of files need not be valid Unicode; such a source is rejected later, and must have a place until then.
-    return hashlib.sha256(f"{source.root}\n{source.path}".encode(errors="surrogateescape")).digest()
+    return hashlib.sha256(f"{root}\n{path}".encode(errors="surrogateescape")).digest()
 
 
-def _cut(ordered: Sequence[tuple[bytes, Source]], shard: Shard) -> list[list[tuple[bytes, Source]]]:
-    runs: list[list[tuple[bytes, Source]]] = [[]]
-    for hash, source in ordered:
-        if runs[-1] and _ends(runs[-1], shard):
-            runs.append([])
-        runs[-1].append((hash, source))
-    return runs
+def _sorted(sources: Iterable[Source], split: Split, folder: Path) -> Iterator[_Placed]:
+    """Every source in its place, through files below `folder` if there are many."""
+    held: list[_Placed] = []
+    buckets: set[tuple[int, str, int]] = set()
+    for source in sources:
+        held.append(_placed(source, split))
+        if len(held) == _IN_MEMORY:
+            buckets |= _spill(held, folder)
+            held.clear()
+    if not buckets:
+        yield from sorted(held)
+        return
+    buckets |= _spill(held, folder)
+    held.clear()
+    for bucket in sorted(buckets):
+        with _file(folder, bucket).open("rb") as lines:
+            rows = [json.loads(line) for line in lines]
+        yield from sorted(_Placed._make([*row[:-1], Source(*row[-1])]) for row in rows)
 
 
-def _ends(run: Sequence[tuple[bytes, Source]], shard: Shard) -> bool:
+def _spill(held: list[_Placed], folder: Path) -> set[tuple[int, str, int]]:
+    """Appends sources to the files of their buckets; returns the buckets."""
+    bucket = lambda placed: (placed.root, placed.split, int(placed.place[:8], 16) * _BUCKETS >> 32)
+    keyed = sorted(((bucket(placed), placed) for placed in held), key=itemgetter(0))
+    for key, group in groupby(keyed, key=itemgetter(0)):
+        with _file(folder, key).open("ab") as file:
+            file.writelines(json.dumps(placed).encode() + b"\n" for _, placed in group)
+    return {key for key, _ in keyed}
+
+
+def _file(folder: Path, bucket: tuple[int, str, int]) -> Path:
+    return folder / "-".join(map(str, bucket))
+
+
+def _cut(ordered: Iterable[_Placed], shard: Shard) -> Iterator[list[_Placed]]:
+    run: list[_Placed] = []
+    for placed in ordered:
+        if run and _ends(run, shard):
+            yield run
+            run = []
+        run.append(placed)
+    yield run
+
+
+def _ends(run: list[_Placed], shard: Shard) -> bool:
     # Other bytes of the hash than the ones that order: those of a run's last source say little about it.
-    last_says_so = int.from_bytes(run[-1][0][16:]) % shard.target_sources == 0
+    last_says_so = int(run[-1].hash[32:], 16) % shard.target_sources == 0
     return len(run) >= shard.max_sources or (len(run) >= shard.min_sources and last_says_so)
 
 
-def _plan(root: int, split: str, run: Sequence[tuple[bytes, Source]], recipe_digest: str) -> ShardPlan:
-    listing = [(source.path, source.size, source.version) for _, source in run]
+def _plan(root: int, split: str, run: list[_Placed], recipe_digest: str) -> ShardPlan:
+    sources = tuple(placed.source for placed in run)
+    # Where a source lies does not matter, nor how it is reached: only what it is.
+    listing = [(source.path, source.size, source.version, source.duplicate, source.lr_version) for source in sources]
     work = json.dumps([FORMAT_VERSION, recipe_digest, ALGORITHM_VERSION, root, split, listing])
-    leading = int.from_bytes(run[0][0][:8]) * 10**10 >> 64
-    return ShardPlan(
-        root,
-        split,
-        tuple(source for _, source in run),
-        f"{root:03d}{leading:010d}",
-        hashlib.sha256(work.encode()).hexdigest(),
-    )
+    leading = int(run[0].place[:16], 16) * 10**10 >> 64
+    number = f"{root:03d}{leading:010d}" + (f"{run[0].position:012d}" if sources[0].container else "")
+    return ShardPlan(root, split, number, hashlib.sha256(work.encode()).hexdigest(), sources)

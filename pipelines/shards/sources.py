@@ -2,14 +2,14 @@
 
 import os
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines.storage import Entry, open_storage
 
-__all__ = ["Source", "list_sources", "split_uri"]
+__all__ = ["Source", "list_sources", "read_source", "split_uri"]
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
 
@@ -22,16 +22,20 @@ class Source(NamedTuple):
     uri: str  # where it lies now
     size: int  # bytes
     version: str  # changes with the content: modification time or ETag
+    container: str = ""  # relative path of the file that holds it, where `uri` names a tar or a Parquet table
+    offset: int = -1  # of its first byte in a tar
+    row: int = -1  # in a Parquet table
+    duplicate: bool = False  # another source with the same content comes first
+    lr: str = ""  # where its real LR partner lies
+    lr_version: str = ""  # size and version of that
 
 
-def list_sources(uris: Sequence[str]) -> list[Source]:
+def list_sources(uris: Sequence[str]) -> Iterator[Source]:
     """Every picture of every `--source`. Raises UsageError for one that does not exist or holds none."""
     if not uris:
         raise UsageError("no source: give --source a folder, a list file (.txt) or an S3 prefix")
-    found = [
-        _list_file(root, uri) if uri.lower().endswith(".txt") else _folder(root, uri) for root, uri in enumerate(uris)
-    ]
-    return [source for sources in found for source in sources]
+    for root, uri in enumerate(uris):
+        yield from _list_file(root, uri) if uri.lower().endswith(".txt") else _folder(root, uri)
 
 
 def split_uri(uri: str) -> tuple[str, str]:
@@ -40,7 +44,7 @@ def split_uri(uri: str) -> tuple[str, str]:
     return folder or ("/" if uri.startswith("/") else "."), name
 
 
-def _folder(root: int, uri: str) -> list[Source]:
+def _folder(root: int, uri: str) -> Iterator[Source]:
     storage = open_storage(uri)
     local = storage.local_path("")
     if local is not None and not local.exists():
@@ -49,14 +53,13 @@ def _folder(root: int, uri: str) -> list[Source]:
         raise UsageError(
             f"source {storage.uri} is a file: give the folder it is in, or a list file (.txt) that names it"
         )
-    sources = [
-        Source(root, entry.path, posixpath.join(storage.uri, entry.path), entry.size, entry.version)
-        for entry in storage.list()
-        if entry.path.lower().endswith(_EXTENSIONS)
-    ]
-    if not sources:
+    empty = True
+    for entry in storage.list():
+        if entry.path.lower().endswith(_EXTENSIONS):
+            yield Source(root, entry.path, posixpath.join(storage.uri, entry.path), entry.size, entry.version)
+            empty = False
+    if empty:
         raise UsageError(f"source {storage.uri} holds no pictures ({', '.join(_EXTENSIONS)})")
-    return sources
 
 
 def _list_file(root: int, uri: str) -> list[Source]:
@@ -102,3 +105,13 @@ def _stat(uri: str) -> Entry:
         return open_storage(folder).stat(name)
     except FileNotFoundError:
         return Entry(name, 0, "")  # reading it will say so, and it is recorded as rejected
+
+
+def read_source(source: Source) -> tuple[bytes, bytes | None]:
+    """The picture and its real LR partner, if it has one. Raises FileNotFoundError if either is gone."""
+    return _read(source.uri), _read(source.lr) if source.lr else None
+
+
+def _read(uri: str) -> bytes:
+    folder, name = split_uri(uri)
+    return open_storage(folder).read(name)

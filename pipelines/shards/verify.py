@@ -8,17 +8,20 @@ import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple, cast
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 from tqdm import tqdm
 
-from deedsr.dataset.codecs import decode_stored
+from deedsr.dataset.codecs import decode_stored, encode
 from deedsr.dataset.manifest import REJECTED, SAMPLES, Manifest, ShardEntry
+from deedsr.degradation.chain import degrade
 from deedsr.degradation.recipe import Recipe
 from deedsr.errors import DeeDSRError
 from pipelines.dataset import Dataset
+from pipelines.shards.derive import Tars
 from pipelines.storage import Storage
 
 __all__ = ["VerifyResult", "verify"]
@@ -26,19 +29,27 @@ __all__ = ["VerifyResult", "verify"]
 
 @dataclass
 class VerifyResult:
-    """INTERFACE's result of `deedsr verify`: `samples` were read whole; each problem names its shard or sample."""
+    """INTERFACE's result of `deedsr verify`: `samples` were read whole; each problem names its shard or sample.
+
+    `replayed`: samples whose LR was made again and is the same.
+    """
 
     ok: bool
     shards: int
     samples: int
+    replayed: int
     problems: list[str]
 
 
-def verify(uri: str, progress: bool = True) -> VerifyResult:
-    """Reads the dataset at `uri` from end to end. Raises DatasetNotCommitted if there is none."""
+def verify(uri: str, replay: int = 0, progress: bool = True) -> VerifyResult:
+    """Reads the dataset at `uri` from end to end. Raises DatasetNotCommitted if there is none.
+
+    `replay`: of so many samples, spread over the dataset, the LR is made again from the stored HR and the recorded
+    draws, and compared byte by byte.
+    """
     dataset = Dataset.open(uri)
-    manifest, recipe, storage = dataset.manifest, dataset.recipe, dataset.storage
-    problems = [*_check_manifest(manifest, recipe), *_check_files(manifest, storage)]
+    manifest = dataset.manifest
+    problems = [*_check_manifest(manifest, dataset.recipe), *_check_files(manifest, dataset.storage)]
     index = None
     try:
         problems += _check_rejected(dataset.file(REJECTED), manifest)
@@ -50,7 +61,7 @@ def verify(uri: str, progress: bool = True) -> VerifyResult:
 
     def check(shard: ShardEntry) -> tuple[int, list[str]]:
         rows = index.filter(pa.compute.equal(index["shard"], shard.name)).to_pylist() if index is not None else None
-        return _check_shard(shard, rows, recipe, storage)
+        return _check_shard(shard, rows, dataset)
 
     with (
         ThreadPoolExecutor(os.cpu_count()) as threads,
@@ -60,7 +71,30 @@ def verify(uri: str, progress: bool = True) -> VerifyResult:
             whole += good
             problems += found
             bar.update(shard.samples)
-    return VerifyResult(not problems, len(manifest.shards), whole, problems)
+    replayed = 0
+    if replay and index is not None and index.num_rows:
+        rows = sorted({int(row) for row in np.linspace(0, index.num_rows - 1, min(replay, index.num_rows))})
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            found_again = list(threads.map(lambda row: _replay(dataset, index, row), rows))
+        replayed = sum(problem is None for problem in found_again)
+        problems += [problem for problem in found_again if problem]
+    return VerifyResult(not problems, len(manifest.shards), whole, replayed, problems)
+
+
+def _replay(dataset: Dataset, index: pa.Table, row: int) -> str | None:
+    """What is wrong with the LR of one sample, as its HR and draws give it again; None if nothing is."""
+    key, shard = index["key"][row].as_py(), index["shard"][row].as_py()
+    try:
+        sample = dataset.read(index, row)
+        if sample.info["degradation"] is None:  # a real pair
+            return None
+        again = encode(degrade(sample.hr, sample.info["degradation"]), dataset.recipe.formats.lr)
+        stored = dataset.storage.read_range(shard, index["lr_offset"][row].as_py(), index["lr_size"][row].as_py())
+    except (DeeDSRError, FileNotFoundError) as error:
+        return f"sample {key} cannot be replayed ({error})"
+    except (ValueError, KeyError, TypeError) as error:
+        return f"sample {key} cannot be replayed: its draws are damaged ({type(error).__name__}: {error})"
+    return None if again == stored else f"{shard}: sample {key}: its HR and draws give another LR than the stored one"
 
 
 def _check_manifest(manifest: Manifest, recipe: Recipe) -> Iterator[str]:
@@ -95,66 +129,122 @@ def _check_rejected(data: bytes, manifest: Manifest) -> Iterator[str]:
         yield f"{REJECTED}: {sources} sources, the manifest counts {manifest.rejected}"
 
 
-def _check_shard(
-    shard: ShardEntry, rows: list[dict[str, Any]] | None, recipe: Recipe, storage: Storage
-) -> tuple[int, list[str]]:
-    """How many samples could be read whole, and what is wrong. `rows`: the shard's part of the index, if any."""
+def _check_shard(shard: ShardEntry, rows: list[dict[str, Any]] | None, dataset: Dataset) -> tuple[int, list[str]]:
+    """How many samples could be read whole, and what is wrong. `rows`: the shard's part of the index, if any.
+
+    The shard is read once, from beginning to end, and a sample at a time is held.
+    """
+    expected = {row["key"]: row for row in rows} if rows is not None else None
+    problems: list[str] = []
+    good = extra = 0
+    seen: set[str] = set()
     try:
-        data = storage.read(shard.name)
+        file = HashedReader(dataset.storage.open(shard.name))
     except FileNotFoundError:
         return 0, [f"{shard.name} is missing"]
-    problems = []
-    if len(data) != shard.bytes:
-        problems.append(f"{shard.name}: {len(data)} bytes, the manifest says {shard.bytes}")
-    elif hashlib.sha256(data).hexdigest() != shard.sha256:
-        problems.append(f"{shard.name}: its SHA-256 is not what the manifest says")
-    members: dict[str, tuple[int, int]] = {}
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            for member in tar:
-                members[member.name] = (member.offset_data, member.size)
-    except tarfile.TarError as error:
-        problems.append(f"{shard.name}: not a whole tar file ({error})")
-    if rows is None:
-        rows = _rows_of(members)
-    if len(rows) != shard.samples:
-        problems.append(f"{shard.name}: {len(rows)} samples, the manifest says {shard.samples}")
-    wrong = [problem for row in rows for problem in [_check_sample(row, members, data, recipe)] if problem]
-    problems += [f"{shard.name}: {problem}" for problem in wrong]
-    extra = len(members) - 3 * len(rows)
-    if extra > 0:
+    with file, Tars(dataset.hr_dataset().storage) as hrs:
+        try:
+            for key, members in _samples(file):
+                row = expected.get(key) if expected is not None else _row_of(key, members)
+                if row is None:
+                    extra += len(members)
+                    continue
+                seen.add(key)
+                problem = _check_sample(row, members, hrs, dataset.recipe)
+                good += not problem
+                problems += [f"{shard.name}: {problem}"] if problem else []
+        except (tarfile.TarError, OSError) as error:
+            problems.append(f"{shard.name}: not a whole tar file ({error})")
+        file.drain()
+    if file.size != shard.bytes:
+        problems.insert(0, f"{shard.name}: {file.size} bytes, the manifest says {shard.bytes}")
+    elif file.sha256 != shard.sha256:
+        problems.insert(0, f"{shard.name}: its SHA-256 is not what the manifest says")
+    problems += [f"{shard.name}: sample {key} is missing" for key in expected or () if key not in seen]
+    if len(expected if expected is not None else seen) != shard.samples:
+        problems.append(f"{shard.name}: {len(expected or seen)} samples, the manifest says {shard.samples}")
+    if extra:
         problems.append(f"{shard.name}: {extra} members belong to no sample")
-    return len(rows) - len(wrong), problems
+    return good, problems
 
 
-def _rows_of(members: dict[str, tuple[int, int]]) -> list[dict[str, Any]]:
+class Member(NamedTuple):
+    """Rest of its name behind the key, place in the tar, content."""
+
+    ext: str
+    offset: int
+    data: bytes
+
+
+def _samples(file: "HashedReader") -> Iterator[tuple[str, dict[str, Member]]]:
+    """(key, {`hr`, `lr`, `json`: member}) of each sample of a tar, whose members lie one after the other."""
+    key, members = "", dict[str, Member]()
+    with tarfile.open(fileobj=cast(BinaryIO, file), mode="r|") as tar:
+        for info in tar:
+            this, _, rest = info.name.partition(".")
+            if this != key and members:
+                yield key, members
+                members = {}
+            content = tar.extractfile(info)
+            name, _, ext = rest.partition(".")
+            key, members[name] = this, Member(ext, info.offset_data, content.read() if content else b"")
+    if members:
+        yield key, members
+
+
+class HashedReader(io.RawIOBase):
+    """Passes a file on while it is read, and knows size and SHA-256 of what was read."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._hash, self.size = file, hashlib.sha256(), 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self._hash.update(data)
+        self.size += len(data)
+        return data
+
+    def drain(self) -> None:
+        while self.read(1 << 20):
+            pass
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+
+def _row_of(key: str, members: dict[str, Member]) -> dict[str, Any]:
     """What the index would say, from the tar itself."""
-    rows: dict[str, dict[str, Any]] = {}
-    for name, (offset, size) in members.items():
-        key, _, rest = name.partition(".")
-        member, _, ext = rest.partition(".")
-        rows.setdefault(key, {"key": key}).update(
-            {f"{member}_offset": offset, f"{member}_size": size} | ({f"{member}_ext": ext} if ext else {})
-        )
-    return list(rows.values())
+    row: dict[str, Any] = {"key": key}
+    for name, member in members.items():
+        row |= {f"{name}_ext": member.ext, f"{name}_offset": member.offset, f"{name}_size": len(member.data)}
+    return row
 
 
-def _check_sample(row: dict[str, Any], members: dict[str, tuple[int, int]], data: bytes, recipe: Recipe) -> str | None:
+def _check_sample(row: dict[str, Any], members: dict[str, Member], hrs: Tars, recipe: Recipe) -> str | None:
     """What is wrong with one sample, None if nothing is."""
     key = row["key"]
-    parts = {}
-    for member in ("hr", "lr", "json"):
-        name = f"{key}.json" if member == "json" else f"{key}.{member}.{row.get(f'{member}_ext')}"
-        place = members.get(name)
-        if place is None:
-            return f"sample {key} has no member {name}"
-        if place != (row[f"{member}_offset"], row[f"{member}_size"]):
-            return f"sample {key}: {SAMPLES} points beside its member {name}"
-        parts[member] = data[place[0] : sum(place)]
+    own_hr = row.get("hr_shard") == row.get("shard")
+    parts: dict[str, bytes] = {}
+    for name in ("hr", "lr", "json") if own_hr else ("lr", "json"):
+        member, ext = members.get(name), row.get(f"{name}_ext", "")
+        if member is None or (name != "json" and member.ext != ext):
+            return f"sample {key} has no member {key}.{name}{ext and '.'}{ext}"
+        if (member.offset, len(member.data)) != (row[f"{name}_offset"], row[f"{name}_size"]):
+            return f"sample {key}: {SAMPLES} points beside its member {key}.{name}{ext and '.'}{ext}"
+        parts[name] = member.data
     try:
+        if not own_hr:
+            parts["hr"] = hrs.read(row["hr_shard"], row["hr_offset"], row["hr_size"])
         hr, lr = decode_stored(parts["hr"]), decode_stored(parts["lr"])
     except ValueError:
         return f"sample {key}: an image cannot be decoded"
+    except DeeDSRError as error:
+        return f"sample {key}: its HR cannot be read ({error})"
     side = recipe.crop.size
     expected = (side, side), (side // recipe.scale, side // recipe.scale)
     if (hr.shape[:2], lr.shape[:2]) != expected:

@@ -1,0 +1,88 @@
+"""Builds shards on the cluster with Ray Data: a row is a handful of shards of one part of the plan."""
+
+import logging
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+from deedsr.errors import DeeDSRError, UsageError
+from pipelines import cluster
+from pipelines.shards.build import ShardWork
+from pipelines.shards.plan import ShardPlan
+from pipelines.shards.record import record_key
+from pipelines.shards.run import PlanParts, read_part
+from pipelines.storage import Storage
+
+__all__ = ["Built", "build_missing"]
+
+_MAX_SHARDS_PER_ROW = 8
+_ROWS_PER_WORKER = 16  # enough that the last row does not keep one worker busy for long
+
+
+class Built(NamedTuple):
+    """One shard that was committed; `key` is what an inventory knows of its record."""
+
+    id: str
+    key: tuple[str, int]
+    sources: int
+    samples: int
+    started: float  # seconds since the epoch
+
+
+def build_missing(parts: PlanParts, work: ShardWork, out: Storage, workers: int | None) -> Iterator[Built]:
+    """Builds every shard that is not there; yields each as it is committed, in any order.
+
+    `workers`: tasks at a time, None for every CPU of the cluster.
+    """
+    count = parts.missing_shards
+    if not count:
+        return
+    cluster.connect()
+    import ray.data
+    from ray.exceptions import RayError
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    parallel = workers or max(1, int(cluster.resources().get("CPU", 1)))
+    per_row = min(max(count // (parallel * _ROWS_PER_WORKER), 1), _MAX_SHARDS_PER_ROW)
+    rows = [
+        {"part": name, "shards": shards[start : start + per_row]}
+        for name, shards in parts.missing
+        for start in range(0, len(shards), per_row)
+    ]
+    built = ray.data.from_items(rows, override_num_blocks=len(rows)).flat_map(
+        partial(_task, folder=parts.folder, work=work, out=out),
+        num_cpus=1,
+        compute=ray.data.TaskPoolStrategy(size=workers and min(workers, len(rows))),
+    )
+    try:
+        for row in built.iter_rows():
+            if row["error"]:
+                raise (UsageError if row["usage"] else DeeDSRError)(row["error"])
+            yield Built(row["id"], (row["hash"], row["bytes"]), row["sources"], row["samples"], row["started"])
+    except RayError as error:
+        last = str(error).strip().splitlines()[-1]
+        raise DeeDSRError(
+            f"making shards failed: {last}; run the same command again, it reuses what is done"
+        ) from error
+
+
+def _task(row: dict[str, Any], folder: Storage, work: ShardWork, out: Storage) -> Iterator[dict[str, Any]]:
+    started = time.time()
+    plans = read_part(folder, row["part"])
+    for number in row["shards"]:
+        yield _build(plans[number], work, out) | {"started": started}
+
+
+def _build(plan: ShardPlan, work: ShardWork, out: Storage) -> dict[str, Any]:
+    summary: dict[str, Any] = {"id": plan.id, "sources": len(plan.sources), "hash": "", "bytes": 0, "samples": 0}
+    try:
+        # A user's mistake travels as a value: as an exception it would come back wrapped in Ray's traceback.
+        record = work.build(plan, out)
+    except DeeDSRError as error:
+        return summary | {"error": str(error), "usage": isinstance(error, UsageError)}
+    hash, size = record_key(record)
+    return summary | {"hash": hash, "bytes": size, "samples": record.samples, "error": "", "usage": False}

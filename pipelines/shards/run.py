@@ -1,0 +1,100 @@
+"""What one run of the shards job leaves in its output while it works: a sign of life, and its plan in parts.
+
+Workers read the plan from there, a part at a time, so that neither the driver nor Ray holds it.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from deedsr.dataset.manifest import STATE
+from pipelines.shards.plan import ShardPlan
+from pipelines.shards.record import Inventory
+from pipelines.storage import Storage
+
+__all__ = ["PlanParts", "live_runs", "running"]
+
+RUNS = f"{STATE}/runs"
+_CLAIM = "claim.json"
+_HEARTBEAT = 60.0  # seconds
+_STALE = 600.0  # seconds without a sign of life after which a run counts as dead
+_SHARDS_PER_PART = 64
+
+
+@contextmanager
+def running(out: Storage) -> Iterator[Storage]:
+    """The folder of a new run, removed with all it holds when the run ends; a killed run leaves it to `--gc`."""
+    folder = out.child(f"{RUNS}/{uuid.uuid4().hex[:12]}")
+    about = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.time()}
+    claim = lambda: folder.write(_CLAIM, json.dumps(about | {"alive": time.time()}).encode())
+    claim()
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(_HEARTBEAT):
+            claim()
+
+    heart = threading.Thread(target=beat, daemon=True)
+    heart.start()
+    try:
+        yield folder
+    finally:
+        over.set()
+        heart.join()
+        folder.delete_many([entry.path for entry in folder.list()])
+
+
+def live_runs(out: Storage) -> list[str]:
+    """Runs that gave a sign of life in the last ten minutes, in words."""
+    claims = [json.loads(out.read(e.path)) for e in out.list(RUNS) if e.path.endswith(f"/{_CLAIM}")]
+    alive = [claim for claim in claims if time.time() - claim["alive"] < _STALE]
+    return [f"{claim['host']} (process {claim['pid']})" for claim in alive]
+
+
+class PlanParts:
+    """A plan in files of some dozen shards each, and which of its shards are to be made."""
+
+    def __init__(self, folder: Storage):
+        self.folder = folder
+        self.sources = self.shards = 0
+        self.reused_sources = 0
+        self.missing: list[tuple[str, list[int]]] = []  # part, its shards that are not committed
+        self._names: list[str] = []
+
+    def write(self, plans: Iterable[ShardPlan], inventory: Inventory) -> None:
+        part: list[ShardPlan] = []
+        for plan in plans:
+            part.append(plan)
+            if len(part) == _SHARDS_PER_PART:
+                self._put(part, inventory)
+                part = []
+        if part:
+            self._put(part, inventory)
+
+    def _put(self, part: list[ShardPlan], inventory: Inventory) -> None:
+        name = f"plan-{len(self._names):07d}.jsonl"
+        self.folder.write(name, b"".join(plan.to_json() + b"\n" for plan in part))
+        self._names.append(name)
+        missing = [number for number, plan in enumerate(part) if not inventory.holds(plan)]
+        if missing:
+            self.missing.append((name, missing))
+        self.shards += len(part)
+        self.sources += sum(len(plan.sources) for plan in part)
+        self.reused_sources += sum(len(plan.sources) for plan in part) - sum(len(part[n].sources) for n in missing)
+
+    @property
+    def missing_shards(self) -> int:
+        return sum(len(shards) for _, shards in self.missing)
+
+    def __iter__(self) -> Iterator[ShardPlan]:
+        for name in self._names:
+            yield from read_part(self.folder, name)
+
+
+def read_part(folder: Storage, name: str) -> list[ShardPlan]:
+    return [ShardPlan.from_json(line) for line in folder.read(name).splitlines()]

@@ -1,0 +1,164 @@
+"""One source to its samples: decode, crop, draw, degrade, encode. Plain functions of their inputs."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from math import isnan
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from deedsr.dataset.codecs import EXTENSIONS, decode_stored, encode
+from deedsr.dataset.crops import CropPlace, RejectedImage, choose_crops, cut, decode
+from deedsr.dataset.keys import content_key, generator, sample_key
+from deedsr.degradation.assignment import assign_degradation
+from deedsr.degradation.chain import degrade
+from deedsr.degradation.draws import scalar_parameters
+from deedsr.degradation.recipe import Recipe
+from pipelines.shards.sources import Source
+
+__all__ = ["Crop", "Draft", "Drafts", "degraded", "samples_of"]
+
+Row = dict[str, Any]
+
+
+class Draft(NamedTuple):
+    """One sample before it has a place: its members {hr, lr, json: bytes}, of which HR may be missing, and its row."""
+
+    members: dict[str, bytes]
+    row: Row
+
+
+class Crop(NamedTuple):
+    """What a crop is, whatever its degradation; what the members of its samples say about it."""
+
+    content: str
+    root: int
+    path: str
+    sha256: str
+    place: list[int]  # top, left, height, width in source pixels
+    flip: bool
+    rotate: int  # degrees, counterclockwise, after flipping
+
+
+class Drafts(NamedTuple):
+    """What one source gives: SHA-256 of its file (None: not read), samples, and what it did not give and why."""
+
+    sha256: str | None
+    samples: list[Draft]
+    rejected: list[Row]
+
+
+def samples_of(source: Source, data: bytes, lr_data: bytes | None, recipe: Recipe) -> Drafts:
+    """Every sample of one source; never raises for what `data` is."""
+    sha256 = hashlib.sha256(data).hexdigest()
+    rejection = {"kind": "source", "root": source.root, "source": source.path}
+    rejected: list[Row] = []
+    samples: list[Draft] = []
+    try:
+        for crop, pixels, lr in _crops(source, sha256, data, lr_data, recipe, rejected):
+            samples += _stored(crop, pixels, lr, recipe)
+    except RejectedImage as reason:
+        return Drafts(sha256, [], [rejection | {"reason": str(reason)}])
+    return Drafts(sha256, samples, rejected)
+
+
+def _crops(
+    source: Source, sha256: str, data: bytes, lr_data: bytes | None, recipe: Recipe, rejected: list[Row]
+) -> Iterator[tuple[Crop, np.ndarray, np.ndarray | None]]:
+    """The crops of a source as turned, each with its real LR partner if it has one; `rejected` gets the smooth ones."""
+    rng = generator("crops", recipe.seed, source.root, source.path)
+    image = decode(data)
+    partner = None
+    if lr_data is not None:
+        partner = decode(lr_data)
+        expected = tuple(side // recipe.scale for side in image.shape[:2])
+        if partner.shape[:2] != expected:
+            raise RejectedImage("the LR partner is not HR size / scale")
+    places, smooth = choose_crops(image, recipe.crop, rng)
+    for place in smooth:
+        rejection = {"kind": "crop", "root": source.root, "source": source.path, "reason": "too little texture"}
+        rejected.append(rejection | {"crop": _corners(place)})
+    for place in places:
+        flip = bool(rng.random() < recipe.flip)
+        rotate = 90 * int(rng.integers(1, 4)) if recipe.rotate and rng.random() < recipe.rotate else 0
+        turn = lambda pixels, flip=flip, rotate=rotate: np.ascontiguousarray(
+            np.rot90(pixels[:, ::-1] if flip else pixels, rotate // 90)
+        )
+        lr = None
+        if partner is not None:
+            s = recipe.scale
+            place = CropPlace(place.top - place.top % s, place.left - place.left % s, place.size)
+            lr = turn(cut(partner, CropPlace(place.top // s, place.left // s, place.size // s)))
+        content = content_key(source.root, source.path, place.top, place.left)
+        crop = Crop(content, source.root, source.path, sha256, _corners(place), flip, rotate)
+        yield crop, turn(cut(image, place)), lr
+
+
+def _corners(place: CropPlace) -> list[int]:
+    return [place.top, place.left, place.size, place.size]
+
+
+def _stored(crop: Crop, pixels: np.ndarray, lr: np.ndarray | None, recipe: Recipe) -> Iterator[Draft]:
+    """The samples of one crop, HR included."""
+    formats = recipe.formats
+    stored = encode(pixels, formats.hr, formats.hr_quality)
+    if lr is not None:
+        drafts: Iterable[Draft] = [_paired(crop, lr, recipe)]
+    else:
+        # The LR is made from the HR as stored, so that the pair is true to itself and replays from the tar.
+        drafts = degraded(crop, decode_stored(stored) if formats.hr == "jpeg" else pixels, recipe)
+    for draft in drafts:
+        yield Draft({"hr": stored, **draft.members}, draft.row | {"hr_ext": EXTENSIONS[formats.hr]})
+
+
+def degraded(crop: Crop, hr: np.ndarray, recipe: Recipe) -> Iterator[Draft]:
+    """The samples of one crop without their HR: every variant with its own degradation of `hr`, the HR as stored."""
+    for variant in range(recipe.variants_of(crop.path)):
+        assignment = assign_degradation(recipe, crop.content, variant, (hr.shape[0], hr.shape[1]))
+        lr = degrade(hr, assignment.draws)
+        yield _draft(crop, variant, lr, recipe, assignment._asdict())
+
+
+def _paired(crop: Crop, lr: np.ndarray, recipe: Recipe) -> Draft:
+    """The one sample of a crop whose LR is real: nothing was drawn."""
+    return _draft(crop, 0, lr, recipe, {"seed": None, "stratum": None, "group": None, "draws": None})
+
+
+def _draft(crop: Crop, variant: int, lr: np.ndarray, recipe: Recipe, assigned: dict[str, Any]) -> Draft:
+    key = sample_key(crop.content, variant)
+    info = {
+        "source": {"root": crop.root, "path": crop.path, "sha256": crop.sha256},
+        "crop": crop.place,
+        "flip": crop.flip,
+        "rotate": crop.rotate,
+        "variant": variant,
+        "seed": assigned["seed"],
+        "stratum": assigned["stratum"],
+        "degradation_group": assigned["group"],
+        "recipe_digest": recipe.digest,
+        "degradation": assigned["draws"],
+    }
+    top, left, height, width = crop.place
+    row: Row = {
+        "key": key,
+        "content": crop.content,
+        "variant": variant,
+        "root": crop.root,
+        "source": crop.path,
+        "source_sha256": crop.sha256,
+        "top": top,
+        "left": left,
+        "height": height,
+        "width": width,
+        "flip": crop.flip,
+        "rotate": crop.rotate,
+        "stratum": assigned["stratum"],
+        "degradation_group": assigned["group"],
+        "lr_ext": EXTENSIONS[recipe.formats.lr],
+    }
+    if assigned["draws"] is not None:
+        drawn = scalar_parameters(assigned["draws"]).items()
+        row |= {name: None if isnan(value) else value for name, value in drawn}
+    text = json.dumps(info, separators=(",", ":"), ensure_ascii=False).encode()
+    return Draft({"lr": encode(lr, recipe.formats.lr), "json": text}, row)
