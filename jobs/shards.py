@@ -2,13 +2,14 @@
 
 The same command again reuses every finished shard whose sources, recipe and algorithm are unchanged. In place of
 --source: --hr-from makes new degradations of the HR that a dataset holds, and writes LR only; --join writes such a
-dataset with its HR, self-contained; --gc alone clears what older versions and killed runs left in --out.
+dataset with its HR, self-contained. --plan makes nothing and says what it would take. --gc alone clears what older
+versions and killed runs left in --out.
 """
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeFloat, PositiveInt
 
 from deedsr.errors import UsageError
 from jobs.command import Command, Outcome
@@ -30,6 +31,10 @@ class ShardsOptions:
     join: str | None = None  # dataset made by --hr-from, to be written with its HR
     recipe: str = "deedsr"  # deedsr, realesrgan, light, medium, heavy, demo or a YAML file
     workers: PositiveInt | None = None  # tasks at a time; null = every CPU of the cluster
+    plan: bool = False  # make nothing: say how much it would be and how long it would take, from a short measured probe
+    nodes: PositiveInt = 1  # plan: machines
+    cores: PositiveInt | None = None  # plan: of each machine; null = as many as this one has
+    price: NonNegativeFloat | None = None  # plan: of one machine, per hour
     gc: bool = False  # in the end, remove from --out what its manifest does not name: older versions lose their shards
     tracking: bool = True  # log an MLflow run
     experiment: str = "deedsr-shards"  # MLflow experiment
@@ -44,6 +49,8 @@ def run(options: ShardsOptions) -> Outcome:
     if not given:
         return Outcome(_cleared(options.out))
     recipe = load_recipe(options.recipe)
+    if options.plan:
+        return _planned(options, recipe)
     outcome = _run_tracked(options, recipe) if options.tracking else dataclasses.asdict(_make(options, recipe))
     return Outcome(outcome | (_cleared(options.out) if options.gc else {}))
 
@@ -58,8 +65,19 @@ def _make(options: ShardsOptions, recipe: "Recipe") -> "ShardsResult":
     return generate(options.source, options.out, recipe, options.workers)
 
 
+def _planned(options: ShardsOptions, recipe: "Recipe") -> Outcome:
+    from pipelines.shards import estimate
+
+    if not options.source:
+        raise UsageError("--plan goes with --source")
+    planned = estimate(
+        options.source, options.out, recipe, nodes=options.nodes, cores=options.cores, price=options.price
+    )
+    return Outcome(dataclasses.asdict(planned))
+
+
 def _cleared(out: str) -> dict[str, int]:
-    from pipelines.shards.garbage import collect_garbage
+    from pipelines.shards import collect_garbage
 
     garbage = collect_garbage(out)
     return {"removed_objects": garbage.removed, "removed_bytes": garbage.bytes}

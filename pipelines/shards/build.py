@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -77,18 +77,22 @@ def shard_draft(plan: ShardPlan) -> Iterator[ShardDraft]:
         yield ShardDraft(plan, file)
 
 
+MakeSamples = Callable[[Source, bytes, bytes | None, Recipe], Drafts]
+
+
 @dataclass(frozen=True)
 class FromSources:
     """Shards of photographs."""
 
     recipe: Recipe
+    samples: MakeSamples = samples_of
 
     def build(self, plan: ShardPlan, out: Storage) -> ShardRecord:
         attempt = f"{ATTEMPTS}/{plan.id}"
         tried = out.exists(attempt)
         if not tried:
             out.write(attempt, b"")
-        with shard_draft(plan) as draft, _guarded() if tried else _unguarded() as make:
+        with shard_draft(plan) as draft, _guarded(self.samples) if tried else nullcontext(self.samples) as make:
             for source in plan.sources:
                 drafts = _drafts(source, self.recipe, make)
                 draft.sources.append((source.path, drafts.sha256))
@@ -100,17 +104,9 @@ class FromSources:
         return record
 
 
-MakeSamples = Callable[[Source, bytes, bytes | None, Recipe], Drafts]
-
-
 @contextmanager
-def _unguarded() -> Iterator[MakeSamples]:
-    yield samples_of
-
-
-@contextmanager
-def _guarded() -> Iterator[MakeSamples]:
-    """`samples_of` in a process of its own, for a shard whose worker has died before, maybe of one of its sources.
+def _guarded(samples: MakeSamples) -> Iterator[MakeSamples]:
+    """`samples` in a process of its own, for a shard whose worker has died before, maybe of one of its sources.
 
     Only the death of that process counts against a source: whoever kills workers from outside harms none.
     """
@@ -121,7 +117,7 @@ def _guarded() -> Iterator[MakeSamples]:
         for _ in range(_LIVES):
             pool = pool or ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_single_threaded)
             try:
-                return pool.submit(samples_of, source, data, lr_data, recipe).result()
+                return pool.submit(samples, source, data, lr_data, recipe).result()
             except BrokenProcessPool:
                 pool = None
         logger.warning("source %s kills the process that reads it: left out", source.uri)

@@ -22,7 +22,7 @@ from pipelines.shards.run import PlanParts, running
 from pipelines.shards.sources import list_sources
 from pipelines.storage import Storage, open_storage
 
-__all__ = ["ShardsResult", "export_pairs", "generate", "regenerate"]
+__all__ = ["ShardsResult", "export_pairs", "generate", "regenerate", "run_job"]
 
 
 @dataclass
@@ -55,7 +55,7 @@ def generate(
     what was committed stays, and the same call continues from there.
     """
     plans = lambda: plan_shards(list_sources(sources), recipe)
-    return _run(plans, FromSources(recipe), open_storage(out), recipe, workers, progress)
+    return run_job(plans, FromSources(recipe), open_storage(out), recipe, workers, progress)
 
 
 def regenerate(
@@ -73,7 +73,7 @@ def regenerate(
     work = FromHR(recipe, dataset.storage, _index(dataset))
     hr = HRSource(dataset.digest, _relative(dataset.uri, storage.uri))
     plans = lambda: (derived_plan(shard, recipe.digest) for shard in dataset.manifest.shards)
-    return _run(plans, work, storage, recipe, workers, progress, hr_from=hr, inherited=_inherited(dataset))
+    return run_job(plans, work, storage, recipe, workers, progress, hr_from=hr, inherited=_inherited(dataset))
 
 
 def export_pairs(lr_dataset: str, out: str, workers: int | None = None, progress: bool = True) -> ShardsResult:
@@ -89,10 +89,10 @@ def export_pairs(lr_dataset: str, out: str, workers: int | None = None, progress
         raise UsageError(f"--out {storage.uri} is one of the datasets to join: choose another")
     work = Joined(dataset.storage, _index(dataset), dataset.hr_dataset().storage)
     plans = lambda: (derived_plan(shard, "join") for shard in dataset.manifest.shards)
-    return _run(plans, work, storage, dataset.recipe, workers, progress, inherited=_inherited(dataset))
+    return run_job(plans, work, storage, dataset.recipe, workers, progress, inherited=_inherited(dataset))
 
 
-def _run(
+def run_job(
     plans: Callable[[], Iterable[ShardPlan]],
     work: ShardWork,
     out: Storage,
@@ -102,6 +102,7 @@ def _run(
     hr_from: HRSource | None = None,
     inherited: Inherited | None = None,
 ) -> ShardsResult:
+    """Makes the shards that `plans()` gives and `out` does not hold, and the dataset of all of them."""
     begin = time.time()
     before = _version(out)
     first_plans = iter(plans())

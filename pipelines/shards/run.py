@@ -29,7 +29,8 @@ _SHARDS_PER_PART = 64
 @contextmanager
 def running(out: Storage) -> Iterator[Storage]:
     """The folder of a new run, removed with all it holds when the run ends; a killed run leaves it to `--gc`."""
-    folder = out.child(f"{RUNS}/{uuid.uuid4().hex[:12]}")
+    name = f"{RUNS}/{uuid.uuid4().hex[:12]}"
+    folder = out.child(name)
     about = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.time()}
     claim = lambda: folder.write(_CLAIM, json.dumps(about | {"alive": time.time()}).encode())
     claim()
@@ -46,7 +47,7 @@ def running(out: Storage) -> Iterator[Storage]:
     finally:
         over.set()
         heart.join()
-        folder.delete_many([entry.path for entry in folder.list()])
+        out.delete_many([entry.path for entry in out.list(name)])
 
 
 def live_runs(out: Storage) -> list[str]:

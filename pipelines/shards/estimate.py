@@ -1,0 +1,143 @@
+"""What a shards job will make and cost: counted from the listing, measured on a few of its sources."""
+
+import heapq
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import cv2
+from tqdm import tqdm
+
+from deedsr.dataset.keys import generator
+from deedsr.degradation.recipe import Recipe
+from pipelines.shards.plan import ShardPlan, plan_shards
+from pipelines.shards.record import Inventory
+from pipelines.shards.samples import samples_of
+from pipelines.shards.sources import Source, list_sources, read_source
+from pipelines.storage import open_storage
+
+__all__ = ["Estimate", "estimate"]
+
+_PROBED = 16  # sources measured
+_PROBE_SECONDS = 30.0  # after which the probe ends with what it has
+EFFICIENCY = 0.9  # of many cores against as many times one
+
+
+@dataclass
+class Estimate:
+    """What `deedsr shards --plan` says. Times and bytes are of the shards that are not there yet."""
+
+    sources: int
+    shards: int
+    shards_to_make: int
+    samples: int  # to make, expected
+    samples_error: int  # one standard error of that, from the spread over the probed sources
+    read_bytes: int
+    written_bytes: int
+    probed_sources: int
+    samples_per_second: float  # one core, reading included
+    cores: int  # in all
+    nodes: int
+    hours: float
+    cost: float | None
+
+
+def estimate(
+    sources: Sequence[str],
+    out: str,
+    recipe: Recipe,
+    *,
+    nodes: int = 1,
+    cores: int | None = None,
+    price: float | None = None,
+    progress: bool = True,
+) -> Estimate:
+    """Plans the job without making anything, and makes the samples of a few sources in memory to measure them.
+
+    `cores`: of each node, None for as many as here. `price`: of a node, per hour.
+    """
+    inventory = Inventory.of(open_storage(out))
+    count = _Count()
+    with tqdm(unit="shard", desc="plan", disable=not progress, leave=False) as bar:
+        plans = plan_shards(list_sources(sources), recipe)
+        probed = _chosen(count.missing(_ticked(plans, bar), inventory), recipe)
+    probe = _Probe()
+    for source in tqdm(probed, unit="source", desc="probe", disable=not progress, leave=False):
+        probe.measure(source, recipe)
+        if probe.seconds > _PROBE_SECONDS:
+            break
+    each = len(probe.samples) or 1
+    mean = sum(probe.samples) / each
+    variance = sum((n - mean) ** 2 for n in probe.samples) / max(1, each - 1)
+    samples = mean * count.sources_to_make
+    per_second = sum(probe.samples) / probe.seconds if probe.seconds else 0.0
+    cores = cores or os.cpu_count() or 1
+    seconds = probe.seconds / each * count.sources_to_make / (cores * nodes * (EFFICIENCY if cores * nodes > 1 else 1))
+    return Estimate(
+        sources=count.sources,
+        shards=count.shards,
+        shards_to_make=count.shards_to_make,
+        samples=round(samples),
+        samples_error=round(count.sources_to_make * math.sqrt(variance / each)),
+        read_bytes=count.bytes,
+        written_bytes=round(sum(probe.bytes) / each * count.sources_to_make),
+        probed_sources=len(probe.samples),
+        samples_per_second=round(per_second, 2),
+        cores=cores * nodes,
+        nodes=nodes,
+        hours=round(seconds / 3600, 4),
+        cost=None if price is None else round(price * nodes * seconds / 3600, 2),
+    )
+
+
+class _Count:
+    def __init__(self) -> None:
+        self.sources = self.shards = self.shards_to_make = self.sources_to_make = self.bytes = 0
+
+    def missing(self, plans: Iterable[ShardPlan], inventory: Inventory) -> Iterator[Source]:
+        """The sources whose shards are not there."""
+        for plan in plans:
+            self.shards += 1
+            self.sources += len(plan.sources)
+            if not inventory.holds(plan):
+                self.shards_to_make += 1
+                self.sources_to_make += len(plan.sources)
+                self.bytes += sum(source.size for source in plan.sources)
+                yield from plan.sources
+
+
+def _ticked(plans: Iterable[ShardPlan], bar: tqdm) -> Iterator[ShardPlan]:
+    for plan in plans:
+        yield plan
+        bar.update()
+
+
+def _chosen(sources: Iterable[Source], recipe: Recipe) -> list[Source]:
+    """A few, each as likely, the same ones every time."""
+    rng = generator("probe", recipe.seed)
+    return [source for _, _, source in heapq.nsmallest(_PROBED, ((rng.random(), n, s) for n, s in enumerate(sources)))]
+
+
+class _Probe:
+    """Samples, bytes of them and seconds of each measured source."""
+
+    def __init__(self) -> None:
+        self.samples: list[int] = []
+        self.bytes: list[int] = []
+        self.seconds = 0.0
+
+    def measure(self, source: Source, recipe: Recipe) -> None:
+        threads = cv2.getNumThreads()
+        cv2.setNumThreads(1)
+        begin = time.perf_counter()
+        try:
+            drafts = samples_of(source, *read_source(source), recipe).samples
+        except FileNotFoundError:
+            drafts = []
+        finally:
+            cv2.setNumThreads(threads)
+        self.seconds += time.perf_counter() - begin
+        self.samples.append(len(drafts))
+        self.bytes.append(sum(len(data) for draft in drafts for data in draft.members.values()))

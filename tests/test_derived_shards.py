@@ -1,0 +1,140 @@
+"""Claims on datasets made of datasets: new degradations of stored HR, and their export as self-contained pairs."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deedsr.degradation.recipe import Recipe, load_recipe
+from deedsr.errors import DeeDSRError, UsageError
+from pipelines.dataset import Dataset
+from pipelines.shards import export_pairs, generate, regenerate, verify
+from pipelines.storage import publish
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(scope="module")
+def heavy(small_recipe) -> Recipe:
+    return Recipe.model_validate(
+        load_recipe("heavy").model_dump(mode="json") | {"variants": 2, "seed": small_recipe.seed}
+    )
+
+
+@pytest.fixture(scope="module")
+def heavy_lr(small_dataset, heavy, tmp_path_factory) -> str:
+    """New degradations of the small dataset's HR, read only."""
+    out = str(tmp_path_factory.mktemp("derived") / "heavy")
+    regenerate(small_dataset, out, heavy, workers=2, progress=False)
+    return out
+
+
+def bytes_of(uri: str) -> int:
+    return sum(shard.bytes for shard in Dataset.open(uri).manifest.shards)
+
+
+def test_new_degradations_hold_lr_only_under_the_same_keys_and_name_their_hr_by_digest(small_dataset, heavy_lr, heavy):
+    hr, lr = Dataset.open(small_dataset), Dataset.open(heavy_lr)
+    assert lr.manifest.hr_from.digest == hr.digest
+    assert lr.recipe.degradation == heavy.degradation
+    assert lr.recipe.crop == hr.recipe.crop
+    contents = set(hr.index()["content"].to_pylist())
+    assert set(lr.index()["key"].to_pylist()) == {f"{content}-{v:02d}" for content in contents for v in range(2)}
+    assert (lr.manifest.given, lr.manifest.used) == (hr.manifest.given, hr.manifest.used)
+    assert lr.manifest.source_digest == hr.manifest.source_digest
+    assert bytes_of(heavy_lr) / lr.manifest.samples < bytes_of(small_dataset) / hr.manifest.samples / 4
+    assert verify(heavy_lr, replay=10, progress=False).problems == []
+
+
+def test_readers_join_the_hr_without_being_told(small_dataset, heavy_lr):
+    hr, lr = Dataset.open(small_dataset), Dataset.open(heavy_lr)
+    wanted = {key: row for row, key in enumerate(hr.index()["key"].to_pylist())}
+    index = lr.index("validation")
+    for row in range(0, index.num_rows, 7):
+        sample = lr.read(index, row)
+        same = hr.read(hr.index(), wanted[f"{sample.key[:-3]}-00"])
+        assert np.array_equal(sample.hr, same.hr)
+        assert sample.lr.shape == (32, 32, 3)
+
+
+def test_a_joined_dataset_is_the_one_that_the_sources_give(photos, small_dataset, heavy_lr, tmp_path):
+    joined = export_pairs(heavy_lr, str(tmp_path / "joined"), workers=2, progress=False)
+    direct = generate([str(photos)], str(tmp_path / "direct"), Dataset.open(heavy_lr).recipe, 2, progress=False)
+    assert joined.digest == direct.digest
+    assert joined.samples == direct.samples
+    assert verify(str(tmp_path / "joined"), replay=3, progress=False).ok
+    assert export_pairs(heavy_lr, str(tmp_path / "joined"), progress=False).written == 0
+
+
+def test_both_may_move_together_and_hr_that_moved_alone_is_named_anew(small_dataset, heavy_lr, heavy, tmp_path):
+    shutil.copytree(small_dataset, tmp_path / "there" / "hr")
+    moved = regenerate(str(tmp_path / "there" / "hr"), str(tmp_path / "there" / "lr"), heavy, 2, progress=False)
+    (tmp_path / "there").rename(tmp_path / "here")
+    dataset = Dataset.open(str(tmp_path / "here" / "lr"))
+    assert dataset.digest == moved.digest == Dataset.open(heavy_lr).digest
+    assert dataset.read(dataset.index(), 0).hr.shape == (128, 128, 3)
+
+    (tmp_path / "here" / "hr").rename(tmp_path / "away")
+    with pytest.raises(DeeDSRError, match="which is not there: put it there, or name its place"):
+        Dataset.open(str(tmp_path / "here" / "lr")).read(dataset.index(), 0)
+    again = regenerate(str(tmp_path / "away"), str(tmp_path / "here" / "lr"), heavy, 2, progress=False)
+    assert (again.written, again.digest) == (0, moved.digest)
+    assert Dataset.open(str(tmp_path / "here" / "lr")).read(dataset.index(), 0).hr.shape == (128, 128, 3)
+
+
+def test_degradations_of_degradations_take_the_hr_from_where_it_is(small_dataset, heavy_lr, small_recipe, tmp_path):
+    light = Recipe.model_validate(load_recipe("light").model_dump(mode="json"))
+    regenerate(heavy_lr, str(tmp_path / "light"), light, 2, progress=False)
+    assert Dataset.open(str(tmp_path / "light")).hr_dataset().uri == Dataset.open(small_dataset).uri
+
+
+def test_the_same_digest_on_s3_beside_its_hr(small_dataset, heavy_lr, heavy, bucket, tmp_path):
+    place = f"{bucket}/{tmp_path.name}"
+    publish(Path(small_dataset), f"{place}/hr")
+    result = regenerate(f"{place}/hr", f"{place}/lr", heavy, 2, progress=False)
+    assert result.digest == Dataset.open(heavy_lr).digest
+    dataset = Dataset.open(f"{place}/lr")
+    assert dataset.manifest.hr_from.uri == "../hr"
+    assert dataset.read(dataset.index(), 3).hr.shape == (128, 128, 3)
+
+
+def test_wrong_wishes_are_refused(small_dataset, heavy_lr, heavy, tmp_path):
+    with pytest.raises(UsageError, match="is the dataset that the HR comes from"):
+        regenerate(small_dataset, small_dataset, heavy, progress=False)
+    with pytest.raises(UsageError, match="holds its HR images itself"):
+        export_pairs(small_dataset, str(tmp_path), progress=False)
+    with pytest.raises(UsageError, match="one of the datasets to join"):
+        export_pairs(heavy_lr, small_dataset, progress=False)
+
+
+def test_a_replay_finds_an_lr_that_its_hr_and_draws_do_not_give(small_dataset, heavy_lr, tmp_path):
+    """Two draws are exchanged inside their JSON: every file is whole, only the replay sees it."""
+    import hashlib
+
+    out = tmp_path / "forged"
+    shutil.copytree(heavy_lr, out)
+    dataset = Dataset.open(str(out))
+    row = dataset.index().slice(0, 1).to_pylist()[0]
+    path = out / row["shard"]
+    data = bytearray(path.read_bytes())
+    place = slice(row["json_offset"], row["json_offset"] + row["json_size"])
+    info = json.loads(bytes(data[place]))
+    quality = next(step for step in info["degradation"]["steps"] if step["step"] == "jpeg1")
+    quality["quality"] = 99 if quality["quality"] != 99 else 98
+    forged = json.dumps(info, separators=(",", ":"), ensure_ascii=False).encode()
+    assert len(forged) == row["json_size"]
+    data[place] = forged
+    path.write_bytes(data)
+    manifest = json.loads((out / "manifest.json").read_text())
+    for shard in manifest["shards"]:
+        if shard["name"] == row["shard"]:
+            shard["sha256"] = hashlib.sha256(data).hexdigest()
+    manifest["digest"] = hashlib.sha256("".join(f"{s['sha256']}\n" for s in manifest["shards"]).encode()).hexdigest()
+    manifest["hr_from"]["uri"] = small_dataset
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert verify(str(out), progress=False).ok
+    result = verify(str(out), replay=5, progress=False)
+    assert [problem for problem in result.problems if row["key"] in problem and "give another LR" in problem]
+    assert result.replayed == 4

@@ -1,0 +1,160 @@
+"""Claims on runs of the shards job beside one another, after one another, and on what they leave behind."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from deedsr.degradation.recipe import Recipe
+from deedsr.errors import DatasetNotCommitted, DeeDSRError
+from pipelines.dataset import Dataset
+from pipelines.shards import collect_garbage, estimate, generate, run, verify
+from pipelines.shards.build import FromSources
+from pipelines.shards.generate import run_job
+from pipelines.shards.plan import plan_shards
+from pipelines.shards.samples import samples_of
+from pipelines.shards.sources import list_sources
+from pipelines.storage import open_storage
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(scope="module")
+def few(photos, small_recipe) -> Recipe:
+    """One degradation a crop, for the folder of validation photographs."""
+    fields = small_recipe.model_dump(mode="json") | {"variants": 1}
+    return Recipe.model_validate(fields | {"shard": {"min_sources": 1, "target_sources": 2, "max_sources": 2}})
+
+
+def objects(out: Path) -> set[str]:
+    return {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_leaves_nothing_but_the_dataset_and_its_records(photos, few, tmp_path):
+    out = tmp_path / "out"
+    result = generate([str(photos / "validation")], str(out), few, 2, progress=False)
+    shards = {path for path in objects(out) if path.endswith(".tar")}
+    assert len(shards) == result.shards
+    state = objects(out) - shards - {"manifest.json", "samples.parquet", "rejected.jsonl"}
+    assert len([path for path in state if path.startswith("_state/shards/")]) == result.shards
+    assert len(state) == result.shards + 2  # and a lasting copy of samples.parquet and of rejected.jsonl
+    assert not list(out.glob("_state/runs/*"))
+    assert collect_garbage(str(out)).removed == 0
+
+
+def test_an_older_version_stays_readable_until_garbage_is_collected(photos, few, tmp_path):
+    out = str(tmp_path / "out")
+    source = [str(photos / "validation")]
+    generate(source, out, few, 2, progress=False)
+    older = Dataset.open(out)
+    newer = generate(source, out, Recipe.model_validate(few.model_dump(mode="json") | {"seed": 1}), 2, progress=False)
+    assert older.read(older.index(), 1).hr.shape == (128, 128, 3)
+    (tmp_path / "out" / "_state" / "attempts").mkdir()
+    (tmp_path / "out" / "_state" / "attempts" / "of-a-killed-run").write_bytes(b"")
+    (tmp_path / "out" / "notes.md").write_text("not ours")
+
+    garbage = collect_garbage(out)
+    assert garbage.removed == 2 * len(older.manifest.shards) + 2 + 1
+    assert garbage.bytes > sum(shard.bytes for shard in older.manifest.shards)
+    assert {shard.name for shard in Dataset.open(out).manifest.shards} == {p.name for p in Path(out).glob("*.tar")}
+    assert (tmp_path / "out" / "notes.md").exists()
+    assert verify(out, progress=False).ok
+    with pytest.raises(DeeDSRError, match="is missing"):
+        older.read(older.index(), 1)
+    again = generate(source, out, Recipe.model_validate(few.model_dump(mode="json") | {"seed": 1}), 2, progress=False)
+    assert (again.written, again.digest) == (0, newer.digest)
+
+
+def test_garbage_is_not_collected_under_a_run_that_works_nor_where_no_dataset_is(photos, few, tmp_path):
+    with pytest.raises(DatasetNotCommitted):
+        collect_garbage(str(tmp_path))
+    out = str(tmp_path / "out")
+    generate([str(photos / "validation")], out, few, 2, progress=False)
+    with run.running(open_storage(out)), pytest.raises(DeeDSRError, match=f"process {os.getpid()}"):
+        collect_garbage(out)
+    # A killed run leaves its claim; after ten minutes without a sign of life it counts as dead.
+    dead = Path(out) / "_state" / "runs" / "0123"
+    dead.mkdir(parents=True)
+    (dead / "claim.json").write_text(json.dumps({"host": "gone", "pid": 1, "started": 0, "alive": time.time() - 601}))
+    assert collect_garbage(out).removed == 1
+    assert not dead.exists()
+
+
+def test_two_runs_at_once_into_one_output_converge(photos, few, tmp_path):
+    out = str(tmp_path / "out")
+    results = []
+    threads = [
+        threading.Thread(
+            target=lambda: results.append(generate([str(photos / "validation")], out, few, 1, progress=False))
+        )
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({result.digest for result in results}) == 1
+    assert len(results) == 2
+    assert verify(out, progress=False).ok
+
+
+def test_of_two_runs_with_different_recipes_the_second_to_end_stops_and_leaves_the_first_whole(photos, few, tmp_path):
+    """The other run's whole life falls into this one's planning."""
+    out = str(tmp_path / "out")
+    other = Recipe.model_validate(few.model_dump(mode="json") | {"seed": 1})
+    source = [str(photos / "validation")]
+
+    def plans():
+        planned = list(plan_shards(list_sources(source), few))
+        yield planned[0]
+        generate(source, out, other, 1, progress=False)
+        yield from planned[1:]
+
+    with pytest.raises(DeeDSRError, match="another run replaced .*/manifest.json meanwhile .*that one stands"):
+        run_job(plans, FromSources(few), open_storage(out), few, 1, False)
+    assert Dataset.open(out).recipe.seed == 1
+    assert verify(out, progress=False).ok
+    first = generate(source, str(tmp_path / "alone"), few, 1, progress=False)
+    again = generate(source, out, few, 1, progress=False)
+    assert (again.digest, again.written) == (first.digest, 0)
+
+
+def deadly(source, data, lr_data, recipe):
+    """Samples as always, but for a picture that kills whoever reads it, as a broken decoder would."""
+    if "deadly" in source.path:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return samples_of(source, data, lr_data, recipe)
+
+
+def test_a_source_that_kills_its_worker_is_left_out_and_the_rest_goes_on(photos, few, tmp_path):
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    shutil.copytree(photos / "validation", folder)
+    shutil.copy(folder / "Picture_0B.jpg", folder / "deadly.jpg")
+    plans = lambda: plan_shards(list_sources([str(folder)]), few)
+    result = run_job(plans, FromSources(few, deadly), open_storage(out), few, 2, False)
+    assert result.rejected == 1
+    manifest = Dataset.open(str(out)).manifest
+    assert (manifest.given, manifest.used, manifest.rejected) == (7, 6, 1)
+    [line] = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines() if "deadly" in line]
+    assert (line["kind"], line["source"], line["reason"]) == ("source", "deadly.jpg", "kills its worker")
+    assert not (out / "_state" / "attempts").exists()
+
+
+def test_a_plan_counts_exactly_and_estimates_from_a_probe(photos, few, tmp_path):
+    source = [str(photos / "validation")]
+    planned = estimate(source, str(tmp_path / "out"), few, nodes=4, cores=8, price=2.0, progress=False)
+    assert not (tmp_path / "out").exists()
+    result = generate(source, str(tmp_path / "out"), few, 2, progress=False)
+    assert (planned.sources, planned.shards, planned.shards_to_make) == (6, result.shards, result.shards)
+    assert planned.samples == result.samples  # six sources are all probed
+    written = sum(shard.bytes for shard in Dataset.open(str(tmp_path / "out")).manifest.shards)
+    assert 0.9 * written < planned.written_bytes < written  # tar headers are not counted
+    assert planned.cores == 32
+    assert planned.cost == pytest.approx(8 * planned.hours, abs=0.01)
+    rest = estimate(source, str(tmp_path / "out"), few, progress=False)
+    assert (rest.shards, rest.shards_to_make, rest.samples, rest.hours) == (result.shards, 0, 0, 0)
