@@ -80,7 +80,7 @@ def _cleared(out: str) -> dict[str, int]:
     from pipelines.shards import collect_garbage
 
     garbage = collect_garbage(out)
-    return {"removed_objects": garbage.removed, "removed_bytes": garbage.bytes}
+    return {"removed_objects": garbage.removed, "removed_bytes": garbage.bytes, "removed_uploads": garbage.uploads}
 
 
 def _run_tracked(options: ShardsOptions, recipe: "Recipe") -> dict[str, Any]:

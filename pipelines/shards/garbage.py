@@ -6,7 +6,7 @@ from deedsr.dataset.manifest import MANIFEST, REJECTED, SAMPLES, STATE, kept_cop
 from deedsr.errors import DeeDSRError
 from pipelines.dataset import Dataset
 from pipelines.shards.record import Inventory
-from pipelines.shards.run import live_runs
+from pipelines.shards.run import DEAD_AFTER, live_runs
 from pipelines.storage import open_storage
 
 __all__ = ["Garbage", "collect_garbage"]
@@ -14,10 +14,11 @@ __all__ = ["Garbage", "collect_garbage"]
 
 @dataclass
 class Garbage:
-    """Objects removed, and their bytes."""
+    """Objects removed, and their bytes; writes that were begun and never ended."""
 
     removed: int
     bytes: int
+    uploads: int
 
 
 def collect_garbage(out: str) -> Garbage:
@@ -49,4 +50,4 @@ def collect_garbage(out: str) -> Garbage:
         garbage.append(entry.path)
         size += entry.size
     storage.delete_many(garbage)
-    return Garbage(len(garbage), size)
+    return Garbage(len(garbage), size, storage.abort_uploads(DEAD_AFTER))

@@ -11,18 +11,19 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from deedsr.dataset.manifest import STATE
 from pipelines.shards.plan import ShardPlan
 from pipelines.shards.record import Inventory
 from pipelines.storage import Storage
 
-__all__ = ["PlanParts", "live_runs", "running"]
+__all__ = ["DEAD_AFTER", "PlanParts", "live_runs", "read_part", "running"]
 
 RUNS = f"{STATE}/runs"
 _CLAIM = "claim.json"
 _HEARTBEAT = 60.0  # seconds
-_STALE = 600.0  # seconds without a sign of life after which a run counts as dead
+DEAD_AFTER = timedelta(minutes=10)  # without a sign of life
 _SHARDS_PER_PART = 64
 
 
@@ -53,7 +54,7 @@ def running(out: Storage) -> Iterator[Storage]:
 def live_runs(out: Storage) -> list[str]:
     """Runs that gave a sign of life in the last ten minutes, in words."""
     claims = [json.loads(out.read(e.path)) for e in out.list(RUNS) if e.path.endswith(f"/{_CLAIM}")]
-    alive = [claim for claim in claims if time.time() - claim["alive"] < _STALE]
+    alive = [claim for claim in claims if time.time() - claim["alive"] < DEAD_AFTER.total_seconds()]
     return [f"{claim['host']} (process {claim['pid']})" for claim in alive]
 
 
