@@ -198,6 +198,13 @@ def test_a_plan_does_not_depend_on_the_order_of_the_listing(small_recipe):
     assert list(plan_shards(sources, small_recipe)) == list(plan_shards(shuffled, small_recipe))
 
 
+def test_a_plan_sorted_through_files_is_the_one_sorted_in_memory(small_recipe, monkeypatch):
+    sources = [*names(2000), *names(300, root=1)]
+    in_memory = list(plan_shards(sources, small_recipe))
+    monkeypatch.setattr("pipelines.shards.plan._IN_MEMORY", 64)
+    assert list(plan_shards(iter(sources), small_recipe)) == in_memory
+
+
 def test_adding_one_source_rewrites_at_most_two_shards(small_recipe):
     recipe = changed(small_recipe, shard={"min_sources": 4, "target_sources": 16, "max_sources": 64})
     sources = names(1000)
