@@ -70,7 +70,7 @@ def regenerate(
     if storage.uri == dataset.uri:
         raise UsageError(f"--out {storage.uri} is the dataset that the HR comes from: choose another")
     recipe = dataset.recipe.degrading(recipe)
-    work = FromHR(recipe, dataset.storage, _index(dataset))
+    work = FromHR(recipe, dataset.storage, index_of(dataset))
     hr = HRSource(dataset.digest, _relative(dataset.uri, storage.uri))
     plans = lambda: (derived_plan(shard, recipe.digest) for shard in dataset.manifest.shards)
     return run_job(plans, work, storage, recipe, workers, progress, hr_from=hr, inherited=_inherited(dataset))
@@ -87,7 +87,7 @@ def export_pairs(lr_dataset: str, out: str, workers: int | None = None, progress
         raise UsageError(f"{dataset.uri} holds its HR images itself: there is nothing to join")
     if storage.uri in (dataset.uri, dataset.hr_dataset().uri):
         raise UsageError(f"--out {storage.uri} is one of the datasets to join: choose another")
-    work = Joined(dataset.storage, _index(dataset), dataset.hr_dataset().storage)
+    work = Joined(dataset.storage, index_of(dataset), dataset.hr_dataset().storage)
     plans = lambda: (derived_plan(shard, "join") for shard in dataset.manifest.shards)
     return run_job(plans, work, storage, dataset.recipe, workers, progress, inherited=_inherited(dataset))
 
@@ -164,7 +164,7 @@ def _require_tars(parts: PlanParts, inventory: Inventory, out: Storage) -> None:
         )
 
 
-def _index(dataset: Dataset) -> str:
+def index_of(dataset: Dataset) -> str:
     """Path of the dataset's `samples.parquet` whose content never changes."""
     return kept_copy(SAMPLES, dataset.manifest.files[SAMPLES])
 
