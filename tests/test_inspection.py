@@ -15,13 +15,10 @@ import pytest
 from browser import Loads
 
 from deedsr.dataset.manifest import MANIFEST, REJECTED, SAMPLES, kept_copy
-from deedsr.degradation.draws import draw_degradation, scalar_parameters
-from deedsr.degradation.limits import parameter_limits, parameter_names, parameter_shares, parameter_step
-from deedsr.degradation.recipe import Recipe, builtin_recipes, load_recipe
+from deedsr.degradation.recipe import Recipe
 from deedsr.errors import DatasetNotCommitted, DeeDSRError, UsageError
 from jobs import cli
 from pipelines.dataset import Dataset
-from pipelines.histograms import Histogram, NamedCounts
 from pipelines.index import SampleIndex, StoredFile, left_out
 from pipelines.inspection import inspect
 from pipelines.shards import generate
@@ -288,7 +285,8 @@ def test_columns_that_nobody_asked_for_are_not_read(small_dataset, tmp_path, mon
     assert 0 < sum(read) < 1e6
 
 
-def test_parts_of_an_index_join_without_a_seam(small_dataset, tmp_path):
+def test_parts_and_batches_of_an_index_join_without_a_seam(small_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.index._BATCH", 7)
     parted = Dataset.open(str(rewritten(small_dataset, tmp_path / "parted", lambda table: table)))
     index, table = SampleIndex(parted), parted.index()
     assert [len(part) for part in index.parts] == [20] * 6 + [16]
@@ -318,21 +316,37 @@ def test_a_missing_bucket_and_a_remote_page_are_exit_2(capsys, s3_server, small_
     assert "--samples takes a whole number" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", [SAMPLES, REJECTED])
-@pytest.mark.parametrize("copies", ["gone", "altered"])
-def test_an_altered_index_or_list_of_rejects_is_refused(hostile, tmp_path, name, copies):
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        (SAMPLES, lambda data: data[:-9]),
+        (REJECTED, lambda data: data.splitlines(keepends=True)[0]),
+        (REJECTED, lambda data: b"{}\n" + data),
+    ],
+    ids=["index-cut", "list-cut", "line-without-content"],
+)
+def test_a_damaged_kept_copy_is_refused(hostile, tmp_path, name, damage):
     broken = tmp_path / "broken"
     shutil.copytree(hostile, broken)
-    sha256 = json.loads((broken / MANIFEST).read_bytes())["files"][name]
-    altered = b"{}\n" if name == REJECTED else (broken / name).read_bytes()[:-9]
-    (broken / name).write_bytes(altered)
-    if copies == "gone":  # what is left lies under its plain name and is not what the manifest says
-        (broken / kept_copy(name, sha256)).unlink()
-    else:
-        (broken / kept_copy(name, sha256)).write_bytes(altered)
+    kept = broken / kept_copy(name, json.loads((broken / MANIFEST).read_bytes())["files"][name])
+    kept.write_bytes(damage(kept.read_bytes()))
     with pytest.raises(DeeDSRError, match=f"{name} is missing or altered"):
         inspect(str(broken), tmp_path / "p.html", 1, progress=False)
     assert not (tmp_path / "p.html").exists()
+
+
+@pytest.mark.parametrize("name", [SAMPLES, REJECTED])
+def test_a_plain_file_of_another_manifest_is_refused(hostile, small_dataset, tmp_path, name):
+    mixed = tmp_path / "mixed"
+    shutil.copytree(hostile, mixed)
+    shutil.rmtree(mixed / "_state")
+    if name == SAMPLES:  # readable, of as many rows, and not what the manifest says
+        table = pyarrow.parquet.read_table(mixed / SAMPLES)
+        pyarrow.parquet.write_table(table.take(list(range(len(table)))[::-1]), mixed / SAMPLES)
+    else:
+        shutil.copyfile(Path(small_dataset) / REJECTED, mixed / REJECTED)
+    with pytest.raises(DeeDSRError, match=f"{name} is missing or altered"):
+        inspect(str(mixed), tmp_path / "p.html", 1, progress=False)
 
 
 def test_the_plain_file_serves_where_the_kept_copy_is_gone(hostile, tmp_path):
@@ -353,61 +367,6 @@ def test_the_command_says_where_the_page_is(capsys, small_dataset, tmp_path, mon
         "rejected": 0,
     }
     assert [path.name for path in tmp_path.iterdir()] == ["inspection.html"]
-
-
-# Counting
-
-
-def test_the_limits_and_shares_of_a_recipe_are_those_of_its_draws():
-    for name in builtin_recipes():
-        ranges = load_recipe(name).degradation
-        rng = np.random.default_rng(1)
-        rows = [scalar_parameters(draw_degradation(ranges, (128, 128), 4, rng)) for _ in range(1500)]
-        limits, shares = parameter_limits(ranges), parameter_shares(ranges)
-        columns = {column: np.array([row[column] for row in rows]) for column in rows[0]}
-        assert {column for column in columns if not parameter_names(column)} == set(limits)
-        assert {column for column in columns if parameter_names(column)} == set(shares)
-        for column, (low, high) in limits.items():
-            values = columns[column][~np.isnan(columns[column])]
-            if not len(values):
-                continue
-            assert low <= values.min(), (name, column)
-            assert values.max() <= high, (name, column)
-            if step := parameter_step(column):
-                assert np.all((values - low) % step == 0), (name, column)
-        for column, expected in shares.items():
-            values = columns[column][~np.isnan(columns[column])]
-            for number, one in enumerate(parameter_names(column) if len(values) > 200 else ()):
-                assert np.mean(values == number) == pytest.approx(expected.get(one, 0), abs=0.08), (name, column, one)
-            assert sum(expected.values()) == pytest.approx(1)
-
-
-def test_a_histogram_counts_every_value_once_and_knows_what_lies_beyond():
-    histogram = Histogram((0.0, 3.0), extremes=(-0.1, 1000.0))
-    histogram.add(np.array([0.0, 1.5, 3.0, np.nan]))
-    histogram.add(np.array([-0.1, 3.05, 1000.0]))
-    assert (histogram.total, histogram.outside) == (6, 3)
-    assert histogram.mean == pytest.approx(1007.45 / 6)
-    assert [bar.count for bar in histogram.bars() if bar.outside and bar.count] == [1, 1, 1]
-    assert sum(bar.count for bar in histogram.bars() if not bar.outside) == 3
-    assert histogram.span[1] == pytest.approx(6)  # one far value does not squeeze the others
-
-
-def test_values_in_steps_have_a_bin_each():
-    histogram = Histogram((7, 21), extremes=(7, 23), step=2)
-    histogram.add(np.array([7.0, 7, 9, 21, 23]))
-    assert [bar.count for bar in histogram.bars()] == [2, 1, 0, 0, 0, 0, 0, 1, 1]
-    assert [bar.outside for bar in histogram.bars()] == [False] * 8 + [True]
-    one = Histogram((1.0, 1.0))
-    one.add(np.ones(5))
-    assert (one.total, one.outside, sum(bar.count for bar in one.bars())) == (5, 0, 5)
-
-
-def test_names_are_counted_beside_their_share():
-    named = NamedCounts(("a", "b", "c"), {"a": 0.5, "b": 0.5, "c": 0.0})
-    named.add(np.array([0, 0, 1, 2, 7, np.nan]))
-    assert named.rows() == [("a", 2, 0.4, 0.5), ("b", 1, 0.2, 0.5), ("c", 1, 0.2, 0.0), ("unknown", 1, 0.2, None)]
-    assert named.outside == 2
 
 
 # In a browser
