@@ -27,6 +27,7 @@ COMMANDS = {
     "demo": ("jobs.demo", "the whole chain on the shipped photographs, on this machine"),
     "shards": ("jobs.shards", "make degradation shards from photographs"),
     "verify": ("jobs.verify", "check every shard and sample of a dataset"),
+    "inspect": ("jobs.inspect", "a page that shows a dataset: pairs, draws, histograms, rejects"),
     "train learner": ("jobs.train_learner", "stage 1: the degradation learner"),
     "train adapter": ("jobs.train_adapter", "stage 2: the degradation-aware adapter around a frozen base"),
     "evaluate": ("jobs.evaluate", "metrics of a model, beside bicubic, on a dataset"),

@@ -98,7 +98,8 @@ def load_job_file(path: Path) -> JobFile:
         job = JobFile.model_validate(mapping_of(path))
     except ValidationError as error:
         raise UsageError("\n".join(f"{path}: {_said(problem)}" for problem in error.errors())) from None
-    commands = [name for name in COMMANDS if name not in ("submit", "demo")]
+    # Pages and demos are written to the disk of whoever runs the command, here a node of the cluster.
+    commands = [name for name in COMMANDS if name not in ("submit", "demo", "inspect")]
     if job.command not in commands:
         raise UsageError(f"{path}: command must be one of {', '.join(commands)}; got {job.command!r}")
     _, parser = load(job.command)

@@ -39,13 +39,20 @@ def write_page(out: str | Path, template: str, **content: Any) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": metric_text, "duration": duration_text}
+    environment.filters |= {
+        "number": metric_text,
+        "duration": duration_text,
+        "count": count_text,
+        "bytes": bytes_text,
+        "share": share_text,
+    }
     html = environment.get_template(template).render(metric_names=METRICS, **content)
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{uuid4().hex[:8]}")
     try:
-        temporary.write_text(html, encoding="utf-8")
+        # A file name that is not UTF-8 comes as lone surrogates, which UTF-8 cannot hold.
+        temporary.write_text(html, encoding="utf-8", errors="backslashreplace")
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
@@ -84,6 +91,29 @@ def metric_text(value: float, metric: str = "") -> str:
     if metric in METRICS:
         return f"{value:.4f}" if metric in ("ssim", "lpips", "dists") else f"{value:.2f}"
     return number_text(value)
+
+
+def count_text(value: int) -> str:
+    """A whole number in full, its thousands apart."""
+    return f"{value:,}"
+
+
+def bytes_text(size: float) -> str:
+    """Bytes as people say them, in powers of 1000: `820 B`, `1.2 MB`, `340 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.3g} TB" if size < 999.5 else f"{size:,.0f} TB"
+
+
+def share_text(share: float) -> str:
+    """A share in per cent; what is there at all never reads as 0 %, what is missing a part never as 100 %."""
+    if 0 < share < 0.001:
+        return "< 0.1 %"
+    if 0.999 < share < 1:
+        return "> 99.9 %"
+    return f"{100 * share:.0f} %" if share in (0, 1) else f"{100 * share:.1f} %"
 
 
 def duration_text(seconds: float) -> str:

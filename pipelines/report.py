@@ -16,6 +16,7 @@ It takes plain data and opens nothing but the picture files that it is given:
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -266,13 +267,14 @@ def _values(kind: str, step: Mapping[str, Any]) -> list[str]:
         words.append(f"{step['size']} px")
         if "cutoff" in step:
             return [*words, f"cut-off {step['cutoff']:.2f}"]
-        sigmas = [f"{step['sigma_x']:.2f}"]
+        width = f"σ {step['sigma_x']:.2f} px"
         if step["sigma_y"] != step["sigma_x"]:
-            sigmas.append(f"{step['sigma_y']:.2f}")
-        return [*words, f"σ {' / '.join(sigmas)}"]
+            angle = math.degrees(step["theta"])
+            width = f"σ {step['sigma_x']:.2f} × {step['sigma_y']:.2f} px at {angle:.0f}°"
+        return [*words, width, *([f"β {step['beta']:.2f}"] if "beta" in step else [])]
     if kind == "resize":
-        size = [f"to {step['size'][1]}×{step['size'][0]}"] if "size" in step else []
-        return [step["mode"], *size] if size else [step["mode"], f"×{step['factor']:.2f}"]
+        factor = [f"×{step['factor']:.2f}"] if "factor" in step else []
+        return [step["mode"], *factor, *([f"to {step['size'][1]}×{step['size'][0]}"] if "size" in step else [])]
     if kind == "noise":
         strength = f"σ {step['sigma']:.1f}" if "sigma" in step else f"scale {step['scale']:.2f}"
         return [step["family"], strength, *(["gray"] if step["gray"] else [])]

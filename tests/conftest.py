@@ -1,6 +1,7 @@
 """Real parts shared by the tests: shipped photographs, a small dataset of them, an S3 server, a local Ray cluster."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -106,3 +107,16 @@ def ray_cluster(s3_server):
     ray.init(address="local", num_cpus=2, object_store_memory=200 << 20, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """A page in headless Chromium; tests that need one are skipped where there is none."""
+    from browser import Browser
+
+    binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if binary is None:
+        pytest.skip("no chromium binary on the PATH: the page was not looked at in a browser")
+    browser = Browser(binary, tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()

@@ -1,0 +1,154 @@
+"""A dataset's index and its list of what was left out, read in pieces: memory does not grow with the dataset.
+
+`Dataset.index` holds the whole table, which training needs. Whoever only looks at a dataset reads some columns of it,
+batch by batch, and of a remote one nothing else is transferred.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from deedsr.dataset.manifest import REJECTED, SAMPLES, kept_copy
+from deedsr.errors import DeeDSRError
+from pipelines.dataset import Dataset
+from pipelines.storage import Storage
+
+__all__ = ["LeftOut", "SampleIndex", "StoredFile", "left_out"]
+
+_CHUNK = 8 << 20  # bytes of one request where a file is read from end to end
+_BATCH = 65_536  # rows
+# Not needed to read a sample, and most of an index: the degradation's numbers, and where its source lay.
+_DESCRIPTIVE = ("deg_", "source")
+
+
+class StoredFile(io.RawIOBase):
+    """A stored object as a file; only the ranges that are read are transferred. FileNotFoundError if there is none."""
+
+    def __init__(self, storage: Storage, path: str):
+        super().__init__()
+        self._storage, self._path = storage, path
+        self._size, self._position = storage.stat(path).size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        size = min(len(buffer), self._size - self._position)
+        if size <= 0:
+            return 0
+        data = self._storage.read_range(self._path, self._position, size)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+def _open(dataset: Dataset, name: str) -> StoredFile:
+    """The file that the manifest means.
+
+    The copy named after its hash is taken as it is, so that parts of it can be read alone; a file under its plain name
+    may belong to another manifest and is hashed first.
+    """
+    sha256 = dataset.manifest.files[name]
+    with contextlib.suppress(FileNotFoundError):
+        return StoredFile(dataset.storage, kept_copy(name, sha256))
+    with contextlib.suppress(FileNotFoundError):
+        file, found = StoredFile(dataset.storage, name), hashlib.sha256()
+        while chunk := file.read(_CHUNK):
+            found.update(chunk)
+        if found.hexdigest() == sha256:
+            file.seek(0)
+            return file
+    raise _altered(dataset, name)
+
+
+def _altered(dataset: Dataset, name: str) -> DeeDSRError:
+    return DeeDSRError(f"{dataset.uri}/{name} is missing or altered: generate the dataset again, it reuses the shards")
+
+
+class LeftOut(NamedTuple):
+    """A line of `rejected.jsonl`: `kind` is `source` or `crop`, `source` the path below its `--source`."""
+
+    kind: str
+    source: str
+    reason: str
+
+
+def left_out(dataset: Dataset) -> Iterator[LeftOut]:
+    """What was left out, in order. Raises DeeDSRError, at the end at the latest, if the list was altered."""
+    found = hashlib.sha256()
+    try:
+        for line in io.BufferedReader(_open(dataset, REJECTED), _CHUNK):
+            found.update(line)
+            content = json.loads(line)
+            yield LeftOut(content["kind"], content["source"], content["reason"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise _altered(dataset, REJECTED) from error
+    if found.hexdigest() != dataset.manifest.files[REJECTED]:
+        raise _altered(dataset, REJECTED)
+
+
+class SampleIndex:
+    """`samples.parquet` by columns and parts (row groups). Raises DeeDSRError where it is missing or altered."""
+
+    def __init__(self, dataset: Dataset):
+        self._dataset = dataset
+        with self._explained():
+            self._file = pyarrow.parquet.ParquetFile(_open(dataset, SAMPLES), pre_buffer=True)
+            self.columns: list[str] = self._file.schema_arrow.names
+            metadata = self._file.metadata
+            sizes = [metadata.row_group(part).num_rows for part in range(metadata.num_row_groups)]
+        if sum(sizes) != dataset.manifest.samples:
+            raise _altered(dataset, SAMPLES)
+        stops = [sum(sizes[: part + 1]) for part in range(len(sizes))]
+        self.parts = [range(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]  # rows of each
+
+    def batches(self, columns: Sequence[str], parts: Sequence[int] | None = None) -> Iterator[pa.RecordBatch]:
+        """Some columns of some parts (None: all), in order."""
+        for part in range(len(self.parts)) if parts is None else parts:
+            # One part at a time: what pyarrow reads ahead, it keeps until the next call.
+            with self._explained():
+                yield from self._file.iter_batches(_BATCH, row_groups=[part], columns=list(columns))
+
+    def extremes(self, column: str) -> tuple[float, float] | None:
+        """Least and greatest value of a column of numbers, from the statistics in the file; None if it has no value."""
+        number = self._file.schema.names.index(column)
+        found = [self._file.metadata.row_group(part).column(number).statistics for part in range(len(self.parts))]
+        found = [statistics for statistics in found if statistics is not None and statistics.has_min_max]
+        return (min(s.min for s in found), max(s.max for s in found)) if found else None
+
+    def rows(self, rows: Sequence[int]) -> pa.Table:
+        """The rows of these numbers, in rising order, with what `Dataset.read` needs of them."""
+        columns = [name for name in self.columns if not name.startswith(_DESCRIPTIVE)]
+        wanted, found = sorted(rows), []
+        for part, numbers in enumerate(self.parts):
+            inside = [row for row in wanted if row in numbers]
+            start = numbers.start
+            for batch in self.batches(columns, [part]) if inside else ():
+                stop = start + batch.num_rows
+                found.append(batch.take(pa.array([row - start for row in inside if start <= row < stop], pa.int64())))
+                start = stop
+        return pa.Table.from_batches(found)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (pa.ArrowException, OSError) as error:
+            raise _altered(self._dataset, SAMPLES) from error
