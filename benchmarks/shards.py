@@ -1,74 +1,111 @@
-"""Source-to-tar rate of the shards job beside one thread in this process, on the same sources and recipe.
+"""Rate of the shards job on all its workers against as many times one thread, and the memory of a worker.
 
-    python benchmarks/shards.py [--recipe deedsr] [--samples 1000] [--workers 2]
+    python -m benchmarks.shards [--samples 5000] [--workers 2] [--thread-share 0.25]
 
-Prints a table and, last, one JSON line. Sources are links to the shipped photographs under many names (crops and
-degradations follow from the name, so no two are alike). The job's start-up (Ray, imports, planning) is left out of its
-rate and reported. Both arms must give the same shards.
+4K JPEG sources, 12 crops each, DeeDSR's ranges. The thread makes a share of the same shards in this process, before and
+after the job, so that a machine that slows down shows. Start-up (Ray, imports, planning) is left out of the job's rate
+and reported. Both arms must give the same shards. Prints a table and, last, one JSON line.
 """
 
 import argparse
 import json
 import tempfile
+import threading
 import time
-from importlib.resources import files
 from pathlib import Path
 
+import psutil
+
+from benchmarks.sources_4k import make_sources
 from deedsr.degradation.recipe import Recipe, load_recipe
 from pipelines.shards import generate
 from pipelines.shards.build import FromSources
-from pipelines.shards.plan import plan_shards
+from pipelines.shards.plan import ShardPlan, plan_shards
 from pipelines.shards.sources import list_sources
 from pipelines.storage import open_storage
 
+GOAL = 0.9  # of workers times one thread
+MEMORY_GOAL_MB = 600
+SHARD = {"min_sources": 3, "target_sources": 6, "max_sources": 12}  # 20 shards or more for each worker
 
-def link_sources(folder: Path, recipe: Recipe, samples: int) -> None:
-    """Enough names for about `samples` samples: a 1600 px photograph holds few 512 px crops."""
-    photos = sorted(Path(str(files("deedsr") / "assets" / "photos" / "train")).glob("*.jpg"))
-    per_photo = min(recipe.crop.per_source, (1600 // recipe.crop.size) * (900 // recipe.crop.size)) * recipe.variants
-    folder.mkdir()
-    for number in range(-(-samples // per_photo)):
-        photo = photos[number % len(photos)]
-        (folder / f"{photo.stem}-{number:05d}.jpg").symlink_to(photo)
+
+class WorkerMemory:
+    """Greatest resident memory of the job's worker processes, by tenth of the time."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, float]] = []
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "WorkerMemory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.5):
+            for process in psutil.Process().children(recursive=True):
+                try:
+                    if "ray::FlatMap" in " ".join(process.cmdline()):
+                        self.seen.append((time.time(), process.memory_info().rss / 1e6))
+                except psutil.Error:
+                    continue
+
+    def peak(self, first: float, last: float) -> float:
+        """MB, between two shares of the time."""
+        begin, end = self.seen[0][0], self.seen[-1][0]
+        return max(mb for at, mb in self.seen if first <= (at - begin) / (end - begin) <= last)
+
+
+def by_one_thread(plans: list[ShardPlan], recipe: Recipe, out: str) -> tuple[float, set[str]]:
+    """Samples per second, and names of the shards."""
+    begin = time.perf_counter()
+    records = [FromSources(recipe).build(plan, open_storage(out)) for plan in plans]
+    samples = sum(record.samples for record in records)
+    return samples / (time.perf_counter() - begin), {record.name for record in records}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="deedsr")
-    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--samples", type=int, default=5000)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--thread-share", type=float, default=0.25)
     options = parser.parse_args()
-    recipe = load_recipe(options.recipe)
+    recipe = Recipe.model_validate(load_recipe("deedsr").model_dump(mode="json") | {"shard": SHARD})
     with tempfile.TemporaryDirectory() as work:
-        sources = Path(work) / "sources"
-        link_sources(sources, recipe, options.samples)
-        alone = open_storage(f"{work}/alone")
-        plans = list(plan_shards(list_sources([str(sources)]), recipe))
-        wall, cpu = time.perf_counter(), time.process_time()
-        records = [FromSources(recipe).build(plan, alone) for plan in plans]
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        samples = sum(record.samples for record in records)
-        job = generate([str(sources)], f"{work}/job", recipe, options.workers)
-        same = {record.name for record in records if record.name} == {p.name for p in Path(work, "job").glob("*.tar")}
-        assert same, "the job and the thread made different shards"
+        make_sources(Path(work) / "sources", -(-options.samples // recipe.crop.per_source))
+        plans = list(plan_shards(list_sources([f"{work}/sources"]), recipe))
+        some = plans[: max(1, round(len(plans) * options.thread_share / 2))]
+        before, names = by_one_thread(some, recipe, f"{work}/before")
+        with WorkerMemory() as memory:
+            job = generate([f"{work}/sources"], f"{work}/job", recipe, options.workers)
+        after, again = by_one_thread(some, recipe, f"{work}/after")
+        assert names == again <= {path.name for path in Path(work, "job").glob("*.tar")}, "the arms differ"
+    thread = (before + after) / 2
+    efficiency = job.samples_per_second / (options.workers * thread)
+    early, late = memory.peak(0, 0.3), memory.peak(0.7, 1)
+    print(f"{job.samples} samples, {job.shards} shards, recipe {recipe.name}")
+    print(f"{'':24}{'samples/s':>12}")
+    print(f"{'one thread, before':24}{before:12.1f}\n{'one thread, after':24}{after:12.1f}")
+    print(
+        f"{f'job, {options.workers} workers':24}{job.samples_per_second:12.1f}   start-up {job.start_up_seconds:.1f} s"
+    )
+    print(f"efficiency {efficiency:.1%} (goal {GOAL:.0%})")
+    print(f"a worker's memory: {early:.0f} MB in the first third, {late:.0f} MB in the last (goal {MEMORY_GOAL_MB})")
     result = {
-        "recipe": recipe.name,
-        "samples": samples,
-        "shards": len(records),
+        "samples": job.samples,
+        "shards": job.shards,
         "workers": options.workers,
-        "thread_samples_per_second": round(samples / wall, 2),
-        "thread_cpu_share": round(cpu / wall, 3),
-        "job_samples_per_second": round(job.samples_per_second, 2),
+        "thread_samples_per_second": [round(before, 2), round(after, 2)],
+        "job_samples_per_second": job.samples_per_second,
         "job_start_up_seconds": job.start_up_seconds,
-        "job_seconds": job.seconds,
-        "speed_up": round(job.samples_per_second / (samples / wall), 3),
+        "efficiency": round(efficiency, 3),
+        "goal": GOAL,
+        "worker_mb": {"first third": round(early), "last third": round(late), "goal": MEMORY_GOAL_MB},
     }
-    print(f"{samples} samples, {len(records)} shards, recipe {recipe.name}")
-    print(f"{'':24}{'samples/s':>12}{'seconds':>12}{'start-up s':>12}")
-    print(f"{'one thread':24}{samples / wall:12.1f}{wall:12.1f}{'':>12}")
-    row = f"{job.samples_per_second:12.1f}{job.seconds - job.start_up_seconds:12.1f}{job.start_up_seconds:12.1f}"
-    print(f"{f'job, {options.workers} workers':24}{row}")
-    print(f"speed-up {result['speed_up']:.2f}")
     print(json.dumps(result))
 
 
