@@ -216,6 +216,15 @@ def test_adding_one_source_rewrites_at_most_two_shards(small_recipe):
     assert sum(rewritten) / len(rewritten) < 1.2
 
 
+def test_a_changed_source_rewrites_one_shard_and_another_folder_none(small_recipe):
+    recipe = changed(small_recipe, shard={"min_sources": 4, "target_sources": 16, "max_sources": 64})
+    sources = names(1000)
+    before = shards_of(sources, recipe)
+    edited = [source._replace(version="2") if source.path == "photo-500.jpg" else source for source in sources]
+    assert len(shards_of(edited, recipe) - before) == 1
+    assert shards_of([*sources, *names(300, root=1)], recipe) > before
+
+
 def test_shards_hold_between_the_least_and_the_most_sources(small_recipe):
     limits = Shard(min_sources=3, target_sources=8, max_sources=12)
     recipe = changed(small_recipe, shard=limits.model_dump())
