@@ -13,8 +13,9 @@ import cv2
 import numpy as np
 
 from deedsr.dataset.codecs import EXTENSIONS, decode_stored, encode
-from deedsr.dataset.crops import CropPlace, RejectedImage, choose_crops, cut, decode
+from deedsr.dataset.crops import CropPlace, choose_crops, cut
 from deedsr.dataset.keys import content_key, generator, sample_key
+from deedsr.dataset.pictures import RejectedImage, decode
 from deedsr.dataset.tar import TarWriter
 from deedsr.degradation.chain import degrade
 from deedsr.degradation.draws import draw_degradation, scalar_parameters
@@ -68,7 +69,7 @@ def build_shard(plan: ShardPlan, recipe: Recipe, out: Storage) -> ShardRecord:
                 data = _read(source)
                 sources[source.path] = sha256 = hashlib.sha256(data).hexdigest()
                 rng = generator("crops", recipe.seed, source.root, source.path)
-                image = decode(data)
+                image = decode(data, source.path)
                 places, smooth = choose_crops(image, recipe.crop, rng)
             except RejectedImage as reason:
                 rejected.append({**rejection, "reason": str(reason)})
