@@ -216,9 +216,11 @@ def _eight_bits(image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
     if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBX", "RGBA", "CMYK", "YCbCr"):
         raise RejectedImage(_UNSUPPORTED)
     if image.has_transparency_data:
-        rgba = np.asarray(image.convert("RGBA"))
+        rgba = np.asarray(image if image.mode == "RGBA" else image.convert("RGBA"))
         return rgba[..., 0] if grey else rgba[..., :3], rgba[..., 3]
-    return np.asarray(image if image.mode == "CMYK" else image.convert("L" if grey else "RGB")), None
+    if image.mode not in ("L", "RGB", "CMYK"):  # Pillow would copy what needs no conversion
+        image = image.convert("L" if grey else "RGB")
+    return np.asarray(image), None
 
 
 def _srgb(colour: np.ndarray, profile: bytes | None) -> np.ndarray:
@@ -271,8 +273,11 @@ def _over_white(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 
 def _upright(rgb: np.ndarray, orientation: int) -> np.ndarray:
-    """Turned and mirrored as EXIF says; other numbers than 1 to 8 say nothing."""
-    if orientation in (5, 6, 7, 8):
-        rgb = cv2.transpose(rgb)
-    flip = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}.get(orientation)
-    return rgb if flip is None else cv2.flip(rgb, flip)
+    """Turned, then mirrored, as EXIF says; other numbers than 1 to 8 say nothing."""
+    if orientation in (3, 4):
+        rgb = cv2.rotate(rgb, cv2.ROTATE_180)
+    elif orientation in (5, 6):
+        rgb = cv2.rotate(rgb, cv2.ROTATE_90_CLOCKWISE)
+    elif orientation in (7, 8):
+        rgb = cv2.rotate(rgb, cv2.ROTATE_90_COUNTERCLOCKWISE)
+    return cv2.flip(rgb, 1) if orientation in (2, 4, 5, 7) else rgb
