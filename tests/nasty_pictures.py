@@ -316,6 +316,7 @@ def pngs() -> list[Case]:
         Case(
             "deep and turned.png", png(DEEP, chunk(b"eXIf", exif(6).tobytes()[6:])), np.rot90(np.rint(DEEP / 257), -1)
         ),
+        Case("broken exif.png", png(PHOTO, chunk(b"eXIf", b"no TIFF header")), PHOTO),
         Case("animated.png", animated("PNG"), PHOTO),
         Case("much text.png", png(PHOTO, chunk(b"iTXt", b"a\0\0\0\0\0" + b"x" * 2_000_000)), PHOTO),
         Case("half.png", whole[:middle], BROKEN),
