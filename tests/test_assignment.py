@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from deedsr.dataset.codecs import decode_stored
-from deedsr.dataset.crops import decode
+from deedsr.dataset.pictures import decode
 from deedsr.degradation.assignment import assign_degradation
 from deedsr.degradation.chain import degrade
 from deedsr.degradation.recipe import Recipe, load_recipe

@@ -2,19 +2,17 @@
 
 import io
 import json
-import struct
 import tarfile
-import zlib
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
 from deedsr.dataset.codecs import decode_stored, encode
-from deedsr.dataset.crops import RejectedImage, choose_crops, cut, decode
+from deedsr.dataset.crops import choose_crops, cut
 from deedsr.dataset.manifest import Manifest
+from deedsr.dataset.pictures import RejectedImage, decode
 from deedsr.dataset.tar import TarWriter
 from deedsr.degradation.chain import degrade
 from deedsr.degradation.recipe import Crop
@@ -35,13 +33,6 @@ def file_bytes(image: np.ndarray, format: str = "PNG", **options) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format, **options)
     return buffer.getvalue()
-
-
-def bomb() -> bytes:
-    """A small PNG whose header claims 20000 x 20000 pixels."""
-    png = file_bytes(noise(8, 8, 3))
-    header = b"IHDR" + struct.pack(">II", 20000, 20000) + png[24:29]
-    return png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
 
 
 def noise(*shape: int) -> np.ndarray:
@@ -176,35 +167,6 @@ def test_an_altered_or_newer_manifest_is_refused(dataset):
 def test_lossless_formats_are_lossless(format):
     image = noise(33, 65, 3)
     assert np.array_equal(decode_stored(encode(image, format)), image)
-
-
-def test_decoding_honours_orientation_grey_and_sixteen_bits():
-    image = cv2.resize(noise(6, 8, 3), (80, 60), interpolation=cv2.INTER_NEAREST)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned by 90 degrees clockwise
-    turned = decode(file_bytes(image, "PNG", exif=exif))
-    assert np.array_equal(turned, np.rot90(image, -1))
-    grey = image[..., 0]
-    assert np.array_equal(decode(file_bytes(grey)), np.stack([grey] * 3, -1))
-    deep = grey.astype(np.uint16) * 256 + 17
-    assert np.array_equal(decode(file_bytes(deep)), np.stack([grey] * 3, -1))
-
-
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (b"", "empty"),
-        (b"<html>not found</html>", "not a JPEG"),
-        (file_bytes(noise(64, 64, 3), "JPEG")[:2000], "broken"),
-        (file_bytes(noise(64, 64, 3), "PNG")[:2000], "broken"),
-        (file_bytes(noise(64, 64, 3), "WEBP", lossless=True)[:2000], "broken"),
-        (bomb(), "too many pixels"),
-    ],
-    ids=["empty", "text", "cut jpeg", "cut png", "cut webp", "bomb"],
-)
-def test_what_cannot_be_decoded_is_rejected_with_a_reason(data, reason):
-    with pytest.raises(RejectedImage, match=reason):
-        decode(data)
 
 
 def test_crops_are_textured_inside_the_picture_and_do_not_overlap():

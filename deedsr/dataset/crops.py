@@ -1,22 +1,14 @@
-"""From the bytes of a source to the crops that become HR images."""
+"""Which squares of a source become HR images."""
 
-import io
-import warnings
 from typing import NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
+from deedsr.dataset.pictures import RejectedImage
 from deedsr.degradation.recipe import Crop
 
-__all__ = ["CropPlace", "RejectedImage", "choose_crops", "cut", "decode"]
-
-_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
-
-
-class RejectedImage(Exception):
-    """A source that gives no crops; the message is the reason, one of a few fixed sentences."""
+__all__ = ["CropPlace", "choose_crops", "cut"]
 
 
 class CropPlace(NamedTuple):
@@ -27,41 +19,13 @@ class CropPlace(NamedTuple):
     size: int
 
 
-def decode(data: bytes) -> np.ndarray:
-    """Decodes a JPEG, PNG, WebP or TIFF file to uint8 RGB (height, width, 3), its EXIF orientation honoured.
-
-    16-bit grey is reduced to its upper 8 bits, transparency is dropped, the first picture of several is taken.
-    Raises RejectedImage for what is empty, truncated, broken, too large or none of these formats.
-    """
-    if not data:
-        raise RejectedImage("empty file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks on large pictures and odd metadata
-            image = ImageOps.exif_transpose(Image.open(io.BytesIO(data), formats=_FORMATS))
-            if image.mode.startswith("I;16"):
-                return cv2.cvtColor((np.asarray(image) >> 8).astype(np.uint8), cv2.COLOR_GRAY2RGB)
-            if image.mode in ("I", "F"):
-                raise RejectedImage("pixel format is neither 8 nor 16 bits")
-            return np.asarray(image.convert("RGB"))
-    except RejectedImage:
-        raise
-    except Image.DecompressionBombError:  # above 179 megapixels
-        raise RejectedImage("too many pixels") from None
-    except UnidentifiedImageError:
-        raise RejectedImage("not a JPEG, PNG, WebP or TIFF image") from None
-    except MemoryError:
-        raise
-    except Exception:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ... on broken files
-        raise RejectedImage("truncated or broken image") from None
-
-
 def choose_crops(image: np.ndarray, crop: Crop, rng: np.random.Generator) -> tuple[list[CropPlace], list[CropPlace]]:
     """Up to `crop.per_source` textured crops that don't overlap, in random order, and those found too smooth.
 
     Candidates form a grid: `rng` shifts it within what the picture's height leaves over, and each of its rows within
     what the width leaves over. A crop has texture if the standard deviation of its grey values is at least
     `crop.min_std` and the variance of its Laplacian at least `crop.min_laplacian` (8-bit grey levels).
+    Raises RejectedImage for a picture that is smaller than a crop, or has no textured one.
     """
     height, width = image.shape[:2]
     rows, columns = height // crop.size, width // crop.size
@@ -88,5 +52,13 @@ def cut(image: np.ndarray, place: CropPlace) -> np.ndarray:
 
 
 def _has_texture(pixels: np.ndarray, crop: Crop) -> bool:
+    """Decides what is in a dataset, so in integers: sums of floats depend on how a processor groups them."""
     grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
-    return float(grey.std()) >= crop.min_std and float(cv2.Laplacian(grey, cv2.CV_32F).var()) >= crop.min_laplacian
+    return _varies(grey, crop.min_std**2) and _varies(cv2.Laplacian(grey, cv2.CV_16S), crop.min_laplacian)
+
+
+def _varies(values: np.ndarray, least: float) -> bool:
+    """Whether the variance of uint8 or int16 `values` is at least `least`, times N^2 on both sides: no division."""
+    squares = int(np.square(values, dtype=np.int32).sum(dtype=np.int64))
+    total = int(cv2.sumElems(values)[0])  # doubles hold these integers exactly, in whichever order they are added
+    return values.size * squares - total**2 >= least * values.size**2

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 import cv2
 
-from deedsr.dataset.crops import RejectedImage
 from deedsr.dataset.manifest import STATE
+from deedsr.dataset.pictures import RejectedImage
 from deedsr.dataset.tar import TarWriter
 from deedsr.degradation.recipe import Recipe
 from pipelines.shards.plan import ShardPlan

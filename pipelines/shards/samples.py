@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deedsr.dataset.codecs import EXTENSIONS, decode_stored, encode
-from deedsr.dataset.crops import CropPlace, RejectedImage, choose_crops, cut, decode
+from deedsr.dataset.crops import CropPlace, choose_crops, cut
 from deedsr.dataset.keys import content_key, generator, sample_key
+from deedsr.dataset.pictures import RejectedImage, decode
 from deedsr.degradation.assignment import assign_degradation
 from deedsr.degradation.chain import degrade
 from deedsr.degradation.draws import scalar_parameters
@@ -68,10 +69,10 @@ def _crops(
 ) -> Iterator[tuple[Crop, np.ndarray, np.ndarray | None]]:
     """The crops of a source as turned, each with its real LR partner if it has one; `rejected` gets the smooth ones."""
     rng = generator("crops", recipe.seed, source.root, source.path)
-    image = decode(data)
+    image = decode(data, source.path, recipe.alpha)
     partner = None
     if lr_data is not None:
-        partner = decode(lr_data)
+        partner = decode(lr_data, source.lr, recipe.alpha)
         expected = tuple(side // recipe.scale for side in image.shape[:2])
         if partner.shape[:2] != expected:
             raise RejectedImage("the LR partner is not HR size / scale")
