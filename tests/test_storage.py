@@ -1,13 +1,21 @@
 """Claims on storage, each on a local directory and on a real S3 server process."""
 
+import hashlib
 import os
 import pickle
+import re
+import shutil
+import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
-from deedsr.errors import UsageError
-from pipelines.storage import localize, open_storage, publish
+from deedsr.errors import DeeDSRError, UsageError
+from pipelines.storage import Conflict, localize, open_storage, publish
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -127,3 +135,92 @@ def test_publish_writes_the_json_that_vouches_for_the_rest_last(storage, tmp_pat
     (folder / "z").unlink()
     publish(folder, storage.uri)
     assert [entry.path for entry in storage.list()] == ["a.json", "sub/config.json", "weights"]
+
+
+def test_of_several_writers_that_expect_the_same_one_writes(storage):
+    def attempt(text, expected):
+        try:
+            return storage.write("a/x", text.encode(), expected=expected)
+        except Conflict:
+            return None
+
+    # moto compares and puts in two steps, between which another put may come: there, one after the other.
+    at_once = 8 if storage.local_path("") else 1
+    expected = None
+    for step in range(3):
+        texts = [f"{step} {writer}" for writer in range(8)]  # equal content is an equal version on S3
+        with ThreadPoolExecutor(at_once) as threads:
+            versions = [*threads.map(attempt, texts, [expected] * 8)]
+        ((text, expected),) = [written for written in zip(texts, versions, strict=True) if written[1]]
+        assert storage.read("a/x") == text.encode()
+        assert storage.stat("a/x").version == expected
+    assert [entry.path for entry in storage.list()] == ["a/x"]
+    storage.delete("a/x")
+    with pytest.raises(Conflict, match=re.escape(f"{storage.uri}/a/x was changed by another process")):
+        storage.write("a/x", b"0", expected=expected)
+    if storage.local_path(""):
+        assert not os.listdir(storage.uri)
+
+
+def test_a_write_returns_the_version_that_readers_see(storage, tmp_path):
+    (tmp_path / "file").write_bytes(os.urandom(9 << 20))  # more than one part
+    for data in (b"1", b"2", tmp_path / "file"):
+        version = storage.write("x", data)
+        assert storage.stat("x").version == version
+    assert storage.write("x", tmp_path / "file", expected=version)
+    with pytest.raises(Conflict):
+        storage.write("x", b"3", expected=None)
+    assert storage.stat("x").size == 9 << 20
+
+
+def test_an_object_reads_as_a_file(storage, tmp_path):
+    table = pa.table({"n": np.arange(2_000_000)})
+    pa.parquet.write_table(table, tmp_path / "table", compression="none")
+    with tarfile.open(tmp_path / "tar", "w") as tar:
+        for name in ("table", "again"):
+            tar.add(tmp_path / "table", name)
+    storage.write("x.tar", tmp_path / "tar")
+    with storage.open("x.tar") as file:
+        assert hashlib.file_digest(file, "sha256").digest() == hashlib.sha256(storage.read("x.tar")).digest()
+        file.seek(-5, os.SEEK_END)
+        assert file.read() == storage.read("x.tar")[-5:]
+        assert file.read(1) == b""
+        file.seek(0)
+        with tarfile.open(fileobj=file) as tar:
+            assert tar.getnames() == ["table", "again"]
+            assert pa.parquet.read_table(tar.extractfile("again"), columns=["n"]).equals(table)
+    with pytest.raises(FileNotFoundError):
+        storage.open("none")
+
+
+def test_a_file_that_is_open_never_mixes_two_versions(storage):
+    storage.write("x", b"1" * (9 << 20))
+    with storage.open("x") as file:
+        start = file.read(10)
+        storage.write("x", b"2" * (9 << 20))
+        try:
+            rest = file.read()
+        except Conflict:
+            rest = b""
+    assert set(start + rest) == set(b"1")
+
+
+def test_many_objects_are_deleted_together(storage):
+    for number in range(5):
+        storage.write(f"a/{number}", b"x")
+    storage.delete_many(f"a/{number}" for number in (0, 2, 4, 2000, *range(3000, 4000)))
+    assert [entry.path for entry in storage.list()] == ["a/1", "a/3"]
+
+
+def test_a_place_that_can_be_written_is_left_as_it_was(storage):
+    storage.child("deep/er").require_writable(needed_bytes=1000)
+    assert not list(storage.list())
+    assert not list(storage.uploads())
+    local = storage.local_path("")
+    assert local is None or not local.exists()
+
+
+def test_too_small_a_disk_is_told_with_both_numbers(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    with pytest.raises(DeeDSRError, match=r"needs about [0-9,]{20,} bytes .* has [0-9,]{5,} free"):
+        open_storage(tmp_path / "out").require_writable(needed_bytes=free * 1_000_000)

@@ -1,0 +1,9 @@
+"""Local directories and S3 prefixes behind the same few calls; what appears under a name is always a whole object."""
+
+from pipelines.storage.errors import Conflict
+from pipelines.storage.interface import ANYTHING, Entry, Storage, Upload
+from pipelines.storage.local import LocalStorage
+from pipelines.storage.location import open_storage
+from pipelines.storage.transfer import localize, publish
+
+__all__ = ["ANYTHING", "Conflict", "Entry", "LocalStorage", "Storage", "Upload", "localize", "open_storage", "publish"]

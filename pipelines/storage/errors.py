@@ -1,0 +1,104 @@
+"""What the file system or S3 says, as FileNotFoundError or one message that names the remedy."""
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from deedsr.errors import DeeDSRError, UsageError
+
+__all__ = ["Conflict", "explained"]
+
+_NO_PERMISSION = ("AccessDenied", "403", "Forbidden", "AllAccessDisabled")
+_WRONG_KEYS = (
+    *("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"),
+    *("InvalidClientTokenId", "AuthFailure", "TokenRefreshRequired"),
+)
+
+
+class Conflict(DeeDSRError):
+    """The object is not the one expected."""
+
+    def __init__(self, uri: str):
+        self.uri = uri
+        super().__init__(f"{uri} was changed by another process meanwhile: run the same command again")
+
+    def __reduce__(self) -> tuple[type["Conflict"], tuple[str]]:
+        return type(self), (self.uri,)
+
+
+@contextmanager
+def explained(verb: str, uri: str) -> Iterator[None]:
+    """Within it, only FileNotFoundError and DeeDSRError leave. Messages hold no credentials."""
+    try:
+        yield
+    except (FileNotFoundError, DeeDSRError):
+        raise
+    except PermissionError as error:
+        raise UsageError(f"no permission to {verb} {uri}") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = f"cannot write {uri}: no space left; free some and run the same command again"
+            raise DeeDSRError(message) from error
+        if error.errno in (errno.ENOTDIR, errno.EEXIST):
+            raise UsageError(f"cannot {verb} {uri}: part of that path is a file, not a directory") from error
+        if error.errno == errno.EROFS:
+            raise UsageError(f"cannot {verb} {uri}: that file system is read-only") from error
+        raise DeeDSRError(f"cannot {verb} {uri}: {error.strerror or error}") from error
+    except Exception as error:
+        reason = _explain_s3(verb, uri, error)
+        if reason is None:
+            raise
+        raise reason from error
+
+
+def _explain_s3(verb: str, uri: str, error: Exception) -> Exception | None:
+    # Imported here: whoever got an exception of botocore has it loaded, and local work never needs it.
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        ConnectionError,
+        HTTPClientError,
+        NoCredentialsError,
+        NoRegionError,
+        PartialCredentialsError,
+        ProfileNotFound,
+    )
+
+    bucket = uri.split("/")[2] if uri.startswith("s3://") else uri
+    if isinstance(error, Boto3Error) and isinstance(error.__context__, ClientError):
+        error = error.__context__  # upload_file hides the server's answer in its own exception
+    if isinstance(error, ClientError):
+        code = str(error.response.get("Error", {}).get("Code", ""))
+        if code == "NoSuchBucket":
+            return UsageError(f"there is no bucket {bucket!r}: create it, or correct {uri} (and AWS_ENDPOINT_URL)")
+        if code in ("NoSuchKey", "404", "NotFound"):
+            return FileNotFoundError(uri)
+        if code in ("PreconditionFailed", "412"):
+            return Conflict(uri)
+        if code in _NO_PERMISSION:
+            return UsageError(f"no permission to {verb} {uri}: these AWS credentials may not do that")
+        if code in _WRONG_KEYS:
+            return UsageError(f"cannot {verb} {uri}: the AWS credentials are not valid ({code})")
+        return DeeDSRError(f"cannot {verb} {uri}: S3 answered {code}")
+    if isinstance(error, NoCredentialsError | PartialCredentialsError | ProfileNotFound):
+        remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        return UsageError(f"cannot {verb} {uri}: no AWS credentials found; {remedy}")
+    if isinstance(error, NoRegionError):
+        return UsageError(f"cannot {verb} {uri}: no AWS region; set AWS_REGION")
+    if isinstance(error, ConnectionError | HTTPClientError):
+        return DeeDSRError(f"cannot {verb} {uri}: no connection to the S3 endpoint; check AWS_ENDPOINT_URL")
+    if isinstance(error, BotoCoreError | Boto3Error):
+        return DeeDSRError(f"cannot {verb} {uri}: {_without_secrets(str(error))}")
+    if isinstance(error, ValueError) and "endpoint" in str(error).lower():
+        return UsageError(f"cannot {verb} {uri}: AWS_ENDPOINT_URL is no URL; write http://host:port or https://host")
+    return None
+
+
+def _without_secrets(text: str) -> str:
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        if os.environ.get(name):
+            text = text.replace(os.environ[name], "***")
+    return re.sub(r"//[^/@\s]+@", "//***@", text)

@@ -1,0 +1,129 @@
+"""What every storage can do."""
+
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import BinaryIO, Literal, NamedTuple
+
+__all__ = ["ANYTHING", "Entry", "Expected", "Storage", "Upload"]
+
+
+class _Anything(enum.Enum):
+    ANYTHING = "anything"
+
+
+ANYTHING = _Anything.ANYTHING
+Expected = str | None | Literal[_Anything.ANYTHING]
+
+
+class Entry(NamedTuple):
+    """One object: path relative to its storage, bytes, and a version that changes when the content does."""
+
+    path: str
+    size: int
+    version: str  # modification time in ns, or the ETag: on S3, equal content has an equal version
+
+
+class Upload(NamedTuple):
+    """A write that has begun and not ended: under way, or abandoned by a process that died. No listing shows it."""
+
+    path: str  # of the object that it would have become
+    id: str
+    started: datetime  # with its time zone
+
+
+class Storage(ABC):
+    """Objects below one location, addressed by relative paths with `/`. Pickles: a client is made where it is used."""
+
+    uri: str
+
+    @abstractmethod
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """Every object below the folder `prefix`, recursive, sorted by path; nothing if there is no such folder."""
+
+    @abstractmethod
+    def read(self, path: str) -> bytes:
+        """The whole object, of one version. Raises FileNotFoundError if there is none."""
+
+    @abstractmethod
+    def read_range(self, path: str, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset`, fewer at the end. Raises FileNotFoundError if there is no such object."""
+
+    @abstractmethod
+    def open(self, path: str) -> BinaryIO:
+        """The object as a seekable file to read, in a few MiB of memory however large it is.
+
+        All of it is one version: if another process replaces the object, what is read stays the old one (local) or
+        reading raises Conflict (S3). Raises FileNotFoundError if there is none.
+        """
+
+    @abstractmethod
+    def write(self, path: str, data: bytes | Path, *, expected: Expected = ANYTHING) -> str:
+        """Puts an object, from memory or from a local file, and returns its version.
+
+        Readers see the old object or the new one, never a part. `expected`: what must be there for the write to
+        happen: None for no object, or the version of one (`Entry.version`). Raises Conflict, and changes nothing, if
+        it is something else: of several processes that expect the same, one writes. Between `write`s only: what is
+        put there without `expected` asks nobody.
+        """
+
+    @abstractmethod
+    def stat(self, path: str) -> Entry:
+        """Size and version of one object. Raises FileNotFoundError if there is none."""
+
+    def exists(self, path: str) -> bool:
+        try:
+            self.stat(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    @abstractmethod
+    def delete(self, path: str) -> None:
+        """Removes an object; none there is fine."""
+
+    @abstractmethod
+    def delete_many(self, paths: Iterable[str]) -> None:
+        """Removes objects, on S3 a thousand with each request."""
+
+    @abstractmethod
+    def child(self, path: str) -> "Storage":
+        """The storage below the folder `path`."""
+
+    @abstractmethod
+    def download(self, path: str, target: Path) -> None:
+        """Copies an object to a local file."""
+
+    @abstractmethod
+    def require_writable(self, needed_bytes: int | None = None) -> None:
+        """Asks before the work whether its results can be kept, and leaves nothing behind.
+
+        Raises UsageError for a missing bucket, credentials that are wrong or may not write, and a read-only place;
+        DeeDSRError for a local disk that is full or has less than `needed_bytes` free.
+        """
+
+    @abstractmethod
+    def uploads(self) -> Iterator[Upload]:
+        """Writes that have begun and not ended, below this location."""
+
+    @abstractmethod
+    def abort(self, upload: Upload) -> None:
+        """Frees what an upload holds; one that has ended is fine."""
+
+    def abandoned_uploads(self, older_than: timedelta) -> Iterator[Upload]:
+        """Uploads that began at least `older_than` ago: by then, one under way would have ended."""
+        latest = datetime.now().astimezone() - older_than
+        return (upload for upload in self.uploads() if upload.started <= latest)
+
+    def abort_uploads(self, older_than: timedelta) -> int:
+        """Frees what abandoned uploads hold; returns their number."""
+        abandoned = [*self.abandoned_uploads(older_than)]
+        for upload in abandoned:
+            self.abort(upload)
+        return len(abandoned)
+
+    def local_path(self, path: str) -> Path | None:
+        """The object's place in the local file system, None where it has none."""
+        return None

@@ -1,0 +1,307 @@
+"""Objects below a prefix of an S3 bucket.
+
+Uploads carry a checksum that S3 verifies, and whole reads are verified against it (boto3's CRC; for a server that lacks
+it, AWS_REQUEST_CHECKSUM_CALCULATION=when_required and AWS_RESPONSE_CHECKSUM_VALIDATION=when_required turn it off).
+S3 has no checksum of a part of an object: what `read_range` and `open` return is guarded by TCP and TLS only.
+"""
+
+import functools
+import io
+import os
+import threading
+import time
+import uuid
+import zlib
+from base64 import b64decode
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from deedsr.errors import DeeDSRError
+from pipelines.storage.errors import Conflict, explained
+from pipelines.storage.interface import ANYTHING, Entry, Expected, Storage, Upload
+
+__all__ = ["TRANSFERS", "S3Storage"]
+
+TRANSFERS = 16  # objects in flight at a time: an S3 request is mostly waiting
+_ATTEMPTS = 10
+_CONNECT_SECONDS, _READ_SECONDS = 10, 60  # without an answer for so long, a request is tried again
+_PIECE = 64 << 10  # bytes of a body taken at a time: no more is lost where it breaks
+_READ_AHEAD = 4 << 20
+_DELETED_AT_ONCE = 1000  # S3's limit
+_making_a_client = threading.Lock()  # else every thread that comes before there is one makes its own
+_WRITER = "deedsr-write"  # metadata that tells a conditional write from those of others
+
+
+class S3Storage(Storage):
+    """Endpoint, region and keys come from the standard AWS environment, never from the URI."""
+
+    def __init__(self, bucket: str, prefix: str):
+        self.bucket = bucket
+        self.prefix = prefix.strip("/")
+        self.uri = f"s3://{bucket}/{self.prefix}".rstrip("/")
+
+    @property
+    def _client(self) -> Any:
+        variables = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+        with explained("open", self.uri), _making_a_client:
+            return _s3_client(variables)
+
+    def _key(self, path: str) -> str:
+        return f"{self.prefix}/{path}" if self.prefix else path
+
+    def _path(self, key: str) -> str:
+        return key[len(self.prefix) + 1 if self.prefix else 0 :]
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        folder = self._key(prefix.strip("/")).strip("/")
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self.bucket, Prefix=f"{folder}/" if folder else ""
+        )
+        with explained("list", self.uri):
+            for page in pages:
+                for item in page.get("Contents", ()):
+                    if not item["Key"].endswith("/"):  # the empty objects by which consoles show folders
+                        yield Entry(self._path(item["Key"]), item["Size"], item["ETag"].strip('"'))
+
+    def read(self, path: str) -> bytes:
+        buffer = io.BytesIO()
+        self._fetch(path, buffer)
+        return buffer.getvalue()
+
+    def download(self, path: str, target: Path) -> None:
+        with explained("write", str(target)):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("wb") as file:
+                self._fetch(path, file)
+
+    def read_range(self, path: str, offset: int, size: int) -> bytes:
+        if not size:
+            self.stat(path)
+        return b"".join(self._pieces(path, offset, offset + size)) if size else b""
+
+    def open(self, path: str) -> BinaryIO:
+        return io.BufferedReader(_ObjectFile(self, self.stat(path)), _READ_AHEAD)
+
+    def _fetch(self, path: str, file: BinaryIO) -> None:
+        """Writes the whole object to `file`, verified; from the start again if another version appears meanwhile."""
+        for left in reversed(range(_ATTEMPTS)):
+            file.seek(0)
+            file.truncate()
+            try:
+                for piece in self._pieces(path):
+                    file.write(piece)
+                return
+            except (Conflict, _Damaged):
+                if not left:
+                    raise
+
+    def _pieces(self, path: str, begin: int = 0, end: int | None = None, version: str | None = None) -> Iterator[bytes]:
+        """The object's bytes from `begin` to `end`, all of one version.
+
+        A body that breaks, where boto3 itself does not try again, continues with the first byte that is missing.
+        """
+        from botocore.exceptions import ClientError, FlexibleChecksumError, HTTPClientError, IncompleteReadError
+
+        place, crc, expected_crc, failures = begin, 0, None, 0
+        with explained("read", f"{self.uri}/{path}"):
+            while True:
+                options = {"IfMatch": f'"{version}"'} if version else {}
+                if place or end is not None:
+                    options["Range"] = f"bytes={place}-{'' if end is None else end - 1}"
+                try:
+                    response = self._client.get_object(Bucket=self.bucket, Key=self._key(path), **options)
+                except ClientError as error:
+                    if _code(error) in ("InvalidRange", "416"):  # it begins at the end of the object or after it
+                        return
+                    raise
+                if version is None:
+                    version = response["ETag"].strip('"')
+                    expected_crc = None if options else _crc32(response)
+                end = place + response["ContentLength"]
+                try:
+                    while piece := response["Body"].read(_PIECE):
+                        failures = 0
+                        place += len(piece)
+                        crc = zlib.crc32(piece, crc)
+                        yield piece
+                except (HTTPClientError, IncompleteReadError):
+                    failures += 1
+                    if failures == _ATTEMPTS:
+                        raise
+                    continue
+                except FlexibleChecksumError:
+                    raise _Damaged(f"{self.uri}/{path}") from None
+                # boto3 has verified a body that came in one response, but not one put together here.
+                if expected_crc not in (None, crc):
+                    raise _Damaged(f"{self.uri}/{path}")
+                return
+
+    def write(self, path: str, data: bytes | Path, *, expected: Expected = ANYTHING) -> str:
+        with explained("write", f"{self.uri}/{path}"):
+            if expected is not ANYTHING:
+                return self._write_if(path, data, expected)
+            if not isinstance(data, Path):
+                return self._put(path, data)
+            self._client.upload_file(str(data), self.bucket, self._key(path))  # in parts, aborted when one fails
+        return self.stat(path).version
+
+    def _put(self, path: str, data: bytes | Path, **options: Any) -> str:
+        with data.open("rb") if isinstance(data, Path) else io.BytesIO(data) as body:
+            answer = self._client.put_object(Bucket=self.bucket, Key=self._key(path), Body=body, **options)
+        return answer["ETag"].strip('"')
+
+    def _write_if(self, path: str, data: bytes | Path, expected: str | None) -> str:
+        from botocore.exceptions import ClientError
+
+        condition = {"IfNoneMatch": "*"} if expected is None else {"IfMatch": f'"{expected}"'}
+        writer = uuid.uuid4().hex
+        for left in reversed(range(_ATTEMPTS)):
+            try:
+                return self._put(path, data, Metadata={_WRITER: writer}, **condition)
+            except ClientError as error:
+                code = _code(error)
+                if code in ("NotImplemented", "501"):
+                    return self._write_after_stat(path, data, expected)
+                if code == "ConditionalRequestConflict" and left:  # another write was under way
+                    time.sleep(0.1)
+                elif code in ("PreconditionFailed", "412", "NoSuchKey", "404"):
+                    # The answer to an attempt that did write may have been lost, and boto3 has then tried again.
+                    return self._version_by(writer, path)
+                else:
+                    raise
+        raise AssertionError("unreachable")
+
+    def _version_by(self, writer: str, path: str) -> str:
+        try:
+            with explained("read", f"{self.uri}/{path}"):
+                head = self._client.head_object(Bucket=self.bucket, Key=self._key(path))
+        except FileNotFoundError:
+            raise Conflict(f"{self.uri}/{path}") from None
+        if head["Metadata"].get(_WRITER) != writer:
+            raise Conflict(f"{self.uri}/{path}")
+        return head["ETag"].strip('"')
+
+    def _write_after_stat(self, path: str, data: bytes | Path, expected: str | None) -> str:
+        """For a server without conditional puts: two processes that write within the same moment may both succeed."""
+        present = self.stat(path).version if self.exists(path) else None
+        if present != expected:
+            raise Conflict(f"{self.uri}/{path}")
+        return self._put(path, data)
+
+    def stat(self, path: str) -> Entry:
+        with explained("read", f"{self.uri}/{path}"):
+            head = self._client.head_object(Bucket=self.bucket, Key=self._key(path))
+        return Entry(path, head["ContentLength"], head["ETag"].strip('"'))
+
+    def delete(self, path: str) -> None:
+        with explained("delete", f"{self.uri}/{path}"):
+            self._client.delete_object(Bucket=self.bucket, Key=self._key(path))
+
+    def delete_many(self, paths: Iterable[str]) -> None:
+        rest = iter(paths)
+        while batch := [{"Key": self._key(path)} for path in islice(rest, _DELETED_AT_ONCE)]:
+            with explained("delete", self.uri):
+                answer = self._client.delete_objects(Bucket=self.bucket, Delete={"Objects": batch, "Quiet": True})
+            for failed in answer.get("Errors", ()):
+                self.delete(self._path(failed["Key"]))  # tried again, or explained
+
+    def child(self, path: str) -> Storage:
+        return S3Storage(self.bucket, self._key(path))
+
+    def require_writable(self, needed_bytes: int | None = None) -> None:
+        # To begin an upload takes the permission to write, and until it ends there is no object.
+        with explained("write", self.uri):
+            key = self._key(f".writable-{uuid.uuid4().hex[:12]}")
+            upload = self._client.create_multipart_upload(Bucket=self.bucket, Key=key)
+        self.abort(Upload(self._path(key), upload["UploadId"], datetime.now().astimezone()))
+
+    def uploads(self) -> Iterator[Upload]:
+        pages = self._client.get_paginator("list_multipart_uploads").paginate(
+            Bucket=self.bucket, Prefix=f"{self.prefix}/" if self.prefix else ""
+        )
+        with explained("list the uploads of", self.uri):
+            for page in pages:
+                for upload in page.get("Uploads", ()):
+                    yield Upload(self._path(upload["Key"]), upload["UploadId"], upload["Initiated"])
+
+    def abort(self, upload: Upload) -> None:
+        from botocore.exceptions import ClientError
+
+        with explained("abort an upload to", f"{self.uri}/{upload.path}"):
+            try:
+                self._client.abort_multipart_upload(Bucket=self.bucket, Key=self._key(upload.path), UploadId=upload.id)
+            except ClientError as error:
+                if _code(error) != "NoSuchUpload":
+                    raise
+
+
+class _ObjectFile(io.RawIOBase):
+    """One version of an object as an unbuffered file."""
+
+    def __init__(self, storage: S3Storage, entry: Entry):
+        self._storage, self._entry, self._place = storage, entry, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._entry.size}[whence]
+        if place < 0:
+            raise ValueError(f"cannot seek to {place}, before the begin of {self._entry.path}")
+        self._place = place
+        return place
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        end = min(self._place + len(view), self._entry.size)
+        filled = 0
+        if self._place < end:
+            for piece in self._storage._pieces(self._entry.path, self._place, end, self._entry.version):
+                view[filled : filled + len(piece)] = piece
+                filled += len(piece)
+        self._place += filled
+        return filled
+
+    def readall(self) -> bytes:
+        data = bytearray(max(self._entry.size - self._place, 0))
+        return bytes(data[: self.readinto(data)])
+
+
+class _Damaged(DeeDSRError):
+    def __init__(self, uri: str):
+        super().__init__(f"{uri} arrived damaged: its checksum is another")
+
+
+def _code(error: Any) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _crc32(response: dict[str, Any]) -> int | None:
+    """The CRC32 of a whole object, None where S3 has none or one of its parts' checksums."""
+    text = response.get("ChecksumCRC32", "")
+    return int.from_bytes(b64decode(text)) if text and "-" not in text else None
+
+
+@functools.lru_cache(maxsize=1)
+def _s3_client(environment: tuple[tuple[str, str], ...]) -> Any:
+    """One client per process (they are thread-safe and slow to make), a new one when the AWS variables change."""
+    import boto3
+    from botocore.config import Config
+
+    config = Config(
+        retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
+        connect_timeout=_CONNECT_SECONDS,
+        read_timeout=_READ_SECONDS,
+        max_pool_connections=2 * TRANSFERS,
+        region_name=os.environ.get("AWS_REGION"),  # boto3 itself only reads AWS_DEFAULT_REGION
+    )
+    return boto3.session.Session().client("s3", config=config)
