@@ -138,22 +138,22 @@ def test_publish_writes_the_json_that_vouches_for_the_rest_last(storage, tmp_pat
 
 
 def test_of_several_writers_that_expect_the_same_one_writes(storage):
-    def attempt(number, expected):
+    def attempt(text, expected):
         try:
-            return storage.write("a/x", f"{number}".encode(), expected=expected)
+            return storage.write("a/x", text.encode(), expected=expected)
         except Conflict:
             return None
 
-    # The S3 server of the tests itself lets a put in between the comparison and the put of another: one after the other.
+    # moto compares and puts in two steps, between which another put may come: there, one after the other.
     at_once = 8 if storage.local_path("") else 1
     expected = None
-    for _ in range(3):
+    for step in range(3):
+        texts = [f"{step} {writer}" for writer in range(8)]  # equal content is an equal version on S3
         with ThreadPoolExecutor(at_once) as threads:
-            versions = [*threads.map(lambda number, expected=expected: attempt(number, expected), range(8))]
-        (writer,) = [number for number, version in enumerate(versions) if version]
-        assert storage.read("a/x") == f"{writer}".encode()
-        assert storage.stat("a/x").version == versions[writer]
-        expected = versions[writer]
+            versions = [*threads.map(attempt, texts, [expected] * 8)]
+        ((text, expected),) = [written for written in zip(texts, versions, strict=True) if written[1]]
+        assert storage.read("a/x") == text.encode()
+        assert storage.stat("a/x").version == expected
     assert [entry.path for entry in storage.list()] == ["a/x"]
     storage.delete("a/x")
     with pytest.raises(Conflict, match=re.escape(f"{storage.uri}/a/x was changed by another process")):

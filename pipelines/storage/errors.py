@@ -2,9 +2,9 @@
 
 import errno
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from deedsr.errors import DeeDSRError, UsageError
 
@@ -35,22 +35,25 @@ def explained(verb: str, uri: str) -> Iterator[None]:
         yield
     except (FileNotFoundError, DeeDSRError):
         raise
-    except PermissionError as error:
-        raise UsageError(f"no permission to {verb} {uri}") from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            message = f"cannot write {uri}: no space left; free some and run the same command again"
-            raise DeeDSRError(message) from error
-        if error.errno in (errno.ENOTDIR, errno.EEXIST):
-            raise UsageError(f"cannot {verb} {uri}: part of that path is a file, not a directory") from error
-        if error.errno == errno.EROFS:
-            raise UsageError(f"cannot {verb} {uri}: that file system is read-only") from error
-        raise DeeDSRError(f"cannot {verb} {uri}: {error.strerror or error}") from error
     except Exception as error:
-        reason = _explain_s3(verb, uri, error)
+        # Some errors of botocore are OSErrors as well, without a number.
+        file_system = isinstance(error, OSError) and error.errno is not None
+        reason = _explain_file_system(verb, uri, error) if file_system else _explain_s3(verb, uri, error)
         if reason is None:
             raise
-        raise reason from error
+        raise reason from (None if _tells_secret(error) else error)
+
+
+def _explain_file_system(verb: str, uri: str, error: Any) -> DeeDSRError:
+    if isinstance(error, PermissionError):
+        return UsageError(f"no permission to {verb} {uri}")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DeeDSRError(f"cannot write {uri}: no space left; free some and run the same command again")
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return UsageError(f"cannot {verb} {uri}: part of that path is a file, not a directory")
+    if error.errno == errno.EROFS:
+        return UsageError(f"cannot {verb} {uri}: that file system is read-only")
+    return DeeDSRError(f"cannot {verb} {uri}: {error.strerror or error}")
 
 
 def _explain_s3(verb: str, uri: str, error: Exception) -> Exception | None:
@@ -60,11 +63,13 @@ def _explain_s3(verb: str, uri: str, error: Exception) -> Exception | None:
         BotoCoreError,
         ClientError,
         ConnectionError,
+        ConnectTimeoutError,
         HTTPClientError,
         NoCredentialsError,
         NoRegionError,
         PartialCredentialsError,
         ProfileNotFound,
+        ReadTimeoutError,
     )
 
     bucket = uri.split("/")[2] if uri.startswith("s3://") else uri
@@ -88,17 +93,36 @@ def _explain_s3(verb: str, uri: str, error: Exception) -> Exception | None:
         return UsageError(f"cannot {verb} {uri}: no AWS credentials found; {remedy}")
     if isinstance(error, NoRegionError):
         return UsageError(f"cannot {verb} {uri}: no AWS region; set AWS_REGION")
+    if isinstance(error, ReadTimeoutError | ConnectTimeoutError):
+        return DeeDSRError(
+            f"cannot {verb} {uri}: the S3 endpoint does not answer; check AWS_ENDPOINT_URL and the network"
+        )
     if isinstance(error, ConnectionError | HTTPClientError):
         return DeeDSRError(f"cannot {verb} {uri}: no connection to the S3 endpoint; check AWS_ENDPOINT_URL")
     if isinstance(error, BotoCoreError | Boto3Error):
         return DeeDSRError(f"cannot {verb} {uri}: {_without_secrets(str(error))}")
-    if isinstance(error, ValueError) and "endpoint" in str(error).lower():
+    if isinstance(error, ValueError) and any(word in str(error) for word in ("endpoint", "URL")):
         return UsageError(f"cannot {verb} {uri}: AWS_ENDPOINT_URL is no URL; write http://host:port or https://host")
     return None
 
 
+def _tells_secret(error: BaseException | None) -> bool:
+    """Whether a traceback of `error`, as Ray logs it, would show keys: those of the environment or in the endpoint."""
+    while error is not None:
+        if any(secret in str(error) for secret in _secrets()):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _without_secrets(text: str) -> str:
-    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
-        if os.environ.get(name):
-            text = text.replace(os.environ[name], "***")
-    return re.sub(r"//[^/@\s]+@", "//***@", text)
+    for secret in _secrets():
+        text = text.replace(secret, "***")
+    return text
+
+
+def _secrets() -> list[str]:
+    held = [os.environ.get(name, "") for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")]
+    endpoints = [os.environ.get(name, "") for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")]
+    held += [endpoint.rpartition("@")[0].rpartition("/")[2] for endpoint in endpoints]
+    return [secret for secret in held if secret]

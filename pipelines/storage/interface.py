@@ -23,7 +23,7 @@ class Entry(NamedTuple):
 
     path: str
     size: int
-    version: str  # modification time in ns, or the ETag
+    version: str  # modification time in ns, or the ETag: on S3, equal content has an equal version
 
 
 class Upload(NamedTuple):
@@ -65,7 +65,8 @@ class Storage(ABC):
 
         Readers see the old object or the new one, never a part. `expected`: what must be there for the write to
         happen: None for no object, or the version of one (`Entry.version`). Raises Conflict, and changes nothing, if
-        it is something else: of several processes that expect the same, one writes.
+        it is something else: of several processes that expect the same, one writes. Between `write`s only: what is
+        put there without `expected` asks nobody.
         """
 
     @abstractmethod

@@ -166,10 +166,17 @@ def _locked(folder: Path) -> Iterator[None]:
     while True:
         with path.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            # Who had the lock before has removed the file: a lock on that one excludes nobody.
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                try:
-                    yield
-                finally:
-                    path.unlink()
-                return
+            if not _is_at(path, file):  # who had the lock before has removed it: to lock that one excludes nobody
+                continue
+            try:
+                yield
+            finally:
+                path.unlink()
+            return
+
+
+def _is_at(path: Path, file: BinaryIO) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

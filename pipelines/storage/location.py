@@ -30,5 +30,11 @@ def open_storage(uri: str | Path) -> Storage:
         bucket, _, prefix = rest.partition("/")
         if not bucket:
             raise UsageError(f"{text} names no bucket: write s3://bucket/prefix")
+        if "@" in bucket or ":" in bucket:  # not repeated in the message, which may be logged
+            raise UsageError(
+                "an s3:// location holds no keys or port: write s3://bucket/prefix and set the AWS variables"
+            )
         return S3Storage(bucket, prefix)
-    raise UsageError(f"{text}: locations are s3://bucket/prefix, file:///dir or a path, not {scheme[1]}://")
+    raise UsageError(
+        f"{re.sub('//[^/]*@', '//***@', text)}: locations are s3://bucket/prefix, file:///dir or a path, not {scheme[1]}://"
+    )

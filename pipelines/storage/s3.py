@@ -8,6 +8,7 @@ S3 has no checksum of a part of an object: what `read_range` and `open` return i
 import functools
 import io
 import os
+import threading
 import time
 import uuid
 import zlib
@@ -30,6 +31,7 @@ _CONNECT_SECONDS, _READ_SECONDS = 10, 60  # without an answer for so long, a req
 _PIECE = 64 << 10  # bytes of a body taken at a time: no more is lost where it breaks
 _READ_AHEAD = 4 << 20
 _DELETED_AT_ONCE = 1000  # S3's limit
+_making_a_client = threading.Lock()  # else every thread that comes before there is one makes its own
 _WRITER = "deedsr-write"  # metadata that tells a conditional write from those of others
 
 
@@ -43,8 +45,9 @@ class S3Storage(Storage):
 
     @property
     def _client(self) -> Any:
-        with explained("open", self.uri):
-            return _s3_client(tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_"))))
+        variables = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+        with explained("open", self.uri), _making_a_client:
+            return _s3_client(variables)
 
     def _key(self, path: str) -> str:
         return f"{self.prefix}/{path}" if self.prefix else path

@@ -1,0 +1,329 @@
+"""Claims on S3 storage behind a network that fails, before servers that refuse, and on disks that are full."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import traceback
+import urllib.request
+from datetime import timedelta
+from functools import partial
+
+import boto3
+import numpy as np
+import pytest
+import yaml
+from fault_proxy import FaultProxy
+
+from deedsr.errors import DeeDSRError, UsageError
+from pipelines.dataset import Dataset
+from pipelines.storage import Conflict, localize, open_storage, publish
+from pipelines.storage import s3 as s3_module
+
+
+@pytest.fixture
+def through(bucket, s3_server, monkeypatch, tmp_path):
+    """A function that puts a proxy with these faults between this process and the S3 server."""
+    proxies = []
+
+    def start(*faults, **options) -> FaultProxy:
+        proxies.append(FaultProxy(s3_server, *faults, **options).__enter__())
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxies[-1].endpoint)
+        return proxies[-1]
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield start
+    for proxy in proxies:
+        proxy.__exit__()
+
+
+def pattern(size: int, seed: int = 0) -> bytes:
+    return np.random.default_rng(seed).bytes(size)
+
+
+@pytest.mark.parametrize(("share", "objects"), [(0.1, 30), (0.3, 6)])
+def test_every_operation_is_right_on_a_network_that_fails(share, objects, through, bucket, tmp_path):
+    proxy = through(share, seed=1)
+    large = pattern(17 << 20)  # three parts
+    folder = tmp_path / "folder"
+    (folder / "sub").mkdir(parents=True)
+    for number in range(objects):
+        (folder / "sub" / f"{number:02d}").write_bytes(pattern(3000 + 100_000 * (number % 3), number))
+    (folder / "large").write_bytes(large)
+    (folder / "made.json").write_bytes(b"{}")
+
+    storage = open_storage(f"{bucket}/{tmp_path.name}")
+    storage.require_writable()
+    publish(folder, storage.uri)
+    expected = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    assert {entry.path: entry.size for entry in storage.list()} == {path: len(d) for path, d in expected.items()}
+    assert all(storage.read(path) == data for path, data in expected.items())
+    assert storage.stat("large").size == len(large)
+    assert storage.read_range("large", 5_000_000, 9_000_000) == large[5_000_000:14_000_000]
+    with storage.open("large") as file:
+        assert hashlib.file_digest(file, "sha256").digest() == hashlib.sha256(large).digest()
+        file.seek(-8, os.SEEK_END)
+        assert file.read() == large[-8:]
+    local = localize(storage.uri)
+    assert {str(f.relative_to(local)): f.read_bytes() for f in local.rglob("*") if f.is_file()} == expected
+
+    version = None
+    for number in range(6):  # an attempt whose answer was lost is no conflict with oneself
+        version = storage.write("commit", f"{number}".encode(), expected=version)
+    with pytest.raises(Conflict):
+        storage.write("commit", b"other", expected=None)
+    storage.delete_many(expected)
+    storage.delete("commit")
+    assert not list(storage.list())
+    storage.abort_uploads(timedelta(0))
+    assert not list(storage.uploads())
+    print(proxy.requests, "requests, of them", dict(proxy.injected))
+    assert sum(proxy.injected.values()) > share * proxy.requests / 2
+
+
+def test_a_body_that_breaks_continues_where_it_broke(through, bucket, tmp_path):
+    data = pattern(8 << 20)
+    storage = open_storage(f"{bucket}/{tmp_path.name}")
+    storage.write("x", data)
+    for read in (
+        storage.read,
+        lambda path: storage.open(path).read(),
+        lambda path: storage.read_range(path, 0, 8 << 20),
+    ):
+        proxy = through(lambda number: number < 5, ("truncated",))
+        assert read("x") == data
+        assert proxy.injected["truncated"] == 5
+        assert proxy.sent < 1.1 * len(data)
+
+
+def test_bytes_that_the_network_changed_are_noticed(through, bucket, tmp_path):
+    data = pattern(1 << 20)
+    storage = open_storage(f"{bucket}/{tmp_path.name}")
+    storage.write("x", data)
+    proxy = through(lambda number: number == 0, ("changed",))
+    assert storage.read("x") == data
+    assert proxy.injected == {"changed": 1}
+
+
+def test_an_object_that_is_replaced_while_its_body_is_broken_is_read_again_from_the_start(
+    through, bucket, s3_server, tmp_path
+):
+    old, new = pattern(1 << 20, 1), pattern(1 << 20, 2)
+    storage = open_storage(f"{bucket}/{tmp_path.name}")
+    storage.write("x", old)
+
+    def replace_before_the_second(number):
+        if number == 1:
+            boto3.client("s3", endpoint_url=s3_server).put_object(
+                Bucket=storage.bucket, Key=f"{storage.prefix}/x", Body=new
+            )
+        return number == 0
+
+    proxy = through(replace_before_the_second, ("truncated",))
+    assert storage.read("x") == new
+    assert proxy.requests == 3
+
+
+def test_an_answer_that_never_comes_ends_in_one_clear_error(through, bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(s3_module, "_READ_SECONDS", 0.2)
+    monkeypatch.setattr(s3_module, "_ATTEMPTS", 2)
+    proxy = through(1.0, ("slow",), slow=30)
+    with pytest.raises(DeeDSRError, match=f"cannot read {bucket}/x: the S3 endpoint does not answer"):
+        open_storage(bucket).read("x")
+    assert proxy.requests == 2
+
+
+def test_an_upload_that_fails_leaves_no_parts(through, bucket, tmp_path, monkeypatch):
+    (tmp_path / "large").write_bytes(pattern(20 << 20))
+    storage = open_storage(f"{bucket}/{tmp_path.name}")
+    monkeypatch.setattr(s3_module, "_ATTEMPTS", 1)
+    proxy = through(lambda number: number == 2, ("500",))
+    with pytest.raises(DeeDSRError):
+        storage.write("large", tmp_path / "large")
+    assert proxy.injected
+    assert not list(storage.uploads())
+    assert not list(storage.list())
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_what_a_killed_writer_leaves_is_found_and_removed(place, bucket, tmp_path):
+    uri = str(tmp_path / "store") if place == "local" else f"{bucket}/{tmp_path.name}"
+    (tmp_path / "large").write_bytes(pattern(20 << 20))
+    killed = (
+        "import os, sys, pipelines.storage.local, pipelines.storage.s3 as s3, pathlib\n"
+        "os.fsync = lambda *_: os._exit(9)\n"
+        "storage = s3.S3Storage(*sys.argv[1][5:].split('/', 1)) if sys.argv[1][:3] == 's3:' else None\n"
+        "if storage:\n"
+        "    storage._client.meta.events.register('before-call.s3.UploadPart', lambda **_: os._exit(9))\n"
+        "else:\n"
+        "    storage = pipelines.storage.local.LocalStorage(pathlib.Path(sys.argv[1]))\n"
+        "storage.write('a/large', pathlib.Path(sys.argv[2]))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", killed, uri, tmp_path / "large"]).returncode == 9
+    storage = open_storage(uri)
+    assert not list(storage.list())
+    assert [upload.path for upload in storage.uploads()] == ["a/large"]
+    if place == "local":  # moto says of all uploads that they began in 2010
+        assert storage.abort_uploads(timedelta(hours=1)) == 0
+    assert storage.abort_uploads(timedelta(0)) == 1
+    assert not list(storage.uploads())
+
+
+def without_hash(path: str) -> str:
+    return re.sub("[0-9a-f]{12,}", "HASH", path)
+
+
+def test_shards_made_on_a_network_that_fails_have_the_same_digest(
+    small_dataset, small_recipe, photos, through, bucket, tmp_path
+):
+    place = f"{bucket}/{tmp_path.name}"
+    publish(photos, f"{place}/photos")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(small_recipe.model_dump(mode="json")))
+    proxy = through(0.1)
+    # A process with a cluster of its own, whose workers have the proxy's address from the start.
+    words = ["shards", "--source", f"{place}/photos", "--out", f"{place}/out", "--workers", "2", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "deedsr", *words, "--recipe", str(tmp_path / "recipe.yaml")],
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["digest"] == Dataset.open(small_dataset).digest
+    print(proxy.requests, "requests, of them", dict(proxy.injected))
+    assert len(proxy.injected) > 2
+    out = open_storage(f"{place}/out")
+    made = [entry.path for entry in out.list()]
+    expected = [entry.path for entry in open_storage(small_dataset).list()]
+    assert [path for path in made if "/" not in path] == [path for path in expected if "/" not in path]
+    # The names of the state hash where the sources lie.
+    assert sorted(map(without_hash, made)) == sorted(map(without_hash, expected))
+    out.abort_uploads(timedelta(0))
+    assert not list(out.uploads())
+
+
+@pytest.fixture
+def checked_keys(bucket, s3_server, monkeypatch, tmp_path):
+    """The S3 server checks signatures and policies; a function makes keys that may do certain things.
+
+    Yields the function: it sets the AWS variables and returns the secret.
+    """
+    iam = boto3.client("iam")
+
+    def use(*actions: str) -> str:
+        name = f"user-{len(actions)}-{tmp_path.name}"[:60]
+        iam.create_user(UserName=name)
+        statement = {"Effect": "Allow", "Action": list(actions), "Resource": "*"}
+        if actions:
+            policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+            iam.put_user_policy(UserName=name, PolicyName="p", PolicyDocument=policy)
+        key = iam.create_access_key(UserName=name)["AccessKey"]
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
+        check("0")
+        return key["SecretAccessKey"]
+
+    def check(after: str) -> None:
+        request = urllib.request.Request(
+            f"{s3_server}/moto-api/reset-auth", after.encode(), {"Content-Type": "text/plain"}, method="POST"
+        )
+        urllib.request.urlopen(request).close()
+
+    yield use
+    check("inf")
+
+
+def refused(call, caplog, secret) -> str:
+    """The message of the UsageError that `call` raises; no secret is in it, its causes or a log."""
+    caplog.set_level(logging.INFO)
+    with pytest.raises(UsageError) as error:
+        call()
+    told = "".join(traceback.format_exception(error.value)) + caplog.text
+    assert secret not in told
+    return str(error.value)
+
+
+def test_keys_that_may_not_write_are_told_before_the_work(checked_keys, bucket, caplog):
+    secret = checked_keys("s3:GetObject", "s3:ListBucket")
+    out = open_storage(f"{bucket}/out")
+    assert f"no permission to write {bucket}/out" in refused(out.require_writable, caplog, secret)
+    assert f"no permission to write {bucket}/out/x" in refused(lambda: out.write("x", b""), caplog, secret)
+
+
+def test_keys_that_may_write_are_enough(checked_keys, bucket):
+    checked_keys("s3:PutObject", "s3:AbortMultipartUpload")
+    open_storage(f"{bucket}/out").require_writable()
+
+
+@pytest.mark.parametrize("variable", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
+def test_wrong_keys_are_told_before_the_work(variable, checked_keys, bucket, caplog, monkeypatch):
+    checked_keys("s3:*")
+    monkeypatch.setenv(variable, "wrong/and+secret")
+    message = refused(open_storage(bucket).require_writable, caplog, "wrong/and+secret")
+    assert "the AWS credentials are not valid" in message
+
+
+def test_a_missing_bucket_is_told_before_the_work(bucket, caplog):
+    message = refused(open_storage("s3://deedsr-nowhere/x").require_writable, caplog, "test-secret")
+    assert "no bucket 'deedsr-nowhere'" in message
+
+
+@pytest.mark.parametrize("endpoint", ["http://user:{}@[::1", "user:{}@host"])
+def test_an_endpoint_that_is_no_url_is_told_without_what_it_holds(endpoint, bucket, caplog, monkeypatch):
+    secret = "pass-word"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint.format(secret))
+    assert "AWS_ENDPOINT_URL" in refused(open_storage(bucket).require_writable, caplog, secret)
+
+
+def test_keys_in_a_location_are_refused_and_not_repeated(caplog):
+    secret = "-".join(["pass", "word"])  # a traceback shows this line
+    for uri in (f"s3://KEY:{secret}@bucket/x", f"https://KEY:{secret}@host/bucket"):
+        refused(partial(open_storage, uri), caplog, secret)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting is not permitted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_is_one_clear_error_and_nothing_partial_stays(small_disk, tmp_path):
+    storage = open_storage(small_disk / "out")
+    (tmp_path / "large").write_bytes(pattern(2 << 20))
+    for data in (pattern(2 << 20), tmp_path / "large"):
+        with pytest.raises(DeeDSRError, match=re.escape(f"cannot write {small_disk}/out/x: no space left")):
+            storage.write("x", data)
+        assert not [file for file in small_disk.rglob("*") if file.is_file()]
+    with pytest.raises(DeeDSRError, match=r"needs about 2,000,000 bytes and its disk has [0-9,]+ free"):
+        storage.require_writable(2_000_000)
+    storage.require_writable(500_000)
+    storage.write("x", pattern(1_000_000))
+    (small_disk / "rest").write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    with pytest.raises(DeeDSRError, match="no space left"):
+        storage.require_writable()
+
+
+def test_a_disk_that_fills_while_objects_come_down_is_named(small_disk, bucket, tmp_path, monkeypatch):
+    storage = open_storage(f"{bucket}/{tmp_path.name}")
+    storage.write("x", pattern(2 << 20))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(small_disk / "cache"))
+    with pytest.raises(DeeDSRError, match=f"cannot write {small_disk}/cache.*: no space left"):
+        localize(storage.uri)
+    assert not [file for file in small_disk.rglob("*") if file.is_file()]
+
+
+def test_a_read_only_disk_is_told_before_the_work(small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(UsageError, match="read-only"):
+        open_storage(small_disk / "out").require_writable()
