@@ -106,11 +106,12 @@ def survey(dataset: Dataset, index: SampleIndex, progress: bool) -> Survey:
 
 def _parameters(dataset: Dataset, index: SampleIndex) -> dict[str, list[Parameter]]:
     """The columns of the degradation by step, in their order in the index, nothing counted yet."""
-    ranges = dataset.recipe.degradation
-    # A stratum has ranges of its own: those of the recipe limit none of them.
-    stratified = bool(dataset.manifest.recipe.get("strata"))
-    limits = {} if stratified else parameter_limits(ranges)
-    shares = {} if stratified else parameter_shares(ranges)
+    recipe = dataset.recipe
+    # A stratum has ranges of its own: the widest of all limit the whole.
+    each = [parameter_limits(stratum.degradation) for stratum in recipe.strata.values()]
+    each = each or [parameter_limits(recipe.degradation)]
+    limits = {name: (min(one[name][0] for one in each), max(one[name][1] for one in each)) for name in each[0]}
+    shares = {} if recipe.strata else parameter_shares(recipe.degradation)
     steps: dict[str, list[Parameter]] = {}
     for column in index.columns:
         if not column.startswith("deg_"):

@@ -15,7 +15,7 @@ import pytest
 from browser import Loads
 
 from deedsr.dataset.manifest import MANIFEST, REJECTED, SAMPLES, kept_copy
-from deedsr.degradation.recipe import Recipe
+from deedsr.degradation.recipe import Recipe, load_recipe
 from deedsr.errors import DatasetNotCommitted, DeeDSRError, UsageError
 from jobs import cli
 from pipelines.dataset import Dataset
@@ -150,16 +150,21 @@ def test_a_wrong_distribution_is_told(small_dataset, tmp_path):
     assert "not drawn in 29.4 %" in resize  # 40 of 136, by NaN instead of null
 
 
-def test_strata_and_groups_have_their_shares_beside_those_of_the_recipe(small_dataset, tmp_path, monkeypatch):
-    def add(table: pa.Table) -> pa.Table:
-        strata = ["mild"] * 100 + ["<hard>"] * 34 + [None] * 2
-        table = table.append_column("stratum", pa.array(strata, pa.string()))
-        return table.append_column("degradation_group", pa.array([0, 1] * 67 + [None] * 2, pa.int32()))
+def replaced(table: pa.Table, name: str, values: list, kind: pa.DataType) -> pa.Table:
+    return table.set_column(table.column_names.index(name), name, pa.array(values, kind))
 
-    recipe = {"strata": {"mild": {"share": 0.75}, "<hard>": {"share": 0.2}, "never": {"share": 0.05}}}
-    mixed = rewritten(small_dataset, tmp_path / "mixed", add, recipe)
-    # A recipe with strata is coming; until then the index alone has them.
-    monkeypatch.setattr(Dataset, "recipe", Dataset.open(small_dataset).recipe)
+
+def test_strata_and_groups_have_their_shares_beside_those_of_the_recipe(small_dataset, tmp_path):
+    def add(table: pa.Table) -> pa.Table:
+        table = replaced(table, "stratum", ["mild"] * 100 + ["<hard>"] * 34 + [None] * 2, pa.string())
+        return replaced(table, "degradation_group", [0, 1] * 67 + [None] * 2, pa.int32())
+
+    shares = {"mild": ("light", 0.75), "<hard>": ("deedsr", 0.2), "never": ("heavy", 0.05)}
+    strata = {
+        name: {"share": share, "degradation": load_recipe(recipe).degradation.model_dump(mode="json")}
+        for name, (recipe, share) in shares.items()
+    }
+    mixed = rewritten(small_dataset, tmp_path / "mixed", add, {"strata": strata})
     page = Path(inspect(str(mixed), tmp_path / "p.html", samples=9, progress=False).page)
     text = text_of(page)
     for expected in ("mild 100 73.5 % 75.0 %", "<hard> 34 25.0 % 20.0 %", "never 0 0 % 5.0 %", "none 2 1.5 % –"):
@@ -168,17 +173,12 @@ def test_strata_and_groups_have_their_shares_beside_those_of_the_recipe(small_da
     shown = [re.findall(r"<span>(mild|&lt;hard&gt;)</span>", card) for card in cards(page)]
     assert sorted(len(found) for found in shown) == [0, 0] + [1] * 7  # two of no stratum: all there are
     assert 3 <= sum(found == ["&lt;hard&gt;"] for found in shown) <= 4
+    widest = [load_recipe(name).degradation.jpeg1_quality for name, _ in shares.values()]
+    assert f"recipe {min(low for low, _ in widest)} to {max(high for _, high in widest)}" in text
 
 
-def test_columns_without_a_value_mean_no_strata_and_no_groups(small_dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(Dataset, "recipe", Dataset.open(small_dataset).recipe)
-
-    def add(table: pa.Table) -> pa.Table:
-        table = table.append_column("stratum", pa.nulls(table.num_rows, pa.string()))
-        return table.append_column("degradation_group", pa.nulls(table.num_rows, pa.int32()))
-
-    plain = rewritten(small_dataset, tmp_path / "plain", add, {"strata": None})
-    text = text_of(Path(inspect(str(plain), tmp_path / "p.html", 2, progress=False).page))
+def test_columns_without_a_value_mean_no_strata_and_no_groups(small_dataset, tmp_path):
+    text = text_of(Path(inspect(str(small_dataset), tmp_path / "p.html", 2, progress=False).page))
     assert "Severity" in text
     assert "Strata" not in text
     assert "Degradation groups" not in text
