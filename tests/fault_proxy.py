@@ -24,7 +24,7 @@ FAULTS = ("500", "503", "slow", "reset", "lost", "truncated")
 class FaultProxy:
     """Stands before the server at `target` while used as a context; `endpoint` is its own address.
 
-    `share`: of the requests, or a function that says of each, by its number from 0, whether it is hit. The faults are a
+    `share`: of the requests, or a function that says of each, by its number from 0, what happens. The faults are a
     function of `seed` and of the order in which requests come. `injected` counts them by kind, `sent`
     the bytes of bodies that went to the client.
     """
@@ -32,7 +32,7 @@ class FaultProxy:
     def __init__(
         self,
         target: str,
-        share: float | Callable[[int], bool],
+        share: float | Callable[[int], str | None],
         faults: tuple[str, ...] = FAULTS,
         seed: int = 0,
         slow: float = 0.2,
@@ -49,11 +49,12 @@ class FaultProxy:
         with self._lock:
             number = self.requests
             self.requests += 1
-            if not (self.share(number) if callable(self.share) else self._random.random() < self.share):
-                return None
-            fault = self._random.choice(self.faults)
-            self.injected[fault] += 1
+            fault = self.share(number) if callable(self.share) else self._draw(self.share)
+            self.injected.update([fault] if fault else [])
             return fault
+
+    def _draw(self, share: float) -> str | None:
+        return self._random.choice(self.faults) if self._random.random() < share else None
 
     def __enter__(self) -> "FaultProxy":
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
