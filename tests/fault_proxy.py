@@ -11,13 +11,13 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
-SLOW_DOWN = (
-    b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
-)
-INTERNAL = b"<?xml version='1.0'?><Error><Code>InternalError</Code><Message>We encountered an error.</Message></Error>"
+ANSWERS = {
+    status: f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>By the proxy.</Message></Error>".encode()
+    for status, code in (("500", "InternalError"), ("501", "NotImplemented"), ("503", "SlowDown"))
+}
 # `500`, `503`, `reset`: the server never sees the request. `lost`: it does, and its answer never comes. `truncated`:
 # half the body of its answer and no more; without a body, as `lost`. `slow`: all of it, late.
-# `changed`, only where a test asks for it: the last bit of the body is another.
+# Only where a test asks for it: `501`; `changed`, the last bit of the body is another.
 FAULTS = ("500", "503", "slow", "reset", "lost", "truncated")
 
 
@@ -83,8 +83,8 @@ class _Handler(BaseHTTPRequestHandler):
         proxy = self.server.proxy
         data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         fault = proxy.draw()
-        if fault in ("500", "503"):
-            return self.answer(int(fault), [], INTERNAL if fault == "500" else SLOW_DOWN)
+        if fault in ANSWERS:
+            return self.answer(int(fault), [], ANSWERS[fault])
         if fault == "reset":
             return self.reset()
         if fault == "slow":

@@ -146,6 +146,16 @@ def test_a_conditional_write_whose_answer_was_lost_is_no_conflict_with_itself(th
     assert storage.stat("x").version == second
 
 
+def test_a_server_without_conditional_puts_is_asked_what_is_there(through, bucket, tmp_path):
+    storage = open_storage(f"{bucket}/{tmp_path.name}")
+    through({0: "501"}.get)
+    first = storage.write("x", b"1", expected=None)
+    through({0: "501"}.get)
+    with pytest.raises(Conflict):
+        storage.write("x", b"2", expected=None)
+    assert storage.stat("x").version == first
+
+
 def test_an_answer_that_never_comes_ends_in_one_clear_error(through, bucket, tmp_path, monkeypatch):
     monkeypatch.setattr(s3_module, "_READ_SECONDS", 0.2)
     monkeypatch.setattr(s3_module, "_ATTEMPTS", 2)
