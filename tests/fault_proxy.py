@@ -11,20 +11,20 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
-SLOW_DOWN = (
-    b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
-)
-INTERNAL = b"<?xml version='1.0'?><Error><Code>InternalError</Code><Message>We encountered an error.</Message></Error>"
+ANSWERS = {
+    status: f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>By the proxy.</Message></Error>".encode()
+    for status, code in (("500", "InternalError"), ("501", "NotImplemented"), ("503", "SlowDown"))
+}
 # `500`, `503`, `reset`: the server never sees the request. `lost`: it does, and its answer never comes. `truncated`:
 # half the body of its answer and no more; without a body, as `lost`. `slow`: all of it, late.
-# `changed`, only where a test asks for it: the last bit of the body is another.
+# Only where a test asks for it: `501`; `changed`, the last bit of the body is another.
 FAULTS = ("500", "503", "slow", "reset", "lost", "truncated")
 
 
 class FaultProxy:
     """Stands before the server at `target` while used as a context; `endpoint` is its own address.
 
-    `share`: of the requests, or a function that says of each, by its number from 0, whether it is hit. The faults are a
+    `share`: of the requests, or a function that says of each, by its number from 0, what happens. The faults are a
     function of `seed` and of the order in which requests come. `injected` counts them by kind, `sent`
     the bytes of bodies that went to the client.
     """
@@ -32,7 +32,7 @@ class FaultProxy:
     def __init__(
         self,
         target: str,
-        share: float | Callable[[int], bool],
+        share: float | Callable[[int], str | None],
         faults: tuple[str, ...] = FAULTS,
         seed: int = 0,
         slow: float = 0.2,
@@ -49,11 +49,12 @@ class FaultProxy:
         with self._lock:
             number = self.requests
             self.requests += 1
-            if not (self.share(number) if callable(self.share) else self._random.random() < self.share):
-                return None
-            fault = self._random.choice(self.faults)
-            self.injected[fault] += 1
+            fault = self.share(number) if callable(self.share) else self._draw(self.share)
+            self.injected.update([fault] if fault else [])
             return fault
+
+    def _draw(self, share: float) -> str | None:
+        return self._random.choice(self.faults) if self._random.random() < share else None
 
     def __enter__(self) -> "FaultProxy":
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
@@ -82,8 +83,8 @@ class _Handler(BaseHTTPRequestHandler):
         proxy = self.server.proxy
         data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         fault = proxy.draw()
-        if fault in ("500", "503"):
-            return self.answer(int(fault), [], INTERNAL if fault == "500" else SLOW_DOWN)
+        if fault in ANSWERS:
+            return self.answer(int(fault), [], ANSWERS[fault])
         if fault == "reset":
             return self.reset()
         if fault == "slow":

@@ -8,6 +8,7 @@ import shutil
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -137,7 +138,15 @@ def test_publish_writes_the_json_that_vouches_for_the_rest_last(storage, tmp_pat
     assert [entry.path for entry in storage.list()] == ["a.json", "sub/config.json", "weights"]
 
 
-def test_of_several_writers_that_expect_the_same_one_writes(storage):
+def test_of_several_writers_that_expect_the_same_one_writes(storage, monkeypatch):
+    replace = Path.replace
+
+    def late(self, target):
+        time.sleep(0.005)  # time for another writer to compare, if nothing keeps it out
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", late)
+
     def attempt(text, expected):
         try:
             return storage.write("a/x", text.encode(), expected=expected)
@@ -171,6 +180,15 @@ def test_a_write_returns_the_version_that_readers_see(storage, tmp_path):
     with pytest.raises(Conflict):
         storage.write("x", b"3", expected=None)
     assert storage.stat("x").size == 9 << 20
+
+
+def test_a_version_changes_though_the_clock_does_not(tmp_path):
+    storage = open_storage(tmp_path)
+    storage.write("x", b"1")
+    os.utime(tmp_path / "x", ns=(2**61, 2**61))  # later than any tick of the clock that the next write can get
+    before = storage.stat("x").version
+    version = storage.write("x", b"2", expected=before)
+    assert version == storage.stat("x").version != before
 
 
 def test_an_object_reads_as_a_file(storage, tmp_path):
