@@ -1,6 +1,7 @@
 """Make degradation shards: crop photographs, degrade the crops, write the pairs as WebDataset tars.
 
-The same command again reuses every finished shard whose sources, recipe and algorithm are unchanged. In place of
+The same command again reuses every finished shard whose sources, recipe and algorithm are unchanged. --pairs gives
+the real LR partners of the pictures, matched by name: nothing is degraded then. In place of
 --source: --hr-from makes new degradations of the HR that a dataset holds, and writes LR only; --join writes such a
 dataset with its HR, self-contained; --gc alone clears what older versions and killed runs left in --out.
 """
@@ -25,7 +26,8 @@ PICTURES = 4  # pairs that the MLflow run shows
 @dataclasses.dataclass
 class ShardsOptions:
     out: str  # the dataset: folder or s3://bucket/prefix
-    source: list[str] = dataclasses.field(default_factory=list)  # folders, s3:// prefixes or lists of pictures
+    source: list[str] = dataclasses.field(default_factory=list)  # folders, s3:// prefixes, lists, tars, Parquet
+    pairs: list[str] = dataclasses.field(default_factory=list)  # LR of real pairs: a folder for all or for each source
     hr_from: str | None = None  # dataset whose HR images are degraded anew
     join: str | None = None  # dataset made by --hr-from, to be written with its HR
     recipe: str = "deedsr"  # deedsr, realesrgan, light, medium, heavy, demo or a YAML file
@@ -41,6 +43,8 @@ def run(options: ShardsOptions) -> Outcome:
     given = [name for name in ("source", "hr_from", "join") if getattr(options, name)]
     if len(given) > 1 or not (given or options.gc):
         raise UsageError("give one of --source, --hr-from and --join" + (", not several" if given else ""))
+    if options.pairs and not options.source:
+        raise UsageError("--pairs gives the LR partners of the pictures of --source: give that as well")
     if not given:
         return Outcome(_cleared(options.out))
     recipe = load_recipe(options.recipe)
@@ -55,7 +59,7 @@ def _make(options: ShardsOptions, recipe: "Recipe") -> "ShardsResult":
         return regenerate(options.hr_from, options.out, recipe, options.workers)
     if options.join:
         return export_pairs(options.join, options.out, options.workers)
-    return generate(options.source, options.out, recipe, options.workers)
+    return generate(options.source, options.out, recipe, options.workers, pairs=options.pairs)
 
 
 def _cleared(out: str) -> dict[str, int]:
