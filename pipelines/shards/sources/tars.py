@@ -45,7 +45,7 @@ def list_tar(tar: Source) -> list[Source]:
 
 
 def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """Whole members. Raises `_BROKEN` where the tar is cut off or does not go on as one, its missing end included."""
+    """Whole members. Raises `_BROKEN` where the tar is cut off, ends without a mark or goes on behind it."""
     size = file.seek(0, 2)
     file.seek(0)
     with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -57,8 +57,9 @@ def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
             end = tar.offset
             yield member
         file.seek(tar.offset)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError("no end mark")
+        rest = file.read(tarfile.RECORDSIZE)
+        if len(rest) < tarfile.BLOCKSIZE or any(rest):
+            raise tarfile.ReadError("no end mark, or another tar behind it")
 
 
 def _degraded(names: set[str]) -> Iterator[str]:
