@@ -10,12 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import yaml
 
 from deedsr.dataset.crops import RejectedImage, decode
 from deedsr.degradation.recipe import Recipe
 from deedsr.errors import UsageError
+from jobs.cli import main
 from pipelines.dataset import Dataset
-from pipelines.shards import duplicates, generate, verify
+from pipelines.shards import duplicates, generate, regenerate, verify
 from pipelines.shards.duplicates import mark_duplicates
 from pipelines.shards.sources import Source, list_pairs, list_sources, read_source
 from pipelines.shards.sources.tars import list_tar
@@ -307,20 +309,30 @@ def test_a_table_in_a_folder_is_used_for_its_bytes_and_otherwise_named_in_a_warn
     assert "1 Parquet tables are not used" in caplog.text
 
 
+def damage(path: Path, row_group: int) -> None:
+    """Overwrites the beginning of a row group's first column."""
+    where = pyarrow.parquet.ParquetFile(path).metadata.row_group(row_group).column(0).data_page_offset
+    data = bytearray(path.read_bytes())
+    data[where : where + 20] = b"\xff" * 20
+    path.write_bytes(bytes(data))
+
+
 def test_a_damaged_row_group_costs_its_rows_alone(tmp_path):
     rows = [np.random.default_rng(row).bytes(2000) for row in range(20)]
-    table = bytearray(table_of({"image": rows}, row_group_size=10, compression="zstd", use_dictionary=False))
-    place = table.find(rows[12][:64])
-    start = place if place >= 0 else len(table) // 2
-    put({"x.parquet": bytes(table)}, tmp_path)
+    put({"x.parquet": table_of({"image": rows}, row_group_size=10, use_dictionary=False)}, tmp_path)
+    damage(tmp_path / "x.parquet", 1)
     sources = listed(tmp_path / "x.parquet")
-    where = pyarrow.parquet.ParquetFile(tmp_path / "x.parquet").metadata.row_group(1).column(0).data_page_offset
-    table[where : where + 200] = b"\xff" * 200
-    assert start
-    (tmp_path / "x.parquet").write_bytes(bytes(table))
-    found = problems(sources)
-    assert set(found.values()) == {"the Parquet table is damaged here"}
-    assert set(found) == {f"x.parquet/{row:010d}" for row in range(10, 20)}
+    damaged = {f"x.parquet/{row:010d}": "the Parquet table is damaged here" for row in range(10, 20)}
+    assert problems(sources) == problems(sources[::-1]) == damaged
+    assert [read_source(s)[0] for s in sources[:10]] == rows[:10]
+
+
+def test_where_the_names_in_a_table_are_damaged_the_table_is_rejected(tmp_path, pictures):
+    put(pictures | {"x.parquet": table_of({"url": list(pictures)}, row_group_size=4, use_dictionary=False)}, tmp_path)
+    damage(tmp_path / "x.parquet", 1)
+    sources = listed(tmp_path / "x.parquet")
+    assert len(sources) == 5
+    assert problems(sources) == {"x.parquet": "not a whole Parquet file"}
 
 
 # Datasets of containers
@@ -457,8 +469,15 @@ def test_a_dataset_of_real_pairs_holds_them_as_they_are(tmp_path, pictures, reci
     assert (checked.ok, checked.samples, checked.problems) == (True, 3, [])
     # A partner that changes makes its shard anew, and one that comes turns a rejected picture into a used one.
     put({"train_LR/alone_x4.png": next(iter(lrs.values()))}, lr)
-    again = run([hr], out, recipe, pairs=[lr])
-    assert (again.samples, again.rejected, again.written >= 1) == (4, 1, True)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    words = ["shards", "--tracking", "false", "--pairs", lr, "--out", str(out)]
+    assert main([*words, "--source", hr, "--recipe", str(tmp_path / "recipe.yaml")]) == 0
+    assert rejected(out) == {"train_HR/wrong_x1.png": "the LR partner is not HR size / scale"}
+    assert main(words) == 2
+    # The HR of real pairs may be degraded anew.
+    anew = regenerate(str(out), str(tmp_path / "anew"), recipe, progress=False)
+    assert anew.samples == Dataset.open(str(out)).manifest.samples == 4
+    assert verify(str(tmp_path / "anew"), replay=4, progress=False).replayed == 4
     # Without partners the same pictures are degraded, the rejected ones among them.
     assert (run([hr], out, recipe).samples, rejected(out)) == (5, {})
 

@@ -21,6 +21,7 @@ _URIS = ("url", "uri", "path", "image_path", "file_name")
 _BATCH = 16  # rows decoded at a time: photographs, some MB each
 _BUFFER = 1 << 20  # bytes read at a time, instead of a whole row group
 _NO_IMAGE = "no image in this row"
+_BROKEN = "not a whole Parquet file"
 
 _opened = threading.local()  # the table that this thread read last
 
@@ -45,7 +46,7 @@ def list_table(table: Source, follow: bool) -> Iterable[Source]:
     Pictures are in the first column called image, bytes, data, content, jpg, jpeg, png or webp that holds bytes, or
     structs of them as Hugging Face's datasets do. Else, if `follow`, the first column of strings called url, uri, path,
     image_path or file_name says where they lie, relative to the table's folder. Only the footer is read in the first
-    case, only that column in the second. A file that is not a whole table is one source, which is rejected. Raises
+    case, only that column in the second. A file that is not a whole table is a source itself, which is rejected. Raises
     NoPictures where there is no such column.
     """
     try:
@@ -55,7 +56,7 @@ def list_table(table: Source, follow: bool) -> Iterable[Source]:
     except FileNotFoundError:
         return [table._replace(problem="no such file")]
     except (pa.ArrowException, OSError):
-        return [table._replace(problem="not a whole Parquet file")]
+        return [table._replace(problem=_BROKEN)]
     if column is None:
         raise NoPictures(
             f"{table.uri} has no column of pictures: bytes called {', '.join(_BYTES)}, or strings called "
@@ -100,11 +101,15 @@ def _row(table: Source, row: int) -> Source:
 def _named(table: Source, column: _Column) -> Iterator[Source]:
     folder = split_uri(table.uri)[0]
     row = 0
-    with _open(table.uri) as parquet:
-        for batch in parquet.iter_batches(columns=[column.read], use_threads=False):
-            for target in batch.column(0).to_pylist():
-                yield _target(_row(table, row), target, folder)
-                row += 1
+    try:
+        with _open(table.uri) as parquet:
+            for group in range(parquet.num_row_groups):  # one by one: what stands before a damaged one is used
+                for batch in parquet.iter_batches(row_groups=[group], columns=[column.read], use_threads=False):
+                    for target in batch.column(0).to_pylist():
+                        yield _target(_row(table, row), target, folder)
+                        row += 1
+    except (pa.ArrowException, OSError):
+        yield table._replace(problem=_BROKEN)
 
 
 def _target(source: Source, target: str | None, folder: str) -> Source:
