@@ -1,9 +1,9 @@
 """Make degradation shards: crop photographs, degrade the crops, write the pairs as WebDataset tars.
 
-The same command again reuses every finished shard whose sources, recipe and algorithm are unchanged. --pairs gives
-the real LR partners of the pictures, matched by name: nothing is degraded then. In place of
---source: --hr-from makes new degradations of the HR that a dataset holds, and writes LR only; --join writes such a
-dataset with its HR, self-contained; --gc alone clears what older versions and killed runs left in --out.
+The same command again reuses every finished shard whose sources, recipe and algorithm are unchanged. With --pairs,
+real LR pictures that are matched by name, nothing is degraded. In place of --source: --hr-from makes new degradations
+of the HR that a dataset holds, and writes LR only; --join writes such a dataset with its HR, self-contained; --gc alone
+clears what older versions and killed runs left in --out.
 """
 
 import dataclasses

@@ -387,7 +387,7 @@ LAYOUTS = {
     "RealSR": ("Canon_{:03d}_HR.png", "Canon_{:03d}_LR4.png"),
     "DRealSR": ("train_HR/DSC_{:04d}_x1.png", "train_LR/DSC_{:04d}_x4.png"),
     "DIV2K": ("{:04d}.png", "X4/{:04d}x4.png"),
-    "equal names": ("scene/{}.png", "scene/{}.png"),
+    "equal names": ("scene{}/shot_x2.png", "scene{}/shot_x2.png"),
     "other extension": ("{}.webp", "{}.png"),
 }
 
@@ -468,11 +468,14 @@ def test_a_dataset_of_real_pairs_holds_them_as_they_are(tmp_path, pictures, reci
     checked = verify(str(out), replay=3, progress=False)
     assert (checked.ok, checked.samples, checked.problems) == (True, 3, [])
     # A partner that changes makes its shard anew, and one that comes turns a rejected picture into a used one.
-    put({"train_LR/alone_x4.png": next(iter(lrs.values()))}, lr)
+    inverted = cv2.imencode(".png", 255 - decode(lrs["train_LR/DSC_0001_x4.png"]))[1].tobytes()
+    put({"train_LR/alone_x4.png": next(iter(lrs.values())), "train_LR/DSC_0001_x4.png": inverted}, lr)
+    before = lr_of(out, "train_HR/DSC_0001_x1.png")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     words = ["shards", "--tracking", "false", "--pairs", lr, "--out", str(out)]
     assert main([*words, "--source", hr, "--recipe", str(tmp_path / "recipe.yaml")]) == 0
     assert rejected(out) == {"train_HR/wrong_x1.png": "the LR partner is not HR size / scale"}
+    assert np.array_equal(lr_of(out, "train_HR/DSC_0001_x1.png"), 255 - before[..., ::-1])
     assert main(words) == 2
     # The HR of real pairs may be degraded anew.
     anew = regenerate(str(out), str(tmp_path / "anew"), recipe, progress=False)
@@ -480,6 +483,11 @@ def test_a_dataset_of_real_pairs_holds_them_as_they_are(tmp_path, pictures, reci
     assert verify(str(tmp_path / "anew"), replay=4, progress=False).replayed == 4
     # Without partners the same pictures are degraded, the rejected ones among them.
     assert (run([hr], out, recipe).samples, rejected(out)) == (5, {})
+
+
+def lr_of(out, path: str) -> np.ndarray:
+    index = Dataset.open(str(out)).index()
+    return Dataset.open(str(out)).read(index, index["source"].to_pylist().index(path)).lr
 
 
 def turned(pixels: np.ndarray, sample) -> np.ndarray:
