@@ -333,6 +333,9 @@ def test_where_the_names_in_a_table_are_damaged_the_table_is_rejected(tmp_path, 
     sources = listed(tmp_path / "x.parquet")
     assert len(sources) == 5
     assert problems(sources) == {"x.parquet": "not a whole Parquet file"}
+    text = table_of({"url": ["a.jpg", "fifty.jpg"]}, compression="none", use_dictionary=False)
+    put({"x.parquet": text.replace(b"fifty", b"\xff" * 5)}, tmp_path)
+    assert problems(listed(tmp_path / "x.parquet")) == {"x.parquet": "not a whole Parquet file"}
 
 
 # Datasets of containers

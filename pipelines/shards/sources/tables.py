@@ -4,6 +4,7 @@ import posixpath
 import threading
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -22,6 +23,8 @@ _BATCH = 16  # rows decoded at a time: photographs, some MB each
 _BUFFER = 1 << 20  # bytes read at a time, instead of a whole row group
 _NO_IMAGE = "no image in this row"
 _BROKEN = "not a whole Parquet file"
+# What pyarrow raises for bytes that are no table, or no text where text should be.
+_DAMAGE = (pa.ArrowException, OSError, ValueError, LookupError, StopIteration)
 
 _opened = threading.local()  # the table that this thread read last
 
@@ -51,11 +54,11 @@ def list_table(table: Source, follow: bool) -> Iterable[Source]:
     """
     try:
         with _open(table.uri) as parquet:
-            rows, column = parquet.metadata.num_rows, _column(parquet.schema_arrow)
+            rows, column = _starts(parquet)[-1], _column(parquet.schema_arrow)
             columns = ", ".join(f"{field.name} ({field.type})" for field in parquet.schema_arrow)
     except FileNotFoundError:
         return [table._replace(problem="no such file")]
-    except (pa.ArrowException, OSError):
+    except _DAMAGE:
         return [table._replace(problem=_BROKEN)]
     if column is None:
         raise NoPictures(
@@ -86,7 +89,7 @@ def read_row(source: Source) -> bytes:
         data = _opened.rows.read(source.row)
     except FileNotFoundError:
         raise
-    except (pa.ArrowException, OSError, LookupError, StopIteration):
+    except _DAMAGE:
         _opened.where = None
         raise RejectedImage("the Parquet table is damaged here") from None
     if data is None:
@@ -108,7 +111,7 @@ def _named(table: Source, column: _Column) -> Iterator[Source]:
                     for target in batch.column(0).to_pylist():
                         yield _target(_row(table, row), target, folder)
                         row += 1
-    except (pa.ArrowException, OSError):
+    except _DAMAGE:
         yield table._replace(problem=_BROKEN)
 
 
@@ -129,6 +132,15 @@ def _open(uri: str) -> pyarrow.parquet.ParquetFile:
     folder, name = split_uri(uri)
     # Without the buffer, all of a row group's pictures would be in memory at once.
     return pyarrow.parquet.ParquetFile(open_storage(folder).open(name), pre_buffer=False, buffer_size=_BUFFER)
+
+
+def _starts(parquet: pyarrow.parquet.ParquetFile) -> list[int]:
+    """First row of each row group, and the number of rows. Raises ValueError if the footer contradicts itself."""
+    groups = range(parquet.num_row_groups)
+    starts = [0, *accumulate(parquet.metadata.row_group(group).num_rows for group in groups)]
+    if starts[-1] != parquet.metadata.num_rows or sorted(starts) != starts:
+        raise ValueError("row groups don't add up")
+    return starts
 
 
 def _column(schema: pa.Schema) -> _Column | None:
@@ -167,9 +179,7 @@ class _Rows:
         if column is None or column.is_uri:
             raise LookupError("another table than the one that was listed")
         self._column = column.read
-        self._starts = [0]  # first row of each row group, and the end
-        for group in range(self._parquet.num_row_groups):
-            self._starts.append(self._starts[-1] + self._parquet.metadata.row_group(group).num_rows)
+        self._starts = _starts(self._parquet)
         self._group = -1
         self._first = self._end = 0  # the rows that are decoded
         self._batches: Iterator[pa.RecordBatch] = iter(())
