@@ -291,11 +291,21 @@ def test_the_column_of_pictures_is_found_by_name_and_type(tmp_path):
 
 def test_rows_that_name_nothing_readable_are_rejected(tmp_path, pictures):
     name, data = next(iter(pictures.items()))
-    targets = [name, None, " ", "gone.jpg", "https://example.com/a.jpg", "other.parquet", f"file://{tmp_path}/{name}"]
+    targets = [
+        name,
+        None,
+        " ",
+        "gone.jpg",
+        "https://example.com/a.jpg",
+        "data:image/jpeg;base64," + "A" * 5000,
+        "a\0.jpg",
+    ]
+    targets += ["other.parquet", f"file://{tmp_path}/{name}"]
     put({name: data, "x.parquet": table_of({"url": targets})}, tmp_path)
     assert list(problems(listed(tmp_path / "x.parquet")).values()) == [
         *("no image in this row", "no image in this row", "gone"),
-        *("neither a path nor an s3:// URI", "not a picture"),
+        *["neither a path nor an s3:// URI"] * 3,
+        "not a picture",
     ]
 
 

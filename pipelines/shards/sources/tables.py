@@ -1,5 +1,6 @@
 """Pictures in Parquet tables: a row holds the bytes of one, or names where it lies."""
 
+import os
 import posixpath
 import threading
 from bisect import bisect_right
@@ -22,6 +23,7 @@ _URIS = ("url", "uri", "path", "image_path", "file_name")
 _BATCH = 16  # rows decoded at a time: photographs, some MB each
 _BUFFER = 1 << 20  # bytes read at a time, instead of a whole row group
 _NO_IMAGE = "no image in this row"
+_NO_URI = "neither a path nor an s3:// URI"
 _BROKEN = "not a whole Parquet file"
 # What pyarrow raises for bytes that are no table, or no text where text should be.
 _DAMAGE = (pa.ArrowException, OSError, ValueError, LookupError, StopIteration)
@@ -121,7 +123,11 @@ def _target(source: Source, target: str | None, folder: str) -> Source:
     try:
         uri = open_storage(target if "://" in target else posixpath.join(folder, target)).uri
     except UsageError:
-        return source._replace(problem="neither a path nor an s3:// URI")
+        return source._replace(problem=_NO_URI)
+    # Names that no storage has, `data:image/jpeg;base64,...` among them: asking for one is an error of its own kind.
+    longest = 1024 if "://" in uri else 255
+    if "\0" in uri or any(len(part) > longest for part in os.fsencode(uri).split(b"/")):
+        return source._replace(problem=_NO_URI)
     if is_table(uri):  # `read_source` would look for the row there
         return source._replace(problem="not a picture")
     ext = posixpath.splitext(uri)[1]
