@@ -1,9 +1,9 @@
 """Make degradation shards: crop photographs, degrade the crops, write the pairs as WebDataset tars.
 
-The same command again reuses every finished shard whose sources, recipe and algorithm are unchanged. In place of
---source: --hr-from makes new degradations of the HR that a dataset holds, and writes LR only; --join writes such a
-dataset with its HR, self-contained. --plan makes nothing and says what it would take. --gc alone clears what older
-versions and killed runs left in --out.
+The same command again reuses every finished shard whose sources, recipe and algorithm are unchanged. With --pairs,
+real LR pictures that are matched by name, nothing is degraded. In place of --source: --hr-from makes new degradations
+of the HR that a dataset holds, and writes LR only; --join writes such a dataset with its HR, self-contained. --plan
+makes nothing and says what it would take. --gc alone clears what older versions and killed runs left in --out.
 """
 
 import dataclasses
@@ -26,7 +26,8 @@ PICTURES = 4  # pairs that the MLflow run shows
 @dataclasses.dataclass
 class ShardsOptions:
     out: str  # the dataset: folder or s3://bucket/prefix
-    source: list[str] = dataclasses.field(default_factory=list)  # folders, s3:// prefixes or lists of pictures
+    source: list[str] = dataclasses.field(default_factory=list)  # folders, s3:// prefixes, lists, tars, Parquet
+    pairs: list[str] = dataclasses.field(default_factory=list)  # LR of real pairs: a folder for all or for each source
     hr_from: str | None = None  # dataset whose HR images are degraded anew
     join: str | None = None  # dataset made by --hr-from, to be written with its HR
     recipe: str = "deedsr"  # deedsr, realesrgan, light, medium, heavy, demo or a YAML file
@@ -46,6 +47,8 @@ def run(options: ShardsOptions) -> Outcome:
     given = [name for name in ("source", "hr_from", "join") if getattr(options, name)]
     if len(given) > 1 or not (given or options.gc):
         raise UsageError("give one of --source, --hr-from and --join" + (", not several" if given else ""))
+    if options.pairs and not options.source:
+        raise UsageError("--pairs gives the LR partners of the pictures of --source: give that as well")
     if not given:
         return Outcome(_cleared(options.out))
     recipe = load_recipe(options.recipe)
@@ -62,7 +65,7 @@ def _make(options: ShardsOptions, recipe: "Recipe") -> "ShardsResult":
         return regenerate(options.hr_from, options.out, recipe, options.workers)
     if options.join:
         return export_pairs(options.join, options.out, options.workers)
-    return generate(options.source, options.out, recipe, options.workers)
+    return generate(options.source, options.out, recipe, options.workers, pairs=options.pairs)
 
 
 def _planned(options: ShardsOptions, recipe: "Recipe") -> Outcome:
@@ -71,7 +74,13 @@ def _planned(options: ShardsOptions, recipe: "Recipe") -> Outcome:
     if not options.source:
         raise UsageError("--plan goes with --source")
     planned = estimate(
-        options.source, options.out, recipe, nodes=options.nodes, cores=options.cores, price=options.price
+        options.source,
+        options.out,
+        recipe,
+        pairs=options.pairs,
+        nodes=options.nodes,
+        cores=options.cores,
+        price=options.price,
     )
     return Outcome(dataclasses.asdict(planned))
 

@@ -15,7 +15,7 @@ from deedsr.degradation.recipe import Recipe
 from pipelines.shards.plan import ShardPlan, plan_shards
 from pipelines.shards.record import Inventory
 from pipelines.shards.samples import samples_of
-from pipelines.shards.sources import Source, list_sources, read_source
+from pipelines.shards.sources import Source, list_pairs, list_sources, read_source
 from pipelines.storage import open_storage
 
 __all__ = ["Estimate", "estimate"]
@@ -49,6 +49,7 @@ def estimate(
     out: str,
     recipe: Recipe,
     *,
+    pairs: Sequence[str] = (),
     nodes: int = 1,
     cores: int | None = None,
     price: float | None = None,
@@ -56,12 +57,13 @@ def estimate(
 ) -> Estimate:
     """Plans the job without making anything, and makes the samples of a few sources in memory to measure them.
 
-    `cores`: of each node, None for as many as here. `price`: of a node, per hour.
+    Duplicates are not looked for: that reads everything. `cores`: of each node, None for as many as here. `price`: of a node, per hour.
     """
     inventory = Inventory.of(open_storage(out))
     count = _Count()
     with tqdm(unit="shard", desc="plan", disable=not progress, leave=False) as bar:
-        plans = plan_shards(list_sources(sources), recipe)
+        listing = list_pairs(sources, pairs, recipe.scale) if pairs else list_sources(sources)
+        plans = plan_shards(listing, recipe)
         probed = _chosen(count.missing(_ticked(plans, bar), inventory), recipe)
     probe = _Probe()
     for source in tqdm(probed, unit="source", desc="probe", disable=not progress, leave=False):

@@ -15,11 +15,12 @@ from pipelines.dataset import Dataset
 from pipelines.shards.assemble import Inherited, assemble, records_of
 from pipelines.shards.build import FromSources, ShardWork
 from pipelines.shards.derive import FromHR, Joined
+from pipelines.shards.duplicates import mark_duplicates
 from pipelines.shards.execute import build_missing
 from pipelines.shards.plan import ShardPlan, derived_plan, plan_shards
 from pipelines.shards.record import Inventory
 from pipelines.shards.run import PlanParts, running
-from pipelines.shards.sources import list_sources
+from pipelines.shards.sources import list_pairs, list_sources
 from pipelines.storage import Storage, open_storage
 
 __all__ = ["ShardsResult", "export_pairs", "generate", "regenerate", "run_job"]
@@ -47,14 +48,22 @@ def generate(
     recipe: Recipe,
     workers: int | None = None,
     progress: bool = True,
+    pairs: Sequence[str] = (),
 ) -> ShardsResult:
-    """Makes or completes the dataset `out` of the pictures in `sources` (folders, list files, S3 prefixes).
+    """Makes or completes the dataset `out` of the pictures in `sources` (see `list_sources`).
 
+    `pairs`: places of their real LR partners (see `list_pairs`); then nothing is degraded.
     `workers`: tasks at a time, None for every CPU of the cluster. Shards whose sources, recipe and algorithm are as
     before are reused. Raises UsageError for sources or a place that cannot be used, DeeDSRError if the work failed;
     what was committed stays, and the same call continues from there.
     """
-    plans = lambda: plan_shards(list_sources(sources), recipe)
+
+    def plans() -> Iterator[ShardPlan]:
+        listing = list_pairs(sources, pairs, recipe.scale) if pairs else list_sources(sources)
+        if recipe.duplicates == "reject":
+            listing = mark_duplicates(listing, workers, progress)
+        return plan_shards(listing, recipe)
+
     return run_job(plans, FromSources(recipe), open_storage(out), recipe, workers, progress)
 
 

@@ -161,7 +161,7 @@ def _ends(run: list[_Placed], shard: Shard) -> bool:
 def _plan(root: int, split: str, run: list[_Placed], recipe_digest: str) -> ShardPlan:
     sources = tuple(placed.source for placed in run)
     # Where a source lies does not matter, nor how it is reached: only what it is.
-    listing = [(source.path, source.size, source.version, source.duplicate, source.lr_version) for source in sources]
+    listing = [(s.path, s.size, s.version, s.duplicate, s.lr_version, s.problem) for s in sources]
     work = json.dumps([FORMAT_VERSION, recipe_digest, ALGORITHM_VERSION, root, split, listing])
     leading = int(run[0].place[:16], 16) * 10**10 >> 64
     number = f"{root:03d}{leading:010d}" + (f"{run[0].position:012d}" if sources[0].container else "")

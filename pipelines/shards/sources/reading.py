@@ -1,0 +1,36 @@
+"""From a source to its bytes."""
+
+from deedsr.dataset.crops import RejectedImage
+from pipelines.shards.sources.source import Source, split_uri
+from pipelines.shards.sources.tables import is_table, read_row
+from pipelines.storage import open_storage
+
+__all__ = ["read_source"]
+
+
+def read_source(source: Source) -> tuple[bytes, bytes | None]:
+    """The picture and its real LR partner, if it has one.
+
+    Raises FileNotFoundError if the picture is gone, RejectedImage with the reason where there is none to read.
+    """
+    if source.problem:
+        raise RejectedImage(source.problem)
+    return _picture(source), _partner(source) if source.lr else None
+
+
+def _picture(source: Source) -> bytes:
+    if source.row >= 0 and is_table(source.uri):  # else the row names a file
+        return read_row(source)
+    folder, name = split_uri(source.uri)
+    storage = open_storage(folder)
+    if source.offset < 0:
+        return storage.read(name)
+    return storage.read_range(name, source.offset, source.size) if source.size else b""
+
+
+def _partner(source: Source) -> bytes:
+    folder, name = split_uri(source.lr)
+    try:
+        return open_storage(folder).read(name)
+    except FileNotFoundError:
+        raise RejectedImage("no LR partner") from None

@@ -1,0 +1,555 @@
+"""Claims on what a `--source` holds: folders, lists, tars, Parquet tables and real pairs, each with its accidents."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import yaml
+
+from deedsr.dataset.crops import RejectedImage, decode
+from deedsr.degradation.recipe import Recipe
+from deedsr.errors import UsageError
+from jobs.cli import main
+from pipelines.dataset import Dataset
+from pipelines.shards import duplicates, generate, regenerate, verify
+from pipelines.shards.duplicates import mark_duplicates
+from pipelines.shards.sources import Source, list_pairs, list_sources, read_source
+from pipelines.shards.sources.tars import list_tar
+from pipelines.storage import open_storage
+
+
+@pytest.fixture(scope="module")
+def pictures(photos) -> dict[str, bytes]:
+    """Eight of the shipped photographs, 240 px wide, as files of several formats."""
+    found = {}
+    for number, path in enumerate(sorted((photos / "train").glob("*.jpg"))[:8]):
+        image = cv2.imread(str(path))
+        small = cv2.resize(image, (240, 240 * image.shape[0] // image.shape[1]), interpolation=cv2.INTER_AREA)
+        ext = (".png", ".jpg", ".webp")[number % 3]
+        found[path.stem + ext] = cv2.imencode(ext, small)[1].tobytes()
+    return found
+
+
+@pytest.fixture(scope="module")
+def recipe(small_recipe) -> Recipe:
+    """One crop of 64 px of each source, shards of two sources."""
+    fields = small_recipe.model_dump(mode="json")
+    fields["crop"] = {"size": 64, "per_source": 1, "min_std": 1, "min_laplacian": 0}
+    fields["split"] = {"validation_patterns": ["nothing"], "validation_share": 0}
+    fields |= {"variants": 1, "shard": {"min_sources": 1, "target_sources": 1, "max_sources": 2}}
+    return Recipe.model_validate(fields | {"max_rejected_share": 0.9})
+
+
+def tar_of(members: dict[str, bytes], format: int = tarfile.GNU_FORMAT) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
+        for name, data in members.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            tar.addfile(header, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def table_of(columns: dict, **options) -> bytes:
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pa.table(columns), buffer, **options)
+    return buffer.getvalue()
+
+
+def put(files: dict[str, bytes], folder) -> str:
+    """Writes files below a folder, local or on S3, and returns its location."""
+    storage = open_storage(folder)
+    for name, data in files.items():
+        storage.write(name, data)
+    return storage.uri
+
+
+def listed(*uris) -> list[Source]:
+    return list(list_sources([str(uri) for uri in uris]))
+
+
+def problems(sources) -> dict[str, str]:
+    """Reason by path of every source that gives no bytes."""
+    found = {}
+    for source in sources:
+        try:
+            read_source(source)
+        except RejectedImage as reason:
+            found[source.path] = str(reason)
+        except FileNotFoundError:
+            found[source.path] = "gone"
+    return found
+
+
+def run(sources, out, recipe, workers=2, **options):
+    return generate([str(source) for source in sources], str(out), recipe, workers, progress=False, **options)
+
+
+def rejected(out) -> dict[str, str]:
+    lines = open_storage(out).read("rejected.jsonl").splitlines()
+    return {line["source"]: line["reason"] for line in map(json.loads, lines) if line["kind"] == "source"}
+
+
+def changed(recipe: Recipe, **fields) -> Recipe:
+    return Recipe.model_validate(recipe.model_dump(mode="json") | fields)
+
+
+# Each kind gives the same bytes
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request, tmp_path) -> str:
+    if request.param == "local":
+        return str(tmp_path / "place")
+    return f"{request.getfixturevalue('bucket')}/{tmp_path.name}"
+
+
+def test_every_kind_of_source_gives_its_pictures_in_order(place, pictures):
+    names, data = list(pictures), list(pictures.values())
+    put({f"folder/{name}": content for name, content in pictures.items()}, place)
+    put({"shards/000.tar": tar_of(dict(list(pictures.items())[:5]))}, place)
+    put({"shards/001.tar": tar_of(dict(list(pictures.items())[5:]))}, place)
+    put({"bytes.parquet": table_of({"key": names, "jpg": data}, row_group_size=3)}, place)
+    structs = [{"bytes": content, "path": name} for name, content in pictures.items()]
+    put({"hf.parquet": table_of({"image": structs, "label": list(range(8))}, row_group_size=5)}, place)
+    put({"uris.parquet": table_of({"url": [f"folder/{name}" for name in names]})}, place)
+    put({"list.txt": "\n".join(["shards/001.tar", "shards/000.tar"]).encode()}, place)
+    for source, paths in {
+        "folder": names,
+        "folder/*.*": names,
+        "shards": [f"00{i // 5}.tar/{name}" for i, name in enumerate(names)],
+        "shards/*.tar": [f"00{i // 5}.tar/{name}" for i, name in enumerate(names)],
+        "shards/{000..001}.tar": [f"00{i // 5}.tar/{name}" for i, name in enumerate(names)],
+        "shards/00[0]*.tar": [f"000.tar/{name}" for name in names[:5]],
+        "list.txt": [f"shards/00{i // 5}.tar/{name}" for i, name in enumerate(names)],
+        "bytes.parquet": [f"bytes.parquet/{i:010d}" for i in range(8)],
+        "hf.parquet": [f"hf.parquet/{i:010d}" for i in range(8)],
+        "uris.parquet": [f"uris.parquet/{i:010d}{Path(name).suffix}" for i, name in enumerate(names)],
+    }.items():
+        sources = listed(f"{place}/{source}")
+        assert [s.path for s in sources] == paths, source
+        assert [read_source(s)[0] for s in sources] == data[: len(paths)], source
+
+
+def test_rows_come_back_right_in_any_order_and_when_the_table_was_replaced(tmp_path, pictures):
+    data = list(pictures.values()) * 10
+    put({"x.parquet": table_of({"image": data}, row_group_size=37)}, tmp_path)
+    sources = listed(tmp_path / "x.parquet")
+    for row in np.random.default_rng(0).permutation(80):
+        assert read_source(sources[row])[0] == data[row]
+    put({"x.parquet": table_of({"image": data[::-1][:70]})}, tmp_path)
+    assert [read_source(s)[0] for s in listed(tmp_path / "x.parquet")] == data[::-1][:70]
+
+
+def test_rows_in_order_read_a_table_once(tmp_path, monkeypatch):
+    pixels = [np.random.default_rng(row).bytes(100_000) for row in range(100)]
+    put({"x.parquet": table_of({"image": pixels}, row_group_size=20)}, tmp_path)
+    sources = listed(tmp_path / "x.parquet")
+    amounts: list[int] = []
+
+    class Counting(io.FileIO):
+        def readinto(self, buffer):
+            amounts.append(super().readinto(buffer))
+            return amounts[-1]
+
+    storage = type(open_storage(tmp_path))
+    monkeypatch.setattr(storage, "open", lambda self, path: io.BufferedReader(Counting(self.local_path(path))))
+    assert [read_source(s)[0] for s in sources[:50]] == pixels[:50]
+    assert sum(amounts) < 8e6  # of 10 MB: three of five row groups, and the footer
+
+
+# Folders
+
+
+def test_a_folder_lists_what_looks_like_a_picture_and_nothing_hidden(tmp_path, pictures):
+    jpeg = next(data for name, data in pictures.items() if name.endswith(".jpg"))
+    shown = ["a.GIF", "b/c.heic", "b/d.JPG", "e.cr2", "f.psd"]
+    ignored = ["Thumbs.db", ".DS_Store", "._d.jpg", ".cache/e.jpg", "notes.txt", "info.json", "read.me", "x.jpg.part"]
+    put(dict.fromkeys(shown + ignored, jpeg), tmp_path)
+    put({"old.tar.gz": b"", "old.tgz": b""}, tmp_path)
+    sources = listed(tmp_path)
+    assert [s.path for s in sources] == sorted([*shown, "old.tar.gz", "old.tgz"])
+    assert problems(sources) == dict.fromkeys(["old.tar.gz", "old.tgz"], "compressed tar file: it must be unpacked")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_is_given_is_used_or_rejected_with_a_reason(tmp_path, pictures, recipe):
+    folder = tmp_path / "folder"
+    put(pictures | {"anim.gif": b"GIF89a...", "photo.heic": b"\0\0\0\x18ftypheic"}, folder)
+    put({"cut.tar": tar_of(pictures)[: -10_000 - 30_000], "none.tar": b"", "none.parquet": b"PAR1"}, folder)
+    put({"rows.parquet": table_of({"image": [*pictures.values(), None, b"", b"no picture"]})}, folder)
+    result = run([folder], tmp_path / "out", recipe)
+    manifest = Dataset.open(str(tmp_path / "out")).manifest
+    assert manifest.given == manifest.used + manifest.rejected == len(listed(folder))
+    assert (result.rejected, result.samples) == (8, manifest.used)
+    assert rejected(tmp_path / "out") == {
+        "anim.gif": "not a JPEG, PNG, WebP or TIFF image",
+        "photo.heic": "not a JPEG, PNG, WebP or TIFF image",
+        "cut.tar": "not a whole tar file",
+        "none.tar": "not a whole tar file",
+        "none.parquet": "not a whole Parquet file",
+        "rows.parquet/0000000008": "no image in this row",
+        "rows.parquet/0000000009": "empty file",
+        "rows.parquet/0000000010": "not a JPEG, PNG, WebP or TIFF image",
+    }
+    assert verify(str(tmp_path / "out"), progress=False).ok
+
+
+# Tars
+
+
+def container(path) -> Source:
+    return Source(0, Path(path).name, str(path), 0, "", container=Path(path).name)
+
+
+def members(data: bytes, folder: Path) -> dict[str, str]:
+    """Problem, or none, of each source of a tar, by its name in it."""
+    put({"x.tar": data}, folder)
+    return {s.path.removeprefix("x.tar/"): s.problem for s in list_tar(container(folder / "x.tar"))}
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_names_in_a_tar_are_kept_as_they_are(tmp_path, pictures, format):
+    names = ["/etc/a.jpg", "../../b.jpg", "./c.jpg", "d/" * 100 + "long.jpg", "é.jpg", "._d.jpg", ".x/e.jpg", "f.txt"]
+    assert list(members(tar_of(dict.fromkeys(names, b"x"), format), tmp_path)) == names[:5]
+    assert not any(Path(name).exists() for name in ("/etc/a.jpg", tmp_path / "../../b.jpg"))
+
+
+def test_links_and_sparse_members_are_no_pictures_and_of_equal_names_the_last_counts(tmp_path):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, type, data in [
+            ("a.jpg", tarfile.REGTYPE, b"first"),
+            ("link.jpg", tarfile.SYMTYPE, b""),
+            ("hard.jpg", tarfile.LNKTYPE, b""),
+            ("folder.jpg", tarfile.DIRTYPE, b""),
+            ("a.jpg", tarfile.REGTYPE, b"second"),
+        ]:
+            header = tarfile.TarInfo(name)
+            header.type, header.size, header.linkname = type, len(data), "a.jpg"
+            tar.addfile(header, io.BytesIO(data))
+    put({"x.tar": buffer.getvalue()}, tmp_path)
+    first, second = listed(tmp_path)
+    assert first.problem == "replaced by a later member of that name"
+    assert read_source(second)[0] == b"second"
+
+
+def test_degradation_shards_as_a_source_give_their_hr(tmp_path):
+    names = ["k-00.hr.png", "k-00.lr.png", "k-00.json", "alone.lr.png"]
+    assert list(members(tar_of(dict.fromkeys(names, b"x")), tmp_path)) == ["k-00.hr.png", "alone.lr.png"]
+
+
+def test_a_tar_that_is_not_whole_is_rejected_and_its_whole_members_are_used(tmp_path):
+    data = {f"{number}.jpg": bytes([65 + number]) * 3000 for number in range(4)}
+    whole = tar_of(data)
+    broken = {"x.tar": "not a whole tar file"}
+    assert members(whole, tmp_path) == dict.fromkeys(data, "")
+    member = 512 + 3072
+    assert members(whole[: 2 * member], tmp_path) == broken | {"0.jpg": "", "1.jpg": ""}  # between two members
+    assert members(whole[: 2 * member + 300], tmp_path) == broken | {"0.jpg": "", "1.jpg": ""}  # in a header
+    assert members(whole[: 2 * member + 1000], tmp_path) == broken | {"0.jpg": "", "1.jpg": ""}  # in a picture
+    spoilt = whole[: 2 * member] + b"?" * 512 + whole[2 * member + 512 :]
+    assert members(spoilt, tmp_path) == broken | {"0.jpg": "", "1.jpg": ""}
+    assert members(whole + whole, tmp_path) == broken | dict.fromkeys(data, "")
+    for garbage in (b"", b"x", b"PK\3\4" * 1000, np.random.default_rng(0).bytes(20_000), whole[512:]):
+        assert members(garbage, tmp_path) == broken
+    assert [s.problem for s in list_tar(container(tmp_path / "none.tar"))] == ["no such file"]
+
+
+def test_an_empty_tar_is_whole_and_holds_nothing(tmp_path):
+    assert members(tar_of({}), tmp_path) == {}
+    with pytest.raises(UsageError, match="holds no pictures"):
+        listed(tmp_path)
+
+
+# Parquet
+
+
+def test_the_column_of_pictures_is_found_by_name_and_type(tmp_path):
+    def columns(**columns):
+        put({"x.parquet": table_of(columns)}, tmp_path)
+        return [(s.path, s.uri) for s in listed(tmp_path / "x.parquet")]
+
+    table = str(tmp_path / "x.parquet")
+    assert columns(url=["a.jpg"], image=[b"x"]) == [("x.parquet/0000000000", table)]
+    assert columns(image=["not bytes"], PNG=pa.array([b"x"], pa.large_binary())) == [("x.parquet/0000000000", table)]
+    assert columns(label=[b"x"], file_name=["s3://b/a.png"]) == [("x.parquet/0000000000.png", "s3://b/a.png")]
+    assert columns(path=pa.array(["a.tif"]).dictionary_encode()) == [
+        ("x.parquet/0000000000.tif", str(tmp_path / "a.tif"))
+    ]
+    with pytest.raises(UsageError, match=r"its columns are id \(int64\), photo \(binary\)"):
+        columns(id=[1], photo=[b"x"])
+    with pytest.raises(UsageError, match="holds no pictures"):
+        columns(image=pa.array([], pa.binary()))
+
+
+def test_rows_that_name_nothing_readable_are_rejected(tmp_path, pictures):
+    name, data = next(iter(pictures.items()))
+    targets = [
+        name,
+        None,
+        " ",
+        "gone.jpg",
+        "https://example.com/a.jpg",
+        "data:image/jpeg;base64," + "A" * 5000,
+        "a\0.jpg",
+    ]
+    targets += ["other.parquet", f"file://{tmp_path}/{name}"]
+    put({name: data, "x.parquet": table_of({"url": targets})}, tmp_path)
+    assert list(problems(listed(tmp_path / "x.parquet")).values()) == [
+        *("no image in this row", "no image in this row", "gone"),
+        *["neither a path nor an s3:// URI"] * 3,
+        "not a picture",
+    ]
+
+
+def test_a_table_in_a_folder_is_used_for_its_bytes_and_otherwise_named_in_a_warning(tmp_path, pictures, caplog):
+    name, data = next(iter(pictures.items()))
+    put({"metadata.parquet": table_of({"file_name": [name]})}, tmp_path)
+    with pytest.raises(UsageError, match=r"metadata.parquet names pictures elsewhere, in its column file_name"):
+        listed(tmp_path)
+    put({name: data, "bytes.parquet": table_of({"image": [data]})}, tmp_path)
+    assert {s.path for s in listed(tmp_path)} == {name, "bytes.parquet/0000000000"}
+    assert "1 Parquet tables are not used" in caplog.text
+
+
+def damage(path: Path, row_group: int) -> None:
+    """Overwrites the beginning of a row group's first column."""
+    where = pyarrow.parquet.ParquetFile(path).metadata.row_group(row_group).column(0).data_page_offset
+    data = bytearray(path.read_bytes())
+    data[where : where + 20] = b"\xff" * 20
+    path.write_bytes(bytes(data))
+
+
+def test_a_damaged_row_group_costs_its_rows_alone(tmp_path):
+    rows = [np.random.default_rng(row).bytes(2000) for row in range(20)]
+    put({"x.parquet": table_of({"image": rows}, row_group_size=10, use_dictionary=False)}, tmp_path)
+    damage(tmp_path / "x.parquet", 1)
+    sources = listed(tmp_path / "x.parquet")
+    damaged = {f"x.parquet/{row:010d}": "the Parquet table is damaged here" for row in range(10, 20)}
+    assert problems(sources) == problems(sources[::-1]) == damaged
+    assert [read_source(s)[0] for s in sources[:10]] == rows[:10]
+
+
+def test_where_the_names_in_a_table_are_damaged_the_table_is_rejected(tmp_path, pictures):
+    put(pictures | {"x.parquet": table_of({"url": list(pictures)}, row_group_size=4, use_dictionary=False)}, tmp_path)
+    damage(tmp_path / "x.parquet", 1)
+    sources = listed(tmp_path / "x.parquet")
+    assert len(sources) == 5
+    assert problems(sources) == {"x.parquet": "not a whole Parquet file"}
+    text = table_of({"url": ["a.jpg", "fifty.jpg"]}, compression="none", use_dictionary=False)
+    put({"x.parquet": text.replace(b"fifty", b"\xff" * 5)}, tmp_path)
+    assert problems(listed(tmp_path / "x.parquet")) == {"x.parquet": "not a whole Parquet file"}
+
+
+# Datasets of containers
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_dataset_of_tars_is_the_same_for_any_workers_and_place_and_a_changed_tar_rewrites_its_own_shards(
+    tmp_path, bucket, pictures, recipe
+):
+    items = list(pictures.items())
+    tars = {f"{part}.tar": tar_of(dict(items[part::4] + items[part + 1 :: 4][:1])) for part in range(4)}
+    here, there = put(tars, tmp_path / "tars"), put(tars, f"{bucket}/{tmp_path.name}/tars")
+    first = run([here], tmp_path / "one", recipe, workers=1)
+    assert run([f"{there}/*.tar"], f"{bucket}/{tmp_path.name}/out", recipe).digest == first.digest
+    assert verify(str(tmp_path / "one"), progress=False).ok
+    index = Dataset.open(str(tmp_path / "one")).index()
+    touched = {row["shard"] for row in index.to_pylist() if row["source"].startswith("2.tar/")}
+    put({"2.tar": tar_of(dict(items[:2]))}, here)
+    again = run([here], tmp_path / "one", recipe)
+    kept = {shard.name for shard in Dataset.open(str(tmp_path / "one")).manifest.shards}
+    assert again.reused > 0
+    assert set(index["shard"].to_pylist()) - kept <= touched
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_dataset_of_a_table_on_s3_is_that_of_the_same_table_here(tmp_path, bucket, pictures, recipe):
+    table = {"x.parquet": table_of({"image": list(pictures.values())}, row_group_size=3)}
+    here, there = put(table, tmp_path), put(table, f"{bucket}/{tmp_path.name}")
+    first = run([f"{here}/x.parquet"], tmp_path / "out", recipe)
+    assert (first.samples, first.rejected) == (8, 0)
+    assert run([there], tmp_path / "again", recipe, workers=1).digest == first.digest
+
+
+# Real pairs
+
+
+def pair_files(pictures, hr: str, lr: str, scale: int = 4) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """HR and LR files of three pictures, called by the patterns; the HR is up to three pixels more than whole."""
+    hrs, lrs = {}, {}
+    for number, data in enumerate(list(pictures.values())[:3], start=1):
+        image = cv2.cvtColor(decode(data), cv2.COLOR_RGB2BGR)
+        image = image[: image.shape[0] // 4 * 4 - 4 + number, : 236 + number]
+        size = (image.shape[1] // scale, image.shape[0] // scale)
+        small = cv2.resize(image[: size[1] * scale, : size[0] * scale], size, interpolation=cv2.INTER_AREA)
+        for files, pattern, pixels in ((hrs, hr, image), (lrs, lr, small)):
+            name = pattern.format(number)
+            files[name] = cv2.imencode(Path(name).suffix, pixels)[1].tobytes()
+    return hrs, lrs
+
+
+LAYOUTS = {
+    "RealSR": ("Canon_{:03d}_HR.png", "Canon_{:03d}_LR4.png"),
+    "DRealSR": ("train_HR/DSC_{:04d}_x1.png", "train_LR/DSC_{:04d}_x4.png"),
+    "DIV2K": ("{:04d}.png", "X4/{:04d}x4.png"),
+    "equal names": ("scene{}/shot_x2.png", "scene{}/shot_x2.png"),
+    "other extension": ("{}.webp", "{}.png"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pairs_are_matched_as_the_datasets_come(tmp_path, pictures, layout):
+    hrs, lrs = pair_files(pictures, *LAYOUTS[layout])
+    sources = list(list_pairs([put(hrs, tmp_path / "hr")], [put(lrs, tmp_path / "lr")], 4))
+    assert [s.path for s in sources] == sorted(hrs)
+    assert [read_source(s) for s in sources] == [
+        (hrs[hr], lrs[lr]) for hr, lr in zip(sorted(hrs), sorted(lrs), strict=True)
+    ]
+
+
+def test_pairs_of_one_folder_and_of_other_scales_are_told_apart_by_their_marks(tmp_path, pictures):
+    hrs, lrs = pair_files(pictures, *LAYOUTS["RealSR"])
+    others = {name.replace("LR4", "LR2"): b"x" for name in lrs}
+    folder = put(hrs | lrs | others, tmp_path / "all")
+    sources = list(list_pairs([folder], [folder], 4))
+    assert [read_source(s) for s in sources] == list(zip(hrs.values(), lrs.values(), strict=True))
+    inner = put({f"LR/{name}": data for name, data in lrs.items()} | hrs, tmp_path / "nested")
+    sources = list(list_pairs([inner], [f"{inner}/LR"], 4))
+    assert [read_source(s) for s in sources] == list(zip(hrs.values(), lrs.values(), strict=True))
+
+
+def test_partners_in_the_same_folder_come_before_those_elsewhere(tmp_path, pictures):
+    hrs, lrs = pair_files(pictures, *LAYOUTS["equal names"])
+    again = {name.replace("scene", "other"): data for name, data in hrs.items()}
+    sources = list(list_pairs([put(hrs | again, tmp_path / "hr")], [put(lrs, tmp_path / "lr")], 4))
+    assert {s.path: s.problem for s in sources} == dict.fromkeys(hrs, "") | dict.fromkeys(again, "no LR partner")
+
+
+def test_names_that_fit_several_pictures_or_none_are_one_clear_error(tmp_path, pictures):
+    hrs, lrs = pair_files(pictures, *LAYOUTS["DIV2K"])
+    hr, lr = put(hrs, tmp_path / "hr"), put(lrs, tmp_path / "lr")
+    with pytest.raises(UsageError, match="no picture of .*lr has the name of an HR picture, such as X4/0001x4.png for"):
+        list(list_pairs([hr], [lr], 3))
+    with pytest.raises(UsageError, match="one for each --source, not 2"):
+        list(list_pairs([hr], [lr, lr], 4))
+    with pytest.raises(UsageError, match=r"hr/0001.png and .*hr2/0001.png could both be the partner of .*0001x4.png"):
+        list(list_pairs([hr, put(hrs, tmp_path / "hr2")], [lr], 4))
+    put({"X4/0002x4d.png": b"x"}, lr)
+    with pytest.raises(UsageError, match=r"0002x4.png and .*0002x4d.png could both be the partner of .*hr/0002.png"):
+        list(list_pairs([hr], [lr], 4))
+    put({"lr.tar": tar_of(lrs)}, tmp_path / "tars")
+    with pytest.raises(UsageError, match=r"holds lr.tar: give folders"):
+        list(list_pairs([hr], [str(tmp_path / "tars")], 4))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_dataset_of_real_pairs_holds_them_as_they_are(tmp_path, pictures, recipe, caplog):
+    hrs, lrs = pair_files(pictures, *LAYOUTS["DRealSR"])
+    alone, wrong = hrs | {}, lrs | {}
+    alone["train_HR/alone_x1.png"] = next(iter(hrs.values()))
+    alone["train_HR/wrong_x1.png"] = next(iter(hrs.values()))
+    wrong["train_LR/wrong_x4.png"] = next(iter(hrs.values()))
+    wrong["train_LR/widow_x4.png"] = next(iter(lrs.values()))
+    hr, lr, out = put(alone, tmp_path / "hr"), put(wrong, tmp_path / "lr"), tmp_path / "out"
+    result = run([hr], out, recipe, pairs=[lr])
+    assert "1 of 5 pictures in" in caplog.text
+    dataset = Dataset.open(str(out))
+    assert (dataset.manifest.given, dataset.manifest.used, result.samples) == (5, 3, 3)
+    assert rejected(out) == {
+        "train_HR/alone_x1.png": "no LR partner",
+        "train_HR/wrong_x1.png": "the LR partner is not HR size / scale",
+    }
+    index = dataset.index()
+    for row in range(index.num_rows):
+        sample = dataset.read(index, row)
+        assert sample.info["degradation"] is None
+        assert np.array_equal(sample.lr, dataset.read_lr(index, row).lr)
+        top, left, size, _ = sample.info["crop"]
+        name = sample.info["source"]["path"]
+        partner = decode(lrs[name.replace("train_HR", "train_LR").replace("_x1", "_x4")])
+        partner = partner[top // 4 : (top + size) // 4, left // 4 : (left + size) // 4]
+        assert np.array_equal(sample.hr, turned(decode(hrs[name])[top : top + size, left : left + size], sample))
+        assert np.array_equal(sample.lr, turned(partner, sample))
+    checked = verify(str(out), replay=3, progress=False)
+    assert (checked.ok, checked.samples, checked.problems) == (True, 3, [])
+    # A partner that changes makes its shard anew, and one that comes turns a rejected picture into a used one.
+    inverted = cv2.imencode(".png", 255 - decode(lrs["train_LR/DSC_0001_x4.png"]))[1].tobytes()
+    put({"train_LR/alone_x4.png": next(iter(lrs.values())), "train_LR/DSC_0001_x4.png": inverted}, lr)
+    before = lr_of(out, "train_HR/DSC_0001_x1.png")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    words = ["shards", "--tracking", "false", "--pairs", lr, "--out", str(out)]
+    assert main([*words, "--source", hr, "--recipe", str(tmp_path / "recipe.yaml")]) == 0
+    assert rejected(out) == {"train_HR/wrong_x1.png": "the LR partner is not HR size / scale"}
+    assert np.array_equal(lr_of(out, "train_HR/DSC_0001_x1.png"), 255 - before[..., ::-1])
+    assert main(words) == 2
+    # The HR of real pairs may be degraded anew.
+    anew = regenerate(str(out), str(tmp_path / "anew"), recipe, progress=False)
+    assert anew.samples == Dataset.open(str(out)).manifest.samples == 4
+    assert verify(str(tmp_path / "anew"), replay=4, progress=False).replayed == 4
+    # Without partners the same pictures are degraded, the rejected ones among them.
+    assert (run([hr], out, recipe).samples, rejected(out)) == (5, {})
+
+
+def lr_of(out, path: str) -> np.ndarray:
+    index = Dataset.open(str(out)).index()
+    return Dataset.open(str(out)).read(index, index["source"].to_pylist().index(path)).lr
+
+
+def turned(pixels: np.ndarray, sample) -> np.ndarray:
+    return pixels[:, ::-1] if sample.info["flip"] else pixels
+
+
+# Duplicates
+
+
+def test_of_equal_contents_the_first_by_root_and_path_is_kept(ray_cluster, tmp_path, pictures, monkeypatch):
+    (one, data), (two, other), *_ = pictures.items()
+    put({f"b/{one}": data, f"a/{one}": data, two: other, "gone.jpg": b"x", "lost.jpg": b"x"}, tmp_path / "0")
+    put({"z.tar": tar_of({"y.jpg": other, "a.jpg": b"new", "b.jpg": b"new"})}, tmp_path / "1")
+    put({"x.parquet": table_of({"image": [data, None, None]})}, tmp_path / "1")
+    sources = listed(tmp_path / "0", tmp_path / "1")
+    for name in ("gone.jpg", "lost.jpg"):
+        (tmp_path / "0" / name).unlink()
+    expected = {(0, f"b/{one}"), (1, "z.tar/y.jpg"), (1, "z.tar/b.jpg"), (1, "x.parquet/0000000000")}
+    for reordered in (sources, sources[::-1]):
+        marked = list(mark_duplicates(iter(reordered), workers=2))
+        assert {(s.root, s.path) for s in marked if s.duplicate} == expected
+        assert [s._replace(duplicate=False) for s in marked] == reordered
+    monkeypatch.setattr(duplicates, "_FEW", 0)
+    monkeypatch.setattr(duplicates, "_CHUNK", 2)
+    monkeypatch.setattr(duplicates, "_WINDOW", 3)
+    assert {(s.root, s.path) for s in mark_duplicates(iter(sources), workers=2) if s.duplicate} == expected
+    assert list(mark_duplicates(iter([]), workers=2)) == []
+
+
+def test_pairs_with_equal_hr_and_another_lr_are_no_duplicates(tmp_path, pictures):
+    hr, lr, other = list(pictures.values())[:3]
+    put({"a.png": hr, "b.png": hr, "c.png": hr}, tmp_path / "hr")
+    put({"a.png": lr, "b.png": other, "c.png": lr}, tmp_path / "lr")
+    sources = list_pairs([str(tmp_path / "hr")], [str(tmp_path / "lr")], 4)
+    assert [s.path for s in mark_duplicates(sources, None) if s.duplicate] == ["c.png"]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_recipe_that_rejects_duplicates_counts_them_as_rejected(tmp_path, pictures, recipe):
+    (name, data), *rest = pictures.items()
+    put(dict(rest[:2]) | {f"1-{name}": data, f"2-{name}": data}, tmp_path / "in")
+    run([tmp_path / "in"], tmp_path / "keep", recipe)
+    assert rejected(tmp_path / "keep") == {}
+    result = run([tmp_path / "in"], tmp_path / "out", changed(recipe, duplicates="reject"))
+    assert rejected(tmp_path / "out") == {f"2-{name}": "the same content as an earlier source"}
+    assert (result.samples, Dataset.open(str(tmp_path / "out")).manifest.used) == (3, 3)
+
+
+def test_an_error_while_reading_is_one_clear_error(ray_cluster, bucket, monkeypatch):
+    monkeypatch.setattr(duplicates, "_FEW", 0)
+    with pytest.raises(UsageError, match="no bucket 'deedsr-nowhere'"):
+        list(mark_duplicates([Source(0, "a.jpg", "s3://deedsr-nowhere/a.jpg", 1, "1")], workers=1))
