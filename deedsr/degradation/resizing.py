@@ -1,0 +1,66 @@
+"""Bilinear, bicubic and area resizing as torch's `F.interpolate` defines them, without antialiasing, exactly summed."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+from scipy.sparse import csr_array
+
+from deedsr.degradation.fixed_point import exact_bits, settle, to_pixels, weight_rows
+
+__all__ = ["RESIZE_MODES", "resample"]
+
+RESIZE_MODES = ("area", "bilinear", "bicubic")
+_GAIN = {"area": 1.0, "bilinear": 1.0, "bicubic": 1.376}  # largest sum of the magnitudes of a pixel's weights
+_CUBIC = -0.75  # torch's and OpenCV's bicubic
+
+
+def resample(image: np.ndarray, mode: str, size: tuple[int, int], step: tuple[float, float]) -> np.ndarray:
+    """Resize an image (uint8 or pixels of `fixed_point`) to `size` (height, width); returns pixels.
+
+    `step` is how far neighbouring output pixels lie apart in the image (down, across); area needs none.
+    """
+    for count, stride in zip(size, step, strict=True):
+        image = cv2.transpose(_resample_rows(image, mode, count, stride))
+    return image
+
+
+def _resample_rows(image: np.ndarray, mode: str, count: int, step: float) -> np.ndarray:
+    length = image.shape[0]
+    index, weights = _area(length, count) if mode == "area" else _interpolation(mode, length, count, step)
+    weights = weight_rows(weights, exact_bits(image, _GAIN[mode]))
+    taps = index.shape[1]
+    matrix = csr_array((weights.ravel(), index.ravel(), np.arange(0, index.size + 1, taps)), shape=(count, length))
+    rows = matrix @ to_pixels(image).reshape(length, -1)
+    return settle(rows).reshape(count, *image.shape[1:])
+
+
+def _area(length: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices and weights (count, taps) of the mean over the pixels that each output pixel touches."""
+    output = np.arange(count)
+    first = output * length // count
+    touched = (-(-(output + 1) * length // count) - first)[:, None]
+    tap = np.arange(touched.max())
+    return np.minimum(first[:, None] + tap, length - 1), np.where(tap < touched, 1 / touched, 0.0)
+
+
+def _interpolation(mode: str, length: int, count: int, step: float) -> tuple[np.ndarray, np.ndarray]:
+    """Indices and weights (count, taps) of the two or four pixels around each output pixel's place."""
+    place = (np.arange(count) + 0.5) * step - 0.5
+    if mode == "bilinear":
+        place = np.maximum(place, 0.0)
+    first = np.floor(place)
+    t = place - first
+    if mode == "bilinear":
+        tap, weights = np.arange(2), [1 - t, t]
+    else:
+        tap, weights = np.arange(-1, 3), [_outer(1 + t), _inner(t), _inner(1 - t), _outer(2 - t)]
+    return np.clip(first.astype(int)[:, None] + tap, 0, length - 1), np.stack(weights, axis=1)
+
+
+def _inner(distance: np.ndarray) -> np.ndarray:
+    return ((_CUBIC + 2) * distance - (_CUBIC + 3)) * distance * distance + 1
+
+
+def _outer(distance: np.ndarray) -> np.ndarray:
+    return _CUBIC * (((distance - 5) * distance + 8) * distance - 4)
