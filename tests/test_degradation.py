@@ -64,7 +64,11 @@ def assert_uniform(sample, low, high):
 
 def levels(pixels):
     """The chain's pixels as 8-bit levels, unrounded."""
-    return pixels + np.float32(128)
+    return pixels / 64 + np.float32(128)
+
+
+def pixels(levels):
+    return (levels - np.float32(128)) * 64
 
 
 def assert_rounded(errors, limit=0.01):
@@ -262,18 +266,18 @@ def test_resizing_is_torchs(crops, mode):
 
 def test_gaussian_noise_is_normal_and_gray_noise_is_one_field():
     image = np.zeros((200, 200, 3), np.float32)
-    field = noise.add_gaussian(image, 7.0, False, 2**64 - 1) / 7
+    field = noise.add_gaussian(image, 7.0, False, 2**64 - 1) / (7 * 64)
     assert stats.kstest(field.ravel(), stats.norm.cdf).pvalue > SIGNIFICANCE
     assert field.std() == pytest.approx(1, abs=0.01)
     assert stats.kurtosis(field.ravel()) == pytest.approx(0, abs=0.06)
     assert np.abs(np.corrcoef(field.reshape(-1, 3).T) - np.eye(3)).max() < 0.025
     for neighbour in (field[1:] * field[:-1], field[:, 1:] * field[:, :-1]):
         assert abs(neighbour.mean()) < 0.015
-    gray = noise.add_gaussian(image, 7.0, True, 3)
+    gray = noise.add_gaussian(image, 7.0, True, 3) / 64
     assert gray.std() == pytest.approx(7, rel=0.03)
     assert np.array_equal(gray[..., 0], gray[..., 1])
     assert np.array_equal(gray[..., 0], gray[..., 2])
-    assert not np.array_equal(noise.add_gaussian(image, 7.0, True, 4), gray)
+    assert not np.array_equal(noise.add_gaussian(image, 7.0, True, 4) / 64, gray)
 
 
 @pytest.mark.parametrize("photons", [2, 64, 128, 256])
@@ -297,8 +301,8 @@ def test_photon_counts_are_poisson_at_every_level(photons):
 def test_poisson_noise_agrees_with_the_plain_samplers_at_dark_and_bright_pixels(crops, gray):
     image = crops[2].astype(np.float32)
     level = image @ np.array([0.299, 0.587, 0.114], np.float32) if gray else image
-    bgr = np.ascontiguousarray(image[..., ::-1]) - np.float32(128)
-    ours = np.stack([(noise.add_poisson(bgr, 1.5, gray, seed) - bgr)[..., ::-1] for seed in range(12)])
+    bgr = pixels(np.ascontiguousarray(image[..., ::-1]))
+    ours = np.stack([(noise.add_poisson(bgr, 1.5, gray, seed) - bgr)[..., ::-1] / 64 for seed in range(12)])
     exact = np.stack([plain.noise(image, "poisson", gray, seed, scale=1.5) + 0 * image for seed in range(12)])
     edges = np.quantile(level, [0, 0.1, 0.3, 0.5, 0.7, 0.9, 1])
     for low, high in zip(edges[:-1], edges[1:], strict=True):
@@ -336,8 +340,8 @@ def test_every_step_but_noise_equals_its_plain_transcription(crops):
             expected = plain.apply(image, **item)
             if not item["step"].startswith("noise"):
                 parameters = {key: value for key, value in item.items() if key != "step"}
-                pixels = np.ascontiguousarray(image[..., ::-1]) - np.float32(128)
-                result = chain._STEPS[item["step"]](pixels, **parameters)[..., ::-1]
+                bgr = pixels(np.ascontiguousarray(image[..., ::-1]))
+                result = chain._STEPS[item["step"]](bgr, **parameters)[..., ::-1]
                 assert result.shape == expected.shape
                 errors[item["step"]].append((result if result.dtype == np.uint8 else levels(result)) - expected)
             image = expected

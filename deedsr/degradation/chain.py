@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from deedsr.degradation import noise
-from deedsr.degradation.fixed_point import GRID, settle, symmetric_weights, to_levels, to_pixels
+from deedsr.degradation.fixed_point import BLACK, WHITE, largest, operand, symmetric_weights, to_levels, to_pixels
 from deedsr.degradation.kernels import blur_kernel, profile
 from deedsr.degradation.resizing import resample
 
@@ -24,8 +24,7 @@ __all__ = ["degrade"]
 
 _JPEG_LIMIT = 65_500  # pixels a side
 _DIRECT = 130 if platform.machine() in ("x86_64", "AMD64") else 50  # OpenCV transforms kernels of so many elements
-_COARSE = 1 / 8  # levels
-_INVISIBLE = 5e-5  # sum of weights that may be left out of a kernel
+_INVISIBLE = 2e-4  # sum of weights that may be left out of a kernel
 
 
 def degrade(hr: np.ndarray, draws: dict[str, Any]) -> np.ndarray:
@@ -47,40 +46,38 @@ def degrade(hr: np.ndarray, draws: dict[str, Any]) -> np.ndarray:
 
 def blur(image: np.ndarray, kernel: str, size: int, **parameters: float) -> np.ndarray:
     """Correlate with a kernel of `kernels.blur_kernel`; borders are reflected."""
-    if kernel == "isotropic":
-        line = profile(size, parameters["sigma_x"])
-        return correlate(correlate(image, line[:, None]), line[None])
-    return correlate(image, blur_kernel(kernel, size, **parameters))
+    if kernel == "isotropic":  # the product of a column and a row
+        whole, unit = operand(image)
+        line = symmetric_weights(_significant(profile(size, parameters["sigma_x"])[None]), unit * largest(whole))
+        return correlate(correlate(whole, unit * line.T), line)
+    whole, unit = operand(image, coarse=True)  # hundreds of weights need the bits more than the pixels do
+    weights = symmetric_weights(_significant(blur_kernel(kernel, size, **parameters)), largest(whole))
+    return correlate(whole, unit * weights)
 
 
-def correlate(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """Correlate with a kernel that sums to 1 and is symmetric about its centre, without its invisible margins."""
-    grid = GRID
-    if image.dtype != np.uint8 and min(kernel.shape) > 1:
-        # Hundreds of weights need the bits more than the pixels do.
-        grid, image = _COARSE, settle(image.copy(), _COARSE)
-    weights = symmetric_weights(_significant(kernel), image, grid)
-    image = to_pixels(image)
-    rows, columns = weights.shape
+def correlate(whole: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Correlate whole numbers with weights that make their sums exact; rounded to whole numbers again."""
+    weights = weights.astype(np.float32)
     if weights.size < _DIRECT:
-        return settle(cv2.filter2D(image, cv2.CV_32F, weights, borderType=cv2.BORDER_REFLECT_101))
+        blurred = cv2.filter2D(whole, cv2.CV_32F, weights, borderType=cv2.BORDER_REFLECT_101)
+        return np.rint(blurred, out=blurred)
 
     # OpenCV takes the Fourier transform of larger kernels: hand it blocks of this one. Exact sums may be cut anywhere.
-    height, width = image.shape[:2]
-    padded = cv2.copyMakeBorder(image, *(rows // 2,) * 2, *(columns // 2,) * 2, cv2.BORDER_REFLECT_101)
+    (height, width), (rows, columns) = whole.shape[:2], weights.shape
+    padded = cv2.copyMakeBorder(whole, *(rows // 2,) * 2, *(columns // 2,) * 2, cv2.BORDER_REFLECT_101)
     block_columns = min(columns, _DIRECT - 1)
     block_rows = (_DIRECT - 1) // block_columns
-    blurred = np.zeros_like(image)
+    blurred = np.zeros_like(whole)
     for top in range(0, rows, block_rows):
         for left in range(0, columns, block_columns):
             block = weights[top : top + block_rows, left : left + block_columns]
             part = padded[top : top + height + len(block) - 1, left : left + width + block.shape[1] - 1]
             blurred += cv2.filter2D(part, cv2.CV_32F, block, anchor=(0, 0))[:height, :width]
-    return settle(blurred)
+    return np.rint(blurred, out=blurred)
 
 
 def _significant(kernel: np.ndarray) -> np.ndarray:
-    """The kernel without the smallest weights, which together move no pixel by 0.013 levels, and without empty margins.
+    """The kernel without the smallest weights, which together move no pixel by 0.05 levels, and without empty margins.
 
     What is left out is put on the centre.
     """
@@ -114,7 +111,7 @@ def add_noise(image: np.ndarray, family: str, gray: bool, seed: int, **strength:
     """Add Gaussian (`sigma`) or Poisson (`scale`) noise and clip to 8 bits."""
     add: Callable[..., np.ndarray] = noise.add_gaussian if family == "gaussian" else noise.add_poisson
     noisy = add(to_pixels(image), gray=gray, seed=seed, **strength)
-    return np.clip(noisy, -128, 127, out=noisy)
+    return np.clip(noisy, BLACK, WHITE, out=noisy)
 
 
 def compress(image: np.ndarray, quality: int) -> np.ndarray:

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from scipy.special import ndtri, pdtr
 
-from deedsr.degradation.fixed_point import GRID, settle, to_levels
+from deedsr.degradation.fixed_point import PER_LEVEL, to_levels
 
 __all__ = ["add_gaussian", "add_poisson", "poisson_counts"]
 
@@ -24,15 +24,15 @@ _FEW_PHOTONS = 16  # below this mean, counts come from their own quantiles
 
 
 def add_gaussian(image: np.ndarray, sigma: float, gray: bool, seed: int) -> np.ndarray:
-    """Add normal noise of `sigma` 8-bit levels, in whole multiples of GRID, to pixels; gray: the same in all channels."""
+    """Add normal noise of `sigma` 8-bit levels to pixels of `fixed_point`; gray: the same in all channels."""
     height, width = image.shape[:2]
-    values = np.rint(_normal_quantiles() * (sigma / GRID)) * np.float32(GRID)
+    values = np.rint(_normal_quantiles() * (sigma * PER_LEVEL))
     field = cv2.LUT(_random_bits((height, width) if gray else (height, width, 3), seed), values)
     return image + (cv2.cvtColor(field, cv2.COLOR_GRAY2BGR) if gray else field)
 
 
 def add_poisson(image: np.ndarray, scale: float, gray: bool, seed: int) -> np.ndarray:
-    """Add `scale` times the shot noise of the image itself, in whole multiples of GRID, to pixels.
+    """Add `scale` times the shot noise of the image itself to pixels of `fixed_point`.
 
     As in the reference, white stands for 2^ceil(log2(distinct 8-bit levels in the image)) photons; gray: the noise of
     the grey image goes to all channels.
@@ -41,9 +41,9 @@ def add_poisson(image: np.ndarray, scale: float, gray: bool, seed: int) -> np.nd
     distinct = np.count_nonzero(cv2.calcHist([level.reshape(-1)], [0], None, [256], [0, 256]))
     photons = 1 << int(distinct - 1).bit_length()
     noise = poisson_counts(level, photons, _random_bits(level.shape, seed))
-    noise *= scale * 255 / photons
-    noise -= cv2.LUT(level, (scale * np.arange(256)).astype(np.float32))
-    settle(noise)
+    noise *= scale * PER_LEVEL * 255 / photons
+    noise -= cv2.LUT(level, (scale * PER_LEVEL * np.arange(256)).astype(np.float32))
+    np.rint(noise, out=noise)
     return image + (cv2.cvtColor(noise, cv2.COLOR_GRAY2BGR) if gray else noise)
 
 
@@ -64,7 +64,8 @@ def poisson_counts(level: np.ndarray, photons: int, bits: np.ndarray) -> np.ndar
 
     tables = _few_photons(photons)
     dark = np.flatnonzero(level < len(tables))
-    counts.reshape(-1)[dark] = tables[level.reshape(-1)[dark], bits.reshape(-1)[dark]]
+    place = level.reshape(-1).take(dark).astype(np.intp) * 65536 + bits.reshape(-1).take(dark)
+    counts.reshape(-1)[dark] = tables.reshape(-1).take(place).astype(np.float32)
     return counts
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import cv2
 import numpy as np
 from scipy.sparse import csr_array
 
-from deedsr.degradation.fixed_point import exact_bits, settle, to_pixels, weight_rows
+from deedsr.degradation.fixed_point import exact_bits, largest, operand, weight_rows
 
 __all__ = ["RESIZE_MODES", "resample"]
 
@@ -16,23 +18,35 @@ _CUBIC = -0.75  # torch's and OpenCV's bicubic
 
 
 def resample(image: np.ndarray, mode: str, size: tuple[int, int], step: tuple[float, float]) -> np.ndarray:
-    """Resize an image (uint8 or pixels of `fixed_point`) to `size` (height, width); returns pixels.
+    """Resize a three-channel image (uint8 or pixels of `fixed_point`) to `size` (height, width); returns pixels.
 
     `step` is how far neighbouring output pixels lie apart in the image (down, across); area needs none.
     """
-    for count, stride in zip(size, step, strict=True):
-        image = cv2.transpose(_resample_rows(image, mode, count, stride))
-    return image
+    height, width, channels = image.shape
+    whole, unit = operand(image)
+    gain = _GAIN[mode]
+    bits = exact_bits(unit * largest(whole), gain * gain)
+    down = _matrix(mode, height, size[0], step[0], bits, 1) * np.float32(unit)
+    across = _matrix(mode, width, size[1], step[1], bits, channels)
+    rows = down @ whole.reshape(height, -1)
+    columns = across @ cv2.transpose(np.rint(rows, out=rows))
+    return cv2.transpose(np.rint(columns, out=columns)).reshape(*size, channels)
 
 
-def _resample_rows(image: np.ndarray, mode: str, count: int, step: float) -> np.ndarray:
-    length = image.shape[0]
+def _matrix(mode: str, length: int, count: int, step: float, bits: int, interleaved: int) -> csr_array:
+    """Resizes columns, in each of which so many lines are interleaved, from `length` to `count` elements of each."""
+    index, weights = _taps(mode, length, count, step, bits)
+    index = index[:, None] * interleaved + np.arange(interleaved, dtype=np.int32)[:, None]  # output, line, tap
+    weights = np.repeat(weights[:, None], interleaved, axis=1)
+    ends = np.arange(0, index.size + 1, index.shape[2], dtype=np.int32)
+    return csr_array((weights.ravel(), index.ravel(), ends), shape=(count * interleaved, length * interleaved))
+
+
+@lru_cache(maxsize=64)  # crops are square as a rule
+def _taps(mode: str, length: int, count: int, step: float, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (int32) and whole multiples of 2^-bits (float32), both (count, taps), that make each output element."""
     index, weights = _area(length, count) if mode == "area" else _interpolation(mode, length, count, step)
-    weights = weight_rows(weights, exact_bits(image, _GAIN[mode]))
-    taps = index.shape[1]
-    matrix = csr_array((weights.ravel(), index.ravel(), np.arange(0, index.size + 1, taps)), shape=(count, length))
-    rows = matrix @ to_pixels(image).reshape(length, -1)
-    return settle(rows).reshape(count, *image.shape[1:])
+    return index.astype(np.int32), weight_rows(weights, bits).astype(np.float32)
 
 
 def _area(length: int, count: int) -> tuple[np.ndarray, np.ndarray]:
