@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 
 import cv2
 import numpy as np
@@ -60,6 +60,23 @@ def assert_uniform(sample, low, high):
     assert low <= sample.min()
     assert sample.max() <= high
     assert stats.kstest(sample, stats.uniform(low, high - low).cdf).pvalue > SIGNIFICANCE
+
+
+def levels(pixels):
+    """The chain's pixels as 8-bit levels, unrounded."""
+    return pixels / 64 + np.float32(128)
+
+
+def pixels(levels):
+    return (levels - np.float32(128)) * 64
+
+
+def assert_rounded(errors, limit=0.01):
+    """Root mean square of what rounding once or twice to a 64th of a level, and the weights, leaves."""
+    flat = np.concatenate([error.ravel() for error in errors])
+    assert np.sqrt(np.mean(flat**2)) < limit
+    assert np.abs(flat).max() < 20 * limit
+    assert abs(flat.mean()) < 0.1 * limit
 
 
 def assert_share(hits, count, share):
@@ -213,14 +230,16 @@ def test_an_unknown_kernel_and_an_even_size_are_refused():
         kernels.sinc(8, 1.0)
 
 
-def test_cutting_and_separating_a_kernel_moves_no_pixel_visibly(crops, many_draws):
-    image = crops[0].astype(np.float32)
-    for draw in many_draws[:60]:
+def test_cutting_separating_and_rounding_a_kernel_moves_no_pixel_visibly(crops, many_draws):
+    errors = []
+    for draw in many_draws[:100]:
         for item in draw["steps"]:
             if item["step"] == "blur1":
                 parameters = {key: value for key, value in item.items() if key != "step"}
-                full = cv2.filter2D(image, -1, plain.kernel_21(**parameters).astype(np.float32))
-                assert np.abs(chain.blur(image, **parameters) - full).max() < 0.03
+                kernel = plain.kernel_21(**parameters).astype(np.float32)
+                full = cv2.filter2D(crops[0].astype(np.float32), -1, kernel)
+                errors.append(levels(chain.blur(crops[0], **parameters)) - full)
+    assert_rounded(errors)
 
 
 # Resizing
@@ -228,34 +247,37 @@ def test_cutting_and_separating_a_kernel_moves_no_pixel_visibly(crops, many_draw
 
 @pytest.mark.parametrize("mode", ["area", "bilinear", "bicubic"])
 def test_resizing_is_torchs(crops, mode):
-    image = np.ascontiguousarray(crops[1][:120, :201]).astype(np.float32)
-    for factor in (0.3, 0.437, 0.5, 0.77, 1.0, 1.13, 1.499):
-        expected = plain.interpolate(image, mode, scale_factor=factor)
+    image = np.ascontiguousarray(crops[1][:120, :201])
+    errors = []
+    for factor in (0.3, 0.437, 0.5, 0.77, 1.13, 1.499):
+        expected = plain.interpolate(image.astype(np.float32), mode, scale_factor=factor)
         result = chain.rescale(image, mode, factor)
         assert result.shape == expected.shape
-        assert np.abs(result - expected).max() < 0.01
+        errors.append(levels(result) - expected)
     for size in ((30, 50), (31, 64), (60, 67), (144, 240), (120, 201)):
-        expected = plain.interpolate(image, mode, size=size)
-        assert np.abs(chain.resize(image, mode, list(size)) - expected).max() < 0.01
+        expected = plain.interpolate(image.astype(np.float32), mode, size=size)
+        errors.append(levels(chain.resize(image, mode, list(size))) - expected)
+    assert_rounded(errors)
+    assert chain.rescale(image, mode, 1.0) is image
 
 
 # Noise
 
 
 def test_gaussian_noise_is_normal_and_gray_noise_is_one_field():
-    image = np.full((200, 200, 3), 128, np.float32)
-    field = (noise.add_gaussian(image, 7.0, False, 2**64 - 1) - 128) / 7
+    image = np.zeros((200, 200, 3), np.float32)
+    field = noise.add_gaussian(image, 7.0, False, 2**64 - 1) / (7 * 64)
     assert stats.kstest(field.ravel(), stats.norm.cdf).pvalue > SIGNIFICANCE
     assert field.std() == pytest.approx(1, abs=0.01)
     assert stats.kurtosis(field.ravel()) == pytest.approx(0, abs=0.06)
     assert np.abs(np.corrcoef(field.reshape(-1, 3).T) - np.eye(3)).max() < 0.025
     for neighbour in (field[1:] * field[:-1], field[:, 1:] * field[:, :-1]):
         assert abs(neighbour.mean()) < 0.015
-    gray = noise.add_gaussian(image, 7.0, True, 3) - 128
+    gray = noise.add_gaussian(image, 7.0, True, 3) / 64
     assert gray.std() == pytest.approx(7, rel=0.03)
     assert np.array_equal(gray[..., 0], gray[..., 1])
     assert np.array_equal(gray[..., 0], gray[..., 2])
-    assert not np.array_equal(noise.add_gaussian(image, 7.0, True, 4) - 128, gray)
+    assert not np.array_equal(noise.add_gaussian(image, 7.0, True, 4) / 64, gray)
 
 
 @pytest.mark.parametrize("photons", [2, 64, 128, 256])
@@ -279,8 +301,8 @@ def test_photon_counts_are_poisson_at_every_level(photons):
 def test_poisson_noise_agrees_with_the_plain_samplers_at_dark_and_bright_pixels(crops, gray):
     image = crops[2].astype(np.float32)
     level = image @ np.array([0.299, 0.587, 0.114], np.float32) if gray else image
-    bgr = np.ascontiguousarray(image[..., ::-1])
-    ours = np.stack([(noise.add_poisson(bgr, 1.5, gray, seed) - bgr)[..., ::-1] for seed in range(12)])
+    bgr = pixels(np.ascontiguousarray(image[..., ::-1]))
+    ours = np.stack([(noise.add_poisson(bgr, 1.5, gray, seed) - bgr)[..., ::-1] / 64 for seed in range(12)])
     exact = np.stack([plain.noise(image, "poisson", gray, seed, scale=1.5) + 0 * image for seed in range(12)])
     edges = np.quantile(level, [0, 0.1, 0.3, 0.5, 0.7, 0.9, 1])
     for low, high in zip(edges[:-1], edges[1:], strict=True):
@@ -310,29 +332,35 @@ def test_a_round_trip_through_json_replays_the_identical_lr(crops):
 
 def test_every_step_but_noise_equals_its_plain_transcription(crops):
     """Step by step from the same image: a rounding that falls the other way would spread over a block in JPEG."""
-    seen = Counter()
+    errors = defaultdict(list)
     for index in range(40):
         image = crops[index % len(crops)].astype(np.float32)
         for item in draw_degradation(DEEDSR, (256, 256), 4, generator("plain", index))["steps"]:
+            image = np.rint(image * 64) / 64  # the chain's grid
             expected = plain.apply(image, **item)
             if not item["step"].startswith("noise"):
                 parameters = {key: value for key, value in item.items() if key != "step"}
-                result = chain._STEPS[item["step"]](np.ascontiguousarray(image[..., ::-1]), **parameters)[..., ::-1]
+                bgr = pixels(np.ascontiguousarray(image[..., ::-1]))
+                result = chain._STEPS[item["step"]](bgr, **parameters)[..., ::-1]
                 assert result.shape == expected.shape
-                assert np.abs(result - expected).max() < 0.03
-                seen[item["step"]] += 1
+                errors[item["step"]].append((result if result.dtype == np.uint8 else levels(result)) - expected)
             image = expected
-    assert len(seen) == 8
+    assert len(errors) == 8
+    for step, found in errors.items():
+        assert_rounded(found, 0.05 if step == "sinc" else 0.015)
 
 
-def test_without_noise_the_chain_is_its_plain_transcription_up_to_rounding(crops):
-    differences = []
+def test_the_chain_but_for_noise_and_jpeg_is_its_plain_transcription_up_to_rounding(crops):
+    """JPEG would make much of a pixel that is rounded the other way."""
+    errors = []
     for index in range(30):
         hr = crops[index % len(crops)]
         draws = draw_degradation(DEEDSR, (256, 256), 4, generator("plain", index))
-        draws["steps"] = [item for item in draws["steps"] if not item["step"].startswith("noise")]
-        differences.append(np.abs(degrade(hr, draws).astype(int) - plain.degrade(hr, draws)).mean())
-    assert np.mean(differences) < 0.1
+        draws["steps"] = [item for item in draws["steps"] if not item["step"].startswith(("noise", "jpeg"))]
+        errors.append(degrade(hr, draws).astype(int) - plain.degrade(hr, draws))
+    assert np.abs(errors).max() == 1
+    assert np.mean(np.abs(errors)) < 0.03
+    assert abs(np.mean(errors)) < 0.001
 
 
 def test_with_noise_the_chain_has_the_spectrum_of_its_plain_transcription(crops):
@@ -360,7 +388,7 @@ def test_a_clean_sample_is_the_bicubic_reduction(crops):
     ranges = DEEDSR.model_copy(update={"clean_probability": 1.0})
     draws = draw_degradation(ranges, (256, 256), 4, generator("clean"))
     expected = plain.interpolate(crops[3].astype(np.float32), "bicubic", scale_factor=0.25)
-    assert np.abs(degrade(crops[3], draws) - expected.clip(0, 255)).max() < 0.51
+    assert np.abs(degrade(crops[3], draws) - expected.clip(0, 255)).max() < 0.52
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])

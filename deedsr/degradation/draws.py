@@ -14,10 +14,10 @@ import numpy as np
 
 from deedsr.degradation.kernels import KERNELS
 from deedsr.degradation.ranges import BlurRanges, DegradationRanges, NoiseRanges, ResizeRanges
+from deedsr.degradation.resizing import RESIZE_MODES
 
 __all__ = ["NOISE_FAMILIES", "RESIZE_MODES", "SCALAR_COLUMNS", "draw_degradation", "scalar_parameters"]
 
-RESIZE_MODES = ("area", "bilinear", "bicubic")
 NOISE_FAMILIES = ("gaussian", "poisson")
 _LEAST_SIDE = 16
 

@@ -14,32 +14,37 @@ import cv2
 import numpy as np
 from scipy.special import ndtri, pdtr
 
+from deedsr.degradation.fixed_point import PER_LEVEL, to_levels
+
 __all__ = ["add_gaussian", "add_poisson", "poisson_counts"]
 
 _PROBABILITIES = (np.arange(65536) + 0.5) / 65536
+_GRAY = np.array([[233, 1202, 613]], np.float32) / 2048  # of BGR, for exact sums
 _FEW_PHOTONS = 16  # below this mean, counts come from their own quantiles
 
 
 def add_gaussian(image: np.ndarray, sigma: float, gray: bool, seed: int) -> np.ndarray:
-    """Add normal noise of `sigma` 8-bit levels to a float32 HWC image; gray: the same in all channels."""
+    """Add normal noise of `sigma` 8-bit levels to pixels of `fixed_point`; gray: the same in all channels."""
     height, width = image.shape[:2]
-    field = _normal_quantiles().take(_random_bits((height, width, 1 if gray else 3), seed))
-    return cv2.scaleAdd(cv2.cvtColor(field, cv2.COLOR_GRAY2BGR) if gray else field, sigma, image)
+    values = np.rint(_normal_quantiles() * (sigma * PER_LEVEL))
+    field = cv2.LUT(_random_bits((height, width) if gray else (height, width, 3), seed), values)
+    return image + (cv2.cvtColor(field, cv2.COLOR_GRAY2BGR) if gray else field)
 
 
 def add_poisson(image: np.ndarray, scale: float, gray: bool, seed: int) -> np.ndarray:
-    """Add `scale` times the shot noise of the image itself to a float32 BGR image of 8-bit levels.
+    """Add `scale` times the shot noise of the image itself to pixels of `fixed_point`.
 
     As in the reference, white stands for 2^ceil(log2(distinct 8-bit levels in the image)) photons; gray: the noise of
     the grey image goes to all channels.
     """
-    level = cv2.add(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY) if gray else image, 0, dtype=cv2.CV_8U)
+    level = to_levels(cv2.transform(image, _GRAY) if gray else image)
     distinct = np.count_nonzero(cv2.calcHist([level.reshape(-1)], [0], None, [256], [0, 256]))
     photons = 1 << int(distinct - 1).bit_length()
     noise = poisson_counts(level, photons, _random_bits(level.shape, seed))
-    noise *= scale * 255 / photons
-    noise = cv2.scaleAdd(level.astype(np.float32), -scale, noise)
-    return cv2.add(image, cv2.cvtColor(noise, cv2.COLOR_GRAY2BGR) if gray else noise)
+    noise *= scale * PER_LEVEL * 255 / photons
+    noise -= cv2.LUT(level, (scale * PER_LEVEL * np.arange(256)).astype(np.float32))
+    np.rint(noise, out=noise)
+    return image + (cv2.cvtColor(noise, cv2.COLOR_GRAY2BGR) if gray else noise)
 
 
 def poisson_counts(level: np.ndarray, photons: int, bits: np.ndarray) -> np.ndarray:
@@ -50,16 +55,17 @@ def poisson_counts(level: np.ndarray, photons: int, bits: np.ndarray) -> np.ndar
     levels have tables.
     """
     mean = np.arange(256) * (photons / 255)
-    z = _normal_quantiles().take(bits)
+    z = cv2.LUT(bits, _normal_quantiles())
     counts = z * np.float32(1 / 6)
-    counts += cv2.LUT(level, np.sqrt(np.maximum(mean - 5 / 36, 0)).astype(np.float32)).reshape(level.shape)
+    counts += cv2.LUT(level, np.sqrt(np.maximum(mean - 5 / 36, 0)).astype(np.float32))
     counts *= z
-    counts += cv2.LUT(level, (mean - 1 / 6).astype(np.float32)).reshape(level.shape)
+    counts += cv2.LUT(level, (mean - 1 / 6).astype(np.float32))
     np.rint(counts, out=counts)
 
     tables = _few_photons(photons)
     dark = np.flatnonzero(level < len(tables))
-    counts.reshape(-1)[dark] = tables[level.reshape(-1)[dark], bits.reshape(-1)[dark]]
+    place = level.reshape(-1).take(dark).astype(np.intp) * 65536 + bits.reshape(-1).take(dark)
+    counts.reshape(-1)[dark] = tables.reshape(-1).take(place).astype(np.float32)
     return counts
 
 
@@ -72,9 +78,13 @@ def _random_bits(shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _normal_quantiles() -> np.ndarray:
-    """float32 quantiles of the standard normal at 65,536 midpoints, scaled to unit variance."""
+    """float32 quantiles of the standard normal at 65,536 midpoints, scaled to unit variance.
+
+    Whole multiples of 2^-16: the last bit of scipy's function is the processor's, and no value lies near a rounding
+    boundary.
+    """
     quantiles = ndtri(_PROBABILITIES)
-    return (quantiles / quantiles.std()).astype(np.float32)
+    return (np.rint(quantiles / quantiles.std() * 65536) / 65536).astype(np.float32)
 
 
 @lru_cache(maxsize=4)
