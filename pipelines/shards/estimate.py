@@ -11,6 +11,7 @@ import cv2
 from tqdm import tqdm
 
 from deedsr.dataset.keys import generator
+from deedsr.dataset.pictures import RejectedImage
 from deedsr.degradation.recipe import Recipe
 from pipelines.shards.plan import ShardPlan, plan_shards
 from pipelines.shards.record import Inventory
@@ -57,7 +58,8 @@ def estimate(
 ) -> Estimate:
     """Plans the job without making anything, and makes the samples of a few sources in memory to measure them.
 
-    Duplicates are not looked for: that reads everything. `cores`: of each node, None for as many as here. `price`: of a node, per hour.
+    Duplicates are not looked for: that reads everything. `cores`: of each node, None for as many as here. `price`: of a
+    node, per hour.
     """
     inventory = Inventory.of(open_storage(out))
     count = _Count()
@@ -136,7 +138,7 @@ class _Probe:
         begin = time.perf_counter()
         try:
             drafts = samples_of(source, *read_source(source), recipe).samples
-        except FileNotFoundError:
+        except (FileNotFoundError, RejectedImage):
             drafts = []
         finally:
             cv2.setNumThreads(threads)
