@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from deedsr.dataset.crops import RejectedImage, decode
+from deedsr.dataset.pictures import RejectedImage, decode
 from deedsr.degradation.recipe import Recipe
 from deedsr.errors import UsageError
 from jobs.cli import main

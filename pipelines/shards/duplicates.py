@@ -12,7 +12,7 @@ from typing import IO, Any
 import numpy as np
 from tqdm import tqdm
 
-from deedsr.dataset.crops import RejectedImage
+from deedsr.dataset.pictures import RejectedImage
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines import cluster
 from pipelines.shards.sources import Source, read_source

@@ -1,6 +1,6 @@
 """From a source to its bytes."""
 
-from deedsr.dataset.crops import RejectedImage
+from deedsr.dataset.pictures import RejectedImage
 from pipelines.shards.sources.source import Source, split_uri
 from pipelines.shards.sources.tables import is_table, read_row
 from pipelines.storage import open_storage

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet
 
-from deedsr.dataset.crops import RejectedImage
+from deedsr.dataset.pictures import RejectedImage
 from deedsr.errors import UsageError
 from pipelines.shards.sources.source import Source, split_uri
 from pipelines.storage import open_storage
