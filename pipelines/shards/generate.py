@@ -113,10 +113,10 @@ def run_job(
 ) -> ShardsResult:
     """Makes the shards that `plans()` gives and `out` does not hold, and the dataset of all of them."""
     begin = time.time()
+    out.require_writable()
     before = _version(out)
     first_plans = iter(plans())
     first = next(first_plans)  # sources that cannot be used are found out before anything is written
-    out.require_writable()
     with running(out) as folder:
         inventory = Inventory.of(out)
         parts = PlanParts(folder)
