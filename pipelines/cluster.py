@@ -1,5 +1,6 @@
 """The Ray cluster that work runs on: the one `RAY_ADDRESS` names, as inside a submitted job, else one of our own."""
 
+import logging
 import os
 import shutil
 import socket
@@ -11,7 +12,7 @@ from urllib.parse import urlsplit
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines.storage import open_storage
 
-__all__ = ["arrow_filesystem", "connect", "is_local", "nodes", "resources", "scratch"]
+__all__ = ["arrow_filesystem", "connect", "data", "is_local", "nodes", "resources", "scratch"]
 
 # The object store only passes plans, summaries and metrics; Ray's default is a third of the memory.
 _OBJECT_STORE = 256 << 20
@@ -50,6 +51,18 @@ def connect() -> None:
         ray.init(address=address, logging_level="WARNING")
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UsageError(f"no Ray cluster answers at RAY_ADDRESS={address}: start it, or unset RAY_ADDRESS") from error
+
+
+def data() -> Any:
+    """`ray.data` on the connected cluster, without its own progress bars and remarks: ours are shown instead."""
+    connect()
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    return ray.data
 
 
 def nodes() -> list[dict[str, Any]]:

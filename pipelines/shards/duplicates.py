@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -89,19 +88,14 @@ def _hashed_here(listing: IO[bytes]) -> Iterator[Row]:
 
 
 def _hashed_by_ray(listing: IO[bytes], workers: int | None) -> Iterator[Row]:
-    cluster.connect()
-    import ray.data
+    data = cluster.data()
     from ray.exceptions import RayError
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     chunks = _chunks(listing)
     try:
         while window := list(islice(chunks, _WINDOW)):
-            tasks = ray.data.TaskPoolStrategy(size=workers and min(workers, len(window)))
-            rows = ray.data.from_items(window, override_num_blocks=len(window))
+            tasks = data.TaskPoolStrategy(size=workers and min(workers, len(window)))
+            rows = data.from_items(window, override_num_blocks=len(window))
             for row in rows.map(_hash_chunk_as_value, num_cpus=1, compute=tasks).iter_rows():
                 if row["error"]:
                     raise (UsageError if row["usage"] else DeeDSRError)(row["error"])

@@ -1,6 +1,5 @@
 """Builds shards on the cluster with Ray Data: a row is a handful of shards of one part of the plan."""
 
-import logging
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -38,14 +37,9 @@ def build_missing(parts: PlanParts, work: ShardWork, out: Storage, workers: int 
     count = parts.missing_shards
     if not count:
         return
-    cluster.connect()
-    import ray.data
+    data = cluster.data()
     from ray.exceptions import RayError
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     parallel = workers or max(1, int(cluster.resources().get("CPU", 1)))
     per_row = min(max(count // (parallel * _ROWS_PER_WORKER), 1), _MAX_SHARDS_PER_ROW)
     rows = [
@@ -53,10 +47,10 @@ def build_missing(parts: PlanParts, work: ShardWork, out: Storage, workers: int 
         for name, shards in parts.missing
         for start in range(0, len(shards), per_row)
     ]
-    built = ray.data.from_items(rows, override_num_blocks=len(rows)).flat_map(
+    built = data.from_items(rows, override_num_blocks=len(rows)).flat_map(
         partial(_task, folder=parts.folder, work=work, out=out),
         num_cpus=1,
-        compute=ray.data.TaskPoolStrategy(size=workers and min(workers, len(rows))),
+        compute=data.TaskPoolStrategy(size=workers and min(workers, len(rows))),
     )
     try:
         for row in built.iter_rows():
