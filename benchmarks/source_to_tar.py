@@ -25,6 +25,7 @@ import webdataset
 from benchmarks.sources_4k import make_sources
 from deedsr.dataset.crops import choose_crops, cut
 from deedsr.dataset.keys import generator
+from deedsr.dataset.worker import prepare_worker
 from deedsr.degradation.draws import draw_degradation
 from deedsr.degradation.recipe import Recipe, load_recipe
 from pipelines.dataset import Dataset
@@ -121,7 +122,7 @@ def main() -> None:
     parser.add_argument("--sources", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    cv2.setNumThreads(1)
+    prepare_worker()
     lossless = load_recipe("deedsr")
     with tempfile.TemporaryDirectory() as work:
         make_sources(Path(work) / "sources", options.sources)

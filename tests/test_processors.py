@@ -1,4 +1,4 @@
-"""Equal draws give equal bytes on every processor: here with what the libraries choose by it switched off."""
+"""Equal draws give equal bytes on every processor: with what libraries choose by the processor switched off."""
 
 import json
 import os

@@ -87,7 +87,7 @@ def _significant(kernel: np.ndarray) -> np.ndarray:
     kept = np.where(magnitude < least, 0.0, kernel)
     margins = [np.flatnonzero(kept.any(axis=axis))[0] for axis in (1, 0)]
     kept = kept[tuple(slice(margin, side - margin) for margin, side in zip(margins, kept.shape, strict=True))]
-    return kept / math.fsum(kept.ravel())
+    return kept / math.fsum(kept.ravel().tolist())
 
 
 def rescale(image: np.ndarray, mode: str, factor: float) -> np.ndarray:

@@ -34,7 +34,7 @@ _COARSE = 8
 _MOST_BITS = 16
 
 
-def operand(image: np.ndarray, coarse: bool = False) -> tuple[np.ndarray, float]:
+def operand(image: np.ndarray, coarse: bool = False) -> tuple[np.ndarray, int]:
     """Whole numbers to be multiplied with weights (float32) and how many 64ths of a level each of them stands for.
 
     `coarse` rounds pixels to eighths of a level, which leaves more bits for the weights.
@@ -92,11 +92,11 @@ def symmetric_weights(kernel: np.ndarray, largest: float) -> np.ndarray:
     """
     flat = kernel.ravel()
     half = len(flat) // 2
-    bits = exact_bits(largest, math.fsum(np.abs(flat)))
+    bits = exact_bits(largest, math.fsum(np.abs(flat).tolist()))
     while True:
         one = 2**bits
         edge = np.diff(np.rint(np.add.accumulate(flat[:half]) * one), prepend=0)
         weights = np.concatenate([edge, [one - 2 * edge.sum()], edge[::-1]]) / one
-        if exact_bits(largest, np.abs(weights).sum()) >= bits:
+        if exact_bits(largest, math.fsum(np.abs(weights).tolist())) >= bits:
             return weights.reshape(kernel.shape)
         bits -= 1  # rounding has raised the sum of the magnitudes over the limit

@@ -93,4 +93,4 @@ def _power(distance: np.ndarray, beta: float) -> np.ndarray:
 
 
 def _normalised(kernel: np.ndarray) -> np.ndarray:
-    return kernel / math.fsum(kernel.ravel())
+    return kernel / math.fsum(kernel.ravel().tolist())

@@ -42,7 +42,7 @@ def add_poisson(image: np.ndarray, scale: float, gray: bool, seed: int) -> np.nd
     photons = 1 << int(distinct - 1).bit_length()
     noise = poisson_counts(level, photons, _random_bits(level.shape, seed))
     noise *= scale * PER_LEVEL * 255 / photons
-    noise -= cv2.LUT(level, (scale * PER_LEVEL * np.arange(256)).astype(np.float32))
+    noise -= level * np.float32(scale * PER_LEVEL)
     np.rint(noise, out=noise)
     return image + (cv2.cvtColor(noise, cv2.COLOR_GRAY2BGR) if gray else noise)
 

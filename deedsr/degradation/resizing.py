@@ -26,18 +26,18 @@ def resample(image: np.ndarray, mode: str, size: tuple[int, int], step: tuple[fl
     whole, unit = operand(image)
     gain = _GAIN[mode]
     bits = exact_bits(unit * largest(whole), gain * gain)
-    down = _matrix(mode, height, size[0], step[0], bits, 1) * np.float32(unit)
+    down = _matrix(mode, height, size[0], step[0], bits, 1, unit)
     across = _matrix(mode, width, size[1], step[1], bits, channels)
     rows = down @ whole.reshape(height, -1)
     columns = across @ cv2.transpose(np.rint(rows, out=rows))
     return cv2.transpose(np.rint(columns, out=columns)).reshape(*size, channels)
 
 
-def _matrix(mode: str, length: int, count: int, step: float, bits: int, interleaved: int) -> csr_array:
+def _matrix(mode: str, length: int, count: int, step: float, bits: int, interleaved: int, unit: int = 1) -> csr_array:
     """Resizes columns, in each of which so many lines are interleaved, from `length` to `count` elements of each."""
     index, weights = _taps(mode, length, count, step, bits)
     index = index[:, None] * interleaved + np.arange(interleaved, dtype=np.int32)[:, None]  # output, line, tap
-    weights = np.repeat(weights[:, None], interleaved, axis=1)
+    weights = np.repeat(weights[:, None] * np.float32(unit), interleaved, axis=1)
     ends = np.arange(0, index.size + 1, index.shape[2], dtype=np.int32)
     return csr_array((weights.ravel(), index.ravel(), ends), shape=(count * interleaved, length * interleaved))
 

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import cv2
-
 from deedsr.dataset.manifest import STATE
 from deedsr.dataset.pictures import RejectedImage
 from deedsr.dataset.tar import TarWriter
+from deedsr.dataset.worker import prepare_worker
 from deedsr.degradation.recipe import Recipe
 from pipelines.shards.plan import ShardPlan
 from pipelines.shards.record import ShardRecord, table_of, tar_name, write_record
@@ -72,7 +71,7 @@ class ShardDraft:
 
 @contextmanager
 def shard_draft(plan: ShardPlan) -> Iterator[ShardDraft]:
-    cv2.setNumThreads(1)  # one task has one CPU
+    prepare_worker()
     with tempfile.NamedTemporaryFile(prefix="deedsr-", suffix=".tar") as file:
         yield ShardDraft(plan, file)
 
@@ -115,7 +114,7 @@ def _guarded(samples: MakeSamples) -> Iterator[MakeSamples]:
     def make(source: Source, data: bytes, lr_data: bytes | None, recipe: Recipe) -> Drafts:
         nonlocal pool
         for _ in range(_LIVES):
-            pool = pool or ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_single_threaded)
+            pool = pool or ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=prepare_worker)
             try:
                 return pool.submit(samples, source, data, lr_data, recipe).result()
             except BrokenProcessPool:
@@ -129,10 +128,6 @@ def _guarded(samples: MakeSamples) -> Iterator[MakeSamples]:
     finally:
         if pool is not None:
             pool.shutdown()
-
-
-def _single_threaded() -> None:
-    cv2.setNumThreads(1)
 
 
 def _drafts(source: Source, recipe: Recipe, make: MakeSamples) -> Drafts:
