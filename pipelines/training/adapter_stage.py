@@ -17,6 +17,7 @@ from deedsr.sampling.latents import downsampling_factor, encode_latents, enlarge
 from pipelines.dataset import Dataset
 from pipelines.models import load_vae, resolve_base, resolve_learner
 from pipelines.training.config import AdapterOptions
+from pipelines.training.initial import initial_weights
 from pipelines.training.stage import Workers, fresh
 
 
@@ -48,6 +49,8 @@ class AdapterStage:
         self.adapter.initialize_from(self.unet)
         self.adapter.to(device).attach(self.unet)
         self.latent_channels = int(self.unet.config["in_channels"])
+        if self.options.init:
+            self.adapter.load_state_dict(initial_weights(self.options.init, self.name, self.adapter))
         self.vae_factor = downsampling_factor(self.vae)
         return self.adapter
 

@@ -59,6 +59,7 @@ class LearnerOptions:
 
     data: str = ""  # degradation shards
     out: str = ""  # checkpoints and the trained learner
+    init: str = ""  # start from the weights of this learner or model, of the same geometry; empty = new ones
     model: LearnerModelOptions = field(default_factory=LearnerModelOptions)
     contrast: ContrastOptions = field(default_factory=ContrastOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
@@ -92,6 +93,7 @@ class AdapterOptions:
     model: AdapterModelOptions = field(default_factory=AdapterModelOptions)
     diffusion: DiffusionOptions = field(default_factory=DiffusionOptions)
     sampling: dict[str, Any] = field(default_factory=dict)  # sampling defaults stored with the model
+    init: str = ""  # start from the weights of this model's adapter, of the same geometry; empty = new ones
     train: TrainOptions = field(default_factory=TrainOptions)
     experiment: str = "deedsr-adapter"  # MLflow experiment
 
