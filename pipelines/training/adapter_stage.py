@@ -32,8 +32,10 @@ class AdapterStage:
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         base = resolve_base(self.options.base)
         frozen = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
-        self.unet = freeze(UNet2DConditionModel.from_pretrained(base, subfolder="unet", **frozen)).to(device)
-        self.vae = freeze(load_vae(base, **frozen)).to(device)
+        # Channels last: a fifth faster on CPUs, what tensor cores want on GPUs.
+        place = {"device": device, "memory_format": torch.channels_last}
+        self.unet = freeze(UNet2DConditionModel.from_pretrained(base, subfolder="unet", **frozen)).to(**place)
+        self.vae = freeze(load_vae(base, **frozen)).to(**place)
         # The learner stays in fp32: its vectors are computed once per image, and its statistics do not fit bf16.
         self.learner = freeze(
             DegradationLearner.from_pretrained(resolve_learner(self.options.learner), low_cpu_mem_usage=False)
