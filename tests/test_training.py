@@ -273,6 +273,50 @@ def test_zero_stages_workers_and_accumulation_change_no_loss(learner_options, ad
             )
             for zero in stages
         ]
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_a_noisy_latent_pulled_to_the_lr_still_has_the_hr_as_its_answer(adapter_options, prediction):
+    """A base that knows the HR latent has no loss, whatever share of x_t is the LR's."""
+    from deedsr.sampling.guidance import alpha_bar, model_output
+    from deedsr.sampling.latents import encode_latents
+    from pipelines.dataset import Dataset
+    from pipelines.training.adapter_stage import AdapterStage
+
+    diffusion = DiffusionOptions(lr_crop=16, noise_guidance=1.0, max_timestep=300)
+    options = dataclasses.replace(adapter_options, diffusion=diffusion)
+    stage = AdapterStage(options, 4)
+    stage.build(torch.device("cpu"), torch.float32)
+    stage.scheduler.register_to_config(prediction_type=prediction)
+    dataset = Dataset.open(options.data)
+    index = dataset.index("train")
+    samples = [stage.sample(dataset, index, row, 0) for row in range(8)]
+    assert max(s["timestep"] for s in samples) < 300
+    strengths = [float(s["guidance"]) for s in samples]
+    assert max(strengths) == 1
+    assert min(strengths) < 1
+    batch = {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in samples[0]}
+    z_hr = encode_latents(stage.vae, 2 * batch["hr_crop"] - 1)
+
+    def oracle(noisy, t, z_lr, degradation):
+        abar = torch.stack([alpha_bar(stage.scheduler, one) for one in t.float()]).view(-1, 1, 1, 1)
+        return model_output(z_hr, noisy, abar, prediction)
+
+    loss, _ = stage.loss(oracle, batch)
+    ignorant, _ = stage.loss(lambda noisy, t, z_lr, degradation: torch.zeros_like(noisy), batch)
+    assert loss < 1e-6 * ignorant
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_the_snr_weight_caps_what_an_error_of_the_clean_latent_costs(prediction):
+    from deedsr.sampling.guidance import clean_latent
+    from pipelines.training.adapter_stage import snr_weight
+
+    abar = torch.tensor([0.99, 0.9, 0.5, 0.1], dtype=torch.float64)
+    off = [clean_latent(output, torch.zeros(()), abar, prediction) for output in (torch.zeros(()), torch.ones(()))]
+    error_of_clean_latent = (off[1] - off[0]) ** 2  # of a base that errs by 1
+    snr = abar / (1 - abar)
+    torch.testing.assert_close(snr_weight(abar, 5.0, prediction), snr.clamp(max=5) * error_of_clean_latent)
+
+
         return {Path(o.out).name: np.array(c) for o, c in zip(options, run_processes(workers, options), strict=True)}
 
     curves = runs(1, (0, 3), (0, 1, 2, 3)) | runs(2, (0, 2), (0, 3))

@@ -80,6 +80,9 @@ class DiffusionOptions:
 
     lr_crop: int = 0  # LR pixels per side that the denoiser trains on, cut when reading; 0 = the whole LR
     timestep_power: float = 1.0  # timestep = T * u ** power, u uniform; above 1 trains low noise more often
+    max_timestep: int | None = None  # T above: train below it, where guided sampling asks the UNet; null = all
+    noise_guidance: float = 0.0  # strength that half of the noisy latents are pulled to the LR with, the others less
+    snr_gamma: float = 0.0  # cap on the weight of low noise, min(SNR, gamma) on the clean latent; 0 = off
 
 
 @dataclass
@@ -98,15 +101,16 @@ class AdapterOptions:
     experiment: str = "deedsr-adapter"  # MLflow experiment
 
 
-# `paper` follows docs/method.md; `tiny` is what a laptop trains in minutes against the shipped base.
+# `paper` follows docs/method.md; `tiny` is what a laptop trains in minutes against the shipped base. Both fix the
+# micro-batch, so that the number of workers changes not even the rounding.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "learner": {
         "paper": {
             "model": {"preset": "paper", "norm_group": 12},
             "contrast": {"queue_size": 24576, "momentum": 0.999, "temperature": 0.07, "batch_block": 24},
             "train": {
-                "optimizer": "sgd", "lr": 0.03, "weight_decay": 1e-4, "global_batch_size": 96, "max_steps": 200_000,
-                "checkpoint_every": 1000,
+                "optimizer": "sgd", "lr": 0.03, "weight_decay": 1e-4, "global_batch_size": 96, "micro_batch_size": 24,
+                "max_steps": 200_000, "checkpoint_every": 1000,
             },
         },
         "tiny": {
