@@ -93,10 +93,10 @@ class AdapterOptions:
     learner: str = ""  # output of `deedsr train learner`
     base: str = "tiny"  # frozen diffusion model: `tiny`, a diffusers folder or URI, or a hub id
     out: str = ""  # checkpoints and the trained model folder
+    init: str = ""  # start from the weights of this model's adapter, of the same geometry; empty = new ones
     model: AdapterModelOptions = field(default_factory=AdapterModelOptions)
     diffusion: DiffusionOptions = field(default_factory=DiffusionOptions)
     sampling: dict[str, Any] = field(default_factory=dict)  # sampling defaults stored with the model
-    init: str = ""  # start from the weights of this model's adapter, of the same geometry; empty = new ones
     train: TrainOptions = field(default_factory=TrainOptions)
     experiment: str = "deedsr-adapter"  # MLflow experiment
 
@@ -204,8 +204,14 @@ def check(options: LearnerOptions | AdapterOptions) -> None:
             )
         if group < 1 or block % group:
             raise UsageError(f"model.norm_group must divide contrast.batch_block ({block}), got {group}")
-    elif options.diffusion.timestep_power <= 0 or options.diffusion.lr_crop < 0:
+        return
+    diffusion = options.diffusion
+    if diffusion.timestep_power <= 0 or diffusion.lr_crop < 0:
         raise UsageError("diffusion.timestep_power must be above 0 and diffusion.lr_crop 0 or more")
+    if diffusion.max_timestep is not None and diffusion.max_timestep < 1:
+        raise UsageError(f"diffusion.max_timestep must be 1 or more, got {diffusion.max_timestep}")
+    if not 0 <= diffusion.noise_guidance <= 1 or diffusion.snr_gamma < 0:
+        raise UsageError("diffusion.noise_guidance must be in [0, 1] and diffusion.snr_gamma 0 or more")
 
 
 def micro_batch(train: TrainOptions, world_size: int, unit: int = 1) -> tuple[int, int]:
