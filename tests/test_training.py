@@ -93,6 +93,12 @@ def test_impossible_values_are_refused_by_name(change, named):
         check(options)
 
 
+@pytest.mark.parametrize("change", [{"noise_guidance": 1.5}, {"max_timestep": 0}, {"snr_gamma": -1}, {"lr_crop": -1}])
+def test_impossible_questions_to_the_adapter_are_refused_by_name(change):
+    with pytest.raises(UsageError, match=f"diffusion.{next(iter(change))}"):
+        check(AdapterOptions(diffusion=DiffusionOptions(**change)))
+
+
 def test_a_batch_that_does_not_divide_over_the_workers_is_refused():
     assert micro_batch(TrainOptions(global_batch_size=32, micro_batch_size=8), 2, 4) == (8, 2)
     with pytest.raises(UsageError, match="global_batch_size"):
