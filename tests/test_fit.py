@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_training import base  # noqa: F401  (a randomly initialised base)
 
 from deedsr.errors import DatasetNotCommitted, UsageError
@@ -176,6 +177,35 @@ def test_the_adapter_is_a_model_that_enlarges_and_names_its_parents(adapter, ada
     assert pipe(lr).images[0].size == (80, 96)
     for config in Path(adapter_options.out).rglob("config.json"):
         assert "_name_or_path" not in json.loads(config.read_text())
+
+
+def test_a_training_starts_from_given_weights_and_refuses_other_ones_in_the_middle(adapter, adapter_options, tmp_path):
+    from safetensors.torch import load_file
+
+    train = dataclasses.replace(adapter_options.train, lr=1e-12, max_steps=1, ema_decay=0.0)
+    options = dataclasses.replace(adapter_options, init=adapter_options.out, out=str(tmp_path / "again"), train=train)
+    train_adapter(options, progress=False)
+    record = json.loads((tmp_path / "again" / "training.json").read_text())
+    assert record["config"]["init"] == adapter_options.out
+    before, after = (
+        load_file(Path(folder) / "adapter" / "diffusion_pytorch_model.safetensors")
+        for folder in (adapter_options.out, options.out)
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[name], after[name], atol=1e-8) for name in before)
+    with pytest.raises(UsageError, match="init was"):
+        train_adapter(dataclasses.replace(options, init=""), progress=False)
+
+
+def test_initial_weights_of_another_geometry_are_one_clear_error(learner, learner_options, adapter_options, tmp_path):
+    new = {"init": "tiny", "out": str(tmp_path / "new")}
+    with pytest.raises(UsageError, match=r"--init tiny .*adapter: .*residual_blocks"):
+        train_adapter(dataclasses.replace(adapter_options, **new), progress=False)
+    paper = LearnerModelOptions(preset="paper", norm_group=2)
+    with pytest.raises(UsageError, match=r"--init tiny .*learner: .*widths"):
+        train_learner(dataclasses.replace(learner_options, model=paper, **new), progress=False)
+    with pytest.raises(UsageError, match="no model folder"):
+        train_adapter(dataclasses.replace(adapter_options, **new | {"init": str(tmp_path)[1:]}), progress=False)
 
 
 @pytest.mark.soak

@@ -17,6 +17,7 @@ from deedsr.sampling.latents import downsampling_factor, encode_latents, enlarge
 from pipelines.dataset import Dataset
 from pipelines.models import load_vae, resolve_base, resolve_learner
 from pipelines.training.config import AdapterOptions
+from pipelines.training.initial import initial_weights
 from pipelines.training.stage import Workers, fresh
 
 
@@ -31,8 +32,10 @@ class AdapterStage:
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         base = resolve_base(self.options.base)
         frozen = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
-        self.unet = freeze(UNet2DConditionModel.from_pretrained(base, subfolder="unet", **frozen)).to(device)
-        self.vae = freeze(load_vae(base, **frozen)).to(device)
+        # Channels last: a fifth faster on CPUs, what tensor cores want on GPUs.
+        place = {"device": device, "memory_format": torch.channels_last}
+        self.unet = freeze(UNet2DConditionModel.from_pretrained(base, subfolder="unet", **frozen)).to(**place)
+        self.vae = freeze(load_vae(base, **frozen)).to(**place)
         # The learner stays in fp32: its vectors are computed once per image, and its statistics do not fit bf16.
         self.learner = freeze(
             DegradationLearner.from_pretrained(resolve_learner(self.options.learner), low_cpu_mem_usage=False)
@@ -46,6 +49,8 @@ class AdapterStage:
             degradation_dim=self.learner.dim,
         )
         self.adapter.initialize_from(self.unet)
+        if self.options.init:
+            self.adapter.load_state_dict(initial_weights(self.options.init, self.name, self.adapter))
         self.adapter.to(device).attach(self.unet)
         self.latent_channels = int(self.unet.config["in_channels"])
         self.vae_factor = downsampling_factor(self.vae)
@@ -65,6 +70,7 @@ class AdapterStage:
         hr = sample.hr[s * top : s * (top + rows), s * left : s * (left + columns)]
         latent = (self.latent_channels, s * rows // self.vae_factor, s * columns // self.vae_factor)
         steps = self.scheduler.config["num_train_timesteps"]
+        steps = min(options.diffusion.max_timestep or steps, steps)
         return {
             "lr": _unit(sample.lr),
             "lr_crop": _unit(lr),
@@ -72,6 +78,7 @@ class AdapterStage:
             "timestep": np.int64(steps * rng.random() ** options.diffusion.timestep_power),
             "noise": rng.standard_normal(latent, dtype=np.float32),
             "encoding_noise": rng.standard_normal((2, *latent), dtype=np.float32),
+            "guidance": np.float32(options.diffusion.noise_guidance * min(1, 2 * rng.random())),
         }
 
     def loss(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -82,7 +89,12 @@ class AdapterStage:
             z_lr = encode_latents(self.vae, (2 * upsampled - 1).to(dtype), batch["encoding_noise"][:, 0])
             z_hr = encode_latents(self.vae, (2 * batch["hr_crop"] - 1).to(dtype), batch["encoding_noise"][:, 1])
             noise, t = batch["noise"].to(dtype), batch["timestep"]
-            noisy = self.scheduler.add_noise(z_hr, noise, t)
+            abar_B = self.scheduler.alphas_cumprod.to(t.device)[t]
+            # As sampling meets it: x_t holds what guidance and the steps before made of the LR, not the HR yet. Seen
+            # from the HR, which is the answer all the same, that difference is noise too.
+            pull = batch["guidance"].to(dtype).view(-1, 1, 1, 1) * (z_lr - z_hr)
+            noisy = self.scheduler.add_noise(z_hr + pull, noise, t)
+            noise = noise + (abar_B / (1 - abar_B)).sqrt().to(dtype).view(-1, 1, 1, 1) * pull
             kind = self.scheduler.config["prediction_type"]
             if kind == "epsilon":
                 target = noise
@@ -91,8 +103,10 @@ class AdapterStage:
             else:
                 target = z_hr
         prediction = model(noisy, t, z_lr, degradation_BD)
-        loss = F.mse_loss(prediction.float(), target.float())
-        return loss, {}
+        loss_B = F.mse_loss(prediction.float(), target.float(), reduction="none").mean((1, 2, 3))
+        if self.options.diffusion.snr_gamma:
+            loss_B = loss_B * snr_weight(abar_B, self.options.diffusion.snr_gamma, kind)
+        return loss_B.mean(), {}
 
     def end_step(self, workers: Workers) -> None:
         """Nothing but the trained parameters advances."""
@@ -115,6 +129,16 @@ class AdapterStage:
             "sampling": self.options.sampling,
         }
         (folder / "deedsr.json").write_text(json.dumps(description, indent=2))
+
+
+def snr_weight(abar_B: Tensor, gamma: float, prediction: str) -> Tensor:
+    """Weight of a squared error of the base's prediction that weighs the clean latent's by min(SNR, gamma).
+
+    Hang et al. 2023 (arXiv 2303.09556). `abar_B`: share of signal power; `prediction`: epsilon, v_prediction, sample.
+    """
+    snr_B = abar_B / (1 - abar_B)
+    of_clean_latent_B = {"epsilon": snr_B, "v_prediction": snr_B + 1}.get(prediction, torch.ones_like(snr_B))
+    return snr_B.clamp(max=gamma) / of_clean_latent_B
 
 
 def _unit(image: np.ndarray) -> np.ndarray:

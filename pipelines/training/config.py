@@ -59,6 +59,7 @@ class LearnerOptions:
 
     data: str = ""  # degradation shards
     out: str = ""  # checkpoints and the trained learner
+    init: str = ""  # start from the weights of this learner or model, of the same geometry; empty = new ones
     model: LearnerModelOptions = field(default_factory=LearnerModelOptions)
     contrast: ContrastOptions = field(default_factory=ContrastOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
@@ -79,6 +80,9 @@ class DiffusionOptions:
 
     lr_crop: int = 0  # LR pixels per side that the denoiser trains on, cut when reading; 0 = the whole LR
     timestep_power: float = 1.0  # timestep = T * u ** power, u uniform; above 1 trains low noise more often
+    max_timestep: int | None = None  # T above: train below it, where guided sampling asks the UNet; null = all
+    noise_guidance: float = 0.0  # strength that half of the noisy latents are pulled to the LR with, the others less
+    snr_gamma: float = 0.0  # cap on the weight of low noise, min(SNR, gamma) on the clean latent; 0 = off
 
 
 @dataclass
@@ -89,6 +93,7 @@ class AdapterOptions:
     learner: str = ""  # output of `deedsr train learner`
     base: str = "tiny"  # frozen diffusion model: `tiny`, a diffusers folder or URI, or a hub id
     out: str = ""  # checkpoints and the trained model folder
+    init: str = ""  # start from the weights of this model's adapter, of the same geometry; empty = new ones
     model: AdapterModelOptions = field(default_factory=AdapterModelOptions)
     diffusion: DiffusionOptions = field(default_factory=DiffusionOptions)
     sampling: dict[str, Any] = field(default_factory=dict)  # sampling defaults stored with the model
@@ -96,15 +101,16 @@ class AdapterOptions:
     experiment: str = "deedsr-adapter"  # MLflow experiment
 
 
-# `paper` follows docs/method.md; `tiny` is what a laptop trains in minutes against the shipped base.
+# `paper` follows docs/method.md; `tiny` is what a laptop trains in minutes against the shipped base. Both fix the
+# micro-batch, so that the number of workers changes not even the rounding.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "learner": {
         "paper": {
             "model": {"preset": "paper", "norm_group": 12},
             "contrast": {"queue_size": 24576, "momentum": 0.999, "temperature": 0.07, "batch_block": 24},
             "train": {
-                "optimizer": "sgd", "lr": 0.03, "weight_decay": 1e-4, "global_batch_size": 96, "max_steps": 200_000,
-                "checkpoint_every": 1000,
+                "optimizer": "sgd", "lr": 0.03, "weight_decay": 1e-4, "global_batch_size": 96, "micro_batch_size": 24,
+                "max_steps": 200_000, "checkpoint_every": 1000,
             },
         },
         "tiny": {
@@ -198,8 +204,14 @@ def check(options: LearnerOptions | AdapterOptions) -> None:
             )
         if group < 1 or block % group:
             raise UsageError(f"model.norm_group must divide contrast.batch_block ({block}), got {group}")
-    elif options.diffusion.timestep_power <= 0 or options.diffusion.lr_crop < 0:
+        return
+    diffusion = options.diffusion
+    if diffusion.timestep_power <= 0 or diffusion.lr_crop < 0:
         raise UsageError("diffusion.timestep_power must be above 0 and diffusion.lr_crop 0 or more")
+    if diffusion.max_timestep is not None and diffusion.max_timestep < 1:
+        raise UsageError(f"diffusion.max_timestep must be 1 or more, got {diffusion.max_timestep}")
+    if not 0 <= diffusion.noise_guidance <= 1 or diffusion.snr_gamma < 0:
+        raise UsageError("diffusion.noise_guidance must be in [0, 1] and diffusion.snr_gamma 0 or more")
 
 
 def micro_batch(train: TrainOptions, world_size: int, unit: int = 1) -> tuple[int, int]:

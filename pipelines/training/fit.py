@@ -50,7 +50,8 @@ def train_learner(options: LearnerOptions, *, progress: bool = True) -> TrainRes
     options = _located(options)
     dataset = _open("learner", options)
     unit = options.contrast.batch_block
-    return _fit("learner", options, dataset, unit, {"dataset": dataset.digest}, {}, progress)
+    inputs = {"dataset": dataset.digest} | _initial("learner", options)
+    return _fit("learner", options, dataset, unit, inputs, {}, progress)
 
 
 def train_adapter(options: AdapterOptions, *, progress: bool = True) -> TrainResult:
@@ -62,14 +63,26 @@ def train_adapter(options: AdapterOptions, *, progress: bool = True) -> TrainRes
     resolve_base(options.base)
     learner = resolve_learner(options.learner)
     record = _read_record(open_storage(options.learner)) if options.learner != "tiny" else None
-    inputs = {"dataset": dataset.digest, "learner": _weights_digest(learner)}
+    inputs = {"dataset": dataset.digest, "learner": _weights_digest(learner)} | _initial("adapter", options)
     parents = {"learner": record["run_id"] if record else None}
     return _fit("adapter", options, dataset, 1, inputs, parents, progress)
 
 
+def _initial(stage: str, options: LearnerOptions | AdapterOptions) -> dict[str, str]:
+    """Digest of the weights that the training starts from, where it does not start from new ones."""
+    if not options.init:
+        return {}
+    from pipelines.training.initial import check_initial, initial_folder
+
+    check_initial(options)
+    return {"init": _weights_digest(initial_folder(options.init, stage))}
+
+
 def _located(options: Options) -> Options:
     """Relative paths made absolute: workers, and whoever loads the model later, have other working directories."""
-    places = {name: getattr(options, name) for name in ("data", "out", "learner", "base") if hasattr(options, name)}
+    places = {
+        name: getattr(options, name) for name in ("data", "out", "learner", "base", "init") if hasattr(options, name)
+    }
     local = {
         name: os.path.abspath(place)
         for name, place in places.items()
@@ -215,13 +228,14 @@ def _refuse_differences(
     if record["stage"] != stage:
         raise UsageError(f"{where} the {record['stage']}, not of the {stage}: choose another --out")
     before, now = flatten(record["config"]), flatten(json.loads(json.dumps(resolved(options))))
-    # Data and learner are compared by content: they may have moved.
-    same_by_content = MAY_CHANGE | {"data", "learner"}
+    # Data, learner and initial weights are compared by content: they may have moved.
+    same_by_content = MAY_CHANGE | {"data", "learner", "init"}
     differing = sorted(
         k for k in before.keys() | now.keys() if k not in same_by_content and before.get(k) != now.get(k)
     )
     lines = [f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in differing]
-    lines += [f"{k} was {record['inputs'].get(k)}, is {v}" for k, v in inputs.items() if record["inputs"].get(k) != v]
+    had = record["inputs"]
+    lines += [f"{k} was {had.get(k)}, is {inputs.get(k)}" for k in sorted(had | inputs) if had.get(k) != inputs.get(k)]
     if lines:
         raise UsageError(f"{where} another configuration: {'; '.join(lines)}. Choose another --out, or the old values")
 

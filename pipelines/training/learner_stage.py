@@ -15,6 +15,7 @@ from deedsr.learner.pairs import quadrant_pair
 from deedsr.learner.resnet import LEARNER_PRESETS, DegradationLearner
 from pipelines.dataset import Dataset
 from pipelines.training.config import LearnerOptions
+from pipelines.training.initial import initial_weights
 from pipelines.training.stage import Workers, fresh
 
 
@@ -30,6 +31,8 @@ class LearnerStage:
         torch.manual_seed(self.options.train.seed)
         config = LEARNER_PRESETS[self.options.model.preset] | {"norm_group": self.options.model.norm_group}
         self.learner = DegradationLearner(**config).to(device)
+        if self.options.init:
+            self.learner.load_state_dict(initial_weights(self.options.init, self.name, self.learner))
         self.contrast = MomentumContrast(self.learner, **asdict(self.options.contrast)).to(device)
         self.step_keys: list[tuple[Tensor, Tensor]] = []
         return self.learner.train()
