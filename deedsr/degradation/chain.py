@@ -77,10 +77,7 @@ def correlate(whole: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _significant(kernel: np.ndarray) -> np.ndarray:
-    """The kernel without the smallest weights, which together move no pixel by 0.05 levels, and without empty margins.
-
-    What is left out is put on the centre.
-    """
+    """The kernel without its smallest weights, which in all move no pixel by 0.05 levels, and without empty margins."""
     magnitude = np.abs(kernel)
     ascending = np.sort(magnitude, axis=None)
     least = ascending[np.searchsorted(np.add.accumulate(ascending), _INVISIBLE)]
