@@ -2,7 +2,7 @@
 
 Images inside the chain are BGR, uint8 or the pixels of `fixed_point`, by which the same draws give the same bytes on
 every processor; compression is the real codec (YCbCr 4:2:0), not a differentiable copy of it. OpenCV's threads are the
-caller's matter: data workers call `cv2.setNumThreads(1)`.
+caller's matter: data workers call `dataset.worker.prepare_worker`.
 """
 
 from __future__ import annotations
