@@ -2,7 +2,7 @@
 
 Images inside the chain are BGR, uint8 or the pixels of `fixed_point`, by which the same draws give the same bytes on
 every processor; compression is the real codec (YCbCr 4:2:0), not a differentiable copy of it. OpenCV's threads are the
-caller's matter: data workers call `cv2.setNumThreads(1)`.
+caller's matter: data workers call `dataset.worker.prepare_worker`.
 """
 
 from __future__ import annotations
@@ -77,10 +77,7 @@ def correlate(whole: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _significant(kernel: np.ndarray) -> np.ndarray:
-    """The kernel without the smallest weights, which together move no pixel by 0.05 levels, and without empty margins.
-
-    What is left out is put on the centre.
-    """
+    """The kernel without its smallest weights, which in all move no pixel by 0.05 levels, and without empty margins."""
     magnitude = np.abs(kernel)
     ascending = np.sort(magnitude, axis=None)
     least = ascending[np.searchsorted(np.add.accumulate(ascending), _INVISIBLE)]

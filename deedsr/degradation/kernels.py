@@ -8,6 +8,7 @@ the cost. Widths are in pixels, angles in radians.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 
@@ -50,13 +51,18 @@ def plateau(size: int, sigma_x: float, sigma_y: float, theta: float, beta: float
 
 def sinc(size: int, cutoff: float) -> np.ndarray:
     """Circular low-pass filter (rings and overshoots) that ends at `cutoff`, in (0, pi] radians per pixel."""
-    axis = _axis(size).astype(int)
-    square = axis[:, None] ** 2 + axis**2
-    squares, place = np.unique(square, return_inverse=True)  # a few dozen radii
-    radius = np.sqrt(np.maximum(squares, 1))
+    radius, place = _radii(size)
     values = cutoff * bessel_j1(cutoff * radius) / (2 * math.pi * radius)
     values[0] = cutoff * cutoff / (4 * math.pi)  # the limit at zero
-    return _normalised(values[place].reshape(size, size))
+    return _normalised(values[place])
+
+
+@lru_cache
+def _radii(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The few dozen distances from the centre that occur, 1 in place of 0, and which of them each element has."""
+    axis = _axis(size)
+    squares, place = np.unique(axis[:, None] ** 2 + axis**2, return_inverse=True)
+    return np.sqrt(np.maximum(squares, 1)), place.reshape(size, size)
 
 
 def blur_kernel(kernel: str, size: int, **parameters: float) -> np.ndarray:

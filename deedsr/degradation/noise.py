@@ -14,12 +14,12 @@ import cv2
 import numpy as np
 from scipy.special import ndtri, pdtr
 
-from deedsr.degradation.fixed_point import PER_LEVEL, to_levels
+from deedsr.degradation.fixed_point import BLACK, PER_LEVEL, WHITE, to_levels
 
 __all__ = ["add_gaussian", "add_poisson", "poisson_counts"]
 
 _PROBABILITIES = (np.arange(65536) + 0.5) / 65536
-_GRAY = np.array([[233, 1202, 613]], np.float32) / 2048  # of BGR, for exact sums
+_GRAY = np.array([[233, 1202, 613]], np.float32) / 2048  # of BGR; for pixels in range, exact sums
 _FEW_PHOTONS = 16  # below this mean, counts come from their own quantiles
 
 
@@ -37,7 +37,7 @@ def add_poisson(image: np.ndarray, scale: float, gray: bool, seed: int) -> np.nd
     As in the reference, white stands for 2^ceil(log2(distinct 8-bit levels in the image)) photons; gray: the noise of
     the grey image goes to all channels.
     """
-    level = to_levels(cv2.transform(image, _GRAY) if gray else image)
+    level = to_levels(cv2.transform(np.clip(image, BLACK, WHITE), _GRAY) if gray else image)
     distinct = np.count_nonzero(cv2.calcHist([level.reshape(-1)], [0], None, [256], [0, 256]))
     photons = 1 << int(distinct - 1).bit_length()
     noise = poisson_counts(level, photons, _random_bits(level.shape, seed))
