@@ -194,7 +194,7 @@ def test_a_training_starts_from_given_weights_and_refuses_other_ones_in_the_midd
     assert before.keys() == after.keys()
     assert all(torch.allclose(before[name], after[name], atol=1e-8) for name in before)
     with pytest.raises(UsageError, match="init was"):
-        train_adapter(dataclasses.replace(options, init=""), progress=False)
+        train_adapter(dataclasses.replace(options, init=None), progress=False)
 
 
 def test_initial_weights_of_another_geometry_are_one_clear_error(learner, learner_options, adapter_options, tmp_path):

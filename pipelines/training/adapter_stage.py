@@ -49,7 +49,7 @@ class AdapterStage:
             degradation_dim=self.learner.dim,
         )
         self.adapter.initialize_from(self.unet)
-        if self.options.init:
+        if self.options.init is not None:
             self.adapter.load_state_dict(initial_weights(self.options.init, self.name, self.adapter))
         self.adapter.to(device).attach(self.unet)
         self.latent_channels = int(self.unet.config["in_channels"])

@@ -59,7 +59,7 @@ class LearnerOptions:
 
     data: str = ""  # degradation shards
     out: str = ""  # checkpoints and the trained learner
-    init: str = ""  # start from the weights of this learner or model, of the same geometry; empty = new ones
+    init: str | None = None  # start from the weights of this learner or model, of the same geometry; null = new ones
     model: LearnerModelOptions = field(default_factory=LearnerModelOptions)
     contrast: ContrastOptions = field(default_factory=ContrastOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
@@ -93,7 +93,7 @@ class AdapterOptions:
     learner: str = ""  # output of `deedsr train learner`
     base: str = "tiny"  # frozen diffusion model: `tiny`, a diffusers folder or URI, or a hub id
     out: str = ""  # checkpoints and the trained model folder
-    init: str = ""  # start from the weights of this model's adapter, of the same geometry; empty = new ones
+    init: str | None = None  # start from the weights of this model's adapter, of the same geometry; null = new ones
     model: AdapterModelOptions = field(default_factory=AdapterModelOptions)
     diffusion: DiffusionOptions = field(default_factory=DiffusionOptions)
     sampling: dict[str, Any] = field(default_factory=dict)  # sampling defaults stored with the model

@@ -70,11 +70,11 @@ def train_adapter(options: AdapterOptions, *, progress: bool = True) -> TrainRes
 
 def _initial(stage: str, options: LearnerOptions | AdapterOptions) -> dict[str, str]:
     """Digest of the weights that the training starts from, where it does not start from new ones."""
-    if not options.init:
+    if options.init is None:
         return {}
     from pipelines.training.initial import check_initial, initial_folder
 
-    check_initial(options)
+    check_initial(options.init, options)
     return {"init": _weights_digest(initial_folder(options.init, stage))}
 
 
@@ -86,7 +86,7 @@ def _located(options: Options) -> Options:
     local = {
         name: os.path.abspath(place)
         for name, place in places.items()
-        if place not in ("", "tiny") and "://" not in place and (name in ("data", "out") or Path(place).exists())
+        if place not in ("", "tiny", None) and "://" not in place and (name in ("data", "out") or Path(place).exists())
     }
     return replace(options, **local)
 

@@ -40,10 +40,10 @@ def initial_weights(init: str, part: str, like: Any) -> dict[str, Tensor]:
     return stored.state_dict()
 
 
-def check_initial(options: LearnerOptions | AdapterOptions) -> None:
+def check_initial(init: str, options: LearnerOptions | AdapterOptions) -> None:
     """The UsageError of `initial_weights` before any worker starts."""
     part, like = _network(options)
-    initial_weights(options.init, part, like)
+    initial_weights(init, part, like)
 
 
 def _network(options: LearnerOptions | AdapterOptions) -> tuple[str, Any]:

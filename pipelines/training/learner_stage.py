@@ -31,7 +31,7 @@ class LearnerStage:
         torch.manual_seed(self.options.train.seed)
         config = LEARNER_PRESETS[self.options.model.preset] | {"norm_group": self.options.model.norm_group}
         self.learner = DegradationLearner(**config).to(device)
-        if self.options.init:
+        if self.options.init is not None:
             self.learner.load_state_dict(initial_weights(self.options.init, self.name, self.learner))
         self.contrast = MomentumContrast(self.learner, **asdict(self.options.contrast)).to(device)
         self.step_keys: list[tuple[Tensor, Tensor]] = []
