@@ -47,8 +47,8 @@ def test_a_plain_webdataset_reader_reads_the_shards(dataset):
     assert len(samples) == dataset.manifest.samples
     assert sorted(sample["__key__"] for sample in samples) == sorted(dataset.index()["key"].to_pylist())
     for sample in samples[:3]:
-        assert sample["hr.png"].shape == (128, 128, 3)
-        assert sample["lr.png"].shape == (32, 32, 3)
+        assert sample["hr.webp"].shape == (128, 128, 3)
+        assert sample["lr.webp"].shape == (32, 32, 3)
         assert sample["json"]["recipe_digest"] == dataset.recipe.digest
 
 
@@ -61,8 +61,8 @@ def test_the_index_finds_every_sample_alone(dataset):
             stored = {
                 member.name: tar.extractfile(member).read() for member in tar if member.name.startswith(sample.key)
             }
-        assert np.array_equal(sample.hr, decode_stored(stored[f"{sample.key}.hr.png"]))
-        assert np.array_equal(sample.lr, decode_stored(stored[f"{sample.key}.lr.png"]))
+        assert np.array_equal(sample.hr, decode_stored(stored[f"{sample.key}.hr.webp"]))
+        assert np.array_equal(sample.lr, decode_stored(stored[f"{sample.key}.lr.webp"]))
         assert sample.info == json.loads(stored[f"{sample.key}.json"])
         assert np.array_equal(dataset.read_lr(table, row).lr, sample.lr)
 
