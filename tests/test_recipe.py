@@ -53,7 +53,7 @@ def changed(path, value):
     if isinstance(value, tuple):
         return (*value[1:], "area") if not value or isinstance(value[0], str) else (value[0] - 1, value[1])
     if isinstance(value, str):
-        return "webp"
+        return "png" if value == "webp" else "webp"
     return value * 2 + 1
 
 

@@ -153,7 +153,7 @@ def test_a_plan_counts_exactly_and_estimates_from_a_probe(photos, few, tmp_path)
     assert (planned.sources, planned.shards, planned.shards_to_make) == (6, result.shards, result.shards)
     assert planned.samples == result.samples  # six sources are all probed
     written = sum(shard.bytes for shard in Dataset.open(str(tmp_path / "out")).manifest.shards)
-    assert 0.9 * written < planned.written_bytes < written  # tar headers are not counted
+    assert 0.8 * written < planned.written_bytes < written  # tar headers are not counted
     assert planned.cores == 32
     assert planned.cost == pytest.approx(8 * planned.hours, abs=0.01)
     rest = estimate(source, str(tmp_path / "out"), few, progress=False)
