@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from math import isnan
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 
 from deedsr.dataset.codecs import EXTENSIONS, decode_stored, encode
@@ -21,6 +22,7 @@ from pipelines.shards.sources import Source
 __all__ = ["Crop", "Draft", "Drafts", "degraded", "samples_of"]
 
 Row = dict[str, Any]
+_TURNS = {90: cv2.ROTATE_90_COUNTERCLOCKWISE, 180: cv2.ROTATE_180, 270: cv2.ROTATE_90_CLOCKWISE}
 
 
 class Draft(NamedTuple):
@@ -83,17 +85,20 @@ def _crops(
     for place in places:
         flip = bool(rng.random() < recipe.flip)
         rotate = 90 * int(rng.integers(1, 4)) if recipe.rotate and rng.random() < recipe.rotate else 0
-        turn = lambda pixels, flip=flip, rotate=rotate: np.ascontiguousarray(
-            np.rot90(pixels[:, ::-1] if flip else pixels, rotate // 90)
-        )
         lr = None
         if partner is not None:
             s = recipe.scale
             place = CropPlace(place.top - place.top % s, place.left - place.left % s, place.size)
-            lr = turn(cut(partner, CropPlace(place.top // s, place.left // s, place.size // s)))
+            lr = _turned(cut(partner, CropPlace(place.top // s, place.left // s, place.size // s)), flip, rotate)
         content = content_key(source.root, source.path, place.top, place.left)
         crop = Crop(content, source.root, source.path, sha256, _corners(place), flip, rotate)
-        yield crop, turn(cut(image, place)), lr
+        yield crop, _turned(cut(image, place), flip, rotate), lr
+
+
+def _turned(pixels: np.ndarray, flip: bool, rotate: int) -> np.ndarray:
+    """A copy, mirrored left to right, then turned counterclockwise by `rotate` degrees."""
+    pixels = cv2.flip(pixels, 1) if flip else np.ascontiguousarray(pixels)
+    return cv2.rotate(pixels, _TURNS[rotate]) if rotate else pixels
 
 
 def _corners(place: CropPlace) -> list[int]:
