@@ -349,7 +349,9 @@ def test_zero_stages_workers_and_accumulation_change_no_loss(learner_options, ad
 @pytest.mark.soak
 def test_fifty_steps_stay_together_over_workers_and_zero_stages(learner_options, adapter_options, tmp_path):
     """Equal micro-batches, accumulated by one worker or spread over two, in every ZeRO stage: 1e-5 at the first step,
-    1e-3 after fifty. The adapter in ZeRO 3, with one worker as with two, leaves the other stages by 3e-3."""
+    1e-3 after fifty. On the way, ZeRO 3 scales clipped gradients in another order than the other stages, and rounding
+    grows step by step (in float64 the same curves stay together to 1e-6): the adapter's leave 1e-3 for some steps.
+    """
 
     def runs(workers: int) -> dict[str, np.ndarray]:
         options = [
@@ -364,8 +366,9 @@ def test_fifty_steps_stay_together_over_workers_and_zero_stages(learner_options,
     for name, curve in curves.items():
         reference = curves[name.split("-")[0] + "-1-0"]
         np.testing.assert_allclose(curve[0, 1], reference[0, 1], rtol=1e-5, err_msg=name)
-        rtol = 5e-3 if name in ("adapter-1-3", "adapter-2-3") else 1e-3
-        np.testing.assert_allclose(curve[:, 1], reference[:, 1], rtol=rtol, err_msg=name)
+        np.testing.assert_allclose(curve[-1, 1], reference[-1, 1], rtol=1e-3, err_msg=name)
+        on_the_way = 5e-3 if name in ("adapter-1-3", "adapter-2-3") else 1e-3
+        np.testing.assert_allclose(curve[:, 1], reference[:, 1], rtol=on_the_way, err_msg=name)
 
 
 @pytest.mark.parametrize(("stage", "preset"), [(s, p) for s, presets in PRESETS.items() for p in presets])
