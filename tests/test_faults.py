@@ -205,6 +205,7 @@ def without_hash(path: str) -> str:
     return re.sub("[0-9a-f]{12,}", "HASH", path)
 
 
+@pytest.mark.soak
 def test_shards_made_on_a_network_that_fails_have_the_same_digest(
     small_dataset, small_recipe, photos, through, bucket, tmp_path
 ):
