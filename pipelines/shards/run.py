@@ -10,10 +10,11 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 from deedsr.dataset.manifest import STATE
+from deedsr.errors import DeeDSRError
 from pipelines.shards.plan import ShardPlan
 from pipelines.shards.record import Inventory
 from pipelines.storage import Storage
@@ -39,7 +40,8 @@ def running(out: Storage) -> Iterator[Storage]:
 
     def beat() -> None:
         while not over.wait(_HEARTBEAT):
-            claim()
+            with suppress(DeeDSRError):  # a storage that fails for a moment: the next beat tells again
+                claim()
 
     heart = threading.Thread(target=beat, daemon=True)
     heart.start()
