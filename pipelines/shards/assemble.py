@@ -40,6 +40,7 @@ __all__ = ["Inherited", "assemble", "records_of"]
 _LIBRARIES = ("numpy", "opencv-python-headless", "pillow", "scipy")
 _ROWS = 65_536  # of a row group of `samples.parquet`
 _AHEAD = 32  # records read before they are needed
+_TABLES = 256  # held before they are made one: a table of few rows takes 70 KB
 
 
 class Inherited(NamedTuple):
@@ -163,6 +164,8 @@ def _write_parts(
             sums.shards += 1
             sums.samples += record.samples
             held.append(record.rows)
+            if len(held) == _TABLES:
+                held = [pa.concat_tables(held).combine_chunks()]
             if sum(rows.num_rows for rows in held) >= _ROWS:
                 table.write_table(pa.concat_tables(held))
                 held.clear()
