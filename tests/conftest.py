@@ -18,7 +18,10 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray's workers find the test modules whose functions they run.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")]))
 
+import cv2
 import pytest
+
+from deedsr.degradation.recipe import Recipe
 
 
 @pytest.fixture(scope="session")
@@ -120,3 +123,25 @@ def browser(tmp_path_factory):
     browser = Browser(binary, tmp_path_factory.mktemp("profile"))
     yield browser
     browser.close()
+
+
+@pytest.fixture(scope="module")
+def pictures(photos) -> dict[str, bytes]:
+    """Eight of the shipped photographs, 240 px wide, as files of several formats."""
+    found = {}
+    for number, path in enumerate(sorted((photos / "train").glob("*.jpg"))[:8]):
+        image = cv2.imread(str(path))
+        small = cv2.resize(image, (240, 240 * image.shape[0] // image.shape[1]), interpolation=cv2.INTER_AREA)
+        ext = (".png", ".jpg", ".webp")[number % 3]
+        found[path.stem + ext] = cv2.imencode(ext, small)[1].tobytes()
+    return found
+
+
+@pytest.fixture(scope="module")
+def one_crop_recipe(small_recipe) -> Recipe:
+    """One crop of 64 px of each source, shards of two sources."""
+    fields = small_recipe.model_dump(mode="json")
+    fields["crop"] = {"size": 64, "per_source": 1, "min_std": 1, "min_laplacian": 0}
+    fields["split"] = {"validation_patterns": ["nothing"], "validation_share": 0}
+    fields |= {"variants": 1, "shard": {"min_sources": 1, "target_sources": 1, "max_sources": 2}}
+    return Recipe.model_validate(fields | {"max_rejected_share": 0.9})

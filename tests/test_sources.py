@@ -1,104 +1,21 @@
-"""Claims on what a `--source` holds: folders, lists, tars, Parquet tables and real pairs, each with its accidents."""
+"""Claims on what a `--source` holds: folders, lists, tars and Parquet tables, each with its accidents."""
 
 import io
-import json
 import tarfile
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-import yaml
+from source_files import listed, problems, put, rejected, run, table_of, tar_of
 
-from deedsr.dataset.pictures import RejectedImage, decode
-from deedsr.degradation.recipe import Recipe
 from deedsr.errors import UsageError
-from jobs.cli import main
 from pipelines.dataset import Dataset
-from pipelines.shards import duplicates, generate, regenerate, verify
-from pipelines.shards.duplicates import mark_duplicates
-from pipelines.shards.sources import Source, list_pairs, list_sources, read_source
+from pipelines.shards import verify
+from pipelines.shards.sources import Source, read_source
 from pipelines.shards.sources.tars import list_tar
 from pipelines.storage import open_storage
-
-
-@pytest.fixture(scope="module")
-def pictures(photos) -> dict[str, bytes]:
-    """Eight of the shipped photographs, 240 px wide, as files of several formats."""
-    found = {}
-    for number, path in enumerate(sorted((photos / "train").glob("*.jpg"))[:8]):
-        image = cv2.imread(str(path))
-        small = cv2.resize(image, (240, 240 * image.shape[0] // image.shape[1]), interpolation=cv2.INTER_AREA)
-        ext = (".png", ".jpg", ".webp")[number % 3]
-        found[path.stem + ext] = cv2.imencode(ext, small)[1].tobytes()
-    return found
-
-
-@pytest.fixture(scope="module")
-def recipe(small_recipe) -> Recipe:
-    """One crop of 64 px of each source, shards of two sources."""
-    fields = small_recipe.model_dump(mode="json")
-    fields["crop"] = {"size": 64, "per_source": 1, "min_std": 1, "min_laplacian": 0}
-    fields["split"] = {"validation_patterns": ["nothing"], "validation_share": 0}
-    fields |= {"variants": 1, "shard": {"min_sources": 1, "target_sources": 1, "max_sources": 2}}
-    return Recipe.model_validate(fields | {"max_rejected_share": 0.9})
-
-
-def tar_of(members: dict[str, bytes], format: int = tarfile.GNU_FORMAT) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
-        for name, data in members.items():
-            header = tarfile.TarInfo(name)
-            header.size = len(data)
-            tar.addfile(header, io.BytesIO(data))
-    return buffer.getvalue()
-
-
-def table_of(columns: dict, **options) -> bytes:
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pa.table(columns), buffer, **options)
-    return buffer.getvalue()
-
-
-def put(files: dict[str, bytes], folder) -> str:
-    """Writes files below a folder, local or on S3, and returns its location."""
-    storage = open_storage(folder)
-    for name, data in files.items():
-        storage.write(name, data)
-    return storage.uri
-
-
-def listed(*uris) -> list[Source]:
-    return list(list_sources([str(uri) for uri in uris]))
-
-
-def problems(sources) -> dict[str, str]:
-    """Reason by path of every source that gives no bytes."""
-    found = {}
-    for source in sources:
-        try:
-            read_source(source)
-        except RejectedImage as reason:
-            found[source.path] = str(reason)
-        except FileNotFoundError:
-            found[source.path] = "gone"
-    return found
-
-
-def run(sources, out, recipe, workers=2, **options):
-    return generate([str(source) for source in sources], str(out), recipe, workers, progress=False, **options)
-
-
-def rejected(out) -> dict[str, str]:
-    lines = open_storage(out).read("rejected.jsonl").splitlines()
-    return {line["source"]: line["reason"] for line in map(json.loads, lines) if line["kind"] == "source"}
-
-
-def changed(recipe: Recipe, **fields) -> Recipe:
-    return Recipe.model_validate(recipe.model_dump(mode="json") | fields)
-
 
 # Each kind gives the same bytes
 
@@ -179,12 +96,12 @@ def test_a_folder_lists_what_looks_like_a_picture_and_nothing_hidden(tmp_path, p
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_what_is_given_is_used_or_rejected_with_a_reason(tmp_path, pictures, recipe):
+def test_what_is_given_is_used_or_rejected_with_a_reason(tmp_path, pictures, one_crop_recipe):
     folder = tmp_path / "folder"
     put(pictures | {"anim.gif": b"GIF89a...", "photo.heic": b"\0\0\0\x18ftypheic"}, folder)
     put({"cut.tar": tar_of(pictures)[: -10_000 - 30_000], "none.tar": b"", "none.parquet": b"PAR1"}, folder)
     put({"rows.parquet": table_of({"image": [*pictures.values(), None, b"", b"no picture"]})}, folder)
-    result = run([folder], tmp_path / "out", recipe)
+    result = run([folder], tmp_path / "out", one_crop_recipe)
     manifest = Dataset.open(str(tmp_path / "out")).manifest
     assert manifest.given == manifest.used + manifest.rejected == len(listed(folder))
     assert (result.rejected, result.samples) == (8, manifest.used)
@@ -353,203 +270,27 @@ def test_where_the_names_in_a_table_are_damaged_the_table_is_rejected(tmp_path, 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_dataset_of_tars_is_the_same_for_any_workers_and_place_and_a_changed_tar_rewrites_its_own_shards(
-    tmp_path, bucket, pictures, recipe
+    tmp_path, bucket, pictures, one_crop_recipe
 ):
     items = list(pictures.items())
     tars = {f"{part}.tar": tar_of(dict(items[part::4] + items[part + 1 :: 4][:1])) for part in range(4)}
     here, there = put(tars, tmp_path / "tars"), put(tars, f"{bucket}/{tmp_path.name}/tars")
-    first = run([here], tmp_path / "one", recipe, workers=1)
-    assert run([f"{there}/*.tar"], f"{bucket}/{tmp_path.name}/out", recipe).digest == first.digest
+    first = run([here], tmp_path / "one", one_crop_recipe, workers=1)
+    assert run([f"{there}/*.tar"], f"{bucket}/{tmp_path.name}/out", one_crop_recipe).digest == first.digest
     assert verify(str(tmp_path / "one"), progress=False).ok
     index = Dataset.open(str(tmp_path / "one")).index()
     touched = {row["shard"] for row in index.to_pylist() if row["source"].startswith("2.tar/")}
     put({"2.tar": tar_of(dict(items[:2]))}, here)
-    again = run([here], tmp_path / "one", recipe)
+    again = run([here], tmp_path / "one", one_crop_recipe)
     kept = {shard.name for shard in Dataset.open(str(tmp_path / "one")).manifest.shards}
     assert again.reused > 0
     assert set(index["shard"].to_pylist()) - kept <= touched
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_dataset_of_a_table_on_s3_is_that_of_the_same_table_here(tmp_path, bucket, pictures, recipe):
+def test_a_dataset_of_a_table_on_s3_is_that_of_the_same_table_here(tmp_path, bucket, pictures, one_crop_recipe):
     table = {"x.parquet": table_of({"image": list(pictures.values())}, row_group_size=3)}
     here, there = put(table, tmp_path), put(table, f"{bucket}/{tmp_path.name}")
-    first = run([f"{here}/x.parquet"], tmp_path / "out", recipe)
+    first = run([f"{here}/x.parquet"], tmp_path / "out", one_crop_recipe)
     assert (first.samples, first.rejected) == (8, 0)
-    assert run([there], tmp_path / "again", recipe, workers=1).digest == first.digest
-
-
-# Real pairs
-
-
-def pair_files(pictures, hr: str, lr: str, scale: int = 4) -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """HR and LR files of three pictures, called by the patterns; the HR is up to three pixels more than whole."""
-    hrs, lrs = {}, {}
-    for number, data in enumerate(list(pictures.values())[:3], start=1):
-        image = cv2.cvtColor(decode(data), cv2.COLOR_RGB2BGR)
-        image = image[: image.shape[0] // 4 * 4 - 4 + number, : 236 + number]
-        size = (image.shape[1] // scale, image.shape[0] // scale)
-        small = cv2.resize(image[: size[1] * scale, : size[0] * scale], size, interpolation=cv2.INTER_AREA)
-        for files, pattern, pixels in ((hrs, hr, image), (lrs, lr, small)):
-            name = pattern.format(number)
-            files[name] = cv2.imencode(Path(name).suffix, pixels)[1].tobytes()
-    return hrs, lrs
-
-
-LAYOUTS = {
-    "RealSR": ("Canon_{:03d}_HR.png", "Canon_{:03d}_LR4.png"),
-    "DRealSR": ("train_HR/DSC_{:04d}_x1.png", "train_LR/DSC_{:04d}_x4.png"),
-    "DIV2K": ("{:04d}.png", "X4/{:04d}x4.png"),
-    "equal names": ("scene{}/shot_x2.png", "scene{}/shot_x2.png"),
-    "other extension": ("{}.webp", "{}.png"),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_pairs_are_matched_as_the_datasets_come(tmp_path, pictures, layout):
-    hrs, lrs = pair_files(pictures, *LAYOUTS[layout])
-    sources = list(list_pairs([put(hrs, tmp_path / "hr")], [put(lrs, tmp_path / "lr")], 4))
-    assert [s.path for s in sources] == sorted(hrs)
-    assert [read_source(s) for s in sources] == [
-        (hrs[hr], lrs[lr]) for hr, lr in zip(sorted(hrs), sorted(lrs), strict=True)
-    ]
-
-
-def test_pairs_of_one_folder_and_of_other_scales_are_told_apart_by_their_marks(tmp_path, pictures):
-    hrs, lrs = pair_files(pictures, *LAYOUTS["RealSR"])
-    others = {name.replace("LR4", "LR2"): b"x" for name in lrs}
-    folder = put(hrs | lrs | others, tmp_path / "all")
-    sources = list(list_pairs([folder], [folder], 4))
-    assert [read_source(s) for s in sources] == list(zip(hrs.values(), lrs.values(), strict=True))
-    inner = put({f"LR/{name}": data for name, data in lrs.items()} | hrs, tmp_path / "nested")
-    sources = list(list_pairs([inner], [f"{inner}/LR"], 4))
-    assert [read_source(s) for s in sources] == list(zip(hrs.values(), lrs.values(), strict=True))
-
-
-def test_partners_in_the_same_folder_come_before_those_elsewhere(tmp_path, pictures):
-    hrs, lrs = pair_files(pictures, *LAYOUTS["equal names"])
-    again = {name.replace("scene", "other"): data for name, data in hrs.items()}
-    sources = list(list_pairs([put(hrs | again, tmp_path / "hr")], [put(lrs, tmp_path / "lr")], 4))
-    assert {s.path: s.problem for s in sources} == dict.fromkeys(hrs, "") | dict.fromkeys(again, "no LR partner")
-
-
-def test_names_that_fit_several_pictures_or_none_are_one_clear_error(tmp_path, pictures):
-    hrs, lrs = pair_files(pictures, *LAYOUTS["DIV2K"])
-    hr, lr = put(hrs, tmp_path / "hr"), put(lrs, tmp_path / "lr")
-    with pytest.raises(UsageError, match="no picture of .*lr has the name of an HR picture, such as X4/0001x4.png for"):
-        list(list_pairs([hr], [lr], 3))
-    with pytest.raises(UsageError, match="one for each --source, not 2"):
-        list(list_pairs([hr], [lr, lr], 4))
-    with pytest.raises(UsageError, match=r"hr/0001.png and .*hr2/0001.png could both be the partner of .*0001x4.png"):
-        list(list_pairs([hr, put(hrs, tmp_path / "hr2")], [lr], 4))
-    put({"X4/0002x4d.png": b"x"}, lr)
-    with pytest.raises(UsageError, match=r"0002x4.png and .*0002x4d.png could both be the partner of .*hr/0002.png"):
-        list(list_pairs([hr], [lr], 4))
-    put({"lr.tar": tar_of(lrs)}, tmp_path / "tars")
-    with pytest.raises(UsageError, match=r"holds lr.tar: give folders"):
-        list(list_pairs([hr], [str(tmp_path / "tars")], 4))
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_dataset_of_real_pairs_holds_them_as_they_are(tmp_path, pictures, recipe, caplog):
-    hrs, lrs = pair_files(pictures, *LAYOUTS["DRealSR"])
-    alone, wrong = hrs | {}, lrs | {}
-    alone["train_HR/alone_x1.png"] = next(iter(hrs.values()))
-    alone["train_HR/wrong_x1.png"] = next(iter(hrs.values()))
-    wrong["train_LR/wrong_x4.png"] = next(iter(hrs.values()))
-    wrong["train_LR/widow_x4.png"] = next(iter(lrs.values()))
-    hr, lr, out = put(alone, tmp_path / "hr"), put(wrong, tmp_path / "lr"), tmp_path / "out"
-    result = run([hr], out, recipe, pairs=[lr])
-    assert "1 of 5 pictures in" in caplog.text
-    dataset = Dataset.open(str(out))
-    assert (dataset.manifest.given, dataset.manifest.used, result.samples) == (5, 3, 3)
-    assert rejected(out) == {
-        "train_HR/alone_x1.png": "no LR partner",
-        "train_HR/wrong_x1.png": "the LR partner is not HR size / scale",
-    }
-    index = dataset.index()
-    for row in range(index.num_rows):
-        sample = dataset.read(index, row)
-        assert sample.info["degradation"] is None
-        assert np.array_equal(sample.lr, dataset.read_lr(index, row).lr)
-        top, left, size, _ = sample.info["crop"]
-        name = sample.info["source"]["path"]
-        partner = decode(lrs[name.replace("train_HR", "train_LR").replace("_x1", "_x4")])
-        partner = partner[top // 4 : (top + size) // 4, left // 4 : (left + size) // 4]
-        assert np.array_equal(sample.hr, turned(decode(hrs[name])[top : top + size, left : left + size], sample))
-        assert np.array_equal(sample.lr, turned(partner, sample))
-    checked = verify(str(out), replay=3, progress=False)
-    assert (checked.ok, checked.samples, checked.problems) == (True, 3, [])
-    # A partner that changes makes its shard anew, and one that comes turns a rejected picture into a used one.
-    inverted = cv2.imencode(".png", 255 - decode(lrs["train_LR/DSC_0001_x4.png"]))[1].tobytes()
-    put({"train_LR/alone_x4.png": next(iter(lrs.values())), "train_LR/DSC_0001_x4.png": inverted}, lr)
-    before = lr_of(out, "train_HR/DSC_0001_x1.png")
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
-    words = ["shards", "--tracking", "false", "--pairs", lr, "--out", str(out)]
-    assert main([*words, "--source", hr, "--recipe", str(tmp_path / "recipe.yaml")]) == 0
-    assert rejected(out) == {"train_HR/wrong_x1.png": "the LR partner is not HR size / scale"}
-    assert np.array_equal(lr_of(out, "train_HR/DSC_0001_x1.png"), 255 - before[..., ::-1])
-    assert main(words) == 2
-    # The HR of real pairs may be degraded anew.
-    anew = regenerate(str(out), str(tmp_path / "anew"), recipe, progress=False)
-    assert anew.samples == Dataset.open(str(out)).manifest.samples == 4
-    assert verify(str(tmp_path / "anew"), replay=4, progress=False).replayed == 4
-    # Without partners the same pictures are degraded, the rejected ones among them.
-    assert (run([hr], out, recipe).samples, rejected(out)) == (5, {})
-
-
-def lr_of(out, path: str) -> np.ndarray:
-    index = Dataset.open(str(out)).index()
-    return Dataset.open(str(out)).read(index, index["source"].to_pylist().index(path)).lr
-
-
-def turned(pixels: np.ndarray, sample) -> np.ndarray:
-    return pixels[:, ::-1] if sample.info["flip"] else pixels
-
-
-# Duplicates
-
-
-def test_of_equal_contents_the_first_by_root_and_path_is_kept(ray_cluster, tmp_path, pictures, monkeypatch):
-    (one, data), (two, other), *_ = pictures.items()
-    put({f"b/{one}": data, f"a/{one}": data, two: other, "gone.jpg": b"x", "lost.jpg": b"x"}, tmp_path / "0")
-    put({"z.tar": tar_of({"y.jpg": other, "a.jpg": b"new", "b.jpg": b"new"})}, tmp_path / "1")
-    put({"x.parquet": table_of({"image": [data, None, None]})}, tmp_path / "1")
-    sources = listed(tmp_path / "0", tmp_path / "1")
-    for name in ("gone.jpg", "lost.jpg"):
-        (tmp_path / "0" / name).unlink()
-    expected = {(0, f"b/{one}"), (1, "z.tar/y.jpg"), (1, "z.tar/b.jpg"), (1, "x.parquet/0000000000")}
-    for reordered in (sources, sources[::-1]):
-        marked = list(mark_duplicates(iter(reordered), workers=2))
-        assert {(s.root, s.path) for s in marked if s.duplicate} == expected
-        assert [s._replace(duplicate=False) for s in marked] == reordered
-    monkeypatch.setattr(duplicates, "_FEW", 0)
-    monkeypatch.setattr(duplicates, "_CHUNK", 2)
-    monkeypatch.setattr(duplicates, "_WINDOW", 3)
-    assert {(s.root, s.path) for s in mark_duplicates(iter(sources), workers=2) if s.duplicate} == expected
-    assert list(mark_duplicates(iter([]), workers=2)) == []
-
-
-def test_pairs_with_equal_hr_and_another_lr_are_no_duplicates(tmp_path, pictures):
-    hr, lr, other = list(pictures.values())[:3]
-    put({"a.png": hr, "b.png": hr, "c.png": hr}, tmp_path / "hr")
-    put({"a.png": lr, "b.png": other, "c.png": lr}, tmp_path / "lr")
-    sources = list_pairs([str(tmp_path / "hr")], [str(tmp_path / "lr")], 4)
-    assert [s.path for s in mark_duplicates(sources, None) if s.duplicate] == ["c.png"]
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_recipe_that_rejects_duplicates_counts_them_as_rejected(tmp_path, pictures, recipe):
-    (name, data), *rest = pictures.items()
-    put(dict(rest[:2]) | {f"1-{name}": data, f"2-{name}": data}, tmp_path / "in")
-    run([tmp_path / "in"], tmp_path / "keep", recipe)
-    assert rejected(tmp_path / "keep") == {}
-    result = run([tmp_path / "in"], tmp_path / "out", changed(recipe, duplicates="reject"))
-    assert rejected(tmp_path / "out") == {f"2-{name}": "the same content as an earlier source"}
-    assert (result.samples, Dataset.open(str(tmp_path / "out")).manifest.used) == (3, 3)
-
-
-def test_an_error_while_reading_is_one_clear_error(ray_cluster, bucket, monkeypatch):
-    monkeypatch.setattr(duplicates, "_FEW", 0)
-    with pytest.raises(UsageError, match="no bucket 'deedsr-nowhere'"):
-        list(mark_duplicates([Source(0, "a.jpg", "s3://deedsr-nowhere/a.jpg", 1, "1")], workers=1))
+    assert run([there], tmp_path / "again", one_crop_recipe, workers=1).digest == first.digest

@@ -1,0 +1,68 @@
+"""Sources for tests: written, listed, made into a dataset."""
+
+import io
+import json
+import tarfile
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from deedsr.dataset.pictures import RejectedImage
+from deedsr.degradation.recipe import Recipe
+from pipelines.shards import generate
+from pipelines.shards.sources import Source, list_sources, read_source
+from pipelines.storage import open_storage
+
+
+def tar_of(members: dict[str, bytes], format: int = tarfile.GNU_FORMAT) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
+        for name, data in members.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            tar.addfile(header, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def table_of(columns: dict, **options) -> bytes:
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pa.table(columns), buffer, **options)
+    return buffer.getvalue()
+
+
+def put(files: dict[str, bytes], folder) -> str:
+    """Writes files below a folder, local or on S3, and returns its location."""
+    storage = open_storage(folder)
+    for name, data in files.items():
+        storage.write(name, data)
+    return storage.uri
+
+
+def listed(*uris) -> list[Source]:
+    return list(list_sources([str(uri) for uri in uris]))
+
+
+def problems(sources) -> dict[str, str]:
+    """Reason by path of every source that gives no bytes."""
+    found = {}
+    for source in sources:
+        try:
+            read_source(source)
+        except RejectedImage as reason:
+            found[source.path] = str(reason)
+        except FileNotFoundError:
+            found[source.path] = "gone"
+    return found
+
+
+def run(sources, out, recipe, workers=2, **options):
+    return generate([str(source) for source in sources], str(out), recipe, workers, progress=False, **options)
+
+
+def rejected(out) -> dict[str, str]:
+    lines = open_storage(out).read("rejected.jsonl").splitlines()
+    return {line["source"]: line["reason"] for line in map(json.loads, lines) if line["kind"] == "source"}
+
+
+def changed(recipe: Recipe, **fields) -> Recipe:
+    return Recipe.model_validate(recipe.model_dump(mode="json") | fields)
