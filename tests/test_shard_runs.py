@@ -158,3 +158,19 @@ def test_a_plan_counts_exactly_and_estimates_from_a_probe(photos, few, tmp_path)
     assert planned.cost == pytest.approx(8 * planned.hours, abs=0.01)
     rest = estimate(source, str(tmp_path / "out"), few, progress=False)
     assert (rest.shards, rest.shards_to_make, rest.samples, rest.hours) == (result.shards, 0, 0, 0)
+
+
+def test_a_sign_of_life_that_fails_is_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.shards.run._HEARTBEAT", 0.02)
+    out = open_storage(tmp_path)
+    with run.running(out) as folder:
+        claim = folder.local_path("claim.json")
+        claim.unlink()
+        claim.mkdir()  # what is in its place cannot be replaced by a file
+        time.sleep(0.2)
+        assert claim.is_dir()
+        claim.rmdir()
+        deadline = time.monotonic() + 10
+        while not claim.is_file() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert len(run.live_runs(out)) == 1
