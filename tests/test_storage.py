@@ -44,6 +44,10 @@ def test_listing_is_recursive_sorted_and_below_a_folder_only(storage):
     assert [(entry.path, entry.size) for entry in storage.list()] == [("a/c/d", 15), ("a/z", 9), ("ab/e", 12), ("b", 3)]
     assert [entry.path for entry in storage.list("a")] == ["a/c/d", "a/z"]
     assert list(storage.list("none")) == []
+    hard = {"n/x", "n-1", "n.d/x", "n0", "n/é", "n/z/1", "n/z-1", "n/z.png"}
+    for path in hard:
+        storage.write(f"hard/{path}", b"1")
+    assert [e.path for e in storage.list("hard")] == sorted((f"hard/{path}" for path in hard), key=str.encode)
 
 
 def test_a_version_changes_with_the_content(storage):

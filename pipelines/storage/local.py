@@ -26,16 +26,17 @@ class LocalStorage(Storage):
         self.uri = str(self.directory)
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
-        yield from sorted(self._walk(prefix.strip("/"), ()), key=lambda entry: os.fsencode(entry.path))
+        yield from self._walk(prefix.strip("/"), ())
 
     def _walk(self, folder: str, above: tuple[str, ...]) -> Iterator[Entry]:
+        """In the order of whole paths, although only one folder's names are held."""
         here = self.directory / folder
         identity = os.path.realpath(here)
         if identity in above:  # a symbolic link to one of its own parents
             return
         try:
             with explained("list", str(here)):
-                found = list(os.scandir(here))
+                found = sorted(os.scandir(here), key=lambda item: os.fsencode(item.name + "/" * item.is_dir()))
         except FileNotFoundError:
             return
         for item in found:
