@@ -4,14 +4,18 @@
 
 4K JPEG sources, 12 crops each, DeeDSR's ranges. The thread makes a share of the same shards in this process, before and
 after the job, so that a machine that slows down shows. Start-up (Ray, imports, planning) is left out of the job's rate
-and reported. Both arms must give the same shards. Prints a table and, last, one JSON line.
+and reported. Beside them: as many processes as the job has workers, side by side and without Ray, which shows what the
+machine's cores give when all of them work. All arms must give the same shards. Prints a table and, last, one JSON line.
 """
 
 import argparse
 import json
+import multiprocessing
 import tempfile
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -68,6 +72,14 @@ def by_one_thread(plans: list[ShardPlan], recipe: Recipe, out: str) -> tuple[flo
     return samples / (time.perf_counter() - begin), {record.name for record in records}
 
 
+def side_by_side(plans: list[ShardPlan], recipe: Recipe, outs: list[str]) -> float:
+    """Samples per second of processes that each make all of `plans`, into an output of its own."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(outs), mp_context=context) as processes:
+        list(processes.map(partial(by_one_thread, plans[:1], recipe), [f"{out}-start" for out in outs]))
+        return sum(rate for rate, _ in processes.map(partial(by_one_thread, plans, recipe), outs))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=5000)
@@ -82,6 +94,7 @@ def main() -> None:
         before, names = by_one_thread(some, recipe, f"{work}/before")
         with WorkerMemory() as memory:
             job = generate([f"{work}/sources"], f"{work}/job", recipe, options.workers)
+        together = side_by_side(some, recipe, [f"{work}/{number}" for number in range(options.workers)])
         after, again = by_one_thread(some, recipe, f"{work}/after")
         assert names == again <= {path.name for path in Path(work, "job").glob("*.tar")}, "the arms differ"
     thread = (before + after) / 2
@@ -93,7 +106,9 @@ def main() -> None:
     print(
         f"{f'job, {options.workers} workers':24}{job.samples_per_second:12.1f}   start-up {job.start_up_seconds:.1f} s"
     )
-    print(f"efficiency {efficiency:.1%} (goal {GOAL:.0%})")
+    print(f"{f'{options.workers} processes, no Ray':24}{together:12.1f}")
+    ceiling = together / (options.workers * thread)
+    print(f"efficiency {efficiency:.1%} (goal {GOAL:.0%}); of the processes without Ray {ceiling:.1%}")
     print(f"a worker's memory: {early:.0f} MB in the first third, {late:.0f} MB in the last (goal {MEMORY_GOAL_MB})")
     result = {
         "samples": job.samples,
@@ -104,6 +119,7 @@ def main() -> None:
         "job_start_up_seconds": job.start_up_seconds,
         "efficiency": round(efficiency, 3),
         "goal": GOAL,
+        "efficiency_without_ray": round(ceiling, 3),
         "worker_mb": {"first third": round(early), "last third": round(late), "goal": MEMORY_GOAL_MB},
     }
     print(json.dumps(result))
