@@ -2,25 +2,19 @@
 
 import dataclasses
 import json
-import os
 import random
-import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from fault_proxy import FaultProxy
 from test_training import adapter_options, base, learner_options, variants  # noqa: F401
 from training_process import Group, kill, run
 
-from deedsr.errors import DeeDSRError
 from pipelines.dataset import Dataset
 from pipelines.storage import open_storage
 from pipelines.training import checkpoint
-from pipelines.training.config import LearnerOptions
 from pipelines.training.incidents import WINDOW, LossWindow
 from pipelines.training.order import SampleOrder
 
@@ -69,8 +63,9 @@ def test_a_run_killed_five_times_ends_as_an_undisturbed_one_bit_for_bit(
 
 def test_every_key_comes_once_per_epoch_over_kills_and_other_numbers_of_workers(learner_options, tmp_path):  # noqa: F811
     """Batch k is the same for 1, 2 and 3 workers; 88 samples in batches of 12: a batch ends an epoch and begins one."""
-    options = variants(learner_options, tmp_path, global_batch_size=12, micro_batch_size=4, max_steps=15,
+    options = variants(learner_options, tmp_path, global_batch_size=12, micro_batch_size=2, max_steps=15,
                        checkpoint_every=2)  # fmt: skip
+    options = dataclasses.replace(options, contrast=dataclasses.replace(options.contrast, batch_block=2))
     for world_size, until in ((1, 4), (2, 8), (3, 11)):
         group = Group(options, world_size)
         group.wait_for_step(until)

@@ -46,16 +46,16 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints stay: the `last` newest, and the best one by `metric` if that is not empty."""
+    """Which checkpoints stay: the `last` newest, and the best one by `metric` if there is one."""
 
     last: int
-    metric: str = ""
+    metric: str | None = None
     mode: Literal["min", "max"] = "min"
 
     def kept(self, checkpoints: list[Checkpoint]) -> list[Checkpoint]:
         """Those of `checkpoints` (oldest first) that stay; of equally good ones the oldest."""
-        known = [c for c in checkpoints if math.isfinite(c.metrics.get(self.metric, math.nan))]
-        best = (min if self.mode == "min" else max)(known, key=lambda c: c.metrics[self.metric], default=None)
+        known = [c for c in checkpoints if math.isfinite(c.metrics.get(self.metric or "", math.nan))]
+        best = (min if self.mode == "min" else max)(known, key=lambda c: c.metrics[self.metric or ""], default=None)
         return [c for c in checkpoints if c is best or c in checkpoints[-self.last :]]
 
 

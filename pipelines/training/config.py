@@ -27,7 +27,7 @@ class TrainOptions:
     seed: int = 0  # of initial weights, order of samples and every draw
     checkpoint_every: int = 200  # optimizer steps
     keep_checkpoints: int = 2  # the newest stay
-    best_metric: str = ""  # the checkpoint with the best one stays too: `loss`, or another logged metric; empty = off
+    best_metric: str | None = None  # a logged metric, such as loss (here: mean of 100 steps): the best one stays too
     best_mode: Literal["min", "max"] = "min"  # whether a lower best_metric is better
     checkpoint_retry_seconds: float = 600.0  # a checkpoint that cannot be written is tried again for so long
     spike_sigma: float = 0.0  # a loss so many sigma above the last 100 is a spike; 0 = only NaN and infinity are
