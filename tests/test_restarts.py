@@ -112,3 +112,49 @@ def test_a_training_that_loses_workers_and_its_driver_ends_as_an_undisturbed_one
     assert last[0].sha256 == last[1].sha256
     history = tracking.connect(store).get_metric_history(result["run_id"], "loss")
     assert sorted((m.step, m.value) for m in history) == [(s, v) for s, v in undisturbed.curve()]
+
+
+@pytest.fixture
+def three_nodes():
+    """A cluster whose head computes nothing, and three nodes of one CPU."""
+    from ray.cluster_utils import Cluster
+
+    small = {"object_store_memory": 100 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
+    nodes = [cluster.add_node(num_cpus=1, **small) for _ in range(3)]
+    yield cluster, nodes
+    cluster.shutdown()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1500)
+def test_a_lost_node_costs_its_worker_until_it_returns(learner_options, store, three_nodes, tmp_path):  # noqa: F811
+    cluster, nodes = three_nodes
+    train = dataclasses.replace(learner_options.train, max_steps=1_000_000, checkpoint_every=20, num_workers="1..3",
+                                global_batch_size=12, micro_batch_size=2)  # fmt: skip
+    contrast = dataclasses.replace(learner_options.contrast, batch_block=2)
+    out = str(tmp_path / "run" / "learner")
+    command = Command(dataclasses.replace(learner_options, out=out, train=train, contrast=contrast),
+                      RAY_ADDRESS=cluster.address)  # fmt: skip
+
+    def seconds_to(workers: int) -> float:
+        """Until so many workers have committed a checkpoint."""
+        began = time.monotonic()
+        while len(command.workers(psutil.Process())) != workers:
+            assert time.monotonic() - began < 300, command.log.read_text()[-3000:]
+            time.sleep(0.5)
+        command.wait_for_step(newest(command.out) + 20)
+        return time.monotonic() - began
+
+    started = seconds_to(3)
+    cluster.remove_node(nodes[1], allow_graceful=False)
+    down = seconds_to(2)
+    cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+    up = seconds_to(3)
+    print(f"seconds: {started:.0f} to the first checkpoint, {down:.0f} after a lost node, {up:.0f} after its return")
+    command.process.send_signal(signal.SIGTERM)
+    command.process.communicate(timeout=120)
+    assert command.process.returncode == 130
+    run_id = json.loads((command.out / "training.json").read_text())["run_id"]
+    steps = [m.step for m in tracking.connect(store).get_metric_history(run_id, "loss")]
+    assert sorted(steps) == list(range(1, newest(command.out) + 1))
