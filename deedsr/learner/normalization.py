@@ -86,3 +86,9 @@ def commit_statistics(module: nn.Module, reduced: torch.Tensor) -> None:
             norm.running_mean.lerp_(mean, MOMENTUM)
             norm.running_var.lerp_(var, MOMENTUM)
         norm.pending.zero_()
+
+
+def drop_statistics(module: nn.Module) -> None:
+    """Forget what was collected for an optimizer step that was not taken."""
+    for norm in normalizations(module):
+        norm.pending.zero_()

@@ -111,6 +111,9 @@ class AdapterStage:
     def end_step(self, workers: Workers) -> None:
         """Nothing but the trained parameters advances."""
 
+    def drop_step(self) -> None:
+        """Nothing is collected."""
+
     def state(self) -> dict[str, Tensor]:
         return {}
 

@@ -1,23 +1,34 @@
 """Checkpoints that belong to no world size: full fp32 tensors as safetensors, committed last.
 
 `OUT/checkpoints/step-00000100/` holds `trained.safetensors` (what trains), `optimizer.safetensors` (its moments),
-`state.safetensors` (queue, momentum encoder, averages) and `checkpoint.json`, written last: step, samples seen, loss
-and the SHA-256 of each file. A folder without `checkpoint.json` does not count.
+`state.safetensors` (queue, momentum encoder, averages, the loss window) and `checkpoint.json`, written last: step,
+samples seen, loss, metrics and the SHA-256 of each file. A folder without `checkpoint.json` does not count.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
+import math
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from types import TracebackType
+from typing import Literal, Self
 
 from safetensors.torch import load, save
 from torch import Tensor
 
-from deedsr.errors import DeeDSRError
+from deedsr.errors import DeeDSRError, UsageError
 from pipelines.storage import Storage
 
 logger = logging.getLogger(__name__)
 PARTS = ("trained", "optimizer", "state")
+RECORD = "checkpoint.json"
+LONGEST_WAIT = 30.0  # seconds between two attempts to write
+Tensors = dict[str, dict[str, Tensor]]  # by part, then by name
 
 
 @dataclass
@@ -26,32 +37,67 @@ class Checkpoint:
     samples_seen: int
     loss: float
     sha256: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def folder(self) -> str:
         return f"checkpoints/step-{self.step:08d}"
 
 
-def write(out: Storage, checkpoint: Checkpoint, tensors: dict[str, dict[str, Tensor]], keep: int) -> None:
-    """Write and commit; then drop all but the newest `keep`."""
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay: the `last` newest, and the best one by `metric` if there is one."""
+
+    last: int
+    metric: str | None = None
+    mode: Literal["min", "max"] = "min"
+
+    def kept(self, checkpoints: list[Checkpoint]) -> list[Checkpoint]:
+        """Those of `checkpoints` (oldest first) that stay; of equally good ones the oldest."""
+        known = [c for c in checkpoints if math.isfinite(c.metrics.get(self.metric or "", math.nan))]
+        best = (min if self.mode == "min" else max)(known, key=lambda c: c.metrics[self.metric or ""], default=None)
+        return [c for c in checkpoints if c is best or c in checkpoints[-self.last :]]
+
+
+def write(out: Storage, checkpoint: Checkpoint, tensors: Tensors, keep: Keep) -> None:
+    """Write, verify and commit; then drop what `keep` does not name and what earlier attempts left."""
     for part in PARTS:
-        data = save({name: t.detach().contiguous().cpu() for name, t in tensors[part].items()})
+        data = save(tensors[part])
         checkpoint.sha256[part] = hashlib.sha256(data).hexdigest()
-        out.write(f"{checkpoint.folder}/{part}.safetensors", data)
-    out.write(f"{checkpoint.folder}/checkpoint.json", json.dumps(asdict(checkpoint)).encode())
-    for old in committed(out)[:-keep]:
-        # The commit record goes first: a half-deleted checkpoint no longer counts.
-        for name in ("checkpoint.json", *(f"{part}.safetensors" for part in PARTS)):
-            out.delete(f"{old.folder}/{name}")
+        path = f"{checkpoint.folder}/{part}.safetensors"
+        out.write(path, data)
+        # S3 has refused an upload whose checksum is another; a file is read again.
+        whole = out.stat(path).size == len(data)
+        if whole and out.local_path(path) is not None:
+            whole = hashlib.sha256(out.read(path)).hexdigest() == checkpoint.sha256[part]
+        if not whole:
+            raise DeeDSRError(f"{out.uri}/{path} is not what was written: the disk or the network damages data")
+        del data
+    out.write(f"{checkpoint.folder}/{RECORD}", json.dumps(asdict(checkpoint)).encode())
+    _drop_others(out, {c.folder for c in keep.kept(committed(out))}, checkpoint)
+
+
+def _drop_others(out: Storage, kept: set[str], newest: Checkpoint) -> None:
+    paths = [e.path for e in out.list("checkpoints/")]
+    gone = [p for p in paths if (folder := p.rpartition("/")[0]) not in kept and folder <= newest.folder]
+    # The commit records go first: a half-deleted checkpoint no longer counts.
+    out.delete_many(sorted(gone, key=lambda path: not path.endswith(f"/{RECORD}")))
 
 
 def committed(out: Storage) -> list[Checkpoint]:
-    """Every committed checkpoint, oldest first."""
-    records = [e.path for e in out.list("checkpoints/") if e.path.endswith("/checkpoint.json")]
-    return sorted((Checkpoint(**json.loads(out.read(path))) for path in records), key=lambda c: c.step)
+    """Every committed checkpoint, oldest first; one whose record cannot be read is left out with a warning."""
+    found = []
+    for path in [e.path for e in out.list("checkpoints/") if e.path.endswith(f"/{RECORD}")]:
+        try:
+            found.append(Checkpoint(**json.loads(out.read(path))))
+        except (ValueError, TypeError) as error:
+            logger.warning("%s/%s is damaged (%s): this checkpoint does not count", out.uri, path, error)
+        except FileNotFoundError:  # dropped meanwhile
+            continue
+    return sorted(found, key=lambda c: c.step)
 
 
-def read_latest(out: Storage) -> tuple[Checkpoint, dict[str, dict[str, Tensor]]] | None:
+def read_latest(out: Storage) -> tuple[Checkpoint, Tensors] | None:
     """The newest checkpoint whose files are whole; a damaged one is skipped with a warning."""
     found = committed(out)
     for checkpoint in reversed(found):
@@ -69,3 +115,64 @@ def _read(out: Storage, checkpoint: Checkpoint, part: str) -> dict[str, Tensor]:
     if hashlib.sha256(data).hexdigest() != checkpoint.sha256[part]:
         raise ValueError(f"{part}.safetensors does not match its SHA-256")
     return load(data)
+
+
+class Writer:
+    """Writes checkpoints on a thread while training goes on, one at a time.
+
+    What fails is tried again for `retry_seconds`, waiting longer each time; then `start`, `check` or `wait` raises it.
+    Used as a context; leaving it by an exception gives up what is still tried.
+    """
+
+    def __init__(self, out: Storage, keep: Keep, retry_seconds: float):
+        self.out, self.keep, self.retry_seconds = out, keep, retry_seconds
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._running: Future[None] | None = None
+        self._given_up = threading.Event()
+
+    def start(self, checkpoint: Checkpoint, tensors: Tensors, before: Callable[[], None] = lambda: None) -> None:
+        """Begin to write, once the one before is committed. `before` is called first and tried again like the rest.
+
+        `tensors`: contiguous copies on the CPU, which nobody changes any more.
+        """
+        self.wait()
+        self._running = self._pool.submit(self._persist, checkpoint, tensors, before)
+
+    def check(self) -> None:
+        """Raises the DeeDSRError of a checkpoint that could not be written; returns at once."""
+        if self._running is not None and self._running.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the last checkpoint is committed."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def _persist(self, checkpoint: Checkpoint, tensors: Tensors, before: Callable[[], None]) -> None:
+        began, pause = time.monotonic(), 1.0
+        while True:
+            try:
+                before()
+                return write(self.out, checkpoint, tensors, self.keep)
+            except UsageError:
+                raise
+            except DeeDSRError as error:
+                left = self.retry_seconds - (time.monotonic() - began)
+                if left > 0:
+                    logger.warning("checkpoint of step %d: %s. Training goes on, trying again", checkpoint.step, error)
+                    if not self._given_up.wait(min(pause, left)):
+                        pause = min(2 * pause, LONGEST_WAIT)
+                        continue
+                if self.out.local_path("") is not None:  # of a full disk; elsewhere the next commit drops it
+                    with contextlib.suppress(DeeDSRError):
+                        self.out.delete_many([f"{checkpoint.folder}/{part}.safetensors" for part in PARTS])
+                raise DeeDSRError(f"the checkpoint of step {checkpoint.step} could not be written: {error}") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        if kind is not None:
+            self._given_up.set()
+        self._pool.shutdown(wait=kind is None)

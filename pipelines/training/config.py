@@ -27,9 +27,15 @@ class TrainOptions:
     seed: int = 0  # of initial weights, order of samples and every draw
     checkpoint_every: int = 200  # optimizer steps
     keep_checkpoints: int = 2  # the newest stay
+    best_metric: str | None = None  # a logged metric, such as loss (here: mean of 100 steps): the best one stays too
+    best_mode: Literal["min", "max"] = "min"  # whether a lower best_metric is better
+    checkpoint_retry_seconds: float = 600.0  # a checkpoint that cannot be written is tried again for so long
+    spike_sigma: float = 0.0  # a loss so many sigma above the last 100 is a spike; 0 = only NaN and infinity are
+    on_spike: Literal["skip", "stop"] = "skip"  # a step with a spike, NaN or infinity is not taken, or ends the run
+    hang_seconds: float = 60.0  # a worker without progress dies and is restarted; 0 = off
     log_every: int = 10  # optimizer steps between points of the curves
     ema_decay: float = 0.0  # averaged weights are the ones exported; 0 = off
-    max_failures: int = 3  # restarts of the worker group before the run gives up
+    max_failures: int = 3  # restarts of the worker group before the run gives up; -1 = never
     cpus_per_worker: float = 1.0  # also the compute threads of a worker
     gpus_per_worker: float | None = None  # null = 1 where the cluster has GPUs, else 0
 
@@ -148,7 +154,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 MAY_CHANGE = {
     "out", "experiment", "train.max_steps", "train.num_workers", "train.micro_batch_size", "train.zero_stage",
     "train.cpus_per_worker", "train.gpus_per_worker", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.log_every", "train.max_failures",
+    "train.log_every", "train.max_failures", "train.best_metric", "train.best_mode", "train.checkpoint_retry_seconds",
+    "train.spike_sigma", "train.on_spike", "train.hang_seconds",
 }  # fmt: skip
 
 
@@ -182,9 +189,13 @@ def check(options: LearnerOptions | AdapterOptions) -> None:
         raise UsageError(f"train.lr must be a positive number, got {train.lr}")
     if not 0 <= train.ema_decay < 1:
         raise UsageError(f"train.ema_decay must be in [0, 1), got {train.ema_decay}")
-    for name in ("warmup_steps", "weight_decay", "clip_grad_norm", "max_failures"):
+    not_negative = ("warmup_steps", "weight_decay", "clip_grad_norm", "checkpoint_retry_seconds", "spike_sigma",
+                    "hang_seconds")  # fmt: skip
+    for name in not_negative:
         if getattr(train, name) < 0:
             raise UsageError(f"train.{name} must be 0 or more, got {getattr(train, name)}")
+    if train.max_failures < -1:
+        raise UsageError(f"train.max_failures must be 0 or more, or -1 for no limit, got {train.max_failures}")
     if train.cpus_per_worker <= 0:
         raise UsageError(f"train.cpus_per_worker must be above 0, got {train.cpus_per_worker}")
     if train.precision == "bf16" and train.zero_stage == 0:

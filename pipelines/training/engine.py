@@ -1,5 +1,6 @@
 """A DeepSpeed engine around what trains, with its full state in and out for any ZeRO stage and world size."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,19 +33,21 @@ class Engine:
         self.stage = options.zero_stage
         self.named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         parameters = [p for _, p in self.named]
-        optimizer: torch.optim.Optimizer
+        optimizer: SGD | AdamW
         if options.optimizer == "sgd":
-            optimizer = torch.optim.SGD(parameters, options.lr, momentum=0.9, weight_decay=options.weight_decay)
+            optimizer = SGD(parameters, options.lr, momentum=0.9, weight_decay=options.weight_decay)
             self.moments = ["momentum_buffer"]
         else:
-            optimizer = torch.optim.AdamW(parameters, options.lr, weight_decay=options.weight_decay)
+            optimizer = AdamW(parameters, options.lr, weight_decay=options.weight_decay)
             self.moments = ["exp_avg", "exp_avg_sq"]
         self.base_optimizer = optimizer
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.clip, self._norm = options.clip_grad_norm, math.nan
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": micro,
             "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": options.clip_grad_norm,
+            # Without ZeRO, DeepSpeed clips but tells no norm: `step` does both.
+            "gradient_clipping": options.clip_grad_norm if options.zero_stage else 0.0,
             "zero_optimization": {"stage": options.zero_stage},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
@@ -52,8 +55,7 @@ class Engine:
             "steps_per_print": 10**9,
         }
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
-        if optimizer_state:
-            self._load_optimizer_state(optimizer_state)
+        self._make_optimizer_state(optimizer_state or {})
 
     @property
     def device(self) -> torch.device:
@@ -65,16 +67,35 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
 
-    def step(self, lr: float) -> None:
-        """Once per micro-batch; the optimizer moves when the accumulation is full."""
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+    def accumulate(self) -> None:
+        """After the `backward` of every micro-batch but the last one of an optimizer step."""
         self.engine.step()
 
-    def grad_norm(self) -> float | None:
-        """Norm of the last optimizer step's gradients, where DeepSpeed computes it."""
-        norm = self.engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+    def step(self, lr: float, *, take: bool = True) -> bool:
+        """After the last micro-batch: the optimizer step, and whether it was taken; the same answer on every worker.
+
+        It is not with `take` False or a gradient that is not finite: weights, moments and the optimizer's own step
+        count stay, the gradient is dropped.
+        """
+        self.base_optimizer.take = take
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        if self.stage == 0:
+            gradients = [p.grad for _, p in self.named if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            self._norm = float(norm)
+            self.base_optimizer.take = take = take and math.isfinite(self._norm)
+            if self.clip:
+                torch.nn.utils.clip_grads_with_norm_([p for _, p in self.named], self.clip, norm)
+            self.engine.step()
+            return take
+        self.engine.step()
+        self._norm = float(self.engine.get_global_grad_norm())
+        return take and bool(self.engine.was_step_applied())
+
+    def grad_norm(self) -> float:
+        """Norm of the last optimizer step's gradient before clipping; not finite where the gradient is not."""
+        return self._norm
 
     def sum(self, x: Tensor) -> Tensor:
         if self.world_size > 1:
@@ -99,25 +120,30 @@ class Engine:
             yield ((name, safe_get_full_fp32_param(p).detach().view(_shape(p))) for name, p in self.named)
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Whole fp32 moments by `{parameter}.{moment}`, and `step`; a collective. After the first step only."""
+        """Whole fp32 moments by `{parameter}.{moment}`, and `step`, on the CPU of rank 0 and nothing elsewhere.
+
+        A collective.
+        """
         from deepspeed.utils import safe_get_full_optimizer_state
 
         state: dict[str, Tensor] = {}
         for name, p in self.named:
             for moment in self.moments:
                 if self.stage == 0:
-                    state[f"{name}.{moment}"] = self.base_optimizer.state[p][moment]
+                    value = self.base_optimizer.state[p][moment]
                 else:
-                    state[f"{name}.{moment}"] = safe_get_full_optimizer_state(p, moment).view(_shape(p))
+                    value = safe_get_full_optimizer_state(p, moment).view(_shape(p))
+                if self.rank == 0:
+                    state[f"{name}.{moment}"] = on_cpu(value)
         steps = [s[STEP] for s in self.base_optimizer.state.values() if STEP in s]
-        if steps:
-            state[STEP] = torch.as_tensor(steps[0])
+        if steps and self.rank == 0:
+            state[STEP] = on_cpu(steps[0])
         return state
 
-    def _load_optimizer_state(self, state: dict[str, Tensor]) -> None:
+    def _make_optimizer_state(self, state: dict[str, Tensor]) -> None:
+        """What torch would make at the first step, from `state` or empty: there may be no first step to take."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        # torch makes its state at the first step; ZeRO keeps it per flat partition. Make it now, empty, then fill it.
         if self.stage == 3:
             holders = self.engine.optimizer.fp32_partitioned_groups_flat
         else:
@@ -126,10 +152,12 @@ class Engine:
             slot = self.base_optimizer.state[p]
             for moment in self.moments:
                 slot[moment] = torch.zeros_like(p)
-            if STEP in state:
-                slot[STEP] = state[STEP].clone().float()
+            if isinstance(self.base_optimizer, AdamW):
+                slot[STEP] = state.get(STEP, torch.zeros(())).clone().float()
         if self.stage in (1, 2):
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+        if not state:
+            return
         for name, p in self.named:
             for moment in self.moments:
                 value = state[f"{name}.{moment}"]
@@ -137,6 +165,28 @@ class Engine:
                     self.base_optimizer.state[p][moment].copy_(value)
                 else:
                     safe_set_full_optimizer_state(p, value.to(self.device), moment)
+
+
+class _Leavable:
+    """An optimizer whose step can be left out, inside whatever DeepSpeed wraps around it."""
+
+    take = True
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure) if self.take else None  # type: ignore[misc]
+
+
+class AdamW(_Leavable, torch.optim.AdamW):
+    pass
+
+
+class SGD(_Leavable, torch.optim.SGD):
+    pass
+
+
+def on_cpu(tensor: Tensor) -> Tensor:
+    """A copy that stays what it is while training goes on."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _shape(p: nn.Parameter) -> torch.Size:

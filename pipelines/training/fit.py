@@ -3,7 +3,12 @@
 import json
 import logging
 import os
+import signal
+import threading
 import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +33,7 @@ from pipelines.training.progress import progress_bar
 logger = logging.getLogger(__name__)
 Options = TypeVar("Options", LearnerOptions, AdapterOptions)
 RECORD = "training.json"  # what this --out is: stage, configuration, inputs, MLflow run
+START_SECONDS = 20  # Ray's 60 are mostly spent waiting for a node that is lost; nothing is lost by asking again
 
 
 @dataclass
@@ -112,7 +118,7 @@ def _fit(
     progress: bool,
 ) -> TrainResult:
     fewest, most = worker_range(options.train.num_workers)
-    for workers in (fewest, most):
+    for workers in range(fewest, most + 1):  # an elastic run may come to have any number between
         micro_batch(options.train, workers, unit)
     out = open_storage(options.out)
     record = _read_record(out)
@@ -156,9 +162,11 @@ def _run_ray_train(
     workers: tuple[int, int],
     progress: bool,
 ) -> None:
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_SECONDS))
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
+    from pipelines.training.backend import ListeningTorchConfig
     from pipelines.training.worker import train_worker
 
     resources = cluster.resources()
@@ -187,7 +195,7 @@ def _run_ray_train(
                 "threads": max(1, int(cpus)),
                 "progress": bar,
             },
-            torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+            torch_config=ListeningTorchConfig(backend="nccl" if gpus else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=workers[0] if workers[0] == workers[1] else workers,
                 use_gpu=bool(gpus),
@@ -201,9 +209,38 @@ def _run_ray_train(
             ),
         )
         try:
-            trainer.fit()
+            with ended_by_signals(bar) as interrupted:
+                # Not on the main thread: there Ray would answer Ctrl-C itself, without a checkpoint.
+                said = ThreadPoolExecutor(1).submit(trainer.fit).result().return_value
         except Exception as error:
             raise _explained(stage, error) from error
+        if interrupted.is_set():
+            raise KeyboardInterrupt(said)
+        if said:
+            raise DeeDSRError(said)
+
+
+@contextmanager
+def ended_by_signals(progress: Any) -> Iterator[threading.Event]:
+    """Within it, SIGTERM and Ctrl-C have the workers checkpoint and end; a second one interrupts at once."""
+    interrupted = threading.Event()
+
+    def handle(number: int, frame: object) -> None:
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        interrupted.set()
+        logger.info("%s: the training checkpoints and ends; once more ends it at once", signal.Signals(number).name)
+        progress.end.remote()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield interrupted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _explained(stage: str, error: Exception) -> DeeDSRError:
@@ -230,6 +267,8 @@ def _refuse_differences(
     before, now = flatten(record["config"]), flatten(json.loads(json.dumps(resolved(options))))
     # Data, learner and initial weights are compared by content: they may have moved.
     same_by_content = MAY_CHANGE | {"data", "learner", "init"}
+    # A training from before there was an option has its default.
+    before = flatten(json.loads(json.dumps(resolved(type(options)())))) | before
     differing = sorted(
         k for k in before.keys() | now.keys() if k not in same_by_content and before.get(k) != now.get(k)
     )

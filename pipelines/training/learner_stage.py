@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from deedsr.dataset.keys import generator
 from deedsr.learner.moco import MomentumContrast
-from deedsr.learner.normalization import commit_statistics, pending_statistics
+from deedsr.learner.normalization import commit_statistics, drop_statistics, pending_statistics
 from deedsr.learner.pairs import quadrant_pair
 from deedsr.learner.resnet import LEARNER_PRESETS, DegradationLearner
 from pipelines.dataset import Dataset
 from pipelines.training.config import LearnerOptions
 from pipelines.training.initial import initial_weights
-from pipelines.training.stage import Workers, fresh
+from pipelines.training.stage import Workers, fresh, under
 
 
 class LearnerStage:
@@ -62,6 +62,10 @@ class LearnerStage:
         with workers.full_parameters() as parameters:
             self.contrast.update_momentum(parameters)
 
+    def drop_step(self) -> None:
+        drop_statistics(self.learner)
+        self.step_keys.clear()
+
     def state(self) -> dict[str, Tensor]:
         buffers = {f"buffers.{name}": b for name, b in persistent_buffers(self.learner).items()}
         return buffers | {f"contrast.{name}": t for name, t in self.contrast.state_dict().items()}
@@ -74,11 +78,6 @@ class LearnerStage:
         learner = fresh(self.learner)
         learner.load_state_dict(trained | under(state, "buffers."))
         learner.save_pretrained(folder / "learner")
-
-
-def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries below `prefix`, without it."""
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:

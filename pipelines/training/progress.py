@@ -16,12 +16,20 @@ class Progress:
     def __init__(self) -> None:
         self.step, self.loss = 0, float("nan")
         self.messages: list[str] = []
+        self.ended = False
 
     def tell(self, step: int, loss: float) -> None:
         self.step, self.loss = step, loss
 
     def say(self, message: str) -> None:
         self.messages.append(message)
+
+    def end(self) -> None:
+        """Workers are to checkpoint and end."""
+        self.ended = True
+
+    def ending(self) -> bool:
+        return self.ended
 
     def look(self) -> tuple[int, float, list[str]]:
         messages, self.messages = self.messages, []

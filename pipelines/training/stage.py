@@ -29,7 +29,7 @@ class Workers(Protocol):
 
 class Stage(Protocol):
     """One of the two trainings. The trainer calls, in this order: `build` once, then for every micro-batch `loss`,
-    and `end_step` once per optimizer step."""
+    and once per optimizer step `end_step`, or `drop_step` where the step was not taken."""
 
     name: str
     together: bool  # the variants of one content stay adjacent in the order of samples
@@ -47,6 +47,9 @@ class Stage(Protocol):
     def end_step(self, workers: Workers) -> None:
         """What advances once per optimizer step, after it."""
 
+    def drop_step(self) -> None:
+        """Forget what `loss` collected for a step that was not taken."""
+
     def state(self) -> dict[str, Tensor]:
         """Tensors besides trained parameters and optimizer state that a continuation needs."""
 
@@ -54,6 +57,11 @@ class Stage(Protocol):
 
     def export(self, folder: Path, trained: dict[str, Tensor], state: dict[str, Tensor]) -> None:
         """Write the model that whole fp32 parameters and what `state` gave make."""
+
+
+def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries below `prefix`, without it."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def fresh(model: Any) -> Any:

@@ -1,6 +1,7 @@
 """What every training worker runs."""
 
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -13,18 +14,33 @@ from torch import Tensor
 from pipelines.dataset import Dataset
 from pipelines.storage import Storage, open_storage, publish
 from pipelines.training import checkpoint
-from pipelines.training.config import AdapterOptions, LearnerOptions, from_resolved, learning_rate, micro_batch
-from pipelines.training.engine import Engine
-from pipelines.training.loader import micro_batches
+from pipelines.training.config import (
+    AdapterOptions,
+    LearnerOptions,
+    TrainOptions,
+    from_resolved,
+    learning_rate,
+    micro_batch,
+)
+from pipelines.training.engine import Engine, on_cpu
+from pipelines.training.incidents import MOST_IN_A_ROW, LossWindow, record
+from pipelines.training.interruption import Ended, Moved, Stop, Untrainable
+from pipelines.training.loader import Batch, micro_batches
 from pipelines.training.order import SampleOrder
-from pipelines.training.stage import Stage
+from pipelines.training.stage import Stage, under
+from pipelines.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 
-def train_worker(config: dict[str, Any]) -> None:
-    """Ray Train's loop of one worker. `config`: `stage`, `options`, `run_id`, `tracking_uri`, `threads`, `progress`."""
+def train_worker(config: dict[str, Any]) -> str | None:
+    """Ray Train's loop of one worker. `config`: `stage`, `options`, `run_id`, `tracking_uri`, `threads`, `progress`.
+
+    Returns what is to be told the user instead where starting the workers again would be of no use.
+    """
     import ray.train.torch
+
+    from pipelines.training.backend import Asked
 
     torch.set_num_threads(config["threads"])
     options: LearnerOptions | AdapterOptions
@@ -42,16 +58,21 @@ def train_worker(config: dict[str, Any]) -> None:
         from pipelines.training.adapter_stage import AdapterStage
 
         stage = AdapterStage(options, dataset.scale)
+    rank = ray.train.get_context().get_world_rank()
+    asked = Asked(config["progress"], rank)
     run = None
-    if ray.train.get_context().get_world_rank() == 0:
+    if rank == 0:
         from pipelines import tracking
 
         run = tracking.open_run(config["tracking_uri"], config["run_id"])
     try:
-        train(stage, options, dataset, ray.train.torch.get_device(), run, config["progress"].tell.remote)
+        train(stage, options, dataset, ray.train.torch.get_device(), run, config["progress"].tell.remote, asked)
+    except (Ended, Untrainable) as end:  # every worker has the same
+        return str(end)
     finally:
         if run is not None:
             run.close()
+    return None
 
 
 def train(
@@ -61,98 +82,169 @@ def train(
     device: torch.device,
     run: Any | None,
     tell: Callable[[int, float], Any] = lambda step, loss: None,
+    asked: Callable[[], Stop] = lambda: Stop.NO,
 ) -> None:
     """Train `stage` from its last checkpoint to `train.max_steps`. Needs a process group; every worker calls it.
 
-    Rank 0 logs to `run` and tells `tell` each logged step and its loss.
+    Rank 0 logs to `run` and tells `tell` each logged step and its loss. Once a worker is `asked` to stop, all of them
+    checkpoint after the same step and raise Moved or Ended. Raises Untrainable where the loss says so.
     """
     plan = options.train
     out = open_storage(options.out)
     index = dataset.index("train")
+    keep = checkpoint.Keep(plan.keep_checkpoints, plan.best_metric, plan.best_mode)
+    with (
+        Watchdog(plan.hang_seconds) as watchdog,
+        checkpoint.Writer(out, keep, plan.checkpoint_retry_seconds) as writer,
+    ):
+        # 1. networks, and what an earlier part of this run left
+        module = stage.build(device, torch.bfloat16 if plan.precision == "bf16" else torch.float32)
+        found = checkpoint.read_latest(out)
+        first_step, loss_value = 0, float("nan")
+        losses = LossWindow(plan.spike_sigma)
+        ema: dict[str, Tensor] = {}
+        if found:
+            first_step, loss_value = found[0].step, found[0].loss
+            with torch.no_grad():
+                for name, parameter in module.named_parameters():
+                    if parameter.requires_grad:
+                        parameter.copy_(found[1]["trained"][name])
+            state = found[1]["state"]
+            stage.load_state(under(state, "stage."))
+            losses.load_state(under(state, "losses."))
+            ema = {name: average.to(device) for name, average in under(state, "ema.").items()}
 
-    # 1. networks, and what an earlier part of this run left
-    module = stage.build(device, torch.bfloat16 if plan.precision == "bf16" else torch.float32)
-    found = checkpoint.read_latest(out)
-    first_step, loss_value = 0, float("nan")
-    ema: dict[str, Tensor] = {}
-    if found:
-        first_step, loss_value = found[0].step, found[0].loss
-        with torch.no_grad():
-            for name, parameter in module.named_parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(found[1]["trained"][name])
-        state = found[1]["state"]
-        stage.load_state({k.removeprefix("stage."): v for k, v in state.items() if k.startswith("stage.")})
-        ema = {k.removeprefix("ema."): v.to(device) for k, v in state.items() if k.startswith("ema.")}
+        # 2. engine and data
+        world_size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+        micro, accumulation = micro_batch(plan, world_size, stage.unit)
+        optimizer_state = found[1]["optimizer"] if found else None
+        engine = Engine(module, plan, micro=micro, accumulation=accumulation, optimizer_state=optimizer_state)
+        del found
+        order = SampleOrder(index, dataset.digest, plan.seed, together=stage.together)
+        batches = micro_batches(
+            order,
+            lambda epoch, row: stage.sample(dataset, index, row, epoch),
+            first_step=first_step,
+            last_step=plan.max_steps,
+            global_batch=plan.global_batch_size,
+            micro=micro,
+            world_size=world_size,
+            rank=rank,
+        )
 
-    # 2. engine and data
-    world_size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    micro, accumulation = micro_batch(plan, world_size, stage.unit)
-    optimizer_state = found[1]["optimizer"] if found else None
-    engine = Engine(module, plan, micro=micro, accumulation=accumulation, optimizer_state=optimizer_state)
-    del found
-    batches = micro_batches(
-        SampleOrder(index, dataset.digest, plan.seed, together=stage.together),
-        lambda epoch, row: stage.sample(dataset, index, row, epoch),
-        first_step=first_step,
-        last_step=plan.max_steps,
-        global_batch=plan.global_batch_size,
-        micro=micro,
-        world_size=world_size,
-        rank=rank,
+        # 3. optimizer steps
+        logged = time.perf_counter()
+        latest: dict[str, float] = {}  # what was logged last, by metric
+        for step in range(first_step + 1, plan.max_steps + 1):
+            lr = learning_rate(plan, step - 1)
+            numbers: dict[str, Tensor] = {}
+            began, waited = time.perf_counter(), 0.0
+            read = []
+            for part in range(accumulation):
+                before = time.perf_counter()
+                read.append(next(batches))
+                batch = {name: t.to(device) for name, t in read[-1].items()}
+                waited += time.perf_counter() - before
+                loss, more = stage.loss(engine, batch)
+                engine.backward(loss)
+                for name, value in {"loss": loss, **more}.items():
+                    numbers[name] = numbers.get(name, 0) + value.detach().float() / accumulation
+                if part < accumulation - 1:
+                    engine.accumulate()
+
+            values, stop = _agreed(engine, numbers, asked())
+            objection = losses.objection(values["loss"])
+            if not engine.step(lr, take=objection is None):
+                objection = objection or "the gradient is not finite"
+            if objection is None:
+                stage.end_step(engine)
+                if plan.ema_decay:
+                    _average(ema, engine, min(plan.ema_decay, step / (step + 9)))
+                loss_value = values["loss"]
+                losses.take(loss_value)
+            else:
+                stage.drop_step()
+                losses.skip()
+                keys = [
+                    {"epoch": epoch, "key": index["key"][row].as_py()}
+                    for epoch, row in order.slice((step - 1) * plan.global_batch_size, step * plan.global_batch_size)
+                ]
+                values |= {"grad_norm": engine.grad_norm()}
+                incident = {"step": step, "reason": objection, "lr": lr, "world_size": world_size, "samples": keys}
+                _object(out, plan, losses, incident | values, read, rank)
+
+            if step % plan.log_every == 0 or step == plan.max_steps:
+                now = time.perf_counter()
+                since = step % plan.log_every or plan.log_every
+                values |= {
+                    "lr": lr,
+                    "samples_per_second": plan.global_batch_size * since / max(now - logged, 1e-9),
+                    "data_wait_share": waited / max(now - began, 1e-9),
+                    "grad_norm": engine.grad_norm(),
+                    "skipped_steps": losses.skipped,
+                }
+                logged = now
+                latest |= values
+                if run is not None:
+                    run.log_metrics(values, step)
+                if rank == 0:
+                    tell(step, loss_value)
+            watchdog.beat()
+            writer.check()
+
+            if stop or step % plan.checkpoint_every == 0 or step == plan.max_steps:
+                watchdog.patience(plan.checkpoint_retry_seconds)
+                stalled = time.perf_counter()
+                writer.wait()
+                tensors = _gathered(stage, engine, ema, losses)
+                metrics = {name: value for name, value in latest.items() if math.isfinite(value)}
+                saved = checkpoint.Checkpoint(
+                    step, step * plan.global_batch_size, loss_value, metrics=metrics | {"loss": losses.mean}
+                )
+                if run is not None:
+                    run.log_metrics({"checkpoint_stall_seconds": time.perf_counter() - stalled}, step)
+                if rank == 0:
+                    # A checkpoint never runs ahead of the curves.
+                    writer.start(saved, tensors, before=run.flush if run is not None else lambda: None)
+                if stop:
+                    writer.wait()
+                    torch.distributed.barrier()
+                    raise Moved(step) if stop is Stop.MOVE else Ended(step)
+                watchdog.beat()
+
+        # 4. the trained model
+        watchdog.patience(plan.checkpoint_retry_seconds)
+        writer.wait()
+        if rank == 0:
+            last = checkpoint.read_latest(out)
+            assert last
+            _export(out, stage, last[1])
+        torch.distributed.barrier()
+
+
+def _agreed(engine: Engine, numbers: dict[str, Tensor], asked: Stop) -> tuple[dict[str, float], Stop]:
+    """Means over the workers, and what the workers do after this step; the same on every worker."""
+    names = sorted(numbers)
+    means = torch.stack([numbers[name] for name in names]) / engine.world_size
+    asks = means.new_tensor([asked is Stop.MOVE, asked is Stop.END])
+    *values, move, end = engine.sum(torch.cat([means, asks])).tolist()
+    return dict(zip(names, values, strict=True)), Stop.END if end else Stop.MOVE if move else Stop.NO
+
+
+def _object(
+    out: Storage, plan: TrainOptions, losses: LossWindow, values: dict[str, Any], read: list[Batch], rank: int
+) -> None:
+    """Keep what is known of a step that was not taken; raises Untrainable where the run should not go on."""
+    batch = {name: torch.cat([part[name] for part in read]) for name in read[0]}
+    place = record(out, values["step"], values, batch, rank)
+    logger.warning("step %d is not taken: %s (%s)", values["step"], values["reason"], place)
+    if plan.on_spike == "skip" and losses.in_a_row < MOST_IN_A_ROW:
+        return
+    why = "train.on_spike is stop" if plan.on_spike == "stop" else f"so were the {MOST_IN_A_ROW - 1} steps before"
+    raise Untrainable(
+        f"step {values['step']} was not taken, because {values['reason']}, and {why}: its samples are in {place}. "
+        "The same command goes on from the last checkpoint; to pass over such batches, --train.on_spike skip"
     )
-
-    # 3. optimizer steps
-    began = logged = time.perf_counter()
-    for step in range(first_step + 1, plan.max_steps + 1):
-        lr = learning_rate(plan, step - 1)
-        numbers: dict[str, Tensor] = {}
-        waited = 0.0
-        for _ in range(accumulation):
-            before = time.perf_counter()
-            batch = {name: t.to(device) for name, t in next(batches).items()}
-            waited += time.perf_counter() - before
-            loss, more = stage.loss(engine, batch)
-            engine.backward(loss)
-            engine.step(lr)
-            for name, value in {"loss": loss, **more}.items():
-                numbers[name] = numbers.get(name, 0) + value.detach().float() / accumulation
-        stage.end_step(engine)
-        if plan.ema_decay:
-            _average(ema, engine, min(plan.ema_decay, step / (step + 9)))
-
-        if step % plan.log_every == 0 or step == plan.max_steps:
-            means = engine.sum(torch.stack([numbers[name] for name in sorted(numbers)])) / world_size
-            values = dict(zip(sorted(numbers), means.tolist(), strict=True))
-            loss_value = values["loss"]
-            now = time.perf_counter()
-            since = step % plan.log_every or plan.log_every
-            values |= {
-                "lr": lr,
-                "samples_per_second": plan.global_batch_size * since / max(now - logged, 1e-9),
-                "data_wait_share": waited / max(now - began, 1e-9),
-            }
-            logged = now
-            if (norm := engine.grad_norm()) is not None:
-                values["grad_norm"] = norm
-            if run is not None:
-                run.log_metrics(values, step)
-            if rank == 0:
-                tell(step, loss_value)
-        began = time.perf_counter()
-
-        if step % plan.checkpoint_every == 0 or step == plan.max_steps:
-            if run is not None:
-                run.flush()  # a checkpoint never runs ahead of the curves
-            _checkpoint(out, stage, engine, ema, checkpoint.Checkpoint(step, step * plan.global_batch_size, loss_value),
-                        plan.keep_checkpoints)  # fmt: skip
-
-    # 4. the trained model
-    if rank == 0:
-        latest = checkpoint.read_latest(out)
-        assert latest
-        _export(out, stage, latest[1])
-    torch.distributed.barrier()
 
 
 def _average(ema: dict[str, Tensor], engine: Engine, decay: float) -> None:
@@ -164,23 +256,24 @@ def _average(ema: dict[str, Tensor], engine: Engine, decay: float) -> None:
                 ema[name] = value.float().clone()
 
 
-def _checkpoint(
-    out: Storage, stage: Stage, engine: Engine, ema: dict[str, Tensor], record: checkpoint.Checkpoint, keep: int
-) -> None:
+def _gathered(stage: Stage, engine: Engine, ema: dict[str, Tensor], losses: LossWindow) -> checkpoint.Tensors:
+    """Copies of all that a continuation needs, on the CPU of rank 0; a collective."""
+    trained = {}
     with engine.full_parameters() as parameters:
-        trained = {name: value.float().clone() for name, value in parameters}
+        for name, value in parameters:
+            if engine.rank == 0:
+                trained[name] = on_cpu(value.float())
     optimizer = engine.optimizer_state()
-    if engine.rank == 0:
-        state = {f"stage.{k}": v for k, v in stage.state().items()} | {f"ema.{k}": v for k, v in ema.items()}
-        checkpoint.write(out, record, {"trained": trained, "optimizer": optimizer, "state": state}, keep)
-    torch.distributed.barrier()
+    if engine.rank:
+        return {}
+    held = {"stage.": stage.state(), "ema.": ema, "losses.": losses.state()}
+    state = {prefix + name: on_cpu(t) for prefix, tensors in held.items() for name, t in tensors.items()}
+    return {"trained": trained, "optimizer": optimizer, "state": state}
 
 
 def _export(out: Storage, stage: Stage, tensors: dict[str, dict[str, Tensor]]) -> None:
     """The averaged weights where there are any, else the last ones."""
-    state = tensors["state"]
-    averaged = {k.removeprefix("ema."): v for k, v in state.items() if k.startswith("ema.")}
-    rest = {k.removeprefix("stage."): v for k, v in state.items() if k.startswith("stage.")}
+    averaged, rest = under(tensors["state"], "ema."), under(tensors["state"], "stage.")
     with tempfile.TemporaryDirectory() as folder:
         stage.export(Path(folder), averaged or tensors["trained"], rest)
         publish(Path(folder), out.uri)

@@ -1,0 +1,58 @@
+"""What Ray Train sets up in its workers' processes, and what it knows of their nodes."""
+
+from functools import cached_property
+from typing import Any
+
+import ray
+from ray.train.torch import TorchConfig
+
+from pipelines.training.interruption import Stop, listen, terminated
+
+
+class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
+    def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
+        super().on_training_start(worker_group, backend_config)
+        worker_group.execute(listen)  # runs on the workers' main threads, the only place for it
+
+
+class ListeningTorchConfig(TorchConfig):
+    """Torch's process group, in workers that checkpoint on SIGTERM."""
+
+    @property
+    def backend_cls(self) -> Any:
+        return _Backend
+
+
+class Asked:
+    """Whether this worker should stop, asked once per step: no call waits for an answer.
+
+    `progress`: the driver's actor; only rank 0 asks it.
+    """
+
+    def __init__(self, progress: Any, rank: int):
+        self.progress, self.rank = progress, rank
+        self._answer: Any = None
+
+    def __call__(self) -> Stop:
+        if self.rank == 0 and self._driver_said_so():
+            return Stop.END
+        return Stop.MOVE if self._node_is_drained() else terminated()
+
+    def _driver_said_so(self) -> bool:
+        if self._answer is None:
+            self._answer = self.progress.ending.remote()
+        ready, _ = ray.wait([self._answer], timeout=0)
+        if not ready:
+            return False
+        answer, self._answer = self._answer, None
+        return ray.get(answer)
+
+    @cached_property
+    def _preemption(self) -> Any:
+        # ray.train.get_preemption_info() is a barrier of all workers; the loop agrees by itself.
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        return get_train_context().preemption_context
+
+    def _node_is_drained(self) -> bool:
+        return self._preemption.preemption_info is not None

@@ -1,0 +1,171 @@
+"""What happens to a training around it: kills, signals, bad batches, hung workers, storage that is away."""
+
+import dataclasses
+import json
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import adapter_options, base, learner_options, variants  # noqa: F401
+from training_process import Group, kill, run
+
+from pipelines.dataset import Dataset
+from pipelines.storage import open_storage
+from pipelines.training import checkpoint
+from pipelines.training.incidents import WINDOW, LossWindow
+from pipelines.training.order import SampleOrder
+
+
+@pytest.fixture(scope="module")
+def trained_learner() -> str:
+    """The shipped one, in `adapter_options`."""
+    return "tiny"
+
+
+def final(out: Path) -> checkpoint.Checkpoint:
+    return checkpoint.committed(open_storage(str(out)))[-1]
+
+
+def model(out: Path) -> bytes:
+    """The exported weights."""
+    return next(out.glob("*er/*.safetensors")).read_bytes()
+
+
+@pytest.mark.parametrize(("kind", "world_size", "zero_stage"), [("learner", 2, 0), ("adapter", 2, 2)])
+def test_a_run_killed_five_times_ends_as_an_undisturbed_one_bit_for_bit(
+    kind, world_size, zero_stage, tmp_path, request
+):
+    """Curve, weights, moments, averages, queue, pointer, momentum encoder, statistics, loss window, data position."""
+    options = request.getfixturevalue(f"{kind}_options")
+    changes = {"max_steps": 14, "checkpoint_every": 2, "zero_stage": zero_stage, "clip_grad_norm": 0.5,
+               "ema_decay": 0.9, "micro_batch_size": options.train.global_batch_size // world_size}  # fmt: skip
+    undisturbed = run(variants(options, tmp_path / "undisturbed", **changes), world_size)
+    rng = random.Random(0)
+    killed = variants(options, tmp_path / "killed", **changes)
+    for _ in range(5):
+        group = Group(killed, world_size)
+        done = checkpoint.committed(open_storage(killed.out))
+        group.wait_for_step((done[-1].step if done else 0) + rng.randint(1, 2))
+        kill(group, rng.randrange(world_size))
+    group = run(killed, world_size)
+    expected, got = undisturbed.curve(), group.curve()
+    assert len(got) > len(expected)  # steps were lost and repeated
+    assert dict(got) == dict(expected)
+    assert all(loss == dict(expected)[step] for step, loss in got)
+    assert final(tmp_path / "killed").step == 14
+    assert final(tmp_path / "killed").sha256 == final(tmp_path / "undisturbed").sha256
+    assert final(tmp_path / "killed").loss == final(tmp_path / "undisturbed").loss
+    assert model(tmp_path / "killed") == model(tmp_path / "undisturbed")
+
+
+def test_every_key_comes_once_per_epoch_over_kills_and_other_numbers_of_workers(learner_options, tmp_path):  # noqa: F811
+    """Batch k is the same for 1, 2 and 3 workers; 88 samples in batches of 12: a batch ends an epoch and begins one."""
+    options = variants(learner_options, tmp_path, global_batch_size=12, micro_batch_size=2, max_steps=15,
+                       checkpoint_every=2)  # fmt: skip
+    options = dataclasses.replace(options, contrast=dataclasses.replace(options.contrast, batch_block=2))
+    for world_size, until in ((1, 4), (2, 8), (3, 11)):
+        group = Group(options, world_size)
+        group.wait_for_step(until)
+        kill(group, world_size - 1)
+    group = run(options, 2)
+    dataset = Dataset.open(options.data)
+    index = dataset.index("train")
+    order = SampleOrder(index, dataset.digest, options.train.seed, together=True)
+    batches = group.batches()
+    for step, batch in batches:
+        assert batch == order.slice(12 * (step - 1), 12 * step)
+    by_step = dict(batches)
+    assert sorted(by_step) == list(range(1, 16))
+    seen = [item for step in sorted(by_step) for item in by_step[step]]
+    for epoch in (0, 1):
+        keys = [index["key"][row].as_py() for e, row in seen if e == epoch]
+        assert sorted(keys) == sorted(index["key"].to_pylist())
+
+
+@pytest.fixture(scope="module")
+def first_rows(learner_options):  # noqa: F811
+    """The rows of the learner's first global batches, as its order gives them."""
+    dataset = Dataset.open(learner_options.data)
+    order = SampleOrder(dataset.index("train"), dataset.digest, learner_options.train.seed, together=True)
+    size = learner_options.train.global_batch_size
+    return lambda step: [row for _, row in order.slice((step - 1) * size, step * size)]
+
+
+@pytest.mark.parametrize(("zero_stage", "kind"), [(0, "gradient"), (2, "nan"), (3, "gradient")])
+def test_a_step_without_a_finite_loss_or_gradient_changes_nothing_and_is_written_down(
+    zero_stage, kind, learner_options, first_rows, tmp_path  # noqa: F811
+):  # fmt: skip
+    options = variants(learner_options, tmp_path, max_steps=3, checkpoint_every=1, keep_checkpoints=9,
+                       zero_stage=zero_stage, ema_decay=0.9)  # fmt: skip
+    bad = first_rows(2)[-1]  # the last worker's, and no other step's
+    run(options, 2, {bad: kind})
+    before, at, after = checkpoint.committed(open_storage(str(tmp_path)))
+    assert before.sha256["trained"] == at.sha256["trained"] != after.sha256["trained"]
+    assert before.sha256["optimizer"] == at.sha256["optimizer"] != after.sha256["optimizer"]
+    states = [checkpoint._read(open_storage(str(tmp_path)), c, "state") for c in (before, at)]
+    differing = {name for name in states[0] if not torch.equal(states[0][name], states[1][name])}
+    assert differing == {"losses.counts"}
+    incident = json.loads((tmp_path / "incidents/step-00000002.json").read_text())
+    keys = Dataset.open(options.data).index("train")["key"]
+    assert [s["key"] for s in incident["samples"]] == [keys[row].as_py() for row in first_rows(2)]
+    assert ("loss is nan" if kind == "nan" else "gradient is not finite") in incident["reason"]
+    assert sorted(path.name for path in (tmp_path / "incidents").glob("*.safetensors")) == [
+        "step-00000002-rank-0.safetensors", "step-00000002-rank-1.safetensors"
+    ]  # fmt: skip
+
+
+def test_a_bad_step_ends_the_run_where_that_is_asked(learner_options, first_rows, tmp_path):  # noqa: F811
+    options = variants(learner_options, tmp_path, max_steps=6, checkpoint_every=1, on_spike="stop")
+    group = Group(options, 2, {first_rows(3)[0]: "nan"})
+    assert group.join() == [1, 1]
+    assert final(tmp_path).step == 2
+    assert "step 3 was not taken, because the loss is nan, and train.on_spike is stop" in group.log()
+
+
+def test_a_loss_far_above_the_last_ones_is_a_spike_and_a_continued_window_judges_alike():
+    window = LossWindow(5.0)
+    rng = random.Random(0)
+    for _ in range(WINDOW + 20):
+        loss = 1 + rng.gauss(0, 0.1)
+        assert window.objection(loss) is None
+        window.take(loss)
+    continued = LossWindow(5.0)
+    continued.load_state(window.state())
+    for judge in (window, continued):
+        assert judge.objection(1.45) is None
+        assert "above" in judge.objection(1.8)
+        assert judge.objection(0.2) is None
+    assert LossWindow(0.0).objection(1e9) is None
+    assert "nan" in LossWindow(0.0).objection(float("nan"))
+
+
+def test_sigterm_to_one_worker_checkpoints_the_same_step_on_all(learner_options, tmp_path):  # noqa: F811
+    options = variants(learner_options, tmp_path, max_steps=10_000, checkpoint_every=10_000)
+    group = Group(options, 2)
+    group.wait_for_step(2)
+    group.send(1, signal.SIGTERM)
+    assert group.join(60) == [1, 1]
+    step = final(tmp_path).step
+    assert step == group.curve()[-1][0]
+    assert group.log().count(f"checkpointed at step {step}") >= 2
+
+
+def test_a_worker_without_progress_says_where_it_is_and_dies(learner_options, first_rows, tmp_path):  # noqa: F811
+    """The one that hangs, and those that wait for it; not one that was stopped, which Ray Train's SIGKILL ends."""
+    options = variants(learner_options, tmp_path / "asleep", max_steps=99, hang_seconds=4.0)
+    group = Group(options, 2, {first_rows(3)[-1]: "sleep"})
+    group.wait_for_step(2)
+    began = time.monotonic()
+    assert group.join(60) == [1, 1]
+    assert time.monotonic() - began < 30
+    assert "Timeout (0:00:0" in group.log()
+    assert "in _spoil" in group.log()
+
+    options = variants(learner_options, tmp_path / "stopped", max_steps=9999, checkpoint_every=9999, hang_seconds=4.0)
+    group = Group(options, 2)
+    group.wait_for_step(3)
+    group.send(1, signal.SIGSTOP)
+    assert group.join(30) == [1, None]
