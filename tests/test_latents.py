@@ -1,0 +1,141 @@
+"""Datasets of latents: what frozen networks would compute, stored once, and trained on without the pixels."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_networks import make_pipeline
+
+from deedsr.errors import DeeDSRError, UsageError
+from jobs import cli
+from pipelines.dataset import Dataset
+from pipelines.shards import verify
+from pipelines.shards.latents import make_latents
+from pipelines.storage import publish
+from pipelines.training.order import SampleOrder
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """Base and learner in one folder: an AutoencoderKL of factor 2."""
+    folder = tmp_path_factory.mktemp("model") / "kl"
+    make_pipeline("kl").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def latents(small_dataset, model, tmp_path_factory) -> Path:
+    """Latents of the small dataset, read only."""
+    out = tmp_path_factory.mktemp("latents") / "latents"
+    make_latents(small_dataset, str(model), str(model), str(out), workers=2, progress=False)
+    return out
+
+
+def test_keys_splits_and_order_of_samples_are_those_of_the_pixels(small_dataset, latents):
+    pixels, encoded = Dataset.open(small_dataset), Dataset.open(str(latents))
+    for split in ("train", "validation"):
+        assert encoded.index(split)["key"].to_pylist() == pixels.index(split)["key"].to_pylist()
+    orders = [
+        SampleOrder(d.index("train"), d.order_digest, 0, together=False, window=2).slice(0, 200)
+        for d in (pixels, encoded)
+    ]
+    assert orders[0] == orders[1]
+    assert encoded.digest != pixels.digest
+
+
+def test_what_is_stored_is_what_the_networks_compute_to_the_rounding_of_fp16(small_dataset, latents):
+    from deedsr.sampling.latents import enlarge, latent_moments
+
+    pipe = make_pipeline("kl")
+    pixels, encoded = Dataset.open(small_dataset), Dataset.open(str(latents))
+    for row in range(0, 136, 30):
+        image, stored = pixels.read(pixels.index(), row), encoded.read_latents(encoded.index(), row)
+        assert stored.key == image.key
+        hr, lr = (torch.from_numpy(x).permute(2, 0, 1)[None] / 255 for x in (image.hr, image.lr))
+        with torch.no_grad():
+            moments = [*latent_moments(pipe.vae, 2 * hr - 1), *latent_moments(pipe.vae, 2 * enlarge(lr, 4) - 1)]
+            vector = pipe.learner(lr)
+        for expected, got in zip(moments, stored.latents[:4], strict=True):
+            assert got.dtype == np.float16
+            np.testing.assert_allclose(got, expected[0].numpy(), rtol=1e-3, atol=1e-5)
+        assert stored.latents.degradation.dtype == np.float32
+        np.testing.assert_allclose(stored.latents.degradation, vector[0].numpy(), rtol=1e-4, atol=1e-6)
+
+
+def test_verify_reads_every_sample_and_finds_a_changed_byte(latents, tmp_path):
+    assert verify(str(latents), progress=False).problems == []
+    assert verify(str(latents), progress=False).samples == 136
+    damaged = tmp_path / "damaged"
+    shutil.copytree(latents, damaged)
+    row = Dataset.open(str(damaged)).index().to_pylist()[5]
+    data = bytearray((damaged / row["shard"]).read_bytes())
+    data[row["latents_offset"]] ^= 0xFF  # the length of the safetensors' header
+    (damaged / row["shard"]).write_bytes(data)
+    found = verify(str(damaged), progress=False)
+    assert (found.ok, found.samples) == (False, 135)
+    assert any("SHA-256" in problem for problem in found.problems)
+    assert any(f"sample {row['key']}: its latents" in problem for problem in found.problems)
+    with pytest.raises(UsageError, match="--replay needs pixels"):
+        verify(str(latents), replay=1, progress=False)
+
+
+def test_the_same_command_continues_and_gives_the_same_bytes(small_dataset, model, latents, tmp_path):
+    """A run whose shards are half there makes the other half; the dataset is the one that a run from nothing makes."""
+    out = tmp_path / "latents"
+    shutil.copytree(latents, out)
+    (out / "manifest.json").unlink()
+    names = sorted(path.name for path in out.glob("*.tar"))
+    for name in names[::2]:
+        (out / name).unlink()
+    again = make_latents(small_dataset, str(model), str(model), str(out), workers=2, progress=False)
+    assert (again.written, again.reused) == (len(names[::2]), len(names) - len(names[::2]))
+    assert again.digest == Dataset.open(str(latents)).digest
+
+
+def test_on_s3_from_the_command_line_with_an_autoencoder_without_posterior_and_no_learner(
+    small_dataset, latents, bucket, tmp_path, capsys, monkeypatch
+):
+    """No posterior: means only. No learner: the LR images are kept. The run names the shards' run as parent."""
+    from pipelines import tracking
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    place = f"{bucket}/{tmp_path.name}"
+    publish(Path(small_dataset), f"{place}/pixels")
+    with tracking.start_run("shards", name="s", config={}, tags={"deedsr.kind": "shards"}, system_metrics=False) as run:
+        run.log_dataset(Dataset.open(small_dataset), context="shards")
+    words = ["latents", "--data", f"{place}/pixels", "--base", "tiny", "--out", f"{place}/latents", "--json"]
+    assert cli.main(words) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["samples"], result["manifest"]) == (136, f"{place}/latents/manifest.json")
+    tags = tracking.connect(tracking.tracking_uri()).get_run(result["run_id"]).data.tags
+    assert tags["deedsr.parent.shards"] == run.id
+    assert tags["deedsr.dataset.digest"] == result["digest"]
+
+    encoded = Dataset.open(f"{place}/latents")
+    assert encoded.manifest.latents.uri == "../pixels"
+    sample = encoded.read_latents(encoded.index(), 7)
+    assert (sample.latents.hr_std, sample.latents.lr_std, sample.latents.degradation) == (None, None, None)
+    pixels = Dataset.open(small_dataset)
+    assert np.array_equal(sample.lr, pixels.read(pixels.index(), 7).lr)
+    assert verify(f"{place}/latents", progress=False).problems == []
+
+
+def test_wrong_wishes_are_one_error_that_names_the_remedy(small_dataset, latents, model, tmp_path):
+    encode = lambda data, base, learner, out: make_latents(data, base, learner, str(out), progress=False)
+    with pytest.raises(UsageError, match=f"--data needs pixels: give the dataset .*{small_dataset}"):
+        encode(str(latents), str(model), None, tmp_path / "x")
+    with pytest.raises(UsageError, match="is the dataset that the pixels come from"):
+        encode(small_dataset, str(model), None, small_dataset)
+    with pytest.raises(UsageError, match="has no vae/"):
+        encode(small_dataset, str(tmp_path), None, tmp_path / "x")
+    with pytest.raises(UsageError, match="holds no degradation learner"):
+        encode(small_dataset, str(model), str(tmp_path), tmp_path / "x")
+    with pytest.raises(DeeDSRError, match="needs pixels"):
+        Dataset.open(str(latents)).read(Dataset.open(str(latents)).index(), 0)
+    assert not (tmp_path / "x").exists()
