@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_networks import make_pipeline
 
 from deedsr.errors import DeeDSRError, UsageError
@@ -16,6 +17,15 @@ from pipelines.dataset import Dataset
 from pipelines.shards import verify
 from pipelines.shards.latents import make_latents
 from pipelines.storage import publish
+from pipelines.training.adapter_stage import AdapterStage
+from pipelines.training.config import (
+    AdapterModelOptions,
+    AdapterOptions,
+    DiffusionOptions,
+    LearnerOptions,
+    TrainOptions,
+)
+from pipelines.training.fit import train_adapter, train_learner
 from pipelines.training.order import SampleOrder
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -139,3 +149,101 @@ def test_wrong_wishes_are_one_error_that_names_the_remedy(small_dataset, latents
     with pytest.raises(DeeDSRError, match="needs pixels"):
         Dataset.open(str(latents)).read(Dataset.open(str(latents)).index(), 0)
     assert not (tmp_path / "x").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training on them
+
+
+@pytest.fixture(scope="module")
+def options(small_dataset, model) -> AdapterOptions:
+    return AdapterOptions(
+        data=small_dataset,
+        learner=str(model),
+        base=str(model),
+        model=AdapterModelOptions(preset="tiny"),
+        diffusion=DiffusionOptions(noise_guidance=0.5),
+        train=TrainOptions(lr=1e-3, global_batch_size=4, max_steps=2, checkpoint_every=2, log_every=1),
+    )
+
+
+def losses(options: AdapterOptions, steps: int = 3) -> list[float]:
+    """Losses of the first batches on the untrained adapter."""
+    from pipelines.training.loader import micro_batches
+
+    dataset = Dataset.open(options.data)
+    stage = AdapterStage(options, dataset.scale, dataset.manifest.latents)
+    adapter = stage.build(torch.device("cpu"), torch.float32)
+    for parameter in adapter.parameters():  # an untrained one ignores the LR and the vector
+        if not parameter.any():
+            torch.manual_seed(parameter.numel())
+            torch.nn.init.normal_(parameter, std=0.05)
+    index = dataset.index("train")
+    batches = micro_batches(
+        SampleOrder(index, dataset.order_digest, 0, together=False),
+        lambda epoch, row: stage.sample(dataset, index, row, epoch),
+        first_step=0, last_step=steps, global_batch=4, micro=4, world_size=1, rank=0,
+    )  # fmt: skip
+    with torch.no_grad():
+        return [float(stage.loss(adapter, batch)[0]) for batch in batches]
+
+
+def test_losses_on_whole_latents_are_those_on_pixels_to_the_rounding_of_fp16(options, latents):
+    on_pixels = losses(options)
+    np.testing.assert_allclose(losses(dataclasses.replace(options, data=str(latents))), on_pixels, rtol=1e-3)
+    assert np.ptp(on_pixels) > 0.01  # other samples and timesteps give other losses
+
+
+def test_a_crop_of_latents_lies_where_the_crop_of_pixels_lies_and_meets_the_same_questions(options, latents):
+    options = dataclasses.replace(options, diffusion=DiffusionOptions(lr_crop=16, noise_guidance=0.5))
+    pixels, encoded = Dataset.open(options.data), Dataset.open(str(latents))
+    a, b = AdapterStage(options, 4), AdapterStage(options, 4, encoded.manifest.latents)
+    for stage in (a, b):
+        stage.build(torch.device("cpu"), torch.float32)
+    rows = pixels.index("train"), encoded.index("train")
+    for row in (0, 9, 40):
+        of_pixels, of_latents = a.sample(pixels, rows[0], row, 1), b.sample(encoded, rows[1], row, 1)
+        for name in ("timestep", "noise", "guidance"):
+            assert np.array_equal(of_pixels[name], of_latents[name]), name
+        batch = {name: torch.from_numpy(np.asarray(value)[None]) for name, value in of_pixels.items()}
+        with torch.no_grad():
+            z_hr = a._encoded(batch, torch.float32)[1][0].numpy()
+        assert z_hr.shape == of_latents["z_hr"].shape == (4, 32, 32)
+        inner = np.s_[:, 12:-12, 12:-12]  # beyond the VAE's receptive field from the border, but for its norms
+        assert np.corrcoef(z_hr[inner].ravel(), of_latents["z_hr"][inner].ravel())[0, 1] > 0.98
+
+
+def test_neither_vae_nor_learner_is_loaded_and_the_pixels_may_be_gone(options, latents, model, tmp_path):
+    """The trained model still holds the learner."""
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    (base / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    alone = tmp_path / "alone"
+    shutil.copytree(latents, alone)
+    options = dataclasses.replace(options, data=str(alone), base=str(base))
+    stage = AdapterStage(options, 4, Dataset.open(str(alone)).manifest.latents)
+    adapter = stage.build(torch.device("cpu"), torch.float32)
+    assert not hasattr(stage, "vae")
+    assert not hasattr(stage, "learner")
+    assert np.isfinite(losses(options, 1)).all()
+    stage.export(tmp_path / "model", adapter.state_dict(), {})
+    stored = load_file(tmp_path / "model" / "learner" / "diffusion_pytorch_model.safetensors")
+    for name, tensor in load_file(model / "learner" / "diffusion_pytorch_model.safetensors").items():
+        assert torch.equal(stored[name], tensor)
+
+
+def test_training_refuses_latents_of_other_networks_and_says_which(options, latents, tmp_path):
+    torch.manual_seed(1)
+    other = make_pipeline("kl")
+    with torch.no_grad():
+        next(other.vae.parameters()).add_(1)
+        next(other.learner.parameters()).add_(1)
+    other.save_pretrained(tmp_path / "other")
+    options = dataclasses.replace(options, data=str(latents), out=str(tmp_path / "out"))
+    with pytest.raises(UsageError, match=r"--base .*its VAE has digest .* and not with --learner .*"):
+        train_adapter(dataclasses.replace(options, base=str(tmp_path / "other"), learner=str(tmp_path / "other")))
+    with pytest.raises(UsageError, match="were not made with --learner"):
+        train_adapter(dataclasses.replace(options, learner=str(tmp_path / "other")))
+    with pytest.raises(UsageError, match="the learner needs pixels"):
+        train_learner(LearnerOptions(data=str(latents), out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()

@@ -27,6 +27,8 @@ class TrainOptions:
     seed: int = 0  # of initial weights, order of samples and every draw
     checkpoint_every: int = 200  # optimizer steps
     keep_checkpoints: int = 2  # the newest stay
+    cache_gb: float = 20.0  # of remote shards that a node keeps copies of, fetched ahead of need; 0 = none
+    loader_threads: int | None = None  # that read and decode, for each worker; null = cpus_per_worker, 2 at least
     log_every: int = 10  # optimizer steps between points of the curves
     ema_decay: float = 0.0  # averaged weights are the ones exported; 0 = off
     max_failures: int = 3  # restarts of the worker group before the run gives up
@@ -148,7 +150,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 MAY_CHANGE = {
     "out", "experiment", "train.max_steps", "train.num_workers", "train.micro_batch_size", "train.zero_stage",
     "train.cpus_per_worker", "train.gpus_per_worker", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.log_every", "train.max_failures",
+    "train.log_every", "train.max_failures", "train.cache_gb", "train.loader_threads",
 }  # fmt: skip
 
 
@@ -185,6 +187,11 @@ def check(options: LearnerOptions | AdapterOptions) -> None:
     for name in ("warmup_steps", "weight_decay", "clip_grad_norm", "max_failures"):
         if getattr(train, name) < 0:
             raise UsageError(f"train.{name} must be 0 or more, got {getattr(train, name)}")
+    if train.cache_gb < 0 or (train.loader_threads is not None and train.loader_threads < 1):
+        raise UsageError(
+            "train.cache_gb must be 0 or more and train.loader_threads 1 or more or null, got "
+            f"{train.cache_gb} and {train.loader_threads}"
+        )
     if train.cpus_per_worker <= 0:
         raise UsageError(f"train.cpus_per_worker must be above 0, got {train.cpus_per_worker}")
     if train.precision == "bf16" and train.zero_stage == 0:
@@ -212,6 +219,11 @@ def check(options: LearnerOptions | AdapterOptions) -> None:
         raise UsageError(f"diffusion.max_timestep must be 1 or more, got {diffusion.max_timestep}")
     if not 0 <= diffusion.noise_guidance <= 1 or diffusion.snr_gamma < 0:
         raise UsageError("diffusion.noise_guidance must be in [0, 1] and diffusion.snr_gamma 0 or more")
+
+
+def loader_threads(train: TrainOptions) -> int:
+    """Threads of a worker that read and decode. At least two: one that waits for storage delays no other sample."""
+    return train.loader_threads or max(2, int(train.cpus_per_worker))
 
 
 def micro_batch(train: TrainOptions, world_size: int, unit: int = 1) -> tuple[int, int]:

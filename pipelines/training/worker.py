@@ -4,6 +4,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,18 @@ from torch import Tensor
 from pipelines.dataset import Dataset
 from pipelines.storage import Storage, open_storage, publish
 from pipelines.training import checkpoint
-from pipelines.training.config import AdapterOptions, LearnerOptions, from_resolved, learning_rate, micro_batch
+from pipelines.training.config import (
+    AdapterOptions,
+    LearnerOptions,
+    from_resolved,
+    learning_rate,
+    loader_threads,
+    micro_batch,
+)
 from pipelines.training.engine import Engine
-from pipelines.training.loader import micro_batches
+from pipelines.training.loader import follow, micro_batches
 from pipelines.training.order import SampleOrder
+from pipelines.training.shard_cache import ShardCache
 from pipelines.training.stage import Stage
 
 logger = logging.getLogger(__name__)
@@ -41,7 +50,7 @@ def train_worker(config: dict[str, Any]) -> None:
     else:
         from pipelines.training.adapter_stage import AdapterStage
 
-        stage = AdapterStage(options, dataset.scale)
+        stage = AdapterStage(options, dataset.scale, dataset.manifest.latents)
     run = None
     if ray.train.get_context().get_world_rank() == 0:
         from pipelines import tracking
@@ -91,8 +100,11 @@ def train(
     optimizer_state = found[1]["optimizer"] if found else None
     engine = Engine(module, plan, micro=micro, accumulation=accumulation, optimizer_state=optimizer_state)
     del found
+    order = SampleOrder(index, dataset.order_digest, plan.seed, together=stage.together)
+    shards = ShardCache(int(plan.cache_gb * 1e9))
+    dataset = replace(dataset, through=shards.open)
     batches = micro_batches(
-        SampleOrder(index, dataset.digest, plan.seed, together=stage.together),
+        order,
         lambda epoch, row: stage.sample(dataset, index, row, epoch),
         first_step=first_step,
         last_step=plan.max_steps,
@@ -100,6 +112,8 @@ def train(
         micro=micro,
         world_size=world_size,
         rank=rank,
+        threads=loader_threads(plan),
+        at=follow(shards, order, index),
     )
 
     # 3. optimizer steps
