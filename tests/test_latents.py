@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_networks import make_pipeline
+from test_training import run_processes
 
 from deedsr.errors import DeeDSRError, UsageError
 from jobs import cli
@@ -163,7 +164,7 @@ def options(small_dataset, model) -> AdapterOptions:
         base=str(model),
         model=AdapterModelOptions(preset="tiny"),
         diffusion=DiffusionOptions(noise_guidance=0.5),
-        train=TrainOptions(lr=1e-3, global_batch_size=4, max_steps=2, checkpoint_every=2, log_every=1),
+        train=TrainOptions(lr=1e-3, global_batch_size=4, max_steps=4, checkpoint_every=4, log_every=1),
     )
 
 
@@ -192,6 +193,22 @@ def test_losses_on_whole_latents_are_those_on_pixels_to_the_rounding_of_fp16(opt
     on_pixels = losses(options)
     np.testing.assert_allclose(losses(dataclasses.replace(options, data=str(latents))), on_pixels, rtol=1e-3)
     assert np.ptp(on_pixels) > 0.01  # other samples and timesteps give other losses
+
+
+def test_a_training_on_latents_alone_follows_the_one_on_pixels(options, latents, tmp_path):
+    """The trainer's own loop, in a process that finds no pixels; its model folder is as whole."""
+    alone = tmp_path / "alone"
+    shutil.copytree(latents, alone)
+    arms = [
+        dataclasses.replace(options, data=data, out=str(tmp_path / name))
+        for name, data in (("pixels", options.data), ("latents", str(alone)))
+    ]
+    on_pixels, on_latents = ([loss for _, loss in curve] for curve in run_processes(1, arms))
+    assert len(on_pixels) == options.train.max_steps
+    np.testing.assert_allclose(on_latents, on_pixels, rtol=2e-3)
+    files = [sorted(p.relative_to(o.out).as_posix() for p in Path(o.out).glob("*/*.*")) for o in arms]
+    assert files[0] == files[1]
+    assert "learner/diffusion_pytorch_model.safetensors" in files[0]
 
 
 def test_a_crop_of_latents_lies_where_the_crop_of_pixels_lies_and_meets_the_same_questions(options, latents):
