@@ -28,6 +28,7 @@ COMMANDS = {
     "shards": ("jobs.shards", "make degradation shards from photographs"),
     "verify": ("jobs.verify", "check every shard and sample of a dataset"),
     "inspect": ("jobs.inspect", "a page that shows a dataset: pairs, draws, histograms, rejects"),
+    "latents": ("jobs.latents", "what the frozen networks make of a dataset, computed once for stage 2"),
     "train learner": ("jobs.train_learner", "stage 1: the degradation learner"),
     "train adapter": ("jobs.train_adapter", "stage 2: the degradation-aware adapter around a frozen base"),
     "evaluate": ("jobs.evaluate", "metrics of a model, beside bicubic, on a dataset"),

@@ -5,21 +5,23 @@ import hashlib
 import io
 import json
 import posixpath
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
+from deedsr.dataset import latents as latents_member
 from deedsr.dataset.codecs import decode_stored
 from deedsr.dataset.manifest import MANIFEST, SAMPLES, Manifest, kept_copy
 from deedsr.degradation.recipe import Recipe
-from deedsr.errors import DatasetNotCommitted, DeeDSRError
+from deedsr.errors import DatasetNotCommitted, DeeDSRError, UsageError
 from pipelines.storage import Storage, open_storage
 
-__all__ = ["Dataset", "LRSample", "Sample"]
+__all__ = ["Dataset", "LRSample", "LatentSample", "Sample", "Shards"]
 
 
 class Sample(NamedTuple):
@@ -39,12 +41,37 @@ class LRSample(NamedTuple):
     info: dict[str, Any]
 
 
+class LatentSample(NamedTuple):
+    """A sample of a dataset of latents; `lr` (uint8 RGB) only where that holds no degradation vector."""
+
+    key: str
+    latents: latents_member.Latents
+    lr: np.ndarray | None
+
+
+class Shards(Protocol):
+    """Reads parts of shards; any `Storage` does."""
+
+    uri: str
+
+    def read_range(self, path: str, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset`, fewer at the end. Raises FileNotFoundError if there is no such shard."""
+
+
+def _directly(storage: Storage, manifest: Manifest) -> Shards:
+    return storage
+
+
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset whose generation finished."""
+    """A dataset whose generation finished.
+
+    `through`: how the shards of a storage are read, for readers that keep files open or copies at hand.
+    """
 
     storage: Storage
     manifest: Manifest
+    through: Callable[[Storage, Manifest], Shards] = _directly
 
     @classmethod
     def open(cls, uri: str) -> "Dataset":
@@ -64,6 +91,20 @@ class Dataset:
     def digest(self) -> str:
         return self.manifest.digest
 
+    @property
+    def order_digest(self) -> str:
+        """What the order of samples in training follows from: latents come in the order of their pixels."""
+        return self.manifest.latents.dataset if self.manifest.latents else self.digest
+
+    def require_pixels(self, wish: str = "this") -> Self:
+        """The dataset itself. Raises UsageError if it holds latents; `wish` names what wants pixels."""
+        if self.manifest.latents is None:
+            return self
+        raise UsageError(
+            f"{self.uri} holds latents, and {wish} needs pixels: give the dataset that they were made of, "
+            f"{self._place(self.manifest.latents.uri)}"
+        )
+
     @cached_property
     def recipe(self) -> Recipe:
         return Recipe.model_validate(self.manifest.recipe)
@@ -80,7 +121,7 @@ class Dataset:
         source = self.manifest.hr_from
         if source is None:
             return self
-        where = source.uri if "://" in source.uri or source.uri.startswith("/") else self._beside(source.uri)
+        where = self._place(source.uri)
         remedy = f"put it there, or name its place: deedsr shards --hr-from PLACE --out {self.uri} with the same recipe"
         try:
             found = Dataset.open(where)
@@ -90,13 +131,22 @@ class Dataset:
             raise DeeDSRError(f"{self.uri} takes its HR from {where}, where another dataset lies: {remedy}")
         return found
 
+    def _place(self, uri: str) -> str:
+        """A place that the manifest names, which may be relative to the dataset."""
+        return uri if "://" in uri or uri.startswith("/") else self._beside(uri)
+
     def _beside(self, relative: str) -> str:
         scheme, separator, path = self.uri.rpartition("://")
         return scheme + separator + posixpath.normpath(posixpath.join(path, relative))
 
     @cached_property
-    def _hr_storage(self) -> Storage:
-        return self.hr_dataset().storage
+    def _shards(self) -> Shards:
+        return self.through(self.storage, self.manifest)
+
+    @cached_property
+    def _hr_shards(self) -> Shards:
+        hr = self.hr_dataset()
+        return self.through(hr.storage, hr.manifest)
 
     def file(self, name: str) -> bytes:
         """`samples.parquet` or `rejected.jsonl` as the manifest has it. Raises DeeDSRError if it is gone or altered."""
@@ -121,42 +171,63 @@ class Dataset:
         return self._samples.filter(pa.compute.equal(self._samples["split"], split))
 
     def read(self, table: pa.Table, row: int) -> Sample:
-        """The sample in row `row` of an index. One range of a shard is read, or two if the HR is another dataset's."""
+        """The sample in row `row` of an index. One range of a shard is read, or two if the HR is another dataset's.
+
+        Raises UsageError if the dataset holds latents.
+        """
+        self.require_pixels()
         shard, hr_shard = (table[name][row].as_py() for name in ("shard", "hr_shard"))
         if shard == hr_shard:
             key, (hr, lr, info) = self._members(table, row, ("hr", "lr", "json"))
         else:
-            key, (hr,) = self._members(table, row, ("hr",), self._hr_storage, hr_shard)
+            key, (hr,) = self._members(table, row, ("hr",), self._hr_shards, hr_shard)
             key, (lr, info) = self._members(table, row, ("lr", "json"))
         return Sample(key, self._decode(hr, key), self._decode(lr, key), json.loads(info))
 
     def read_lr(self, table: pa.Table, row: int) -> LRSample:
         """The same without the HR, which is neither read nor decoded."""
+        self.require_pixels()
         key, (lr, info) = self._members(table, row, ("lr", "json"))
         return LRSample(key, self._decode(lr, key), json.loads(info))
+
+    def read_latents(self, table: pa.Table, row: int) -> LatentSample:
+        """The sample in row `row` of the index of a dataset of latents."""
+        source = self.manifest.latents
+        assert source
+        members = ("latents",) if source.learner else ("latents", "lr")
+        key, (packed, *lr) = self._members(table, row, members)
+        try:
+            latents = latents_member.unpack(packed)
+        except ValueError:
+            raise self._damaged(key) from None
+        return LatentSample(key, latents, self._decode(lr[0], key) if lr else None)
 
     def _decode(self, data: bytes, key: str) -> np.ndarray:
         try:
             return decode_stored(data)
         except ValueError:
-            raise DeeDSRError(f"{self.uri}: sample {key} is damaged: run `deedsr verify {self.uri}`") from None
+            raise self._damaged(key) from None
+
+    def _damaged(self, key: str) -> DeeDSRError:
+        return DeeDSRError(f"{self.uri}: sample {key} is damaged: run `deedsr verify {self.uri}`")
 
     def _members(
         self,
         table: pa.Table,
         row: int,
         members: tuple[str, ...],
-        storage: Storage | None = None,
+        shards: Shards | None = None,
         shard: str | None = None,
     ) -> tuple[str, list[bytes]]:
-        key, shard, storage = table["key"][row].as_py(), shard or table["shard"][row].as_py(), storage or self.storage
+        shards, shard = shards or self._shards, shard or table["shard"][row].as_py()
+        key = table["key"][row].as_py()
         spans = [(table[f"{name}_offset"][row].as_py(), table[f"{name}_size"][row].as_py()) for name in members]
         (start, _), (last, size) = spans[0], spans[-1]  # a sample's members lie one after the other
         length = last + size - start
         try:
-            data = storage.read_range(shard, start, length)
+            data = shards.read_range(shard, start, length)
         except FileNotFoundError:
-            raise DeeDSRError(f"{storage.uri}/{shard} is missing: run `deedsr verify {storage.uri}`") from None
+            raise DeeDSRError(f"{shards.uri}/{shard} is missing: run `deedsr verify {shards.uri}`") from None
         if len(data) != length:
-            raise DeeDSRError(f"{storage.uri}/{shard} ends before sample {key}: run `deedsr verify {storage.uri}`")
+            raise DeeDSRError(f"{shards.uri}/{shard} ends before sample {key}: run `deedsr verify {shards.uri}`")
         return key, [data[offset - start : offset - start + size] for offset, size in spans]

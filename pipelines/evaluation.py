@@ -77,7 +77,7 @@ def evaluate(
     """
     from deedsr.sampling.model_folder import ModelFolder
 
-    dataset = Dataset.open(data)
+    dataset = Dataset.open(data).require_pixels("evaluation")
     rows = _rows(dataset, split, limit)
     _check_metrics(metrics, dataset, split)
     folder = ModelFolder.read(resolve_model(model))

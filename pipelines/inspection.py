@@ -54,7 +54,7 @@ def inspect(
     """
     if "://" in str(out):
         raise UsageError(f"--out takes a local file such as inspection.html, got {out}")
-    dataset = Dataset.open(uri)
+    dataset = Dataset.open(uri).require_pixels("the page")
     index = SampleIndex(dataset)
     rng = generator("inspect", seed)
     shown = choose_rows(index, samples, rng)

@@ -1,5 +1,6 @@
 """Models, bases and learners by name, folder, hub id or URI: where they are on this machine."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,3 +77,15 @@ def training_run(model: str | Path) -> str | None:
     """MLflow run that trained the model, where its folder says so."""
     record = resolve_model(model) / "training.json"
     return json.loads(record.read_text()).get("run_id") if record.is_file() else None
+
+
+def part_digest(folder: Path) -> str:
+    """SHA-256, hexadecimal, over configuration and weights of one part of a model (`vae/`, `learner/`)."""
+    config = json.loads((folder / "config.json").read_text())
+    digest = hashlib.sha256()
+    # Without diffusers' own notes: which version wrote it, and where it was loaded from.
+    digest.update(json.dumps({k: v for k, v in config.items() if not k.startswith("_")}, sort_keys=True).encode())
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

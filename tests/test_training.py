@@ -236,7 +236,7 @@ for kind, tree in json.loads(sys.argv[1]):
         stage = LearnerStage(options)
     else:
         from pipelines.training.adapter_stage import AdapterStage
-        stage = AdapterStage(options, dataset.scale)
+        stage = AdapterStage(options, dataset.scale, dataset.manifest.latents)
     def loss(model, batch, loss=stage.loss):
         return loss(model, {name: t.to(wide) if t.is_floating_point() else t for name, t in batch.items()})
 

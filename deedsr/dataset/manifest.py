@@ -15,6 +15,7 @@ __all__ = [
     "SAMPLES",
     "STATE",
     "HRSource",
+    "LatentsSource",
     "Manifest",
     "ShardEntry",
     "kept_copy",
@@ -49,11 +50,30 @@ class HRSource:
 
 
 @dataclass(frozen=True)
+class LatentsSource:
+    """What the latents of a dataset were made of: they serve a training on exactly that.
+
+    `dataset`: digest of the dataset with the pixels, whose keys, splits and order of samples these shards have; `uri`:
+    its place, as in `HRSource`. `vae`, `learner`: SHA-256 over configuration and weights; no learner, no vectors: then
+    the LR images are kept for one. `factor`: pixels per latent cell and side; `channels`: of the latents.
+    """
+
+    dataset: str
+    uri: str
+    vae: str
+    learner: str | None
+    precision: str
+    factor: int
+    channels: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The content of `manifest.json`.
 
     `given` = `used` + `rejected` counts sources; crops that were left out of used sources are in `rejected.jsonl` only.
-    `hr_from`: the dataset that holds the HR images, None if this one does. `shards` are in the order of (root, split,
+    `hr_from`: the dataset that holds the HR images, None if this one does. `latents`: None for a dataset of pixels.
+    `shards` are in the order of (root, split,
     hash of their first source), and come last in the file: there may be many. `files` maps `samples.parquet` and
     `rejected.jsonl` to their SHA-256. Only `digest`, `recipe_digest` and `source_digest` are promised to be equal for
     equal recipe and sources; `files` also cover where the sources lay.
@@ -72,6 +92,7 @@ class Manifest:
     libraries: dict[str, str]
     files: dict[str, str]
     hr_from: HRSource | None
+    latents: LatentsSource | None
     shards: tuple[ShardEntry, ...]
 
     def to_json(self) -> bytes:
@@ -81,6 +102,7 @@ class Manifest:
         """The manifest a piece at a time, with `shards`, each a JSON text, in place of its own."""
         about = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "shards"}
         about["hr_from"] = self.hr_from and asdict(self.hr_from)
+        about["latents"] = self.latents and asdict(self.latents)
         yield json.dumps(about, indent=1, ensure_ascii=False)[:-2].encode() + b',\n "shards": ['
         for number, shard in enumerate(shards):
             yield (",\n  " if number else "\n  ").encode() + shard.encode()
@@ -99,6 +121,8 @@ class Manifest:
                 )
             content["shards"] = tuple(ShardEntry(**shard) for shard in content["shards"])
             content["hr_from"] = content["hr_from"] and HRSource(**content["hr_from"])
+            latents = content.setdefault("latents", None)  # manifests of earlier releases are silent about it
+            content["latents"] = latents and LatentsSource(**latents)
             manifest = cls(**{field.name: content[field.name] for field in fields(cls)})
         except (ValueError, KeyError, TypeError) as error:
             raise DeeDSRError(f"{uri} is not a manifest of a dataset ({type(error).__name__}: {error})") from error

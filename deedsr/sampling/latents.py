@@ -21,19 +21,27 @@ def downsampling_factor(vae: Any) -> int:
     return 2 ** (len(channels) - 1)
 
 
+def latent_moments(vae: Any, x_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Mean and standard deviation (B, C, h, w) of the latents of images in [-1, 1], scaled to what the UNet works on.
+
+    AutoencoderTiny has no posterior: its one latent, and None.
+    """
+    encoded, factor = vae.encode(x_BCHW), vae.config["scaling_factor"]
+    if not hasattr(encoded, "latent_dist"):
+        return (encoded.latents - _shift(vae)) * factor, None
+    return (encoded.latent_dist.mean - _shift(vae)) * factor, encoded.latent_dist.std * factor
+
+
 def encode_latents(vae: Any, x_BCHW: torch.Tensor, noise_BChw: torch.Tensor | None = None) -> torch.Tensor:
     """Latents (B, C, h, w) of images in [-1, 1], scaled to what the UNet works on.
 
     Standard normal `noise_BChw` samples AutoencoderKL's posterior, as the paper does; without it its mode is taken.
     AutoencoderTiny has no posterior, the noise does nothing there.
     """
-    encoded = vae.encode(x_BCHW)
-    if hasattr(encoded, "latent_dist"):
-        posterior = encoded.latent_dist
-        z_BChw = posterior.mean if noise_BChw is None else posterior.mean + posterior.std * noise_BChw.to(x_BCHW.dtype)
-    else:
-        z_BChw = encoded.latents
-    return (z_BChw - _shift(vae)) * vae.config["scaling_factor"]
+    mean_BChw, std_BChw = latent_moments(vae, x_BCHW)
+    if noise_BChw is None or std_BChw is None:
+        return mean_BChw
+    return mean_BChw + std_BChw * noise_BChw.to(x_BCHW.dtype)
 
 
 def decode_latents(vae: Any, z_BChw: torch.Tensor) -> torch.Tensor:

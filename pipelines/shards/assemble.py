@@ -24,6 +24,7 @@ from deedsr.dataset.manifest import (
     REJECTED,
     SAMPLES,
     HRSource,
+    LatentsSource,
     Manifest,
     ShardEntry,
     kept_copy,
@@ -31,13 +32,14 @@ from deedsr.dataset.manifest import (
 from deedsr.degradation.recipe import Recipe
 from deedsr.errors import DeeDSRError
 from pipelines.shards.plan import ShardPlan
-from pipelines.shards.record import COLUMNS, ShardRecord, read_record
+from pipelines.shards.record import COLUMNS, LATENTS_COLUMNS, ShardRecord, read_record
 from pipelines.storage import Conflict, Storage
 
 __all__ = ["Inherited", "assemble", "records_of"]
 
 # What can change the bytes of a sample besides the recipe and the sources.
 _LIBRARIES = ("numpy", "opencv-python-headless", "pillow", "scipy")
+_LATENTS_LIBRARIES = ("torch", "diffusers")
 _ROWS = 65_536  # of a row group of `samples.parquet`
 _AHEAD = 32  # records read before they are needed
 _TABLES = 256  # held before they are made one: a table of few rows takes 70 KB
@@ -69,6 +71,7 @@ def assemble(
     expected: str | None,
     hr_from: HRSource | None = None,
     inherited: Inherited | None = None,
+    latents: LatentsSource | None = None,
 ) -> tuple[Manifest, int]:
     """Writes the dataset's files from its shards in the manifest's order.
 
@@ -80,7 +83,7 @@ def assemble(
     """
     with tempfile.TemporaryDirectory(prefix="deedsr-manifest-") as folder:
         samples, rejected, entries, whole = (Path(folder) / n for n in (SAMPLES, REJECTED, "shards.jsonl", MANIFEST))
-        sums = _write_parts(planned, samples, rejected, entries)
+        sums = _write_parts(planned, LATENTS_COLUMNS if latents else COLUMNS, samples, rejected, entries)
         if inherited:
             sums.given = inherited.given
             sums.reasons = _reasons(inherited.rejected)
@@ -99,9 +102,10 @@ def assemble(
             rejected=sums.reasons.total(),
             samples=sums.samples,
             digest=sums.digest.hexdigest(),
-            libraries={name: version(name) for name in _LIBRARIES},
+            libraries={name: version(name) for name in _LIBRARIES + (_LATENTS_LIBRARIES if latents else ())},
             files=hashes,
             hr_from=hr_from,
+            latents=latents,
             shards=(),
         )
         with whole.open("wb") as file, entries.open() as lines:
@@ -140,12 +144,12 @@ class _Sums:
 
 
 def _write_parts(
-    planned: Iterable[tuple[ShardPlan, ShardRecord]], samples: Path, rejected: Path, entries: Path
+    planned: Iterable[tuple[ShardPlan, ShardRecord]], columns: pa.Schema, samples: Path, rejected: Path, entries: Path
 ) -> _Sums:
     sums = _Sums()
     held: list[pa.Table] = []
     with (
-        pyarrow.parquet.ParquetWriter(samples, COLUMNS, compression="zstd") as table,
+        pyarrow.parquet.ParquetWriter(samples, columns, compression="zstd") as table,
         rejected.open("w") as lines,
         entries.open("w") as shards,
     ):

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import pyarrow as pa
+
 from deedsr.dataset.manifest import STATE
 from deedsr.dataset.pictures import RejectedImage
 from deedsr.dataset.tar import TarWriter
 from deedsr.dataset.worker import prepare_worker
 from deedsr.degradation.recipe import Recipe
 from pipelines.shards.plan import ShardPlan
-from pipelines.shards.record import ShardRecord, table_of, tar_name, write_record
+from pipelines.shards.record import COLUMNS, ShardRecord, table_of, tar_name, write_record
 from pipelines.shards.samples import Draft, Drafts, samples_of
 from pipelines.shards.sources import Source, read_source
 from pipelines.storage import Storage
@@ -40,8 +42,8 @@ class ShardWork(Protocol):
 class ShardDraft:
     """A shard while it is written: a temporary tar, and what its record will say."""
 
-    def __init__(self, plan: ShardPlan, file: Any):
-        self.plan, self._file, self._tar = plan, file, TarWriter(file)
+    def __init__(self, plan: ShardPlan, file: Any, columns: pa.Schema):
+        self.plan, self._file, self._tar, self._columns = plan, file, TarWriter(file), columns
         self.sources: list[tuple[str, str | None]] = []
         self.rejected: list[dict[str, Any]] = []
         self._rows: list[dict[str, Any]] = []
@@ -58,11 +60,11 @@ class ShardDraft:
     def commit(self, out: Storage) -> ShardRecord:
         """Puts the tar in place, then the record."""
         if not self._rows:
-            record = ShardRecord("", "", 0, 0, self.sources, table_of([]), self.rejected)
+            record = ShardRecord("", "", 0, 0, self.sources, table_of([], self._columns), self.rejected)
         else:
             sha256 = self._tar.finish()
             name = tar_name(self.plan, sha256)
-            rows = table_of({"hr_shard": name, **row, "shard": name} for row in self._rows)
+            rows = table_of(({"hr_shard": name, **row, "shard": name} for row in self._rows), self._columns)
             out.write(name, Path(self._file.name))
             record = ShardRecord(name, sha256, self._tar.size, len(self._rows), self.sources, rows, self.rejected)
         write_record(self.plan, record, out)
@@ -70,10 +72,10 @@ class ShardDraft:
 
 
 @contextmanager
-def shard_draft(plan: ShardPlan) -> Iterator[ShardDraft]:
+def shard_draft(plan: ShardPlan, columns: pa.Schema = COLUMNS) -> Iterator[ShardDraft]:
     prepare_worker()
     with tempfile.NamedTemporaryFile(prefix="deedsr-", suffix=".tar") as file:
-        yield ShardDraft(plan, file)
+        yield ShardDraft(plan, file, columns)
 
 
 MakeSamples = Callable[[Source, bytes, bytes | None, Recipe], Drafts]

@@ -18,7 +18,7 @@ from pipelines.storage import Storage
 __all__ = ["FromHR", "Joined"]
 
 # What a row says that the place in the new shard decides.
-_PLACES = ("split", "shard", "hr_shard", "hr_offset", "hr_size", "lr_offset", "lr_size", "json_offset", "json_size")
+PLACES = ("split", "shard", "hr_shard", "hr_offset", "hr_size", "lr_offset", "lr_size", "json_offset", "json_size")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Joined:
                 members = {"hr": hrs.read(row["hr_shard"], row["hr_offset"], row["hr_size"])}
                 for name in ("lr", "json"):
                     members[name] = lrs.read(row["shard"], row[f"{name}_offset"], row[f"{name}_size"])
-                draft.add(Draft(members, {k: v for k, v in row.items() if k not in _PLACES}), row["source_uri"])
+                draft.add(Draft(members, {k: v for k, v in row.items() if k not in PLACES}), row["source_uri"])
             return draft.commit(out)
 
 

@@ -13,7 +13,7 @@ from pipelines.shards.record import record_key
 from pipelines.shards.run import PlanParts, read_part
 from pipelines.storage import Storage
 
-__all__ = ["Built", "build_missing"]
+__all__ = ["Actors", "Built", "build_missing"]
 
 _MAX_SHARDS_PER_ROW = 8
 _ROWS_PER_WORKER = 16  # enough that the last row does not keep one worker busy for long
@@ -29,10 +29,20 @@ class Built(NamedTuple):
     started: float  # seconds since the epoch
 
 
-def build_missing(parts: PlanParts, work: ShardWork, out: Storage, workers: int | None) -> Iterator[Built]:
+class Actors(NamedTuple):
+    """What each of the processes holds that stay for all their shards, because the work is slow to set up."""
+
+    cpus: float
+    gpus: float
+
+
+def build_missing(
+    parts: PlanParts, work: ShardWork, out: Storage, workers: int | None, actors: Actors | None = None
+) -> Iterator[Built]:
     """Builds every shard that is not there; yields each as it is committed, in any order.
 
-    `workers`: tasks at a time, None for every CPU of the cluster.
+    `workers`: tasks at a time, None for every CPU of the cluster. `actors`: tasks run in as many actors, which keep
+    their copy of `work`.
     """
     count = parts.missing_shards
     if not count:
@@ -47,11 +57,21 @@ def build_missing(parts: PlanParts, work: ShardWork, out: Storage, workers: int 
         for name, shards in parts.missing
         for start in range(0, len(shards), per_row)
     ]
-    built = data.from_items(rows, override_num_blocks=len(rows)).flat_map(
-        partial(_task, folder=parts.folder, work=work, out=out),
-        num_cpus=1,
-        compute=data.TaskPoolStrategy(size=workers and min(workers, len(rows))),
-    )
+    items = data.from_items(rows, override_num_blocks=len(rows))
+    if actors is None:
+        built = items.flat_map(
+            partial(_task, folder=parts.folder, work=work, out=out),
+            num_cpus=1,
+            compute=data.TaskPoolStrategy(size=workers and min(workers, len(rows))),
+        )
+    else:
+        built = items.flat_map(
+            _Actor,
+            fn_constructor_kwargs={"folder": parts.folder, "work": work, "out": out},
+            num_cpus=actors.cpus,
+            num_gpus=actors.gpus,
+            compute=data.ActorPoolStrategy(min_size=1, max_size=min(parallel, len(rows))),
+        )
     try:
         for row in built.iter_rows():
             if row["error"]:
@@ -69,6 +89,16 @@ def _task(row: dict[str, Any], folder: Storage, work: ShardWork, out: Storage) -
     plans = read_part(folder, row["part"])
     for number in row["shards"]:
         yield _build(plans[number], work, out) | {"started": started}
+
+
+class _Actor:
+    """`_task` in a process that keeps `work`, and with it what `work` loads for its first shard."""
+
+    def __init__(self, folder: Storage, work: ShardWork, out: Storage):
+        self._task = partial(_task, folder=folder, work=work, out=out)
+
+    def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        return self._task(row)
 
 
 def _build(plan: ShardPlan, work: ShardWork, out: Storage) -> dict[str, Any]:

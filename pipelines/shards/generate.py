@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from deedsr.dataset.manifest import MANIFEST, REJECTED, SAMPLES, HRSource, kept_copy
+from deedsr.dataset.manifest import MANIFEST, REJECTED, SAMPLES, HRSource, LatentsSource, kept_copy
 from deedsr.degradation.recipe import Recipe
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines.dataset import Dataset
@@ -16,7 +16,7 @@ from pipelines.shards.assemble import Inherited, assemble, records_of
 from pipelines.shards.build import FromSources, ShardWork
 from pipelines.shards.derive import FromHR, Joined
 from pipelines.shards.duplicates import mark_duplicates
-from pipelines.shards.execute import build_missing
+from pipelines.shards.execute import Actors, build_missing
 from pipelines.shards.plan import ShardPlan, derived_plan, plan_shards
 from pipelines.shards.record import Inventory
 from pipelines.shards.run import PlanParts, running
@@ -74,15 +74,15 @@ def regenerate(
 
     Of `recipe` only what concerns the degradation counts (`Recipe.degrading`). Errors as of `generate`.
     """
-    dataset = Dataset.open(hr_from).hr_dataset()
+    dataset = Dataset.open(hr_from).require_pixels("--hr-from").hr_dataset()
     storage = open_storage(out)
     if storage.uri == dataset.uri:
         raise UsageError(f"--out {storage.uri} is the dataset that the HR comes from: choose another")
     recipe = dataset.recipe.degrading(recipe)
     work = FromHR(recipe, dataset.storage, index_of(dataset))
-    hr = HRSource(dataset.digest, _relative(dataset.uri, storage.uri))
+    hr = HRSource(dataset.digest, relative_place(dataset.uri, storage.uri))
     plans = lambda: (derived_plan(shard, recipe.digest) for shard in dataset.manifest.shards)
-    return run_job(plans, work, storage, recipe, workers, progress, hr_from=hr, inherited=_inherited(dataset))
+    return run_job(plans, work, storage, recipe, workers, progress, hr_from=hr, inherited=inherited_from(dataset))
 
 
 def export_pairs(lr_dataset: str, out: str, workers: int | None = None, progress: bool = True) -> ShardsResult:
@@ -90,7 +90,7 @@ def export_pairs(lr_dataset: str, out: str, workers: int | None = None, progress
 
     Its digest is that of a dataset made with the same recipe from the sources. Errors as of `generate`.
     """
-    dataset = Dataset.open(lr_dataset)
+    dataset = Dataset.open(lr_dataset).require_pixels("--join")
     storage = open_storage(out)
     if dataset.manifest.hr_from is None:
         raise UsageError(f"{dataset.uri} holds its HR images itself: there is nothing to join")
@@ -98,7 +98,7 @@ def export_pairs(lr_dataset: str, out: str, workers: int | None = None, progress
         raise UsageError(f"--out {storage.uri} is one of the datasets to join: choose another")
     work = Joined(dataset.storage, index_of(dataset), dataset.hr_dataset().storage)
     plans = lambda: (derived_plan(shard, "join") for shard in dataset.manifest.shards)
-    return run_job(plans, work, storage, dataset.recipe, workers, progress, inherited=_inherited(dataset))
+    return run_job(plans, work, storage, dataset.recipe, workers, progress, inherited=inherited_from(dataset))
 
 
 def run_job(
@@ -110,6 +110,8 @@ def run_job(
     progress: bool,
     hr_from: HRSource | None = None,
     inherited: Inherited | None = None,
+    latents: LatentsSource | None = None,
+    actors: Actors | None = None,
 ) -> ShardsResult:
     """Makes the shards that `plans()` gives and `out` does not hold, and the dataset of all of them."""
     begin = time.time()
@@ -127,7 +129,7 @@ def run_job(
             unit, total, done = "shard", parts.shards, parts.shards - parts.missing_shards
         first_start, built, written = time.time(), 0, 0
         with tqdm(total=total, initial=done, unit=unit, desc="shards", disable=not progress) as bar:
-            for shard in build_missing(parts, work, out, workers):
+            for shard in build_missing(parts, work, out, workers, actors):
                 first_start = shard.started if not built else min(first_start, shard.started)
                 built += shard.samples
                 written += shard.samples > 0
@@ -136,8 +138,9 @@ def run_job(
                 bar.update(shard.sources if unit == "source" else 1)
         _require_tars(parts, inventory, out)
         records = records_of((inventory.record(plan) for plan in parts), out)
+        planned = zip(parts, records, strict=True)
         manifest, shards = assemble(
-            zip(parts, records, strict=True), recipe, out, expected=before, hr_from=hr_from, inherited=inherited
+            planned, recipe, out, expected=before, hr_from=hr_from, inherited=inherited, latents=latents
         )
     end = time.time()
     return ShardsResult(
@@ -178,12 +181,12 @@ def index_of(dataset: Dataset) -> str:
     return kept_copy(SAMPLES, dataset.manifest.files[SAMPLES])
 
 
-def _inherited(dataset: Dataset) -> Inherited:
+def inherited_from(dataset: Dataset) -> Inherited:
     manifest = dataset.manifest
     return Inherited(manifest.given, manifest.source_digest, dataset.file(REJECTED))
 
 
-def _relative(uri: str, to: str) -> str:
+def relative_place(uri: str, to: str) -> str:
     """`uri` as seen from `to`, if both are local or in one bucket; else as it is."""
     if "://" not in uri and "://" not in to:
         return os.path.relpath(uri, to)

@@ -13,7 +13,7 @@ from deedsr.degradation.draws import SCALAR_COLUMNS
 from pipelines.shards.plan import ShardPlan
 from pipelines.storage import Storage
 
-__all__ = ["COLUMNS", "Inventory", "ShardRecord", "read_record", "write_record"]
+__all__ = ["COLUMNS", "LATENTS_COLUMNS", "Inventory", "ShardRecord", "read_record", "write_record"]
 
 # The columns of `samples.parquet`.
 COLUMNS = pa.schema(
@@ -27,6 +27,12 @@ COLUMNS = pa.schema(
     + [("lr_ext", pa.string()), ("lr_offset", pa.int64()), ("lr_size", pa.int64())]
     + [("json_offset", pa.int64()), ("json_size", pa.int64())]
     + [(name, pa.float64()) for name in SCALAR_COLUMNS]
+)
+# Of a dataset of latents, which holds no pixels but, where no learner was given, the LR.
+LATENTS_COLUMNS = (
+    pa.schema([column for column in COLUMNS if not column.name.startswith("hr_")])
+    .append(pa.field("latents_offset", pa.int64()))
+    .append(pa.field("latents_size", pa.int64()))
 )
 _FOLDER = f"{STATE}/shards"
 _ABOUT = b"deedsr"
@@ -109,9 +115,9 @@ def read_record(path: str, out: Storage) -> ShardRecord:
     return ShardRecord(**about, rows=table.replace_schema_metadata(None))
 
 
-def table_of(rows: Iterable[dict[str, Any]]) -> pa.Table:
+def table_of(rows: Iterable[dict[str, Any]], columns: pa.Schema = COLUMNS) -> pa.Table:
     """Rows of `samples.parquet`; what a row lacks is null."""
-    return pa.Table.from_pylist(list(rows), schema=COLUMNS)
+    return pa.Table.from_pylist(list(rows), schema=columns)
 
 
 def _path(plan: ShardPlan, hash: str, size: int) -> str:

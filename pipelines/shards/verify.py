@@ -16,7 +16,8 @@ import pyarrow.compute
 from tqdm import tqdm
 
 from deedsr.dataset.codecs import decode_stored, encode
-from deedsr.dataset.manifest import REJECTED, SAMPLES, Manifest, ShardEntry
+from deedsr.dataset.latents import EXTENSION, unpack
+from deedsr.dataset.manifest import REJECTED, SAMPLES, LatentsSource, Manifest, ShardEntry
 from deedsr.degradation.chain import degrade
 from deedsr.degradation.recipe import Recipe
 from deedsr.errors import DeeDSRError
@@ -48,6 +49,8 @@ def verify(uri: str, replay: int = 0, progress: bool = True) -> VerifyResult:
     draws, and compared byte by byte.
     """
     dataset = Dataset.open(uri)
+    if replay:
+        dataset.require_pixels("--replay")
     manifest = dataset.manifest
     problems = [*_check_manifest(manifest, dataset.recipe), *_check_files(manifest, dataset.storage)]
     index = None
@@ -150,7 +153,10 @@ def _check_shard(shard: ShardEntry, rows: list[dict[str, Any]] | None, dataset: 
                     extra += len(members)
                     continue
                 seen.add(key)
-                problem = _check_sample(row, members, hrs, dataset.recipe)
+                if dataset.manifest.latents:
+                    problem = _check_latents(row, members, dataset.manifest.latents, dataset.recipe)
+                else:
+                    problem = _check_sample(row, members, hrs, dataset.recipe)
                 good += not problem
                 problems += [f"{shard.name}: {problem}"] if problem else []
         except (tarfile.TarError, OSError) as error:
@@ -229,29 +235,61 @@ def _check_sample(row: dict[str, Any], members: dict[str, Member], hrs: Tars, re
     """What is wrong with one sample, None if nothing is."""
     key = row["key"]
     own_hr = row.get("hr_shard") == row.get("shard")
-    parts: dict[str, bytes] = {}
-    for name in ("hr", "lr", "json") if own_hr else ("lr", "json"):
-        member, ext = members.get(name), row.get(f"{name}_ext", "")
-        if member is None or (name != "json" and member.ext != ext):
-            return f"sample {key} has no member {key}.{name}{ext and '.'}{ext}"
-        if (member.offset, len(member.data)) != (row[f"{name}_offset"], row[f"{name}_size"]):
-            return f"sample {key}: {SAMPLES} points beside its member {key}.{name}{ext and '.'}{ext}"
-        parts[name] = member.data
+    if problem := _check_members(row, members, ("hr", "lr", "json") if own_hr else ("lr", "json")):
+        return problem
     try:
-        if not own_hr:
-            parts["hr"] = hrs.read(row["hr_shard"], row["hr_offset"], row["hr_size"])
-        hr, lr = decode_stored(parts["hr"]), decode_stored(parts["lr"])
+        hr = members["hr"].data if own_hr else hrs.read(row["hr_shard"], row["hr_offset"], row["hr_size"])
+        sizes = decode_stored(hr).shape[:2], decode_stored(members["lr"].data).shape[:2]
     except ValueError:
         return f"sample {key}: an image cannot be decoded"
     except DeeDSRError as error:
         return f"sample {key}: its HR cannot be read ({error})"
     side = recipe.crop.size
     expected = (side, side), (side // recipe.scale, side // recipe.scale)
-    if (hr.shape[:2], lr.shape[:2]) != expected:
-        return f"sample {key}: HR {hr.shape[:2]} and LR {lr.shape[:2]}, the recipe says {expected[0]} and {expected[1]}"
+    if sizes != expected:
+        return f"sample {key}: HR {sizes[0]} and LR {sizes[1]}, the recipe says {expected[0]} and {expected[1]}"
+    return _check_info(key, members["json"].data, recipe)
+
+
+def _check_latents(
+    row: dict[str, Any], members: dict[str, Member], source: LatentsSource, recipe: Recipe
+) -> str | None:
+    """The same of a sample of latents."""
+    key, images = row["key"], () if source.learner else ("lr",)
+    if problem := _check_members(row, members, ("latents", *images, "json")):
+        return problem
     try:
-        info = json.loads(parts["json"])
-        if info["recipe_digest"] != recipe.digest:
+        latents = unpack(members["latents"].data)
+        for name in images:
+            decode_stored(members[name].data)
+    except ValueError:
+        return f"sample {key}: its latents or its LR cannot be read"
+    side = recipe.crop.size // source.factor
+    for name, array in latents._asdict().items():
+        shape = (source.channels, side, side)
+        if name != "degradation" and array is not None and array.shape != shape:
+            return f"sample {key}: {name} {array.shape}, recipe and VAE say {shape}"
+    if (latents.degradation is None) == bool(source.learner):
+        return f"sample {key} has no degradation vector" if source.learner else f"sample {key} has a degradation vector"
+    return _check_info(key, members["json"].data, recipe)
+
+
+def _check_members(row: dict[str, Any], members: dict[str, Member], wanted: tuple[str, ...]) -> str | None:
+    """Whether a sample's members are there, under their names and where the index says."""
+    key = row["key"]
+    for name in wanted:
+        ext = EXTENSION if name == "latents" else row.get(f"{name}_ext", "")
+        member, called = members.get(name), f"{key}.{name}{ext and '.'}{ext}"
+        if member is None or (name != "json" and member.ext != ext):
+            return f"sample {key} has no member {called}"
+        if (member.offset, len(member.data)) != (row[f"{name}_offset"], row[f"{name}_size"]):
+            return f"sample {key}: {SAMPLES} points beside its member {called}"
+    return None
+
+
+def _check_info(key: str, data: bytes, recipe: Recipe) -> str | None:
+    try:
+        if json.loads(data)["recipe_digest"] != recipe.digest:
             return f"sample {key} was made by another recipe"
     except (ValueError, KeyError, TypeError):
         return f"sample {key}: its JSON cannot be read"

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from deedsr.adapter.adapter import DegradationAwareAdapter, freeze
 from deedsr.dataset.keys import generator
+from deedsr.dataset.manifest import LatentsSource
 from deedsr.learner.resnet import DegradationLearner
 from deedsr.sampling.latents import downsampling_factor, encode_latents, enlarge
 from pipelines.dataset import Dataset
@@ -21,13 +22,23 @@ from pipelines.training.initial import initial_weights
 from pipelines.training.stage import Workers, fresh
 
 
+class Draws(NamedTuple):
+    """What chance decides for one sample: `place` of the crop (top, left, height, width in LR pixels), the noise that
+    samples the VAE's posteriors of LR and HR (2, C, h, w), and what the denoiser is asked."""
+
+    place: tuple[int, int, int, int]
+    encoding_noise: np.ndarray
+    questions: dict[str, Any]
+
+
 class AdapterStage:
     name = "adapter"
     together = False
     unit = 1
 
-    def __init__(self, options: AdapterOptions, scale: int):
-        self.options, self.scale = options, scale
+    def __init__(self, options: AdapterOptions, scale: int, latents: LatentsSource | None = None):
+        """`latents`: the dataset holds latents made of these; then neither VAE nor learner is loaded to train."""
+        self.options, self.scale, self.latents = options, scale, latents
 
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         base = resolve_base(self.options.base)
@@ -35,59 +46,102 @@ class AdapterStage:
         # Channels last: a fifth faster on CPUs, what tensor cores want on GPUs.
         place = {"device": device, "memory_format": torch.channels_last}
         self.unet = freeze(UNet2DConditionModel.from_pretrained(base, subfolder="unet", **frozen)).to(**place)
-        self.vae = freeze(load_vae(base, **frozen)).to(**place)
-        # The learner stays in fp32: its vectors are computed once per image, and its statistics do not fit bf16.
-        self.learner = freeze(
-            DegradationLearner.from_pretrained(resolve_learner(self.options.learner), low_cpu_mem_usage=False)
-        ).to(device)
+        if self.latents is None:
+            self.vae = freeze(load_vae(base, **frozen)).to(**place)
+            self.vae_factor = downsampling_factor(self.vae)
+        else:
+            self.vae_factor = self.latents.factor
+        if self.latents is None or self.latents.learner is None:
+            # The learner stays in fp32: its vectors are computed once per image, and its statistics do not fit bf16.
+            self.learner = freeze(self._trained_learner()).to(device)
         self.scheduler = DDIMScheduler.from_pretrained(base, subfolder="scheduler")
         torch.manual_seed(self.options.train.seed)
         self.adapter = DegradationAwareAdapter.for_unet(
             self.unet,
             preset=self.options.model.preset,
             tokens=self.options.model.tokens,
-            degradation_dim=self.learner.dim,
+            degradation_dim=DegradationLearner.load_config(resolve_learner(self.options.learner))["widths"][-1],
         )
         self.adapter.initialize_from(self.unet)
         if self.options.init is not None:
             self.adapter.load_state_dict(initial_weights(self.options.init, self.name, self.adapter))
         self.adapter.to(device).attach(self.unet)
         self.latent_channels = int(self.unet.config["in_channels"])
-        self.vae_factor = downsampling_factor(self.vae)
         return self.adapter
 
+    def _trained_learner(self) -> DegradationLearner:
+        return DegradationLearner.from_pretrained(resolve_learner(self.options.learner), low_cpu_mem_usage=False)
+
     def sample(self, dataset: Dataset, index: Any, row: int, epoch: int) -> dict[str, Any]:
-        """The whole LR for the learner; an aligned LR/HR crop, a timestep and the noise for the denoiser."""
+        """The whole LR for the learner; an aligned LR/HR crop, a timestep and the noise for the denoiser. Of latents:
+        the vector, and crops of the latents at the nearest cells."""
+        if self.latents is not None:
+            return self._sample_latents(dataset, index, row, epoch)
         sample = dataset.read(index, row)
-        options = self.options
-        rng = generator("diffusion", options.train.seed, epoch, sample.key)
         height, width = sample.lr.shape[:2]
-        side = options.diffusion.lr_crop
-        rows, columns = (min(side, height), min(side, width)) if side else (height, width)
-        top, left = (int(rng.integers(have - use + 1)) for have, use in ((height, rows), (width, columns)))
+        draws = self._draw(sample.key, epoch, height, width)
+        top, left, rows, columns = draws.place
         lr = sample.lr[top : top + rows, left : left + columns]
         s = self.scale
         hr = sample.hr[s * top : s * (top + rows), s * left : s * (left + columns)]
-        latent = (self.latent_channels, s * rows // self.vae_factor, s * columns // self.vae_factor)
-        steps = self.scheduler.config["num_train_timesteps"]
-        steps = min(options.diffusion.max_timestep or steps, steps)
         return {
             "lr": _unit(sample.lr),
             "lr_crop": _unit(lr),
             "hr_crop": _unit(hr),
+            "encoding_noise": draws.encoding_noise,
+            **draws.questions,
+        }
+
+    def _sample_latents(self, dataset: Dataset, index: Any, row: int, epoch: int) -> dict[str, Any]:
+        key, stored, lr = dataset.read_latents(index, row)
+        height, width = (side * self.vae_factor // self.scale for side in stored.hr_mean.shape[1:])
+        draws = self._draw(key, epoch, height, width)
+        rows, columns = draws.encoding_noise.shape[2:]
+        top, left = (self.scale * start // self.vae_factor for start in draws.place[:2])
+        crop = np.s_[:, top : top + rows, left : left + columns]
+        moments = ((stored.lr_mean, stored.lr_std), (stored.hr_mean, stored.hr_std))
+        z_lr, z_hr = (
+            mean[crop].astype(np.float32) + (0 if std is None else std[crop] * noise)
+            for (mean, std), noise in zip(moments, draws.encoding_noise, strict=True)
+        )
+        known = {"degradation": stored.degradation} if lr is None else {"lr": _unit(lr)}
+        return {"z_lr": z_lr, "z_hr": z_hr, **known, **draws.questions}
+
+    def _draw(self, key: str, epoch: int, height: int, width: int) -> "Draws":
+        """`height`, `width`: of the LR."""
+        options = self.options
+        rng = generator("diffusion", options.train.seed, epoch, key)
+        side = options.diffusion.lr_crop
+        rows, columns = (min(side, height), min(side, width)) if side else (height, width)
+        top, left = (int(rng.integers(have - use + 1)) for have, use in ((height, rows), (width, columns)))
+        s = self.scale
+        latent = (self.latent_channels, s * rows // self.vae_factor, s * columns // self.vae_factor)
+        steps = self.scheduler.config["num_train_timesteps"]
+        steps = min(options.diffusion.max_timestep or steps, steps)
+        questions = {
             "timestep": np.int64(steps * rng.random() ** options.diffusion.timestep_power),
             "noise": rng.standard_normal(latent, dtype=np.float32),
-            "encoding_noise": rng.standard_normal((2, *latent), dtype=np.float32),
-            "guidance": np.float32(options.diffusion.noise_guidance * min(1, 2 * rng.random())),
         }
+        encoding_noise = rng.standard_normal((2, *latent), dtype=np.float32)
+        questions["guidance"] = np.float32(options.diffusion.noise_guidance * min(1, 2 * rng.random()))
+        return Draws((top, left, rows, columns), encoding_noise, questions)
+
+    def _encoded(self, batch: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents of LR and HR, and the degradation vectors: computed, or as they were stored."""
+        vector_BD = batch["degradation"] if "degradation" in batch else self.learner(batch["lr"])
+        if "z_lr" in batch:
+            return batch["z_lr"].to(dtype), batch["z_hr"].to(dtype), vector_BD.to(dtype)
+        images = enlarge(batch["lr_crop"], self.scale), batch["hr_crop"]
+        z_lr, z_hr = (
+            encode_latents(self.vae, (2 * image - 1).to(dtype), batch["encoding_noise"][:, i])
+            for i, image in enumerate(images)
+        )
+        return z_lr, z_hr, vector_BD.to(dtype)
 
     def loss(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         dtype = next(self.unet.parameters()).dtype
         with torch.no_grad():
-            degradation_BD = self.learner(batch["lr"]).to(dtype)
-            upsampled = enlarge(batch["lr_crop"], self.scale)
-            z_lr = encode_latents(self.vae, (2 * upsampled - 1).to(dtype), batch["encoding_noise"][:, 0])
-            z_hr = encode_latents(self.vae, (2 * batch["hr_crop"] - 1).to(dtype), batch["encoding_noise"][:, 1])
+            z_lr, z_hr, degradation_BD = self._encoded(batch, dtype)
             noise, t = batch["noise"].to(dtype), batch["timestep"]
             abar_B = self.scheduler.alphas_cumprod.to(t.device)[t]
             # As sampling meets it: x_t holds what guidance and the steps before made of the LR, not the HR yet. Seen
@@ -121,10 +175,14 @@ class AdapterStage:
         """Nothing but the trained parameters advances."""
 
     def export(self, folder: Path, trained: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-        for part, weights in (("adapter", trained), ("learner", self.learner.state_dict())):
-            model = fresh(getattr(self, part))
-            model.load_state_dict(weights)
-            model.save_pretrained(folder / part)
+        learner = self._trained_learner()
+        for part, model, weights in (
+            ("adapter", self.adapter, trained),
+            ("learner", learner, learner.state_dict()),
+        ):
+            exported = fresh(model)
+            exported.load_state_dict(weights)
+            exported.save_pretrained(folder / part)
         description = {
             "format_version": 1,
             "base": self.options.base,

@@ -33,6 +33,8 @@ class TrainOptions:
     spike_sigma: float = 0.0  # a loss so many sigma above the last 100 is a spike; 0 = only NaN and infinity are
     on_spike: Literal["skip", "stop"] = "skip"  # a step with a spike, NaN or infinity is not taken, or ends the run
     hang_seconds: float = 60.0  # a worker without progress dies and is restarted; 0 = off
+    cache_gb: float = 20.0  # of remote shards that a node keeps copies of, fetched ahead of need; 0 = none
+    loader_threads: int | None = None  # that read and decode, for each worker; null = cpus_per_worker, 2 at least
     log_every: int = 10  # optimizer steps between points of the curves
     ema_decay: float = 0.0  # averaged weights are the ones exported; 0 = off
     max_failures: int = 3  # restarts of the worker group before the run gives up; -1 = never
@@ -107,8 +109,9 @@ class AdapterOptions:
     experiment: str = "deedsr-adapter"  # MLflow experiment
 
 
-# `paper` follows docs/method.md; `tiny` is what a laptop trains in minutes against the shipped base. Both fix the
-# micro-batch, so that the number of workers changes not even the rounding.
+# `paper` follows docs/method.md, `fast` is the same networks on modern GPUs (docs/training.md), `tiny` what a laptop
+# trains in minutes against the shipped base. All fix the micro-batch, so that the number of workers changes not even
+# the rounding.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "learner": {
         "paper": {
@@ -117,6 +120,17 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "train": {
                 "optimizer": "sgd", "lr": 0.03, "weight_decay": 1e-4, "global_batch_size": 96, "micro_batch_size": 24,
                 "max_steps": 200_000, "checkpoint_every": 1000,
+            },
+        },
+        "fast": {
+            "model": {"preset": "paper", "norm_group": 16},
+            "contrast": {
+                "queue_size": 24576, "momentum": 0.999, "temperature": 0.07, "batch_block": 48, "batch_negatives": True,
+            },
+            "train": {
+                "optimizer": "sgd", "lr": 0.12, "schedule": "cosine", "warmup_steps": 500, "weight_decay": 1e-4,
+                "clip_grad_norm": 1.0, "global_batch_size": 384, "micro_batch_size": 48, "max_steps": 50_000,
+                "zero_stage": 2, "precision": "bf16", "checkpoint_every": 500,
             },
         },
         "tiny": {
@@ -138,6 +152,15 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
                 "checkpoint_every": 1000,
             },
         },
+        "fast": {
+            "model": {"preset": "paper"},
+            "diffusion": {"snr_gamma": 5.0},
+            "train": {
+                "lr": 1e-4, "schedule": "cosine", "warmup_steps": 1000, "clip_grad_norm": 1.0, "ema_decay": 0.999,
+                "global_batch_size": 256, "micro_batch_size": 8, "max_steps": 30_000, "zero_stage": 2,
+                "precision": "bf16", "checkpoint_every": 500,
+            },
+        },
         "tiny": {
             "model": {"preset": "tiny"},
             "diffusion": {"lr_crop": 32},
@@ -156,6 +179,7 @@ MAY_CHANGE = {
     "train.cpus_per_worker", "train.gpus_per_worker", "train.checkpoint_every", "train.keep_checkpoints",
     "train.log_every", "train.max_failures", "train.best_metric", "train.best_mode", "train.checkpoint_retry_seconds",
     "train.spike_sigma", "train.on_spike", "train.hang_seconds",
+    "train.cache_gb", "train.loader_threads",
 }  # fmt: skip
 
 
@@ -196,6 +220,11 @@ def check(options: LearnerOptions | AdapterOptions) -> None:
             raise UsageError(f"train.{name} must be 0 or more, got {getattr(train, name)}")
     if train.max_failures < -1:
         raise UsageError(f"train.max_failures must be 0 or more, or -1 for no limit, got {train.max_failures}")
+    if train.cache_gb < 0 or (train.loader_threads is not None and train.loader_threads < 1):
+        raise UsageError(
+            "train.cache_gb must be 0 or more and train.loader_threads 1 or more or null, got "
+            f"{train.cache_gb} and {train.loader_threads}"
+        )
     if train.cpus_per_worker <= 0:
         raise UsageError(f"train.cpus_per_worker must be above 0, got {train.cpus_per_worker}")
     if train.precision == "bf16" and train.zero_stage == 0:
@@ -223,6 +252,11 @@ def check(options: LearnerOptions | AdapterOptions) -> None:
         raise UsageError(f"diffusion.max_timestep must be 1 or more, got {diffusion.max_timestep}")
     if not 0 <= diffusion.noise_guidance <= 1 or diffusion.snr_gamma < 0:
         raise UsageError("diffusion.noise_guidance must be in [0, 1] and diffusion.snr_gamma 0 or more")
+
+
+def loader_threads(train: TrainOptions) -> int:
+    """Threads of a worker that read and decode. At least two: one that waits for storage delays no other sample."""
+    return train.loader_threads or max(2, int(train.cpus_per_worker))
 
 
 def micro_batch(train: TrainOptions, world_size: int, unit: int = 1) -> tuple[int, int]:

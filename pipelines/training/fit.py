@@ -54,7 +54,7 @@ def train_learner(options: LearnerOptions, *, progress: bool = True) -> TrainRes
     DeeDSRError when the training failed.
     """
     options = _located(options)
-    dataset = _open("learner", options)
+    dataset = _open("learner", options).require_pixels("the learner")
     unit = options.contrast.batch_block
     inputs = {"dataset": dataset.digest} | _initial("learner", options)
     return _fit("learner", options, dataset, unit, inputs, {}, progress)
@@ -66,12 +66,36 @@ def train_adapter(options: AdapterOptions, *, progress: bool = True) -> TrainRes
 
     options = _located(options)
     dataset = _open("adapter", options)
-    resolve_base(options.base)
-    learner = resolve_learner(options.learner)
+    base, learner = resolve_base(options.base), resolve_learner(options.learner)
+    _require_latents_of(dataset, options, base, learner)
     record = _read_record(open_storage(options.learner)) if options.learner != "tiny" else None
     inputs = {"dataset": dataset.digest, "learner": _weights_digest(learner)} | _initial("adapter", options)
     parents = {"learner": record["run_id"] if record else None}
+    if dataset.manifest.latents:
+        made_by = {"deedsr.kind": "latents", "deedsr.dataset.digest": dataset.digest}
+        parents["latents"] = tracking.find_run(None, made_by)
     return _fit("adapter", options, dataset, 1, inputs, parents, progress)
+
+
+def _require_latents_of(dataset: Dataset, options: AdapterOptions, base: Path, learner: Path) -> None:
+    """Refuse latents that other networks made than those that this training would use."""
+    from pipelines.models import part_digest
+
+    made_of = dataset.manifest.latents
+    if made_of is None:
+        return
+    parts = {"base": (made_of.vae, base / "vae")} | ({"learner": (made_of.learner, learner)} if made_of.learner else {})
+    differing = [
+        f"--{name} {getattr(options, name)} ({'its VAE' if name == 'base' else 'it'} has digest {found:.12}, "
+        f"theirs had {stored:.12})"
+        for name, (stored, folder) in parts.items()
+        if (found := part_digest(folder)) != stored
+    ]
+    if differing:
+        raise UsageError(
+            f"the latents in {dataset.uri} were not made with {' and not with '.join(differing)}: give what they were "
+            f"made with, or make others by `deedsr latents`"
+        )
 
 
 def _initial(stage: str, options: LearnerOptions | AdapterOptions) -> dict[str, str]:
@@ -132,7 +156,9 @@ def _fit(
     uri = tracking.tracking_uri()
     cluster_nodes = cluster.nodes()
     tracking.require_shared_store(uri, cluster_nodes)
-    parents["shards"] = tracking.find_run(None, {"deedsr.dataset.digest": dataset.digest, "deedsr.kind": "shards"})
+    parents["shards"] = tracking.find_run(
+        None, {"deedsr.dataset.digest": dataset.order_digest, "deedsr.kind": "shards"}
+    )
     with tracking.start_run(
         options.experiment,
         name=Path(options.out.rstrip("/")).name,

@@ -1,4 +1,4 @@
-"""Reads the micro-batches of one worker ahead of need, decoding on threads."""
+"""Reads the micro-batches of one worker ahead of need, decoding and stacking on threads."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -6,9 +6,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute
 import torch
 
 from pipelines.training.order import SampleOrder
+from pipelines.training.shard_cache import ShardCache
 
 Arrays = dict[str, Any]  # numpy arrays and numbers
 Batch = dict[str, torch.Tensor]
@@ -26,31 +29,56 @@ def micro_batches(
     rank: int,
     threads: int = 2,
     ahead: int = 3,
+    at: Callable[[int], None] = lambda position: None,
 ) -> Iterator[Batch]:
     """The micro-batches of this rank for optimizer steps [first_step, last_step), in order.
 
     `sample(epoch, row)` gives one sample's arrays; those of a micro-batch are stacked. `ahead` micro-batches are in
-    preparation while one is used.
+    preparation while one is used. `at` hears the position of each global batch before it is read.
     """
     share = global_batch // world_size
 
     def spans() -> Iterator[tuple[int, int]]:
         for step in range(first_step, last_step):
+            at(step * global_batch)
             start = step * global_batch + rank * share
             yield from ((begin, begin + micro) for begin in range(start, start + share, micro))
 
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[list[Future[Arrays]]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="loader") as pool:
+        waiting: deque[Future[Batch]] = deque()
         try:
             for span in spans():
-                waiting.append([pool.submit(sample, epoch, row) for epoch, row in order.slice(*span)])
+                samples = [pool.submit(sample, epoch, row) for epoch, row in order.slice(*span)]
+                # Tasks start in the order they came in: when this one waits for its samples, none waits for a thread.
+                waiting.append(pool.submit(_stack, samples))
                 if len(waiting) > ahead:
-                    yield _stack([future.result() for future in waiting.popleft()])
+                    yield waiting.popleft().result()
             while waiting:
-                yield _stack([future.result() for future in waiting.popleft()])
+                yield waiting.popleft().result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _stack(samples: list[Arrays]) -> Batch:
-    return {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in samples[0]}
+def follow(cache: ShardCache, order: SampleOrder, index: pa.Table) -> Callable[[int], None]:
+    """Tells a cache which shards are needed at a position of the sequence: those of its window and of the next."""
+    columns = [name for name in ("shard", "hr_shard") if name in index.column_names]
+    last = (-1, -1)
+
+    def at(position: int) -> None:
+        nonlocal last
+        window = order.window_at(position)
+        if window == last:
+            return
+        last = window
+        names: list[str] = []
+        for ahead in range(2):
+            rows = pa.array(order.rows_of_window(last[0], last[1] + ahead))
+            names += [name for c in columns for name in pa.compute.unique(index[c].take(rows)).to_pylist()]
+        cache.need(dict.fromkeys(names))
+
+    return at
+
+
+def _stack(samples: list[Future[Arrays]]) -> Batch:
+    arrays = [sample.result() for sample in samples]
+    return {name: torch.from_numpy(np.stack([a[name] for a in arrays])) for name in arrays[0]}

@@ -21,20 +21,36 @@ class SampleOrder:
 
     def __init__(self, index: pa.Table, digest: str, seed: int, *, together: bool, window: int = 8):
         self.rows, self.digest, self.seed, self.window = index.num_rows, digest, seed, window
-        _, self.shard = np.unique(np.asarray(index["shard"]), return_inverse=True)
+        names, self.shard = np.unique(np.asarray(index["shard"]), return_inverse=True)
+        self.windows = -(-len(names) // window)
         content = np.asarray(index["content"]) if together else np.arange(self.rows)
         _, self.group = np.unique(content, return_inverse=True)
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self._ends = self._epoch  # of the windows of an epoch
 
     def epoch(self, epoch: int) -> np.ndarray:
         """Row numbers in the order of epoch `epoch`."""
         if self._epoch[0] != epoch:
-            rng = generator("order", self.digest, self.seed, epoch)
-            place = rng.permutation(self.shard.max() + 1)
+            rng, window = self._window_of_rows(epoch)
             rank = rng.random(self.group.max() + 1)
-            window = place[self.shard] // self.window
             self._epoch = (epoch, np.lexsort((np.arange(self.rows), rank[self.group], window)))
         return self._epoch[1]
+
+    def _window_of_rows(self, epoch: int) -> tuple[np.random.Generator, np.ndarray]:
+        rng = generator("order", self.digest, self.seed, epoch)
+        return rng, rng.permutation(self.shard.max() + 1)[self.shard] // self.window
+
+    def window_at(self, position: int) -> tuple[int, int]:
+        """(epoch, number in that epoch) of the window of shards that a position of the sequence lies in."""
+        epoch, place = divmod(position, self.rows)
+        if self._ends[0] != epoch:
+            self._ends = (epoch, np.cumsum(np.bincount(self._window_of_rows(epoch)[1])))
+        return epoch, int(np.searchsorted(self._ends[1], place, side="right"))
+
+    def rows_of_window(self, epoch: int, window: int) -> np.ndarray:
+        """Rows of a window, in shard order; behind an epoch's last window the next epoch goes on."""
+        epoch, window = epoch + window // self.windows, window % self.windows
+        return np.flatnonzero(self._window_of_rows(epoch)[1] == window)
 
     def slice(self, start: int, stop: int) -> list[tuple[int, int]]:
         """(epoch, row) of the positions [start, stop)."""

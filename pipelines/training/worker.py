@@ -5,6 +5,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ from pipelines.training.config import (
     TrainOptions,
     from_resolved,
     learning_rate,
+    loader_threads,
     micro_batch,
 )
 from pipelines.training.engine import Engine, on_cpu
 from pipelines.training.incidents import MOST_IN_A_ROW, LossWindow, record
 from pipelines.training.interruption import Ended, Moved, Stop, Untrainable
-from pipelines.training.loader import Batch, micro_batches
+from pipelines.training.loader import Batch, follow, micro_batches
 from pipelines.training.order import SampleOrder
+from pipelines.training.shard_cache import ShardCache
 from pipelines.training.stage import Stage, under
 from pipelines.training.watchdog import Watchdog
 
@@ -57,7 +60,7 @@ def train_worker(config: dict[str, Any]) -> str | None:
     else:
         from pipelines.training.adapter_stage import AdapterStage
 
-        stage = AdapterStage(options, dataset.scale)
+        stage = AdapterStage(options, dataset.scale, dataset.manifest.latents)
     rank = ray.train.get_context().get_world_rank()
     asked = Asked(config["progress"], rank)
     run = None
@@ -96,6 +99,7 @@ def train(
     with (
         Watchdog(plan.hang_seconds) as watchdog,
         checkpoint.Writer(out, keep, plan.checkpoint_retry_seconds) as writer,
+        ShardCache(int(plan.cache_gb * 1e9)) as shards,
     ):
         # 1. networks, and what an earlier part of this run left
         module = stage.build(device, torch.bfloat16 if plan.precision == "bf16" else torch.float32)
@@ -120,7 +124,8 @@ def train(
         optimizer_state = found[1]["optimizer"] if found else None
         engine = Engine(module, plan, micro=micro, accumulation=accumulation, optimizer_state=optimizer_state)
         del found
-        order = SampleOrder(index, dataset.digest, plan.seed, together=stage.together)
+        order = SampleOrder(index, dataset.order_digest, plan.seed, together=stage.together)
+        dataset = replace(dataset, through=shards.open)
         batches = micro_batches(
             order,
             lambda epoch, row: stage.sample(dataset, index, row, epoch),
@@ -130,6 +135,8 @@ def train(
             micro=micro,
             world_size=world_size,
             rank=rank,
+            threads=loader_threads(plan),
+            at=follow(shards, order, index),
         )
 
         # 3. optimizer steps

@@ -1,0 +1,81 @@
+"""Compute once what the frozen networks of stage 2 would compute at each step: latents and degradation vectors.
+
+Writes a dataset of latents: for each shard of --data one with the same keys, which `deedsr train adapter` takes as its
+--data, without the pixels, on the same base and learner. Without --learner the LR images are kept, and the learner
+runs while training. The same command again continues, and reuses every shard of the same pixels and networks.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Literal
+
+from jsonargparse.typing import PositiveInt
+
+from jobs.command import Command, Outcome
+
+if TYPE_CHECKING:
+    from pipelines.shards import ShardsResult
+
+
+@dataclasses.dataclass
+class LatentsOptions:
+    data: str  # degradation shards
+    out: str  # the dataset of latents: folder or s3://bucket/prefix
+    base: str = "tiny"  # frozen diffusion model whose VAE encodes: `tiny`, a diffusers folder or URI, or a hub id
+    learner: str | None = None  # output of `deedsr train learner`; null = keep the LR images instead of vectors
+    precision: Literal["fp32", "bf16"] = "fp32"  # in which the VAE computes; bf16 is for GPUs
+    batch_size: PositiveInt = 8  # images encoded together
+    workers: PositiveInt | None = None  # at a time; null = one on every GPU of the cluster, or every CPU if it has none
+    tracking: bool = True  # log an MLflow run
+    experiment: str = "deedsr-latents"  # MLflow experiment
+
+
+def run(options: LatentsOptions) -> Outcome:
+    if options.tracking:
+        return Outcome(_run_tracked(options))
+    return Outcome(dataclasses.asdict(_make(options)))
+
+
+def _make(options: LatentsOptions) -> "ShardsResult":
+    from pipelines.shards.latents import make_latents
+
+    return make_latents(
+        options.data,
+        options.base,
+        options.learner,
+        options.out,
+        precision=options.precision,
+        batch_size=options.batch_size,
+        workers=options.workers,
+    )
+
+
+def _run_tracked(options: LatentsOptions) -> dict[str, Any]:
+    from pipelines import tracking
+    from pipelines.dataset import Dataset
+    from pipelines.models import training_run
+
+    pixels = Dataset.open(options.data)
+    made_by = {"deedsr.kind": "shards", "deedsr.dataset.digest": pixels.digest}
+    parents = {
+        "shards": tracking.find_run(None, made_by),
+        "learner": training_run(options.learner) if options.learner else None,
+    }
+    with tracking.start_run(
+        options.experiment,
+        name=options.out.rstrip("/").rpartition("/")[2],
+        config=dataclasses.asdict(options),
+        parents=parents,
+        tags={"deedsr.kind": "latents"},
+    ) as run:
+        run.log_dataset(pixels, context="pixels")
+        result = _make(options)
+        run.log_dataset(Dataset.open(options.out), context="latents")
+        run.log_metrics({k: v for k, v in dataclasses.asdict(result).items() if isinstance(v, int | float)})
+    return dataclasses.asdict(result) | {"run_id": run.id}
+
+
+COMMAND = Command(
+    LatentsOptions,
+    run,
+    example="deedsr latents --data shards --base tiny --learner runs/learner --out latents",
+)

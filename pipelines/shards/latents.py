@@ -1,0 +1,223 @@
+"""Shards of latents: what the frozen networks of stage 2 make of a dataset's images, computed once.
+
+A shard of latents is made of one shard of pixels: same keys, same split, same order. The work stays in Ray actors,
+which load the networks once, on a GPU each where the cluster has some.
+"""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+from deedsr.dataset.codecs import decode_stored
+from deedsr.dataset.latents import EXTENSION, Latents, pack
+from deedsr.dataset.manifest import LatentsSource
+from deedsr.errors import DeeDSRError, UsageError
+from pipelines import cluster
+from pipelines.dataset import Dataset
+from pipelines.models import load_vae, part_digest, resolve_base, resolve_learner
+from pipelines.shards.build import shard_draft
+from pipelines.shards.derive import PLACES, Tars, rows_of
+from pipelines.shards.execute import Actors
+from pipelines.shards.generate import ShardsResult, index_of, inherited_from, relative_place, run_job
+from pipelines.shards.plan import ShardPlan, derived_plan
+from pipelines.shards.record import LATENTS_COLUMNS, ShardRecord
+from pipelines.shards.samples import Draft
+from pipelines.storage import Storage, open_storage
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["latents_source", "make_latents"]
+
+Precision = Literal["fp32", "bf16"]
+_VERSION = 1  # of what a shard of latents holds: another one is other work
+_CPUS_OF_ACTOR = 0.5  # an actor for every CPU leaves room for the tasks that feed them
+
+
+def make_latents(
+    data: str,
+    base: str,
+    learner: str | None,
+    out: str,
+    *,
+    precision: Precision = "fp32",
+    batch_size: int = 8,
+    workers: int | None = None,
+    progress: bool = True,
+) -> ShardsResult:
+    """Makes or completes the dataset `out`: latents of the dataset `data` by the VAE of `base`, and the vectors of
+    `learner`; without one the LR images are kept instead.
+
+    `workers`: actors at a time, None for every GPU of the cluster, or every CPU if it has none. Shards of the same
+    pixels and networks are reused. Raises UsageError for what cannot be used, DeeDSRError if the work failed; what was
+    committed stays, and the same call continues from there.
+    """
+    dataset = Dataset.open(data).require_pixels("--data")
+    storage = open_storage(out)
+    if storage.uri == dataset.uri:
+        raise UsageError(f"--out {storage.uri} is the dataset that the pixels come from: choose another")
+    source = latents_source(dataset, base, learner, precision)
+    work = FromPixels(
+        replace(source, dataset="", uri=""), dataset.storage, index_of(dataset), dataset.hr_dataset().storage, base,
+        learner, dataset.scale, batch_size,
+    )  # fmt: skip
+    storage.require_writable()
+    cluster.connect()
+    gpus = int(cluster.resources().get("GPU", 0))
+    return run_job(
+        lambda: (derived_plan(shard, work.name) for shard in dataset.manifest.shards),
+        work,
+        storage,
+        dataset.recipe,
+        workers or gpus or None,
+        progress,
+        inherited=inherited_from(dataset),
+        latents=replace(source, uri=relative_place(dataset.uri, storage.uri)),
+        actors=Actors(1.0, 1.0) if gpus else Actors(_CPUS_OF_ACTOR, 0.0),
+    )
+
+
+def latents_source(dataset: Dataset, base: str, learner: str | None, precision: Precision) -> LatentsSource:
+    """What the latents of a dataset would be made of. Raises UsageError where base or learner is none."""
+    from deedsr.sampling.latents import downsampling_factor
+
+    folder = resolve_base(base)
+    vae = load_vae(folder)
+    return LatentsSource(
+        dataset=dataset.digest,
+        uri=dataset.uri,
+        vae=part_digest(folder / "vae"),
+        learner=part_digest(resolve_learner(learner)) if learner else None,
+        precision=precision,
+        factor=downsampling_factor(vae),
+        channels=int(vae.config["latent_channels"]),
+    )
+
+
+class Pair(NamedTuple):
+    """A sample as read: its row of the index, its members as stored, and their pixels."""
+
+    row: dict[str, Any]
+    lr_bytes: bytes
+    info: bytes
+    hr: np.ndarray
+    lr: np.ndarray
+
+
+@dataclass(frozen=True)
+class FromPixels:
+    """Shard work. `source` without what says which dataset; `hr`: where the HR images lie; `index`: path of the
+    `samples.parquet` of `pixels`."""
+
+    source: LatentsSource
+    pixels: Storage
+    index: str
+    hr: Storage
+    base: str
+    learner: str | None
+    scale: int
+    batch_size: int
+
+    @property
+    def name(self) -> str:
+        """What is done to a shard; the batch size and the processor only change rounding."""
+        return json.dumps(["latents", _VERSION, self.source.vae, self.source.learner, self.source.precision])
+
+    @cached_property
+    def _networks(self) -> "Networks":
+        return Networks.load(self.base, self.learner, self.source)
+
+    def build(self, plan: ShardPlan, out: Storage) -> ShardRecord:
+        with shard_draft(plan, LATENTS_COLUMNS) as draft, ThreadPoolExecutor(1) as reader:
+            samples = self._pairs(plan)
+            batches = iter(lambda: tuple(islice(samples, self.batch_size)), ())
+            ahead = reader.submit(next, batches, ())
+            while pairs := ahead.result():
+                ahead = reader.submit(next, batches, ())  # read and decoded while the networks work
+                for pair, latents in zip(pairs, self._networks.encode(pairs, self.scale), strict=True):
+                    draft.add(self._draft(pair, latents), pair.row["source_uri"])
+            return draft.commit(out)
+
+    def _pairs(self, plan: ShardPlan) -> Iterator[Pair]:
+        with ExitStack() as stack:
+            lrs = stack.enter_context(Tars(self.pixels))
+            hrs = lrs if self.hr.uri == self.pixels.uri else stack.enter_context(Tars(self.hr))
+            for row in rows_of(plan.origin, self.pixels, self.index):
+                hr = hrs.read(row["hr_shard"], row["hr_offset"], row["hr_size"])
+                lr, info = (lrs.read(row["shard"], row[f"{m}_offset"], row[f"{m}_size"]) for m in ("lr", "json"))
+                try:
+                    yield Pair(row, lr, info, decode_stored(hr), decode_stored(lr))
+                except ValueError:
+                    raise DeeDSRError(
+                        f"{self.pixels.uri}: sample {row['key']} is damaged: run `deedsr verify {self.pixels.uri}`"
+                    ) from None
+
+    def _draft(self, pair: Pair, latents: Latents) -> Draft:
+        try:
+            packed = pack(latents)
+        except ValueError as error:
+            raise DeeDSRError(f"the networks fail at sample {pair.row['key']}: {error}; try --precision fp32") from None
+        kept = {"lr": pair.lr_bytes} if self.source.learner is None else {}
+        row = {name: value for name, value in pair.row.items() if name not in PLACES}
+        return Draft({"latents": packed, **kept, "json": pair.info}, row | {"latents_ext": EXTENSION})
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Frozen networks on one device."""
+
+    vae: Any
+    learner: Any | None
+    device: "torch.device"
+
+    @classmethod
+    def load(cls, base: str, learner: str | None, source: LatentsSource) -> "Networks":
+        """Raises DeeDSRError if what is found here is not what `source` says."""
+        import torch
+
+        from deedsr.adapter.adapter import freeze
+        from deedsr.learner.resnet import DegradationLearner
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if device.type == "cpu":
+            torch.set_num_threads(1)  # there is an actor for each CPU
+        folder = resolve_base(base)
+        _require_same("base", base, part_digest(folder / "vae"), source.vae)
+        dtype = torch.bfloat16 if source.precision == "bf16" else torch.float32
+        vae = freeze(load_vae(folder, torch_dtype=dtype)).to(device, memory_format=torch.channels_last)
+        if learner is None:
+            return cls(vae, None, device)
+        folder = resolve_learner(learner)
+        _require_same("learner", learner, part_digest(folder), source.learner)
+        loaded = DegradationLearner.from_pretrained(folder, low_cpu_mem_usage=False)
+        return cls(vae, freeze(loaded).to(device), device)
+
+    def encode(self, pairs: tuple[Pair, ...], scale: int) -> list[Latents]:
+        """Means and deviations of HR and enlarged LR, and the vectors of the LR."""
+        import torch
+
+        from deedsr.sampling.latents import enlarge, latent_moments
+
+        hr_BCHW, lr_BCHW = (
+            torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2).float() / 255
+            for images in ([pair.hr for pair in pairs], [pair.lr for pair in pairs])
+        )
+        with torch.inference_mode():
+            moments: list[list[Any]] = []
+            for x_BCHW in (hr_BCHW, enlarge(lr_BCHW, scale)):
+                for moment in latent_moments(self.vae, (2 * x_BCHW - 1).to(self.vae.dtype)):
+                    moments.append([None] * len(pairs) if moment is None else [*moment.half().cpu().numpy()])
+            vectors = [None] * len(pairs) if self.learner is None else [*self.learner(lr_BCHW).cpu().numpy()]
+        return [Latents(*parts) for parts in zip(*moments, vectors, strict=True)]
+
+
+def _require_same(part: str, name: str, found: str, wanted: str | None) -> None:
+    if found != wanted:
+        raise DeeDSRError(f"the {part} {name} is another one on this node than where the command was given")
