@@ -28,6 +28,7 @@ class TrainOptions:
     checkpoint_every: int = 200  # optimizer steps
     keep_checkpoints: int = 2  # the newest stay
     log_every: int = 10  # optimizer steps between points of the curves
+    gradient_checkpointing: bool = False  # activations are computed twice instead of held: less memory, more time
     ema_decay: float = 0.0  # averaged weights are the ones exported; 0 = off
     max_failures: int = 3  # restarts of the worker group before the run gives up
     cpus_per_worker: float = 1.0  # also the compute threads of a worker
@@ -148,7 +149,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 MAY_CHANGE = {
     "out", "experiment", "train.max_steps", "train.num_workers", "train.micro_batch_size", "train.zero_stage",
     "train.cpus_per_worker", "train.gpus_per_worker", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.log_every", "train.max_failures",
+    "train.log_every", "train.max_failures", "train.gradient_checkpointing",
 }  # fmt: skip
 
 
