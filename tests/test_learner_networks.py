@@ -145,6 +145,20 @@ def test_running_statistics_move_only_on_commit_and_only_by_forwards_with_gradie
     assert not pending_statistics(learner).any()
 
 
+def test_gradient_checkpointing_changes_neither_gradients_nor_statistics(crops):
+    seen = []
+    for checkpointing in (False, True):
+        learner = small_learner().train()
+        if checkpointing:
+            learner.checkpoint_gradients()
+        learner(crops).square().mean().backward()
+        seen.append({name: p.grad for name, p in learner.named_parameters() if p.grad is not None})
+        seen[-1] |= {name: b for name, b in learner.named_buffers() if name.endswith("pending")}
+    assert seen[0].keys() == seen[1].keys()
+    for name, value in seen[0].items():
+        torch.testing.assert_close(seen[1][name], value, rtol=1e-5, atol=1e-7, msg=name)
+
+
 def test_half_precision_weights_keep_full_precision_statistics(crops):
     learner = small_learner()
     for _ in range(3):

@@ -81,6 +81,8 @@ class DegradationAwareAdapter(ModelMixin, ConfigMixin):
         modulation_hidden: channels between a feature map and gamma, beta.
     """
 
+    _supports_gradient_checkpointing = True
+
     @register_to_config
     def __init__(
         self,

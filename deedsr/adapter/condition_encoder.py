@@ -133,6 +133,7 @@ class ConditionEncoder(nn.Module):
         self.mid1 = residual_block(deepest, deepest, time_dim)
         self.mid_attention = self_attention(deepest, attention_heads)
         self.mid2 = residual_block(deepest, deepest, time_dim)
+        self.gradient_checkpointing = False  # set, with the function, by diffusers' `enable_gradient_checkpointing`
 
     def forward(self, z_lr_BCHW: torch.Tensor, t_B: torch.Tensor, degradation_BD: torch.Tensor) -> Condition:
         """Scaled LR latent, diffusion time in the scheduler's steps (B,), degradation vector to the condition.
@@ -147,7 +148,10 @@ class ConditionEncoder(nn.Module):
         x_BCHW = self.conv_in(z_lr_BCHW)
         features = []
         for level, feature in zip(self.levels, self.features, strict=True):
-            x_BCHW = level(x_BCHW, time_BD, degradation_BD)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x_BCHW = self._gradient_checkpointing_func(level, x_BCHW, time_BD, degradation_BD)
+            else:
+                x_BCHW = level(x_BCHW, time_BD, degradation_BD)
             features.append(feature(x_BCHW, time_BD))
         x_BCHW = self.mid2(self.mid_attention(self.mid1(x_BCHW, time_BD)), time_BD)
         return Condition(tokens=x_BCHW.flatten(2).transpose(1, 2), features=tuple(features))

@@ -4,6 +4,7 @@ Shape suffixes: B batch, C channels, H W space, D vector width.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from deedsr.learner.normalization import GroupedBatchNorm2d
 
@@ -79,6 +81,8 @@ class DegradationLearner(ModelMixin, ConfigMixin):
         projection: length of the contrastive embedding after a two-layer head; 0 = the vector itself (the paper).
     """
 
+    _supports_gradient_checkpointing = True
+
     @register_to_config
     def __init__(
         self,
@@ -114,6 +118,14 @@ class DegradationLearner(ModelMixin, ConfigMixin):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.gradient_checkpointing = False
+
+    def checkpoint_gradients(self) -> None:
+        """Compute activations twice instead of holding them.
+
+        Reentrant, so that only the second forward records gradients and normalisation statistics count once.
+        """
+        self.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=True))
 
     @property
     def dim(self) -> int:
@@ -132,7 +144,12 @@ class DegradationLearner(ModelMixin, ConfigMixin):
         x_BCHW = F.relu(self.norm(self.conv(lr_BCHW)))
         if self.config["stem_stride"] == 4:
             x_BCHW = F.max_pool2d(x_BCHW, 3, 2, 1)
-        vector_BD = self.stages(x_BCHW).mean((2, 3))
+        for stage in self.stages:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x_BCHW = self._gradient_checkpointing_func(stage, x_BCHW)
+            else:
+                x_BCHW = stage(x_BCHW)
+        vector_BD = x_BCHW.mean((2, 3))
         return F.normalize(self.head(vector_BD), dim=1) if embedding else vector_BD
 
     def embed(self, lr_BCHW: torch.Tensor) -> torch.Tensor:

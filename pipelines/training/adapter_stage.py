@@ -66,6 +66,9 @@ class AdapterStage:
         if self.options.init is not None:
             self.adapter.load_state_dict(initial_weights(self.options.init, self.name, self.adapter))
         self.adapter.to(device).attach(self.unet)
+        if self.options.train.gradient_checkpointing:
+            for network in (self.unet, self.adapter):
+                network.enable_gradient_checkpointing()
         self.latent_channels = int(self.unet.config["in_channels"])
         return self.adapter
 

@@ -36,6 +36,7 @@ class TrainOptions:
     cache_gb: float = 20.0  # of remote shards that a node keeps copies of, fetched ahead of need; 0 = none
     loader_threads: int | None = None  # that read and decode, for each worker; null = cpus_per_worker, 2 at least
     log_every: int = 10  # optimizer steps between points of the curves
+    gradient_checkpointing: bool = False  # activations are computed twice instead of held: less memory, more time
     ema_decay: float = 0.0  # averaged weights are the ones exported; 0 = off
     max_failures: int = 3  # restarts of the worker group before the run gives up; -1 = never
     cpus_per_worker: float = 1.0  # also the compute threads of a worker
@@ -179,7 +180,7 @@ MAY_CHANGE = {
     "train.cpus_per_worker", "train.gpus_per_worker", "train.checkpoint_every", "train.keep_checkpoints",
     "train.log_every", "train.max_failures", "train.best_metric", "train.best_mode", "train.checkpoint_retry_seconds",
     "train.spike_sigma", "train.on_spike", "train.hang_seconds",
-    "train.cache_gb", "train.loader_threads",
+    "train.cache_gb", "train.loader_threads", "train.gradient_checkpointing",
 }  # fmt: skip
 
 

@@ -33,6 +33,8 @@ class LearnerStage:
         self.learner = DegradationLearner(**config).to(device)
         if self.options.init is not None:
             self.learner.load_state_dict(initial_weights(self.options.init, self.name, self.learner))
+        if self.options.train.gradient_checkpointing:
+            self.learner.checkpoint_gradients()
         self.contrast = MomentumContrast(self.learner, **asdict(self.options.contrast)).to(device)
         self.step_keys: list[tuple[Tensor, Tensor]] = []
         return self.learner.train()
