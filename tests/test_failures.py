@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -169,3 +170,26 @@ def test_a_worker_without_progress_says_where_it_is_and_dies(learner_options, fi
     group.wait_for_step(3)
     group.send(1, signal.SIGSTOP)
     assert group.join(30) == [1, None]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kind", ["learner", "adapter"])
+def test_any_zero_stage_and_number_of_workers_goes_on_from_a_checkpoint(kind, tmp_path, request):
+    """From step 5 of one worker without ZeRO: 1e-5 at the first step after the change, 1e-3 fifty steps on."""
+    options = request.getfixturevalue(f"{kind}_options")
+    changes = {"global_batch_size": 24, "micro_batch_size": 4, "max_steps": 55, "checkpoint_every": 55}
+    run(variants(options, tmp_path / "begun", **changes | {"max_steps": 5}), 1)
+    curves = {}
+    for world_size in (1, 2, 3):
+        for zero_stage in range(4):
+            out = tmp_path / f"{world_size}-{zero_stage}"
+            shutil.copytree(tmp_path / "begun", out)
+            group = run(variants(options, out, zero_stage=zero_stage, **changes), world_size)
+            curves[world_size, zero_stage] = dict(group.curve())
+    reference = curves[1, 0]
+    for arm, curve in curves.items():
+        errors = [abs(curve[step] / reference[step] - 1) for step in range(6, 56)]
+        print(kind, arm, f"first {errors[0]:.1e} last {errors[-1]:.1e} most {max(errors):.1e}")
+        assert errors[0] <= 1e-5, arm
+        assert errors[-1] <= 1e-3, arm
