@@ -104,7 +104,8 @@ class AdapterOptions:
 
 
 # `paper` follows docs/method.md, `fast` is the same networks on modern GPUs (docs/training.md), `tiny` what a laptop
-# trains in minutes against the shipped base. All fix the micro-batch, so that the number of workers changes not even the rounding.
+# trains in minutes against the shipped base. All fix the micro-batch, so that the number of workers changes not even
+# the rounding.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "learner": {
         "paper": {
