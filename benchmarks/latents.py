@@ -92,14 +92,13 @@ class Arm:
 
 def measured(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as work:
-        pixels = make_shards(Path(work) / "pixels", "deedsr")
-        make_latents(pixels, "tiny", "tiny", f"{work}/latents", progress=False)
-        size = {name: sum(shard.bytes for shard in Dataset.open(f"{work}/{name}").manifest.shards)
-                for name in ("pixels", "latents")}  # fmt: skip
+        data = {"pixels": options.shards or make_shards(Path(work) / "pixels", "deedsr"), "latents": f"{work}/latents"}
+        make_latents(data["pixels"], "tiny", "tiny", data["latents"], progress=False)
+        size = {name: sum(shard.bytes for shard in Dataset.open(uri).manifest.shards) for name, uri in data.items()}
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
         torch.set_num_threads(1)
         prepare_worker()
-        arms = {name: Arm(f"{work}/{name}", "tiny") for name in ("pixels", "latents")}
+        arms = {name: Arm(uri, "tiny") for name, uri in data.items()}
         for arm in arms.values():
             arm.run(options.warm_up)
             arm.wall = arm.cpu = 0.0
@@ -192,6 +191,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--warm-up", type=int, default=20)
     parser.add_argument("--block", type=int, default=20)
+    parser.add_argument(
+        "--shards", help="an existing dataset of 512 px crops; else one is made of the shipped photographs"
+    )
     parser.add_argument("--real-step", action="store_true")
     options = parser.parse_args()
     result = measured(options) | estimated() | (real_step() if options.real_step else {})
