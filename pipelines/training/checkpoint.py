@@ -26,6 +26,8 @@ class Checkpoint:
     samples_seen: int
     loss: float
     sha256: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)  # as logged last
+    unsent: list[list] = field(default_factory=list)  # points of the curves that the MLflow store has not taken yet
 
     @property
     def folder(self) -> str:

@@ -12,7 +12,7 @@ from deedsr.errors import DeeDSRError, UsageError
 from pipelines import cluster, tracking
 from pipelines.dataset import Dataset
 from pipelines.storage import Storage, open_storage
-from pipelines.training import checkpoint
+from pipelines.training import checkpoint, tracked
 from pipelines.training.config import (
     MAY_CHANGE,
     AdapterOptions,
@@ -120,13 +120,18 @@ def _fit(
         _refuse_differences(record, stage, options, inputs)
         done = checkpoint.committed(out)
         if done and done[-1].step >= options.train.max_steps and record.get("exported") == done[-1].step:
+            if record.get("published") != done[-1].step:
+                run = tracking.open_run(tracking.tracking_uri(), record["run_id"], system_metrics=False)
+                _conclude(run, out, record, done[-1])
             return _result(record["run_id"], out, done[-1])
 
     cluster.connect()
     uri = tracking.tracking_uri()
     cluster_nodes = cluster.nodes()
     tracking.require_shared_store(uri, cluster_nodes)
-    parents["shards"] = tracking.find_run(None, {"deedsr.dataset.digest": dataset.digest, "deedsr.kind": "shards"})
+    if record is None:  # a run that is continued has this tag
+        made_by = {"deedsr.dataset.digest": dataset.digest, "deedsr.kind": "shards"}
+        parents["shards"] = tracking.find_run(None, made_by)
     with tracking.start_run(
         options.experiment,
         name=Path(options.out.rstrip("/")).name,
@@ -137,15 +142,26 @@ def _fit(
         tags={"deedsr.kind": stage, "deedsr.out": tracking.masked_uri(options.out)},
         tracking_uri=uri,
         system_metrics=False,
+        patient=True,
     ) as run:
         record = {"stage": stage, "config": resolved(options), "inputs": inputs, "run_id": run.id}
         out.write(RECORD, json.dumps(record, indent=1).encode())
-        run.flush()
         _run_ray_train(stage, options, run.id, uri, (fewest, most), progress)
         last = checkpoint.committed(out)[-1]
-        out.write(RECORD, json.dumps(record | {"exported": last.step}, indent=1).encode())
-        run.set_tags({"deedsr.checkpoint": tracking.masked_uri(f"{out.uri}/{last.folder}")})
+        record |= {"exported": last.step}
+        out.write(RECORD, json.dumps(record, indent=1).encode())
+        _conclude(run, out, record, last)
     return _result(run.id, out, last)
+
+
+def _conclude(run: tracking.Run, out: Storage, record: dict[str, Any], last: checkpoint.Checkpoint) -> None:
+    """Tell the MLflow store what came out, once."""
+
+    def publish() -> None:
+        run.set_tags({"deedsr.checkpoint": tracking.masked_uri(f"{out.uri}/{last.folder}")})
+
+    if tracked.conclude(run, out, publish):
+        out.write(RECORD, json.dumps(record | {"published": last.step}, indent=1).encode())
 
 
 def _run_ray_train(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipelines.dataset import Dataset
 from pipelines.storage import Storage, open_storage, publish
-from pipelines.training import checkpoint
+from pipelines.training import checkpoint, tracked
 from pipelines.training.config import AdapterOptions, LearnerOptions, from_resolved, learning_rate, micro_batch
 from pipelines.training.engine import Engine
 from pipelines.training.loader import micro_batches
@@ -47,11 +47,12 @@ def train_worker(config: dict[str, Any]) -> None:
         from pipelines import tracking
 
         run = tracking.open_run(config["tracking_uri"], config["run_id"])
+        run.take_up(tracked.unsent(open_storage(options.out)))
     try:
         train(stage, options, dataset, ray.train.torch.get_device(), run, config["progress"].tell.remote)
     finally:
-        if run is not None:
-            run.close()
+        if run is not None and not run.close():
+            tracked.keep(open_storage(options.out), run.unsent())
 
 
 def train(
@@ -142,10 +143,10 @@ def train(
         began = time.perf_counter()
 
         if step % plan.checkpoint_every == 0 or step == plan.max_steps:
+            saved = checkpoint.Checkpoint(step, step * plan.global_batch_size, loss_value)
             if run is not None:
-                run.flush()  # a checkpoint never runs ahead of the curves
-            _checkpoint(out, stage, engine, ema, checkpoint.Checkpoint(step, step * plan.global_batch_size, loss_value),
-                        plan.keep_checkpoints)  # fmt: skip
+                saved.unsent = run.unsent()  # with these, a checkpoint never runs ahead of the curves
+            _checkpoint(out, stage, engine, ema, saved, plan.keep_checkpoints)
 
     # 4. the trained model
     if rank == 0:
