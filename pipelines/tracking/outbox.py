@@ -72,6 +72,8 @@ class Outbox:
                 del self._errands[:dropped]
                 _log.warning("%s is away for long: the oldest waiting picture is dropped", self._name)
         self._start()
+        if not self.away:
+            self._wake.set()
 
     def unsent(self) -> list[list]:
         """The points that the store has not acknowledged, as plain lists, oldest first."""
