@@ -18,6 +18,7 @@ from pipelines.dataset import Dataset
 from pipelines.models import load_vae, resolve_base, resolve_learner
 from pipelines.training.config import AdapterOptions
 from pipelines.training.initial import initial_weights
+from pipelines.training.metrics import by_timestep
 from pipelines.training.stage import Workers, fresh
 
 
@@ -69,19 +70,28 @@ class AdapterStage:
         s = self.scale
         hr = sample.hr[s * top : s * (top + rows), s * left : s * (left + columns)]
         latent = (self.latent_channels, s * rows // self.vae_factor, s * columns // self.vae_factor)
-        steps = self.scheduler.config["num_train_timesteps"]
-        steps = min(options.diffusion.max_timestep or steps, steps)
         return {
             "lr": _unit(sample.lr),
             "lr_crop": _unit(lr),
             "hr_crop": _unit(hr),
-            "timestep": np.int64(steps * rng.random() ** options.diffusion.timestep_power),
+            "timestep": np.int64(self.timesteps * rng.random() ** options.diffusion.timestep_power),
             "noise": rng.standard_normal(latent, dtype=np.float32),
             "encoding_noise": rng.standard_normal((2, *latent), dtype=np.float32),
             "guidance": np.float32(options.diffusion.noise_guidance * min(1, 2 * rng.random())),
         }
 
     def loss(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        loss_B = self.losses(model, batch)
+        return loss_B.mean(), by_timestep(loss_B.detach(), batch["timestep"], self.timesteps)
+
+    @property
+    def timesteps(self) -> int:
+        """Timesteps from 0 to below this one are trained."""
+        steps = self.scheduler.config["num_train_timesteps"]
+        return min(self.options.diffusion.max_timestep or steps, steps)
+
+    def losses(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        """The loss of each sample (B,)."""
         dtype = next(self.unet.parameters()).dtype
         with torch.no_grad():
             degradation_BD = self.learner(batch["lr"]).to(dtype)
@@ -106,7 +116,7 @@ class AdapterStage:
         loss_B = F.mse_loss(prediction.float(), target.float(), reduction="none").mean((1, 2, 3))
         if self.options.diffusion.snr_gamma:
             loss_B = loss_B * snr_weight(abar_B, self.options.diffusion.snr_gamma, kind)
-        return loss_B.mean(), {}
+        return loss_B
 
     def end_step(self, workers: Workers) -> None:
         """Nothing but the trained parameters advances."""

@@ -16,6 +16,7 @@ from pipelines.training import checkpoint, tracked
 from pipelines.training.config import AdapterOptions, LearnerOptions, from_resolved, learning_rate, micro_batch
 from pipelines.training.engine import Engine
 from pipelines.training.loader import micro_batches
+from pipelines.training.metrics import Meter
 from pipelines.training.order import SampleOrder
 from pipelines.training.stage import Stage
 
@@ -61,11 +62,11 @@ def train(
     dataset: Dataset,
     device: torch.device,
     run: Any | None,
-    tell: Callable[[int, float], Any] = lambda step, loss: None,
+    tell: Callable[[int, dict[str, float]], Any] = lambda step, values: None,
 ) -> None:
     """Train `stage` from its last checkpoint to `train.max_steps`. Needs a process group; every worker calls it.
 
-    Rank 0 logs to `run` and tells `tell` each logged step and its loss.
+    Rank 0 logs to `run` and tells `tell` each logged step and its numbers.
     """
     plan = options.train
     out = open_storage(options.out)
@@ -91,6 +92,7 @@ def train(
     micro, accumulation = micro_batch(plan, world_size, stage.unit)
     optimizer_state = found[1]["optimizer"] if found else None
     engine = Engine(module, plan, micro=micro, accumulation=accumulation, optimizer_state=optimizer_state)
+    meter = Meter(plan.global_batch_size, device, found[0].metrics.get("loss_smoothed") if found else None)
     del found
     batches = micro_batches(
         SampleOrder(index, dataset.digest, plan.seed, together=stage.together),
@@ -104,7 +106,6 @@ def train(
     )
 
     # 3. optimizer steps
-    began = logged = time.perf_counter()
     for step in range(first_step + 1, plan.max_steps + 1):
         lr = learning_rate(plan, step - 1)
         numbers: dict[str, Tensor] = {}
@@ -121,29 +122,22 @@ def train(
         stage.end_step(engine)
         if plan.ema_decay:
             _average(ema, engine, min(plan.ema_decay, step / (step + 9)))
+        means = engine.sum(torch.stack([numbers[name] for name in sorted(numbers)])) / world_size
+        meter.step(dict(zip(sorted(numbers), means.tolist(), strict=True)), waited)
 
         if step % plan.log_every == 0 or step == plan.max_steps:
-            means = engine.sum(torch.stack([numbers[name] for name in sorted(numbers)])) / world_size
-            values = dict(zip(sorted(numbers), means.tolist(), strict=True))
+            values = meter.read() | {"lr": lr}
             loss_value = values["loss"]
-            now = time.perf_counter()
-            since = step % plan.log_every or plan.log_every
-            values |= {
-                "lr": lr,
-                "samples_per_second": plan.global_batch_size * since / max(now - logged, 1e-9),
-                "data_wait_share": waited / max(now - began, 1e-9),
-            }
-            logged = now
             if (norm := engine.grad_norm()) is not None:
                 values["grad_norm"] = norm
             if run is not None:
                 run.log_metrics(values, step)
             if rank == 0:
-                tell(step, loss_value)
-        began = time.perf_counter()
+                tell(step, values)
 
         if step % plan.checkpoint_every == 0 or step == plan.max_steps:
-            saved = checkpoint.Checkpoint(step, step * plan.global_batch_size, loss_value)
+            told = {} if meter.smoothed is None else {"loss_smoothed": meter.smoothed}
+            saved = checkpoint.Checkpoint(step, step * plan.global_batch_size, loss_value, metrics=told)
             if run is not None:
                 saved.unsent = run.unsent()  # with these, a checkpoint never runs ahead of the curves
             _checkpoint(out, stage, engine, ema, saved, plan.keep_checkpoints)
