@@ -1,5 +1,6 @@
 """Stage 2: the degradation-aware adapter around a frozen diffusion model."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from pipelines.dataset import Dataset
 from pipelines.models import load_vae, resolve_base, resolve_learner
 from pipelines.training.config import AdapterOptions
 from pipelines.training.initial import initial_weights
-from pipelines.training.metrics import by_timestep
+from pipelines.training.metrics import BUCKETS, by_timestep
 from pipelines.training.stage import Workers, fresh
 
 
@@ -117,6 +118,29 @@ class AdapterStage:
         if self.options.diffusion.snr_gamma:
             loss_B = loss_B * snr_weight(abar_B, self.options.diffusion.snr_gamma, kind)
         return loss_B
+
+    def measure(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        """The loss of each sample at the middle of each bucket of timesteps, with the sample's one noise."""
+        at = [batch | {"timestep": torch.full_like(batch["timestep"], t)} for t in self._middles()]
+        return torch.stack([self.losses(model, one) for one in at], 1)
+
+    def judge(self, rows_SN: Tensor) -> dict[str, Tensor]:
+        means_N = rows_SN.mean(0)
+        by_timestep = {f"loss_timestep/{t:03d}": mean for t, mean in zip(self._middles(), means_N, strict=True)}
+        return {"loss": means_N.mean()} | by_timestep
+
+    def _middles(self) -> list[int]:
+        return [(2 * k + 1) * self.timesteps // (2 * BUCKETS) for k in range(BUCKETS)]
+
+    def pipeline(self) -> Any:
+        from deedsr.sampling.pipeline import DeeDSRPipeline
+
+        # A scheduler of its own: sampling sets the timesteps of the one it has.
+        scheduler = copy.deepcopy(self.scheduler)
+        parts = (self.vae, self.unet, scheduler, self.learner, self.adapter)
+        pipeline = DeeDSRPipeline(*parts, scale=self.scale, sampling=self.options.sampling)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
     def end_step(self, workers: Workers) -> None:
         """Nothing but the trained parameters advances."""

@@ -28,6 +28,9 @@ class TrainOptions:
     checkpoint_every: int = 200  # optimizer steps
     keep_checkpoints: int = 2  # the newest stay
     log_every: int = 10  # optimizer steps between points of the curves
+    validate_every: int = 0  # optimizer steps between validations; 0 = off
+    validation_samples: int = 32  # pairs of the validation split, always the same
+    validation_pictures: int = 2  # of them that the adapter enlarges each time
     ema_decay: float = 0.0  # averaged weights are the ones exported; 0 = off
     max_failures: int = 3  # restarts of the worker group before the run gives up
     cpus_per_worker: float = 1.0  # also the compute threads of a worker
@@ -64,6 +67,7 @@ class LearnerOptions:
     contrast: ContrastOptions = field(default_factory=ContrastOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     experiment: str = "deedsr-learner"  # MLflow experiment
+    register_as: str = "deedsr-learner"  # name of the model in MLflow's registry; empty = not registered
 
 
 @dataclass
@@ -99,6 +103,7 @@ class AdapterOptions:
     sampling: dict[str, Any] = field(default_factory=dict)  # sampling defaults stored with the model
     train: TrainOptions = field(default_factory=TrainOptions)
     experiment: str = "deedsr-adapter"  # MLflow experiment
+    register_as: str = "deedsr-adapter"  # name of the model in MLflow's registry; empty = not registered
 
 
 # `paper` follows docs/method.md; `tiny` is what a laptop trains in minutes against the shipped base. Both fix the
@@ -110,7 +115,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "contrast": {"queue_size": 24576, "momentum": 0.999, "temperature": 0.07, "batch_block": 24},
             "train": {
                 "optimizer": "sgd", "lr": 0.03, "weight_decay": 1e-4, "global_batch_size": 96, "micro_batch_size": 24,
-                "max_steps": 200_000, "checkpoint_every": 1000,
+                "max_steps": 200_000, "checkpoint_every": 1000, "validate_every": 1000, "validation_samples": 256,
             },
         },
         "tiny": {
@@ -121,6 +126,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "train": {
                 "optimizer": "adamw", "lr": 2e-3, "schedule": "cosine", "warmup_steps": 20, "weight_decay": 1e-4,
                 "global_batch_size": 64, "micro_batch_size": 32, "max_steps": 400, "checkpoint_every": 100,
+                "validate_every": 100,
             },
         },
     },
@@ -129,7 +135,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "model": {"preset": "paper"},
             "train": {
                 "lr": 1e-5, "global_batch_size": 128, "micro_batch_size": 2, "max_steps": 100_000, "zero_stage": 2,
-                "checkpoint_every": 1000,
+                "checkpoint_every": 1000, "validate_every": 1000, "validation_samples": 64, "validation_pictures": 4,
             },
         },
         "tiny": {
@@ -139,6 +145,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "train": {
                 "lr": 1e-3, "schedule": "cosine", "warmup_steps": 50, "clip_grad_norm": 1.0, "ema_decay": 0.995,
                 "global_batch_size": 8, "micro_batch_size": 4, "max_steps": 1000, "checkpoint_every": 100,
+                "validate_every": 200, "validation_samples": 16,
             },
         },
     },
@@ -148,7 +155,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 MAY_CHANGE = {
     "out", "experiment", "train.max_steps", "train.num_workers", "train.micro_batch_size", "train.zero_stage",
     "train.cpus_per_worker", "train.gpus_per_worker", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.log_every", "train.max_failures",
+    "train.log_every", "train.max_failures", "train.validate_every", "train.validation_samples",
+    "train.validation_pictures", "register_as",
 }  # fmt: skip
 
 
@@ -175,14 +183,28 @@ def worker_range(num_workers: int | str) -> tuple[int, int]:
 def check(options: LearnerOptions | AdapterOptions) -> None:
     """Refuse values that no run could work with, naming key, value and what is accepted."""
     train = options.train
-    for name in ("max_steps", "global_batch_size", "checkpoint_every", "keep_checkpoints", "log_every"):
+    for name in (
+        "max_steps",
+        "global_batch_size",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "log_every",
+        "validation_samples",
+    ):
         if getattr(train, name) < 1:
             raise UsageError(f"train.{name} must be 1 or more, got {getattr(train, name)}")
     if not (math.isfinite(train.lr) and train.lr > 0):
         raise UsageError(f"train.lr must be a positive number, got {train.lr}")
     if not 0 <= train.ema_decay < 1:
         raise UsageError(f"train.ema_decay must be in [0, 1), got {train.ema_decay}")
-    for name in ("warmup_steps", "weight_decay", "clip_grad_norm", "max_failures"):
+    for name in (
+        "warmup_steps",
+        "weight_decay",
+        "clip_grad_norm",
+        "max_failures",
+        "validate_every",
+        "validation_pictures",
+    ):
         if getattr(train, name) < 0:
             raise UsageError(f"train.{name} must be 0 or more, got {getattr(train, name)}")
     if train.cpus_per_worker <= 0:

@@ -56,6 +56,11 @@ class Engine:
             self._load_optimizer_state(optimizer_state)
 
     @property
+    def module(self) -> nn.Module:
+        """What trains."""
+        return self.engine.module
+
+    @property
     def device(self) -> torch.device:
         return torch.device(self.engine.device)
 

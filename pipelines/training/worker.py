@@ -19,6 +19,7 @@ from pipelines.training.loader import micro_batches
 from pipelines.training.metrics import Meter
 from pipelines.training.order import SampleOrder
 from pipelines.training.stage import Stage
+from pipelines.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ def train(
     optimizer_state = found[1]["optimizer"] if found else None
     engine = Engine(module, plan, micro=micro, accumulation=accumulation, optimizer_state=optimizer_state)
     meter = Meter(plan.global_batch_size, device, found[0].metrics.get("loss_smoothed") if found else None)
+    validation = Validation(stage, dataset, engine, micro)
     del found
     batches = micro_batches(
         SampleOrder(index, dataset.digest, plan.seed, together=stage.together),
@@ -134,6 +136,7 @@ def train(
                 run.log_metrics(values, step)
             if rank == 0:
                 tell(step, values)
+        validation.at(step, ema, run)
 
         if step % plan.checkpoint_every == 0 or step == plan.max_steps:
             told = {} if meter.smoothed is None else {"loss_smoothed": meter.smoothed}
