@@ -63,7 +63,7 @@ def evaluate(
     """Measure a model beside bicubic interpolation; figures and pictures go to `out`, and into an MLflow run.
 
     Args:
-        model: `tiny`, or a model's folder, URI or hub id.
+        model: `tiny`, or a model's folder, URI, hub id or `models:/NAME/VERSION`.
         data: a finished dataset of the model's scale.
         out: folder or S3 prefix.
         metrics: of METRICS. PSNR and SSIM are means over the samples, NIQE is one fit over the blocks of all.

@@ -104,12 +104,18 @@ class Outbox:
                 with self._changed:
                     self._stored |= {p.name: p.step for p in fresh}
                     del self._points[: len(batch)]
-            while self._errands:
-                errand = self._errands[0]
-                errand()
+            refused: Exception | None = None
+            for errand in list(self._errands):  # one that cannot be done holds up no other
+                try:
+                    errand()
+                except Exception as error:
+                    refused = refused or error
+                    continue
                 with self._changed:
-                    if self._errands and self._errands[0] is errand:  # else it was dropped meanwhile
-                        del self._errands[0]
+                    if errand in self._errands:  # else it was dropped meanwhile
+                        self._errands.remove(errand)
+            if refused is not None:
+                raise refused
 
     def attempt(self, seconds: float) -> bool:
         """Have the thread send everything and wait for it: until it is done, until a try failed, or so long."""

@@ -164,7 +164,8 @@ class Run:
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
     @cached_property
-    def _client(self) -> "MlflowClient":
+    def client(self) -> "MlflowClient":
+        """MLflow's own, connected when it is first asked for. Raises UsageError where the store is away."""
         return connect(self.tracking_uri)
 
     def log_metrics(self, values: Mapping[str, float], step: int = 0) -> None:
@@ -208,22 +209,22 @@ class Run:
 
         def store() -> None:
             with self._reaching_store():
-                self._client.log_image(self.id, image_HWC, artifact_file=f"pictures/{name}.png")
+                self.client.log_image(self.id, image_HWC, artifact_file=f"pictures/{name}.png")
                 if step is not None:
-                    self._client.log_image(self.id, image_HWC, key=name, step=step)
+                    self.client.log_image(self.id, image_HWC, key=name, step=step)
 
         self.later(store) if self.patient else store()
 
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
         """Store a file, or a directory with what it holds, among the artifacts."""
         with self._reaching_store():
-            send = self._client.log_artifacts if Path(path).is_dir() else self._client.log_artifact
+            send = self.client.log_artifacts if Path(path).is_dir() else self.client.log_artifact
             send(self.id, str(path), folder)
 
     def log_text(self, text: str, name: str) -> None:
         """Store a text as artifact `name`."""
         with self._reaching_store():
-            self._client.log_text(self.id, text, name)
+            self.client.log_text(self.id, text, name)
 
     def log_dataset(self, dataset: HasDigest, context: str) -> None:
         """Record a dataset as MLflow dataset input (in MLflow's 36 characters) and its whole digest as tag."""
@@ -238,7 +239,7 @@ class Run:
             source=json.dumps({"uri": uri}),
         )
         with self._reaching_store():
-            self._client.log_inputs(self.id, [DatasetInput(entity, [InputTag("mlflow.data.context", context)])])
+            self.client.log_inputs(self.id, [DatasetInput(entity, [InputTag("mlflow.data.context", context)])])
         self.set_tags({DIGEST_TAG: dataset.digest})
 
     def set_tags(self, tags: Mapping[str, str | None]) -> None:
@@ -248,7 +249,7 @@ class Run:
         entities = [RunTag(name, masked_uri(str(value))) for name, value in tags.items() if value is not None]
         with self._reaching_store():
             for i in range(0, len(entities), MAX_PARAMS_PER_BATCH):
-                self._client.log_batch(self.id, tags=entities[i : i + MAX_PARAMS_PER_BATCH])
+                self.client.log_batch(self.id, tags=entities[i : i + MAX_PARAMS_PER_BATCH])
 
     def close(self) -> bool:
         """Send what is pending and stop the threads; the status stays RUNNING for whoever writes on.
@@ -273,7 +274,7 @@ class Run:
 
     def _terminate(self, status: str) -> None:
         with self._reaching_store():
-            self._client.set_terminated(self.id, status)
+            self.client.set_terminated(self.id, status)
 
     def _close(self, to_the_end: bool = False) -> bool:
         self._stop_monitor()
@@ -306,19 +307,19 @@ class Run:
         from mlflow.entities import Metric
 
         with self._reaching_store():
-            self._client.log_batch(self.id, metrics=[Metric(*point) for point in points])
+            self.client.log_batch(self.id, metrics=[Metric(*point) for point in points])
 
     def _stored_steps(self) -> dict[str, int]:
         with self._reaching_store():
             # MLflow has no public accessor for the latest step of all metrics; whole histories would be slow.
-            return {metric.key: metric.step for metric in self._client.get_run(self.id).data._metric_objs}
+            return {metric.key: metric.step for metric in self.client.get_run(self.id).data._metric_objs}
 
     def _set_running(self) -> None:
         from mlflow.exceptions import MlflowException
 
         with self._reaching_store():
             try:
-                self._client.update_run(self.id, status="RUNNING")
+                self.client.update_run(self.id, status="RUNNING")
             except MlflowException as error:
                 if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                     raise
@@ -340,10 +341,10 @@ class Run:
 
         flat = {key[:MAX_KEY_CHARACTERS]: param_text(value) for key, value in flatten(config).items()}
         with self._reaching_store():
-            stored = self._client.get_run(self.id).data.params
+            stored = self.client.get_run(self.id).data.params
             fresh = [Param(key, value) for key, value in flat.items() if key not in stored]
             for i in range(0, len(fresh), MAX_PARAMS_PER_BATCH):
-                self._client.log_batch(self.id, params=fresh[i : i + MAX_PARAMS_PER_BATCH])
+                self.client.log_batch(self.id, params=fresh[i : i + MAX_PARAMS_PER_BATCH])
         self.set_tags({CONFIG_TAG + key: flat[key] for key, value in stored.items() if flat.get(key, value) != value})
         self.log_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), "config.yaml")
 

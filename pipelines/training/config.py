@@ -94,7 +94,7 @@ class AdapterOptions:
     """`deedsr train adapter`"""
 
     data: str = ""  # degradation shards
-    learner: str = ""  # output of `deedsr train learner`
+    learner: str = ""  # output of `deedsr train learner`: folder, URI or models:/NAME/VERSION
     base: str = "tiny"  # frozen diffusion model: `tiny`, a diffusers folder or URI, or a hub id
     out: str = ""  # checkpoints and the trained model folder
     init: str | None = None  # start from the weights of this model's adapter, of the same geometry; null = new ones
