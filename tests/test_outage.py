@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,9 @@ from test_training import WORKER, learner_options, variants  # noqa: F401
 
 from deedsr.errors import UsageError
 from pipelines import tracking
+from pipelines.models import pinned, resolve_model
 from pipelines.storage import open_storage
+from pipelines.tracking.registry import register
 from pipelines.training import tracked
 from pipelines.training.checkpoint import Checkpoint
 from pipelines.training.config import resolved
@@ -206,9 +209,9 @@ class Server:
         self.process.wait()
 
 
-@pytest.fixture
-def server(tmp_path):
-    server = Server(tmp_path)
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("server"))
     server.start()
     yield server
     server.kill()
@@ -275,3 +278,23 @@ def test_a_training_outlives_its_tracking_server_and_its_own_death_without_a_gap
     assert tracked.conclude(tracking.open_run(server.uri, run.id, system_metrics=False), open_storage(str(out)), list)
     history = MlflowClient(server.uri).get_metric_history(run.id, "loss")
     assert [metric.step for metric in history] == list(range(1, options.train.max_steps + 1))
+
+
+@pytest.mark.soak
+def test_a_server_is_given_the_model_of_a_local_folder_and_gives_it_to_others(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    out, tiny = tmp_path / "out", Path(str(files("deedsr") / "assets" / "tiny"))
+    for part in ("adapter", "learner"):
+        shutil.copytree(tiny / part, out / part)
+    (out / "deedsr.json").write_text(json.dumps({"format_version": 1, "base": "tiny", "scale": 4}))
+    with tracking.start_run("deedsr-adapter", name="adapter", config={}, system_metrics=False) as run:
+        assert register(run, "sr", open_storage(str(out)), {}) == "1"
+        assert register(run, "sr", open_storage(str(out)), {}) == "1"
+    shutil.rmtree(out)
+    assert pinned("models:/sr/latest") == "models:/sr/1"
+    folder = resolve_model("models:/sr/1")
+    assert folder == resolve_model("models:/sr/1")
+    assert folder.is_relative_to(tmp_path / "cache")
+    weights = "adapter/diffusion_pytorch_model.safetensors"
+    assert (folder / weights).read_bytes() == (tiny / weights).read_bytes()
