@@ -46,63 +46,72 @@ def _lines(out: Path, name: str) -> list:
     return [json.loads(line) for line in (out / name).read_text().splitlines()]
 
 
-def test_validation_leaves_no_trace_in_the_training_and_is_the_same_for_any_number_of_workers(
-    learner_options,  # noqa: F811
-    adapter_options,
-    tmp_path,
-    monkeypatch,
-):
+@pytest.fixture
+def told(monkeypatch) -> None:
     worker = test_training.WORKER
-    start = worker.index("    def log_metrics")
-    end = worker.index("    def unsent")
+    start, end = worker.index("    def log_metrics"), worker.index("    def unsent")
     monkeypatch.setattr(test_training, "WORKER", worker[:start] + SEEN.lstrip(chr(10)) + worker[end:])
-    steps = {"max_steps": 4, "checkpoint_every": 4}
+
+
+@pytest.fixture
+def arms(learner_options, adapter_options, tmp_path, told):  # noqa: F811
+    """A function that gives the options of the three trainings, by name, for a number of workers."""
     # Over two samples, as in the other tests, batch normalisation makes much of rounding.
     model = dataclasses.replace(learner_options.model, norm_group=4)
-    calm = dataclasses.replace(learner_options, model=model)
-    on = steps | {"validate_every": 2, "validation_samples": 5, "validation_pictures": 2}
+    learner = dataclasses.replace(learner_options, model=model)
 
-    off = [
-        variants(calm, tmp_path / "learner-off", micro_batch_size=4, **steps),
-        variants(adapter_options, tmp_path / "adapter-off", micro_batch_size=2),
-    ]
-    for out in ("learner-1", "adapter-1", "adapter-zero3-1", "learner-2", "adapter-2", "adapter-zero3-2"):
-        (tmp_path / out).mkdir()
+    def make(name: str, **changes) -> dict:
+        changes |= {"max_steps": 4, "checkpoint_every": 4}
+        for kind in ("learner", "adapter", "zero3"):
+            (tmp_path / f"{kind}-{name}").mkdir()
+        return {
+            "learner": variants(learner, tmp_path / f"learner-{name}", micro_batch_size=4, **changes),
+            "adapter": variants(adapter_options, tmp_path / f"adapter-{name}", micro_batch_size=2, **changes),
+            "zero3": variants(adapter_options, tmp_path / f"zero3-{name}", micro_batch_size=2, zero_stage=3, **changes),
+        }
 
-    def with_validation(workers: int) -> list:
-        return [
-            variants(calm, tmp_path / f"learner-{workers}", micro_batch_size=4, **on),
-            variants(adapter_options, tmp_path / f"adapter-{workers}", micro_batch_size=2, **on),
-            variants(adapter_options, tmp_path / f"adapter-zero3-{workers}", micro_batch_size=2, zero_stage=3, **on),
-        ]
+    return make
 
-    *without, learner, adapter, _ = run_processes(1, off + with_validation(1))
-    run_processes(2, with_validation(2))
-    assert [learner, adapter] == without  # bit for bit
-    for kind in ("learner", "adapter"):
-        weights = [next(f.glob("checkpoints/*/trained.safetensors")).read_bytes()
-                   for f in (tmp_path / f"{kind}-off", tmp_path / f"{kind}-1")]  # fmt: skip
+
+VALIDATED = {"validate_every": 2, "validation_samples": 5, "validation_pictures": 2}
+
+
+def test_validation_leaves_no_trace_in_the_training(arms, tmp_path):
+    """Losses and weights are bit for bit those of a training without it, with averaged weights and in ZeRO 3."""
+    off, on = arms("off"), arms("on", **VALIDATED)
+    curves = run_processes(2, [*off.values(), *on.values()])
+    assert curves[:3] == curves[3:]
+    for kind in off:
+        weights = [next((tmp_path / f"{kind}-{name}").glob("checkpoints/*/trained.safetensors")).read_bytes()
+                   for name in ("off", "on")]  # fmt: skip
         assert weights[0] == weights[1]
+        assert not (tmp_path / f"{kind}-off" / "validation.jsonl").exists()
 
-    for kind in ("learner", "adapter", "adapter-zero3"):
+    lines = {kind: _lines(tmp_path / f"{kind}-on", "validation.jsonl") for kind in on}
+    assert all([line["step"] for line in told] == [2, 4] for told in lines.values())
+    assert {"validation/top1", "validation/top5"} < lines["learner"][0].keys()
+    first, second = lines["adapter"]
+    buckets = [value for name, value in first.items() if name.startswith("validation/loss_timestep/")]
+    assert len(buckets) == 4
+    assert first["validation/loss"] == pytest.approx(np.mean(buckets), rel=1e-5)
+    assert first["validation/loss"] != second["validation/loss"]
+    assert first["validation/psnr_y_bicubic"] == second["validation/psnr_y_bicubic"] > 10
+    pictures = _lines(tmp_path / "adapter-on", "pictures.jsonl")
+    assert [step for *_, step in pictures] == [2, 2, 4, 4]
+    assert all(shape == [128, 4 * 128, 3] for _, shape, _, _ in pictures)
+    # ZeRO 3 validates the trained weights, the others their average: by step 4 they are far enough apart.
+    assert lines["zero3"][1]["validation/loss"] != pytest.approx(second["validation/loss"], rel=1e-4)
+
+
+@pytest.mark.soak
+def test_validation_says_the_same_for_any_number_of_workers(arms, tmp_path):
+    for workers in (1, 2):
+        run_processes(workers, list(arms(str(workers), **VALIDATED).values()))
+    for kind in ("learner", "adapter", "zero3"):
         one, two = (_lines(tmp_path / f"{kind}-{workers}", "validation.jsonl") for workers in (1, 2))
-        assert [line["step"] for line in one] == [2, 4]
-        assert one[0]["validation/loss"] != one[1]["validation/loss"]
         for first, second in zip(one, two, strict=True):
             for name in first.keys() - {"validation/seconds"}:
                 np.testing.assert_allclose(second[name], first[name], rtol=2e-3, err_msg=f"{kind} {name}")
-    assert {"validation/top1", "validation/top5"} < _lines(tmp_path / "learner-1", "validation.jsonl")[0].keys()
-    lines = _lines(tmp_path / "adapter-1", "validation.jsonl")
-    buckets = [v for name, v in lines[0].items() if name.startswith("validation/loss_timestep/")]
-    assert len(buckets) == 4
-    assert lines[0]["validation/loss"] == pytest.approx(np.mean(buckets), rel=1e-5)
-    assert lines[0]["validation/psnr_y_bicubic"] == lines[1]["validation/psnr_y_bicubic"] > 10
-    pictures = _lines(tmp_path / "adapter-1", "pictures.jsonl")
-    assert [step for *_, step in pictures] == [2, 2, 4, 4]
-    assert all(shape == [128, 4 * 128, 3] for _, shape, _, _ in pictures)
-    # ZeRO 3 validates the trained weights, the others their average: at step 2 both have moved.
-    zero3 = _lines(tmp_path / "adapter-zero3-1", "validation.jsonl")
-    assert zero3[1]["validation/loss"] != lines[1]["validation/loss"]
 
 
 def test_the_pairs_are_fixed_by_their_keys_and_stay_when_others_join():
