@@ -42,8 +42,8 @@ class Clock:
         else:
             self.steps[step] = now
 
-    def flush(self):
-        pass
+    def unsent(self):
+        return []
 
 
 def options(arguments, out: str):

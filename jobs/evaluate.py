@@ -11,7 +11,7 @@ from jobs.sampling import SamplingOptions
 
 @dataclasses.dataclass(kw_only=True)
 class EvaluateOptions(SamplingOptions):
-    model: str  # folder or URI written by `train adapter`, or tiny
+    model: str  # what `train adapter` wrote: folder, URI or models:/NAME/VERSION; or tiny
     data: str  # degradation shards
     out: str  # where figures and pictures go: folder or s3://bucket/prefix
     metrics: str = "psnr,ssim,niqe"  # names, separated by commas

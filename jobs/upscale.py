@@ -10,7 +10,7 @@ from jobs.sampling import SamplingOptions
 class UpscaleOptions(SamplingOptions):
     input: list[str]  # files, folders or URIs
     out: str  # where the results go: folder or s3://bucket/prefix
-    model: str = "tiny"  # folder or URI written by `train adapter`, or tiny
+    model: str = "tiny"  # what `train adapter` wrote: folder, URI or models:/NAME/VERSION; or tiny
 
 
 def run(options: UpscaleOptions) -> Outcome:

@@ -233,18 +233,19 @@ def _labels(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 def _charts(client: "MlflowClient", group: RunGroup, labels: dict[str, str]) -> list[Any]:
-    """Metrics that were logged over several steps, the runs of the group overlaid."""
-    charts = []
+    """Metrics that were logged over several steps, the runs of the group overlaid; losses by timestep share a chart."""
+    charts: dict[str, list[Curve]] = {}
     for name in group.metric_names():
-        curves = []
+        family, _, member = name.rpartition("/")
+        together = family.endswith("loss_timestep")
         for run in group.runs:
             history = client.get_metric_history(run["run_id"], name) if name in run["metrics"] else []
             points = sorted({(m.step, m.value) for m in history})
             if len(points) > 1:
-                curves.append(Curve(labels[run["run_id"]], points))
-        if curves:
-            charts.append(draw(curves, name))
-    return charts
+                label = labels[run["run_id"]]
+                curve = Curve(f"{label} · {member}" if together else label, points)
+                charts.setdefault(family if together else name, []).append(curve)
+    return [draw(curves, name) for name, curves in charts.items()]
 
 
 def _pictures(client: "MlflowClient", group: RunGroup, labels: dict[str, str], at_most: int) -> list[dict[str, Any]]:

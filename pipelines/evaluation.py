@@ -24,6 +24,7 @@ from pipelines import tracking
 from pipelines.dataset import Dataset
 from pipelines.models import load_pipeline, resolve_model, training_run
 from pipelines.storage import open_storage
+from pipelines.strips import strip
 
 METRICS = ("psnr", "ssim", "niqe")  # PSNR and SSIM on Y
 METHODS = ("model", "bicubic")
@@ -62,7 +63,7 @@ def evaluate(
     """Measure a model beside bicubic interpolation; figures and pictures go to `out`, and into an MLflow run.
 
     Args:
-        model: `tiny`, or a model's folder, URI or hub id.
+        model: `tiny`, or a model's folder, URI, hub id or `models:/NAME/VERSION`.
         data: a finished dataset of the model's scale.
         out: folder or S3 prefix.
         metrics: of METRICS. PSNR and SSIM are means over the samples, NIQE is one fit over the blocks of all.
@@ -135,7 +136,7 @@ def evaluate(
                 files[name] = f"pictures/{sample.key}.{name}.png"
                 storage.write(files[name], _png(picture))
             if row in shown:
-                run.log_picture(sample.key, _side_by_side(sample.lr, pictures["bicubic"], pictures["model"], sample.hr))
+                run.log_picture(sample.key, strip(sample.lr, pictures["bicubic"], pictures["model"], sample.hr))
             source = sample.info.get("source")
             records.append({"key": sample.key, "source": source, "metrics": figures, "pictures": files})
 
@@ -238,9 +239,3 @@ def _finite(value: float) -> float | None:
 
 def _png(picture: np.ndarray) -> bytes:
     return cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1].tobytes()
-
-
-def _side_by_side(lr: np.ndarray, *others: np.ndarray) -> np.ndarray:
-    """One picture: the LR with its pixels as squares, then the others."""
-    squares = cv2.resize(lr, others[0].shape[1::-1], interpolation=cv2.INTER_NEAREST)
-    return np.concatenate([squares, *others], axis=1)

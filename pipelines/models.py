@@ -1,4 +1,4 @@
-"""Models, bases and learners by name, folder, hub id or URI: where they are on this machine."""
+"""Models, bases and learners by name, folder, hub id, URI or MLflow version: where they are on this machine."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deedsr.errors import UsageError
-from pipelines.storage import localize
+from pipelines.storage import localize, open_storage
 
 if TYPE_CHECKING:
     from deedsr.sampling.pipeline import DeeDSRPipeline
@@ -14,11 +14,48 @@ if TYPE_CHECKING:
 
 def _local(name: str | Path) -> Path | str:
     """A URI becomes a local folder, without the checkpoints of the training that wrote it; whatever else stays."""
+    if str(name).startswith("models:"):
+        return _registered(str(name))
     return localize(name, without="checkpoints") if "://" in str(name) else name
 
 
+def _registered(name: str) -> Path:
+    """Local folder of a version in MLflow's registry, with the weights that were registered."""
+    from pipelines.tracking import registry
+
+    version = registry.find(name)
+    folder = localize(version.source, without="checkpoints") if _is_place(version.source) else registry.fetch(version)
+    if version.weights is not None and registry.weights_digest(open_storage(str(folder))) != version.weights:
+        raise UsageError(
+            f"the weights of {version.uri} are gone: a later training wrote others to {version.source}. "
+            f"Take a newer version, or the folder as it is"
+        )
+    return folder
+
+
+def _is_place(source: str) -> bool:
+    """Whether a version refers to storage that is read without MLflow."""
+    return source.startswith(("s3://", "file://", "/"))
+
+
+def pinned(model: str) -> str:
+    """What `models:/...` means today, for workers and continuations: a location, or else a fixed version.
+
+    Raises UsageError where there is none. Any other name comes back as it is.
+    """
+    if not model.startswith("models:"):
+        return model
+    from pipelines.tracking import registry
+
+    version = registry.find(model)
+    return version.source if _is_place(version.source) else version.uri
+
+
 def resolve_model(model: str | Path) -> Path:
-    """Local folder of a model: `tiny`, a folder, a URI or a hub id. Raises UsageError where there is none."""
+    """Local folder of a model: `tiny`, a folder, a URI, a hub id, `models:/NAME/VERSION` or `models:/NAME@ALIAS`.
+
+    Raises UsageError where there is none.
+    """
     from deedsr.sampling.model_folder import find_folder
 
     return find_folder(_local(model))
@@ -74,8 +111,10 @@ def load_pipeline(model: str | Path) -> "DeeDSRPipeline":
 
 
 def training_run(model: str | Path) -> str | None:
-    """MLflow run that trained the model, where its folder says so."""
-    record = resolve_model(model) / "training.json"
+    """MLflow run that trained a model or learner, where its folder says so."""
+    from deedsr.sampling.model_folder import find_folder
+
+    record = find_folder(_local(model)) / "training.json"
     return json.loads(record.read_text()).get("run_id") if record.is_file() else None
 
 

@@ -66,7 +66,7 @@ def upscale(
     Args:
         inputs: files, folders (searched through), glob patterns, S3 objects and prefixes.
         out: folder or S3 prefix; what is there under the same name is replaced.
-        model: `tiny`, or a model's folder, URI or hub id.
+        model: `tiny`, or a model's folder, URI, hub id or `models:/NAME/VERSION`.
         steps, noise_guidance, noise_guidance_share, eta, color_fix: as for `DeeDSRPipeline`; None = the model's own.
         seed: of every picture's noise, so that a picture comes out the same alone and among others.
         progress: show a progress bar on stderr.

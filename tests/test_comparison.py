@@ -30,6 +30,7 @@ def store(tmp_path_factory, photos) -> str:
         with run("deedsr-learner", name, {"train": {"lr": rate, "max_steps": 50}, "same": 1}, LIGHT) as learner:
             for step in range(1, 51):
                 learner.log_metrics({"loss": 1 / (rate * step), "samples_per_second": 30.0}, step)
+                learner.log_metrics({f"loss_timestep/{low:03d}": step / (low + 1) for low in (0, 500)}, step)
         learners[name] = learner.id
     for model, psnr in {"A": 20.25, "B": 24.5}.items():
         for dataset in (LIGHT, HEAVY):
@@ -60,6 +61,13 @@ def test_figures_of_two_datasets_or_splits_never_share_a_table(store, tmp_path):
         assert len({LIGHT[:12] in block, HEAVY[:12] in block}) == 2
 
 
+def test_losses_by_timestep_share_a_chart(store, tmp_path):
+    page = compare("deedsr-learner", tmp_path / "c.html", store).page
+    charts = [chart for chart in Path(page).read_text().split('<div class="chart"') if "slow · 000" in chart]
+    assert len(charts) == 1
+    assert all(f"{run} · {low}" in charts[0] for run in ("slow", "fast") for low in ("000", "500"))
+
+
 def test_only_settings_that_differ_are_shown(store):
     (group,) = compare("deedsr-learner", tracking_uri=store).groups
     assert [run["config"] for run in group.runs] == [{"train.lr": "0.1"}, {"train.lr": "0.01"}]
@@ -88,7 +96,7 @@ def test_the_page_overlays_curves_and_holds_the_pictures(store, tmp_path):
     page = compare(None, tmp_path / "all.html", store).page
     html = Path(page).read_text()
     charts = html.split('<div class="chart"')[1:]
-    assert len(charts) == 2  # loss and samples per second
+    assert len(charts) == 3  # loss, loss by timestep, and samples per second
     for chart in charts:
         assert chart.count('class="line') == 2
         assert "</i>fast</li>" in chart

@@ -179,6 +179,34 @@ def test_the_adapter_is_a_model_that_enlarges_and_names_its_parents(adapter, ada
         assert "_name_or_path" not in json.loads(config.read_text())
 
 
+def _versions(name: str) -> list:
+    return sorted(
+        tracking.connect(tracking.tracking_uri()).search_model_versions(f"name = '{name}'"),
+        key=lambda v: int(v.version),
+    )
+
+
+def test_models_are_registered_with_their_lineage_and_serve_by_name(adapter, adapter_options, learner, shards_run):
+    (version,) = [v for v in _versions("deedsr-adapter") if v.run_id == adapter.run_id]
+    assert (version.run_id, version.source) == (adapter.run_id, adapter_options.out)
+    expected = {
+        "deedsr.kind": "adapter",
+        "deedsr.step": "3",
+        "deedsr.base": adapter_options.base,
+        "deedsr.parent.learner": learner.run_id,
+        "deedsr.parent.shards": shards_run,
+    }
+    assert expected.items() <= version.tags.items()
+    learners = _versions("deedsr-learner")
+    assert {v.run_id for v in learners} == {learner.run_id}
+    # The same command again, its learner given by name, finds all done and registers nothing.
+    by_name = dataclasses.replace(adapter_options, learner="models:/deedsr-learner/latest")
+    assert train_adapter(by_name, progress=False) == adapter
+    assert len([v for v in _versions("deedsr-adapter") if v.run_id == adapter.run_id]) == 1
+    with pytest.raises(UsageError, match="no models:/deedsr-learner/99"):
+        train_adapter(dataclasses.replace(adapter_options, learner="models:/deedsr-learner/99"), progress=False)
+
+
 def test_a_training_starts_from_given_weights_and_refuses_other_ones_in_the_middle(adapter, adapter_options, tmp_path):
     from safetensors.torch import load_file
 

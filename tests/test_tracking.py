@@ -211,6 +211,7 @@ def test_system_metrics_are_sampled_and_continue_after_a_resume(store, client, m
     def sampled(expected):
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
+            run.flush()
             steps = [s for s, _ in history(client, run, "system/cpu_utilization_percentage")]
             if len(steps) >= expected:
                 return steps

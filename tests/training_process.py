@@ -33,8 +33,9 @@ class Curve:
         if "loss" in values:
             print(json.dumps([step, values["loss"]]), file=self.file)
 
-    def flush(self):
+    def unsent(self):
         os.fsync(self.file.fileno())
+        return []
 
 
 def work(options: LearnerOptions | AdapterOptions, life: int, rank: int, world_size: int, port: int, bad: dict) -> None:

@@ -6,6 +6,9 @@ the dataset's digest as an MLflow dataset input and as tag `deedsr.dataset.diges
 
 One process writes a run at a time. A training driver starts the run (`system_metrics=False`), rank 0's worker opens it
 by (`tracking_uri`, `id`) with `open_run` and leaves it with `close`; the driver sets the final status with `finish`.
+
+A patient run outlives its store: what the store does not take waits in an outbox, and what still waits when a process
+ends is `Run.unsent()`, for the next one to `take_up`.
 """
 
 from pipelines.tracking.provenance import DatasetInput, HasDigest

@@ -3,13 +3,14 @@
 import contextlib
 import json
 import logging
-import threading
-import time
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from deedsr.errors import DeeDSRError, UsageError
+from pipelines.tracking.outbox import Outbox, Point
 from pipelines.tracking.provenance import (
     COMMIT_TAG,
     CONFIG_TAG,
@@ -23,18 +24,19 @@ from pipelines.tracking.provenance import (
     param_text,
     plain,
 )
-from pipelines.tracking.store import cause, connect, experiment_id, masked_uri
+from pipelines.tracking.store import StoreAway, cause, connect, experiment_id, masked_uri
 from pipelines.tracking.store import tracking_uri as resolve_uri
 
 if TYPE_CHECKING:
     import numpy as np
     from mlflow import MlflowClient
 
-FLUSH_SECONDS = 5.0
+END_SECONDS = 60.0  # that the end of a patient run tries to reach a store that is away
+STOP_SECONDS = 60.0  # of the one try where a patient run is only left, or did not get to its end
+ATTEMPT_SECONDS = 2.0  # that a checkpoint waits for the store
 # Limits of MLflow's stores.
 MAX_KEY_CHARACTERS = 250
 MAX_PARAMS_PER_BATCH = 100
-MAX_METRICS_PER_BATCH = 1000
 MAX_DIGEST_CHARACTERS = 36
 
 _log = logging.getLogger("deedsr.tracking")
@@ -51,6 +53,7 @@ def start_run(
     tags: Mapping[str, str] | None = None,
     tracking_uri: str | None = None,
     system_metrics: bool = True,
+    patient: bool = False,
 ) -> "Run":
     """Start a run, or continue `run_id`.
 
@@ -66,19 +69,22 @@ def start_run(
         tracking_uri: store; see `tracking_uri()`.
         system_metrics: sample this machine's CPU, memory, disk, network and GPU until the run is closed. A driver
             whose run is written by a worker says False.
+        patient: the work outlives the store: a run to continue needs no store yet, and `finish` raises nothing.
 
     Raises:
         UsageError: the store cannot be reached, or has no run `run_id`.
     """
     uri = resolve_uri(tracking_uri)
-    client = connect(uri)
     config = plain(config)
+    new = run_id is None
     if run_id is None:
+        client = connect(uri)
         run_id = client.create_run(experiment_id(client, uri, experiment), run_name=name).info.run_id
-    else:
-        _set_running(client, uri, run_id)
-    run = Run(client, uri, run_id)
-    try:
+    run = Run(uri, run_id, patient)
+
+    def begin() -> None:
+        if not new:
+            run._set_running()
         run._log_config(config)
         run.set_tags(
             {COMMIT_TAG: git_commit(), **{VERSION_TAG + k: v for k, v in library_versions().items()}}
@@ -89,24 +95,30 @@ def start_run(
             run.log_dataset(dataset, context=experiment.removeprefix("deedsr-"))
         if system_metrics:
             run._watch_system()
+
+    try:
+        begin()
+    except (StoreAway, StoreRefused) as error:
+        if new or not patient:
+            raise
+        _log.warning("%s; the work goes on, and what is logged is kept and sent later", error)
+        run.later(begin)
     except BaseException:
-        run.finish("FAILED")
+        with contextlib.suppress(DeeDSRError):  # what stopped the work matters more
+            run.finish("FAILED")
         raise
     return run
 
 
 def open_run(tracking_uri: str, run_id: str, *, system_metrics: bool = True) -> "Run":
-    """Open a run that another process started, to write it from here. It is RUNNING again.
+    """Open a run that another process started, to write it from here; patient. It is RUNNING again.
 
-    Raises:
-        UsageError: the store cannot be reached, or has no run `run_id`.
+    Returns at once and never raises for a store that is away.
     """
-    uri = resolve_uri(tracking_uri)
-    client = connect(uri)
-    _set_running(client, uri, run_id)
-    run = Run(client, uri, run_id)
+    run = Run(resolve_uri(tracking_uri), run_id, patient=True)
+    run.later(run._set_running)
     if system_metrics:
-        run._watch_system()
+        run.later(run._watch_system)
     return run
 
 
@@ -127,16 +139,8 @@ def find_run(experiment: str | None, tags: Mapping[str, str], tracking_uri: str 
     return runs[0].info.run_id if runs else None
 
 
-def _set_running(client: "MlflowClient", uri: str, run_id: str) -> None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.update_run(run_id, status="RUNNING")
-    except MlflowException as error:
-        raise UsageError(
-            f"the MLflow store {masked_uri(uri)} has no run {run_id} to continue: set MLFLOW_TRACKING_URI to the "
-            "store in which the work was begun, or begin anew with another --out"
-        ) from error
+class StoreRefused(DeeDSRError):
+    """The store answered with an error, or not at all, to something that was to be logged."""
 
 
 class Run:
@@ -147,42 +151,47 @@ class Run:
         tracking_uri: its store. May hold credentials: print `masked_uri(run.tracking_uri)`.
     """
 
-    def __init__(self, client: "MlflowClient", tracking_uri: str, run_id: str):
+    def __init__(self, tracking_uri: str, run_id: str, patient: bool = False):
         self.id = run_id
         self.tracking_uri = tracking_uri
-        self._client = client
+        self.patient = patient
         self._monitor: Any = None
-        self._pending: list[Any] = []
-        self._pending_lock = threading.Lock()
-        self._send_lock = threading.Lock()  # batches are sent one after the other, so a stored step has no gap below
-        self._last_step: dict[str, int] | None = None
-        self._closed = threading.Event()
-        self._sender: threading.Thread | None = None
+        self._finished = False
+        self._outbox = Outbox(self._send, self._stored_steps, f"the MLflow store {masked_uri(tracking_uri)}")
+        if patient:
+            # The outbox tries again for as long as it takes; MLflow would hold each try for minutes.
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+
+    @cached_property
+    def client(self) -> "MlflowClient":
+        """MLflow's own, connected when it is first asked for. Raises UsageError where the store is away."""
+        return connect(self.tracking_uri)
 
     def log_metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Log numbers of one step. Returns at once: they are sent in batches every few seconds and by `flush`.
 
         For each metric, steps up to the last that the run holds are skipped, so repeated steps after a resume are
-        stored once. Call `flush` before a checkpoint is committed, so that a crash leaves no gap.
+        stored once. Put `unsent` into every checkpoint, and give it to `take_up` after a restart: no step is lost.
         """
-        from mlflow.entities import Metric
+        self._outbox.add(values, step)
 
-        if self._last_step is None:
-            # MLflow has no public accessor for the latest step of all metrics; whole histories would be slow.
-            stored = self._client.get_run(self.id).data._metric_objs
-            self._last_step = {metric.key: metric.step for metric in stored}
-        now = int(time.time() * 1000)
-        fresh = [
-            Metric(name, float(value), now, step)
-            for name, value in values.items()
-            if step > self._last_step.get(name, -1)
-        ]
-        self._last_step.update({metric.key: step for metric in fresh})
-        with self._pending_lock:
-            self._pending += fresh
-        if self._sender is None:
-            self._sender = threading.Thread(target=self._send_regularly, name="mlflow-metrics", daemon=True)
-            self._sender.start()
+    def take_up(self, points: Iterable[Sequence]) -> None:
+        """Log what `unsent` of an earlier process gave, before anything else is logged."""
+        self._outbox.load(points)
+
+    def unsent(self) -> list[list]:
+        """`[name, value, timestamp in ms, step]` of what the store has not taken, oldest first.
+
+        A store that works is given two seconds to take it first; one that is known to be away is not waited for.
+        """
+        if not self._outbox.away:
+            self._outbox.attempt(ATTEMPT_SECONDS)
+        return self._outbox.unsent()
+
+    def later(self, call: Callable[[], object]) -> None:
+        """Do something with the store when it is there, behind the metrics, on the sender's thread. Returns at once."""
+        self._outbox.errand(call)
 
     def flush(self) -> None:
         """Send what is pending now.
@@ -190,29 +199,32 @@ class Run:
         Raises:
             DeeDSRError: the store did not take it. Nothing is lost: it stays pending.
         """
-        with self._send_lock:
-            while self._pending:
-                batch = self._pending[:MAX_METRICS_PER_BATCH]
-                with self._reaching_store():
-                    self._client.log_batch(self.id, metrics=batch)
-                with self._pending_lock:
-                    del self._pending[: len(batch)]
+        self._outbox.deliver()
 
-    def log_picture(self, name: str, image_HWC: "np.ndarray") -> None:
-        """Store a uint8 RGB picture as artifact `pictures/{name}.png`."""
-        with self._reaching_store():
-            self._client.log_image(self.id, image_HWC, artifact_file=f"pictures/{name}.png")
+    def log_picture(self, name: str, image_HWC: "np.ndarray", step: int | None = None) -> None:
+        """Store a uint8 RGB picture as artifact `pictures/{name}.png`; with a step also in MLflow's series of images.
+
+        A patient run returns at once and stores it later.
+        """
+
+        def store() -> None:
+            with self._reaching_store():
+                self.client.log_image(self.id, image_HWC, artifact_file=f"pictures/{name}.png")
+                if step is not None:
+                    self.client.log_image(self.id, image_HWC, key=name, step=step)
+
+        self.later(store) if self.patient else store()
 
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
         """Store a file, or a directory with what it holds, among the artifacts."""
         with self._reaching_store():
-            send = self._client.log_artifacts if Path(path).is_dir() else self._client.log_artifact
+            send = self.client.log_artifacts if Path(path).is_dir() else self.client.log_artifact
             send(self.id, str(path), folder)
 
     def log_text(self, text: str, name: str) -> None:
         """Store a text as artifact `name`."""
         with self._reaching_store():
-            self._client.log_text(self.id, text, name)
+            self.client.log_text(self.id, text, name)
 
     def log_dataset(self, dataset: HasDigest, context: str) -> None:
         """Record a dataset as MLflow dataset input (in MLflow's 36 characters) and its whole digest as tag."""
@@ -227,7 +239,7 @@ class Run:
             source=json.dumps({"uri": uri}),
         )
         with self._reaching_store():
-            self._client.log_inputs(self.id, [DatasetInput(entity, [InputTag("mlflow.data.context", context)])])
+            self.client.log_inputs(self.id, [DatasetInput(entity, [InputTag("mlflow.data.context", context)])])
         self.set_tags({DIGEST_TAG: dataset.digest})
 
     def set_tags(self, tags: Mapping[str, str | None]) -> None:
@@ -237,23 +249,47 @@ class Run:
         entities = [RunTag(name, masked_uri(str(value))) for name, value in tags.items() if value is not None]
         with self._reaching_store():
             for i in range(0, len(entities), MAX_PARAMS_PER_BATCH):
-                self._client.log_batch(self.id, tags=entities[i : i + MAX_PARAMS_PER_BATCH])
+                self.client.log_batch(self.id, tags=entities[i : i + MAX_PARAMS_PER_BATCH])
 
-    def close(self) -> None:
-        """Send what is pending and stop the threads; the status stays RUNNING for whoever writes on."""
-        self._closed.set()
-        if self._sender is not None:
-            self._sender.join()
+    def close(self) -> bool:
+        """Send what is pending and stop the threads; the status stays RUNNING for whoever writes on.
+
+        True when the store took all. What it did not take stays in `unsent` of a patient run; another one raises
+        DeeDSRError.
+        """
+        return self._close()
+
+    def finish(self, status: str = "FINISHED") -> bool:
+        """Close the run as `FINISHED`, `FAILED` or `KILLED`; `close` says what becomes of the rest."""
+        if self._finished:
+            return True
+        self._finished = True
+        if self.patient:
+            self._stop_monitor()
+            self.later(lambda: self._terminate(status))
+            return self._close(to_the_end=status == "FINISHED")
+        self.close()
+        self._terminate(status)
+        return True
+
+    def _terminate(self, status: str) -> None:
+        with self._reaching_store():
+            self.client.set_terminated(self.id, status)
+
+    def _close(self, to_the_end: bool = False) -> bool:
+        self._stop_monitor()
+        if not self.patient:
+            self._outbox.close()
+            self.flush()
+            return True
+        sent = self._outbox.drain(END_SECONDS) if to_the_end else self._outbox.attempt(STOP_SECONDS)
+        self._outbox.close()
+        return sent
+
+    def _stop_monitor(self) -> None:
         if self._monitor is not None:
             self._monitor.finish()
             self._monitor = None
-        self.flush()
-
-    def finish(self, status: str = "FINISHED") -> None:
-        """Close the run as `FINISHED`, `FAILED` or `KILLED`."""
-        self.close()
-        with self._reaching_store():
-            self._client.set_terminated(self.id, status)
 
     def __enter__(self) -> Self:
         return self
@@ -267,17 +303,36 @@ class Run:
         except DeeDSRError as lost:  # what stopped the work matters more
             _log.warning("%s", lost)
 
-    def _send_regularly(self) -> None:
-        while not self._closed.wait(FLUSH_SECONDS):
+    def _send(self, points: Sequence[Point]) -> None:
+        from mlflow.entities import Metric
+
+        with self._reaching_store():
+            self.client.log_batch(self.id, metrics=[Metric(*point) for point in points])
+
+    def _stored_steps(self) -> dict[str, int]:
+        with self._reaching_store():
+            # MLflow has no public accessor for the latest step of all metrics; whole histories would be slow.
+            return {metric.key: metric.step for metric in self.client.get_run(self.id).data._metric_objs}
+
+    def _set_running(self) -> None:
+        from mlflow.exceptions import MlflowException
+
+        with self._reaching_store():
             try:
-                self.flush()
-            except DeeDSRError as error:  # stays pending; `flush` and `finish` raise if it never succeeds
-                _log.warning("%s; trying again", error)
+                self.client.update_run(self.id, status="RUNNING")
+            except MlflowException as error:
+                if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    raise
+                raise UsageError(
+                    f"the MLflow store {masked_uri(self.tracking_uri)} has no run {self.id} to continue: set "
+                    "MLFLOW_TRACKING_URI to the store in which the work was begun, or begin anew with another --out"
+                ) from error
 
     def _watch_system(self) -> None:
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+        from pipelines.tracking.system import PREFIX, SystemMetrics
 
-        self._monitor = SystemMetricsMonitor(self.id, resume_logging=True, tracking_uri=self.tracking_uri)
+        step = self._outbox.last_step(PREFIX) + 1
+        self._monitor = SystemMetrics(self.id, self.tracking_uri, self.log_metrics, step)
         self._monitor.start()
 
     def _log_config(self, config: dict[str, Any]) -> None:
@@ -286,10 +341,10 @@ class Run:
 
         flat = {key[:MAX_KEY_CHARACTERS]: param_text(value) for key, value in flatten(config).items()}
         with self._reaching_store():
-            stored = self._client.get_run(self.id).data.params
+            stored = self.client.get_run(self.id).data.params
             fresh = [Param(key, value) for key, value in flat.items() if key not in stored]
             for i in range(0, len(fresh), MAX_PARAMS_PER_BATCH):
-                self._client.log_batch(self.id, params=fresh[i : i + MAX_PARAMS_PER_BATCH])
+                self.client.log_batch(self.id, params=fresh[i : i + MAX_PARAMS_PER_BATCH])
         self.set_tags({CONFIG_TAG + key: flat[key] for key, value in stored.items() if flat.get(key, value) != value})
         self.log_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), "config.yaml")
 
@@ -301,7 +356,7 @@ class Run:
         try:
             yield
         except (MlflowException, SQLAlchemyError, OSError) as error:
-            raise DeeDSRError(
+            raise StoreRefused(
                 f"the MLflow store {masked_uri(self.tracking_uri)} did not take what run {self.id} logs "
                 f"({cause(error)}): see that it runs and has space, then start the same command again, "
                 "which continues the run"

@@ -19,6 +19,10 @@ EXPERIMENTS = ("deedsr-shards", "deedsr-learner", "deedsr-adapter", "deedsr-eval
 SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
 
 
+class StoreAway(UsageError):
+    """The MLflow store cannot be reached."""
+
+
 def tracking_uri(uri: str | None = None) -> str:
     """The store in force: `uri`, else `MLFLOW_TRACKING_URI`, else `mlflow.db` in the working directory.
 
@@ -89,7 +93,7 @@ def connect(uri: str) -> "MlflowClient":
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
-        raise UsageError(f"the MLflow store {masked_uri(uri)} cannot be used ({cause(error)}): {remedy}") from error
+        raise StoreAway(f"the MLflow store {masked_uri(uri)} cannot be used ({cause(error)}): {remedy}") from error
     return client
 
 

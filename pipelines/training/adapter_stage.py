@@ -1,5 +1,6 @@
 """Stage 2: the degradation-aware adapter around a frozen diffusion model."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from pipelines.dataset import Dataset
 from pipelines.models import load_vae, resolve_base, resolve_learner
 from pipelines.training.config import AdapterOptions
 from pipelines.training.initial import initial_weights
+from pipelines.training.metrics import BUCKETS, by_timestep
 from pipelines.training.stage import Workers, fresh
 
 
@@ -119,10 +121,8 @@ class AdapterStage:
         top, left = (int(rng.integers(have - use + 1)) for have, use in ((height, rows), (width, columns)))
         s = self.scale
         latent = (self.latent_channels, s * rows // self.vae_factor, s * columns // self.vae_factor)
-        steps = self.scheduler.config["num_train_timesteps"]
-        steps = min(options.diffusion.max_timestep or steps, steps)
         questions = {
-            "timestep": np.int64(steps * rng.random() ** options.diffusion.timestep_power),
+            "timestep": np.int64(self.timesteps * rng.random() ** options.diffusion.timestep_power),
             "noise": rng.standard_normal(latent, dtype=np.float32),
         }
         encoding_noise = rng.standard_normal((2, *latent), dtype=np.float32)
@@ -142,6 +142,17 @@ class AdapterStage:
         return z_lr, z_hr, vector_BD.to(dtype)
 
     def loss(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        loss_B = self.losses(model, batch)
+        return loss_B.mean(), by_timestep(loss_B.detach(), batch["timestep"], self.timesteps)
+
+    @property
+    def timesteps(self) -> int:
+        """Timesteps from 0 to below this one are trained."""
+        steps = self.scheduler.config["num_train_timesteps"]
+        return min(self.options.diffusion.max_timestep or steps, steps)
+
+    def losses(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        """The loss of each sample (B,)."""
         dtype = next(self.unet.parameters()).dtype
         with torch.no_grad():
             z_lr, z_hr, degradation_BD = self._encoded(batch, dtype)
@@ -163,7 +174,32 @@ class AdapterStage:
         loss_B = F.mse_loss(prediction.float(), target.float(), reduction="none").mean((1, 2, 3))
         if self.options.diffusion.snr_gamma:
             loss_B = loss_B * snr_weight(abar_B, self.options.diffusion.snr_gamma, kind)
-        return loss_B.mean(), {}
+        return loss_B
+
+    def measure(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        """The loss of each sample at the middle of each bucket of timesteps, with the sample's one noise."""
+        at = [batch | {"timestep": torch.full_like(batch["timestep"], t)} for t in self._middles()]
+        return torch.stack([self.losses(model, one) for one in at], 1)
+
+    def judge(self, rows_SN: Tensor) -> dict[str, Tensor]:
+        means_N = rows_SN.mean(0)
+        by_timestep = {f"loss_timestep/{t:03d}": mean for t, mean in zip(self._middles(), means_N, strict=True)}
+        return {"loss": means_N.mean()} | by_timestep
+
+    def _middles(self) -> list[int]:
+        return [(2 * k + 1) * self.timesteps // (2 * BUCKETS) for k in range(BUCKETS)]
+
+    def pipeline(self) -> Any | None:
+        if self.latents is not None:  # neither pixels nor what would make some
+            return None
+        from deedsr.sampling.pipeline import DeeDSRPipeline
+
+        # A scheduler of its own: sampling sets the timesteps of the one it has.
+        scheduler = copy.deepcopy(self.scheduler)
+        parts = (self.vae, self.unet, scheduler, self.learner, self.adapter)
+        pipeline = DeeDSRPipeline(*parts, scale=self.scale, sampling=self.options.sampling)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
     def end_step(self, workers: Workers) -> None:
         """Nothing but the trained parameters advances."""

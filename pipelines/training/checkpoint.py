@@ -12,7 +12,6 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
@@ -37,7 +36,8 @@ class Checkpoint:
     samples_seen: int
     loss: float
     sha256: dict[str, str] = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)  # as logged last
+    unsent: list[list] = field(default_factory=list)  # points of the curves that the MLflow store has not taken yet
 
     @property
     def folder(self) -> str:
@@ -130,13 +130,13 @@ class Writer:
         self._running: Future[None] | None = None
         self._given_up = threading.Event()
 
-    def start(self, checkpoint: Checkpoint, tensors: Tensors, before: Callable[[], None] = lambda: None) -> None:
-        """Begin to write, once the one before is committed. `before` is called first and tried again like the rest.
+    def start(self, checkpoint: Checkpoint, tensors: Tensors) -> None:
+        """Begin to write, once the one before is committed.
 
         `tensors`: contiguous copies on the CPU, which nobody changes any more.
         """
         self.wait()
-        self._running = self._pool.submit(self._persist, checkpoint, tensors, before)
+        self._running = self._pool.submit(self._persist, checkpoint, tensors)
 
     def check(self) -> None:
         """Raises the DeeDSRError of a checkpoint that could not be written; returns at once."""
@@ -149,11 +149,10 @@ class Writer:
         if running is not None:
             running.result()
 
-    def _persist(self, checkpoint: Checkpoint, tensors: Tensors, before: Callable[[], None]) -> None:
+    def _persist(self, checkpoint: Checkpoint, tensors: Tensors) -> None:
         began, pause = time.monotonic(), 1.0
         while True:
             try:
-                before()
                 return write(self.out, checkpoint, tensors, self.keep)
             except UsageError:
                 raise

@@ -36,6 +36,9 @@ class TrainOptions:
     cache_gb: float = 20.0  # of remote shards that a node keeps copies of, fetched ahead of need; 0 = none
     loader_threads: int | None = None  # that read and decode, for each worker; null = cpus_per_worker, 2 at least
     log_every: int = 10  # optimizer steps between points of the curves
+    validate_every: int = 0  # optimizer steps between validations; 0 = off
+    validation_samples: int = 32  # pairs of the validation split, always the same
+    validation_pictures: int = 2  # of them that the adapter enlarges each time
     gradient_checkpointing: bool = False  # activations are computed twice instead of held: less memory, more time
     ema_decay: float = 0.0  # averaged weights are the ones exported; 0 = off
     max_failures: int = 3  # restarts of the worker group before the run gives up; -1 = never
@@ -73,6 +76,7 @@ class LearnerOptions:
     contrast: ContrastOptions = field(default_factory=ContrastOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     experiment: str = "deedsr-learner"  # MLflow experiment
+    register_as: str = "deedsr-learner"  # name of the model in MLflow's registry; empty = not registered
 
 
 @dataclass
@@ -99,7 +103,7 @@ class AdapterOptions:
     """`deedsr train adapter`"""
 
     data: str = ""  # degradation shards
-    learner: str = ""  # output of `deedsr train learner`
+    learner: str = ""  # output of `deedsr train learner`: folder, URI or models:/NAME/VERSION
     base: str = "tiny"  # frozen diffusion model: `tiny`, a diffusers folder or URI, or a hub id
     out: str = ""  # checkpoints and the trained model folder
     init: str | None = None  # start from the weights of this model's adapter, of the same geometry; null = new ones
@@ -108,6 +112,7 @@ class AdapterOptions:
     sampling: dict[str, Any] = field(default_factory=dict)  # sampling defaults stored with the model
     train: TrainOptions = field(default_factory=TrainOptions)
     experiment: str = "deedsr-adapter"  # MLflow experiment
+    register_as: str = "deedsr-adapter"  # name of the model in MLflow's registry; empty = not registered
 
 
 # `paper` follows docs/method.md, `fast` is the same networks on modern GPUs (docs/training.md), `tiny` what a laptop
@@ -120,7 +125,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "contrast": {"queue_size": 24576, "momentum": 0.999, "temperature": 0.07, "batch_block": 24},
             "train": {
                 "optimizer": "sgd", "lr": 0.03, "weight_decay": 1e-4, "global_batch_size": 96, "micro_batch_size": 24,
-                "max_steps": 200_000, "checkpoint_every": 1000,
+                "max_steps": 200_000, "checkpoint_every": 1000, "validate_every": 1000, "validation_samples": 256,
             },
         },
         "fast": {
@@ -142,6 +147,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "train": {
                 "optimizer": "adamw", "lr": 2e-3, "schedule": "cosine", "warmup_steps": 20, "weight_decay": 1e-4,
                 "global_batch_size": 64, "micro_batch_size": 32, "max_steps": 400, "checkpoint_every": 100,
+                "validate_every": 100,
             },
         },
     },
@@ -150,7 +156,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "model": {"preset": "paper"},
             "train": {
                 "lr": 1e-5, "global_batch_size": 128, "micro_batch_size": 2, "max_steps": 100_000, "zero_stage": 2,
-                "checkpoint_every": 1000,
+                "checkpoint_every": 1000, "validate_every": 1000, "validation_samples": 64, "validation_pictures": 4,
             },
         },
         "fast": {
@@ -169,6 +175,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "train": {
                 "lr": 1e-3, "schedule": "cosine", "warmup_steps": 50, "clip_grad_norm": 1.0, "ema_decay": 0.995,
                 "global_batch_size": 8, "micro_batch_size": 4, "max_steps": 1000, "checkpoint_every": 100,
+                "validate_every": 200, "validation_samples": 16,
             },
         },
     },
@@ -181,6 +188,7 @@ MAY_CHANGE = {
     "train.log_every", "train.max_failures", "train.best_metric", "train.best_mode", "train.checkpoint_retry_seconds",
     "train.spike_sigma", "train.on_spike", "train.hang_seconds",
     "train.cache_gb", "train.loader_threads", "train.gradient_checkpointing",
+    "train.validate_every", "train.validation_samples", "train.validation_pictures", "register_as",
 }  # fmt: skip
 
 
@@ -207,7 +215,14 @@ def worker_range(num_workers: int | str) -> tuple[int, int]:
 def check(options: LearnerOptions | AdapterOptions) -> None:
     """Refuse values that no run could work with, naming key, value and what is accepted."""
     train = options.train
-    for name in ("max_steps", "global_batch_size", "checkpoint_every", "keep_checkpoints", "log_every"):
+    for name in (
+        "max_steps",
+        "global_batch_size",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "log_every",
+        "validation_samples",
+    ):
         if getattr(train, name) < 1:
             raise UsageError(f"train.{name} must be 1 or more, got {getattr(train, name)}")
     if not (math.isfinite(train.lr) and train.lr > 0):
@@ -215,7 +230,7 @@ def check(options: LearnerOptions | AdapterOptions) -> None:
     if not 0 <= train.ema_decay < 1:
         raise UsageError(f"train.ema_decay must be in [0, 1), got {train.ema_decay}")
     not_negative = ("warmup_steps", "weight_decay", "clip_grad_norm", "checkpoint_retry_seconds", "spike_sigma",
-                    "hang_seconds")  # fmt: skip
+                    "hang_seconds", "validate_every", "validation_pictures")  # fmt: skip
     for name in not_negative:
         if getattr(train, name) < 0:
             raise UsageError(f"train.{name} must be 0 or more, got {getattr(train, name)}")

@@ -58,6 +58,11 @@ class Engine:
         self._make_optimizer_state(optimizer_state or {})
 
     @property
+    def module(self) -> nn.Module:
+        """What trains."""
+        return self.engine.module
+
+    @property
     def device(self) -> torch.device:
         return torch.device(self.engine.device)
 

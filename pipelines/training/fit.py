@@ -17,7 +17,7 @@ from deedsr.errors import DeeDSRError, UsageError
 from pipelines import cluster, tracking
 from pipelines.dataset import Dataset
 from pipelines.storage import Storage, open_storage
-from pipelines.training import checkpoint
+from pipelines.training import checkpoint, tracked
 from pipelines.training.config import (
     MAY_CHANGE,
     AdapterOptions,
@@ -62,15 +62,14 @@ def train_learner(options: LearnerOptions, *, progress: bool = True) -> TrainRes
 
 def train_adapter(options: AdapterOptions, *, progress: bool = True) -> TrainResult:
     """Stage 2; see `train_learner`."""
-    from pipelines.models import resolve_base, resolve_learner
+    from pipelines.models import resolve_base, resolve_learner, training_run
 
     options = _located(options)
     dataset = _open("adapter", options)
     base, learner = resolve_base(options.base), resolve_learner(options.learner)
     _require_latents_of(dataset, options, base, learner)
-    record = _read_record(open_storage(options.learner)) if options.learner != "tiny" else None
     inputs = {"dataset": dataset.digest, "learner": _weights_digest(learner)} | _initial("adapter", options)
-    parents = {"learner": record["run_id"] if record else None}
+    parents = {"learner": training_run(options.learner)}
     if dataset.manifest.latents:
         made_by = {"deedsr.kind": "latents", "deedsr.dataset.digest": dataset.digest}
         parents["latents"] = tracking.find_run(None, made_by)
@@ -109,16 +108,20 @@ def _initial(stage: str, options: LearnerOptions | AdapterOptions) -> dict[str, 
 
 
 def _located(options: Options) -> Options:
-    """Relative paths made absolute: workers, and whoever loads the model later, have other working directories."""
+    """Relative paths made absolute: workers, and whoever loads the model later, have other working directories.
+    Names of MLflow's registry become what they mean now."""
+    from pipelines.models import pinned
+
     places = {
         name: getattr(options, name) for name in ("data", "out", "learner", "base", "init") if hasattr(options, name)
     }
+    places |= {name: pinned(places[name]) for name in ("learner", "init") if places.get(name)}
     local = {
         name: os.path.abspath(place)
         for name, place in places.items()
         if place not in ("", "tiny", None) and "://" not in place and (name in ("data", "out") or Path(place).exists())
     }
-    return replace(options, **local)
+    return replace(options, **places | local)
 
 
 def _open(stage: str, options: LearnerOptions | AdapterOptions) -> Dataset:
@@ -150,15 +153,18 @@ def _fit(
         _refuse_differences(record, stage, options, inputs)
         done = checkpoint.committed(out)
         if done and done[-1].step >= options.train.max_steps and record.get("exported") == done[-1].step:
+            if record.get("published") != done[-1].step:
+                run = tracking.open_run(tracking.tracking_uri(), record["run_id"], system_metrics=False)
+                _conclude(run, options, out, record, done[-1])
             return _result(record["run_id"], out, done[-1])
 
     cluster.connect()
     uri = tracking.tracking_uri()
     cluster_nodes = cluster.nodes()
     tracking.require_shared_store(uri, cluster_nodes)
-    parents["shards"] = tracking.find_run(
-        None, {"deedsr.dataset.digest": dataset.order_digest, "deedsr.kind": "shards"}
-    )
+    if record is None:  # a run that is continued has this tag
+        made_by = {"deedsr.dataset.digest": dataset.order_digest, "deedsr.kind": "shards"}
+        parents["shards"] = tracking.find_run(None, made_by)
     with tracking.start_run(
         options.experiment,
         name=Path(options.out.rstrip("/")).name,
@@ -169,15 +175,42 @@ def _fit(
         tags={"deedsr.kind": stage, "deedsr.out": tracking.masked_uri(options.out)},
         tracking_uri=uri,
         system_metrics=False,
+        patient=True,
     ) as run:
         record = {"stage": stage, "config": resolved(options), "inputs": inputs, "run_id": run.id}
         out.write(RECORD, json.dumps(record, indent=1).encode())
-        run.flush()
         _run_ray_train(stage, options, run.id, uri, (fewest, most), progress)
         last = checkpoint.committed(out)[-1]
-        out.write(RECORD, json.dumps(record | {"exported": last.step}, indent=1).encode())
-        run.set_tags({"deedsr.checkpoint": tracking.masked_uri(f"{out.uri}/{last.folder}")})
+        record |= {"exported": last.step}
+        out.write(RECORD, json.dumps(record, indent=1).encode())
+        _conclude(run, options, out, record, last)
     return _result(run.id, out, last)
+
+
+def _conclude(
+    run: tracking.Run,
+    options: LearnerOptions | AdapterOptions,
+    out: Storage,
+    record: dict[str, Any],
+    last: checkpoint.Checkpoint,
+) -> None:
+    """Tell the MLflow store what came out, once: the last checkpoint, and the model as a version of the registry."""
+    from pipelines.tracking.provenance import COMMIT_TAG, DIGEST_TAG, PARENT_TAG
+    from pipelines.tracking.registry import register
+
+    def publish() -> None:
+        run.set_tags({"deedsr.checkpoint": tracking.masked_uri(f"{out.uri}/{last.folder}")})
+        if not options.register_as:
+            return
+        known = run.client.get_run(run.id).data.tags
+        lineage = {k: v for k, v in known.items() if k in (COMMIT_TAG, DIGEST_TAG) or k.startswith(PARENT_TAG)}
+        lineage |= {"deedsr.kind": record["stage"], "deedsr.step": str(last.step)}
+        if isinstance(options, AdapterOptions):
+            lineage["deedsr.base"] = tracking.masked_uri(options.base)
+        register(run, options.register_as, out, lineage)
+
+    if tracked.conclude(run, out, publish):
+        out.write(RECORD, json.dumps(record | {"published": last.step}, indent=1).encode())
 
 
 def _run_ray_train(

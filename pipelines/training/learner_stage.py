@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deedsr.dataset.keys import generator
@@ -55,6 +56,25 @@ class LearnerStage:
         key_BD = self.contrast.keys(batch["key"])
         self.step_keys.append((key_BD, batch["source"]))
         return self.contrast.loss(query_BD, key_BD, batch["source"])
+
+    def measure(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        """Embeddings (B, 2 D) of both quadrants by the network that trains, which is the one exported."""
+        return torch.cat([model(batch[part], embedding=True).float() for part in ("query", "key")], 1)
+
+    def judge(self, rows_SN: Tensor) -> dict[str, Tensor]:
+        """InfoNCE of each query among the keys of all pairs, and how often its own ranks first or in the top 5."""
+        query_SD, key_SD = rows_SN.chunk(2, 1)
+        scores_SS = query_SD @ key_SD.T / self.options.contrast.temperature
+        own = torch.arange(len(scores_SS), device=scores_SS.device)
+        rank_S = (scores_SS >= scores_SS.diagonal()[:, None]).sum(1) - 1
+        return {
+            "loss": F.cross_entropy(scores_SS, own),
+            "top1": (rank_S < 1).float().mean(),
+            "top5": (rank_S < 5).float().mean(),
+        }
+
+    def pipeline(self) -> None:
+        """No pictures."""
 
     def end_step(self, workers: Workers) -> None:
         commit_statistics(self.learner, workers.sum(pending_statistics(self.learner)))

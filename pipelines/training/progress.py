@@ -1,25 +1,33 @@
 """The progress bar of a training: workers tell an actor where they are, the driver draws."""
 
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
 
 POLL_SECONDS = 0.5
+LINE_SECONDS = 30.0  # between two lines where no terminal draws a bar
+SHOWN = {  # metric: name and format on the bar
+    "loss_smoothed": ("loss", "{:.4f}"),
+    "samples_per_second": ("samples/s", "{:.3g}"),
+    "lr": ("lr", "{:.2e}"),
+    "data_wait_share": ("waiting", "{:.0%}"),
+}
 
 
 class Progress:
     """Ray actor that holds the last word of rank 0."""
 
     def __init__(self) -> None:
-        self.step, self.loss = 0, float("nan")
+        self.step, self.values = 0, dict[str, float]()
         self.messages: list[str] = []
         self.ended = False
 
-    def tell(self, step: int, loss: float) -> None:
-        self.step, self.loss = step, loss
+    def tell(self, step: int, values: Mapping[str, float]) -> None:
+        self.step, self.values = step, dict(values)
 
     def say(self, message: str) -> None:
         self.messages.append(message)
@@ -31,27 +39,51 @@ class Progress:
     def ending(self) -> bool:
         return self.ended
 
-    def look(self) -> tuple[int, float, list[str]]:
+    def look(self) -> tuple[int, dict[str, float], list[str]]:
         messages, self.messages = self.messages, []
-        return self.step, self.loss, messages
+        return self.step, self.values, messages
+
+
+class Lines:
+    """Where a bar is no use: what tqdm would draw in place becomes one line each time."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip("\r\n "):
+            sys.stderr.write(line + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def bar(name: str, total: int, initial: int, show: bool) -> tqdm:
+    """A bar on a terminal, with rate and ETA; elsewhere a line with the same now and then."""
+    options: dict[str, Any] = {"total": total, "initial": initial, "desc": name, "unit": "step", "disable": not show}
+    if not sys.stderr.isatty():
+        options |= {"file": Lines(), "mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS, "miniters": 1}
+    return tqdm(**options)
+
+
+def postfix(values: Mapping[str, float]) -> dict[str, str]:
+    """The metrics that the bar shows, as it shows them."""
+    return {label: form.format(values[name]) for name, (label, form) in SHOWN.items() if name in values}
 
 
 @contextmanager
 def progress_bar(name: str, total: int, initial: int, show: bool) -> Iterator[Any]:
-    """The actor's handle for the workers; a bar with rate and ETA on stderr while the context lasts."""
+    """The actor's handle for the workers; a bar on stderr while the context lasts."""
     import ray
 
     actor = ray.remote(num_cpus=0)(Progress).remote()
     stop = threading.Event()
-    with tqdm(total=total, initial=initial, desc=name, unit="step", disable=not show) as bar:
+    with bar(name, total, initial, show) as shown:
 
         def draw() -> None:
-            step, loss, messages = ray.get(actor.look.remote())
+            step, values, messages = ray.get(actor.look.remote())
             for message in messages:
-                tqdm.write(message)
-            if step > bar.n:
-                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-                bar.update(step - bar.n)
+                tqdm.write(message, file=sys.stderr)
+            if step > shown.n:
+                shown.set_postfix(postfix(values), refresh=False)
+                shown.update(step - shown.n)
 
         def watch() -> None:
             while not stop.wait(POLL_SECONDS):

@@ -32,6 +32,7 @@ class Stage(Protocol):
     and once per optimizer step `end_step`, or `drop_step` where the step was not taken."""
 
     name: str
+    options: Any
     together: bool  # the variants of one content stay adjacent in the order of samples
     unit: int  # samples that must share a forward
 
@@ -43,6 +44,15 @@ class Stage(Protocol):
 
     def loss(self, model: Callable[..., Any], batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss of a micro-batch and numbers to log; `model` is the engine around what `build` returned."""
+
+    def measure(self, model: Callable[..., Any], batch: dict[str, Tensor]) -> Tensor:
+        """What validation has to know of each sample, (B, N) in fp32; changes nothing."""
+
+    def judge(self, rows_SN: Tensor) -> dict[str, Tensor]:
+        """Validation metrics from the rows that `measure` gave for all samples."""
+
+    def pipeline(self) -> Any | None:
+        """A pipeline around the networks as they are, where the stage makes pictures."""
 
     def end_step(self, workers: Workers) -> None:
         """What advances once per optimizer step, after it."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipelines.dataset import Dataset
 from pipelines.storage import Storage, open_storage, publish
-from pipelines.training import checkpoint
+from pipelines.training import checkpoint, tracked
 from pipelines.training.config import (
     AdapterOptions,
     LearnerOptions,
@@ -28,12 +28,15 @@ from pipelines.training.engine import Engine, on_cpu
 from pipelines.training.incidents import MOST_IN_A_ROW, LossWindow, record
 from pipelines.training.interruption import Ended, Moved, Stop, Untrainable
 from pipelines.training.loader import Batch, follow, micro_batches
+from pipelines.training.metrics import Meter
 from pipelines.training.order import SampleOrder
 from pipelines.training.shard_cache import ShardCache
 from pipelines.training.stage import Stage, under
+from pipelines.training.validation import Validation
 from pipelines.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
+VALIDATION_SECONDS = 1800.0  # that a validation may take before a worker counts as hung
 
 
 def train_worker(config: dict[str, Any]) -> str | None:
@@ -68,13 +71,14 @@ def train_worker(config: dict[str, Any]) -> str | None:
         from pipelines import tracking
 
         run = tracking.open_run(config["tracking_uri"], config["run_id"])
+        run.take_up(tracked.unsent(open_storage(options.out)))
     try:
         train(stage, options, dataset, ray.train.torch.get_device(), run, config["progress"].tell.remote, asked)
     except (Ended, Untrainable) as end:  # every worker has the same
         return str(end)
     finally:
-        if run is not None:
-            run.close()
+        if run is not None and not run.close():
+            tracked.keep(open_storage(options.out), run.unsent())
     return None
 
 
@@ -84,13 +88,13 @@ def train(
     dataset: Dataset,
     device: torch.device,
     run: Any | None,
-    tell: Callable[[int, float], Any] = lambda step, loss: None,
+    tell: Callable[[int, dict[str, float]], Any] = lambda step, values: None,
     asked: Callable[[], Stop] = lambda: Stop.NO,
 ) -> None:
     """Train `stage` from its last checkpoint to `train.max_steps`. Needs a process group; every worker calls it.
 
-    Rank 0 logs to `run` and tells `tell` each logged step and its loss. Once a worker is `asked` to stop, all of them
-    checkpoint after the same step and raise Moved or Ended. Raises Untrainable where the loss says so.
+    Rank 0 logs to `run` and tells `tell` each logged step and its numbers. Once a worker is `asked` to stop, all of
+    them checkpoint after the same step and raise Moved or Ended. Raises Untrainable where the loss says so.
     """
     plan = options.train
     out = open_storage(options.out)
@@ -105,10 +109,11 @@ def train(
         module = stage.build(device, torch.bfloat16 if plan.precision == "bf16" else torch.float32)
         found = checkpoint.read_latest(out)
         first_step, loss_value = 0, float("nan")
+        latest: dict[str, float] = {}  # what was logged last, by metric
         losses = LossWindow(plan.spike_sigma)
         ema: dict[str, Tensor] = {}
         if found:
-            first_step, loss_value = found[0].step, found[0].loss
+            first_step, loss_value, latest = found[0].step, found[0].loss, found[0].metrics
             with torch.no_grad():
                 for name, parameter in module.named_parameters():
                     if parameter.requires_grad:
@@ -123,9 +128,11 @@ def train(
         micro, accumulation = micro_batch(plan, world_size, stage.unit)
         optimizer_state = found[1]["optimizer"] if found else None
         engine = Engine(module, plan, micro=micro, accumulation=accumulation, optimizer_state=optimizer_state)
+        meter = Meter(plan.global_batch_size, device, latest.get("loss_smoothed"))
         del found
         order = SampleOrder(index, dataset.order_digest, plan.seed, together=stage.together)
         dataset = replace(dataset, through=shards.open)
+        validation = Validation(stage, dataset, engine, micro)
         batches = micro_batches(
             order,
             lambda epoch, row: stage.sample(dataset, index, row, epoch),
@@ -140,13 +147,10 @@ def train(
         )
 
         # 3. optimizer steps
-        logged = time.perf_counter()
-        latest: dict[str, float] = {}  # what was logged last, by metric
         for step in range(first_step + 1, plan.max_steps + 1):
             lr = learning_rate(plan, step - 1)
             numbers: dict[str, Tensor] = {}
-            began, waited = time.perf_counter(), 0.0
-            read = []
+            read, waited = [], 0.0
             for part in range(accumulation):
                 before = time.perf_counter()
                 read.append(next(batches))
@@ -160,6 +164,7 @@ def train(
                     engine.accumulate()
 
             values, stop = _agreed(engine, numbers, asked())
+            meter.step(values, waited)
             objection = losses.objection(values["loss"])
             if not engine.step(lr, take=objection is None):
                 objection = objection or "the gradient is not finite"
@@ -181,21 +186,15 @@ def train(
                 _object(out, plan, losses, incident | values, read, rank)
 
             if step % plan.log_every == 0 or step == plan.max_steps:
-                now = time.perf_counter()
-                since = step % plan.log_every or plan.log_every
-                values |= {
-                    "lr": lr,
-                    "samples_per_second": plan.global_batch_size * since / max(now - logged, 1e-9),
-                    "data_wait_share": waited / max(now - began, 1e-9),
-                    "grad_norm": engine.grad_norm(),
-                    "skipped_steps": losses.skipped,
-                }
-                logged = now
-                latest |= values
+                told = meter.read() | {"lr": lr, "grad_norm": engine.grad_norm(), "skipped_steps": losses.skipped}
+                latest = latest | told
                 if run is not None:
-                    run.log_metrics(values, step)
+                    run.log_metrics(told, step)
                 if rank == 0:
-                    tell(step, loss_value)
+                    tell(step, told)
+            if validation.due(step):
+                watchdog.patience(VALIDATION_SECONDS)
+                latest = latest | validation.measure(step, ema, run)
             watchdog.beat()
             writer.check()
 
@@ -210,9 +209,9 @@ def train(
                 )
                 if run is not None:
                     run.log_metrics({"checkpoint_stall_seconds": time.perf_counter() - stalled}, step)
+                    saved.unsent = run.unsent()  # with these, a checkpoint never runs ahead of the curves
                 if rank == 0:
-                    # A checkpoint never runs ahead of the curves.
-                    writer.start(saved, tensors, before=run.flush if run is not None else lambda: None)
+                    writer.start(saved, tensors)
                 if stop:
                     writer.wait()
                     torch.distributed.barrier()

@@ -1,0 +1,137 @@
+"""Validation while a training runs: the same pairs, crops, timesteps and noises every time.
+
+Nothing of the training changes by it: no weight, no statistic, no random number.
+"""
+
+import copy
+import hashlib
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from deedsr.dataset.keys import generator
+from deedsr.metrics import psnr_y
+from pipelines.dataset import Dataset
+from pipelines.strips import strip
+from pipelines.training.engine import Engine
+from pipelines.training.stage import Stage
+
+logger = logging.getLogger(__name__)
+DRAWS = -1  # the epoch whose draws validation takes; training counts from 0
+SEED = 0  # of the draws, whatever the training's, so that runs are comparable
+PICTURE_STEPS = 10  # sampling steps of a picture, at most
+
+
+class Validation:
+    """Every worker makes one and calls it alike.
+
+    Its pairs are the `train.validation_samples` of the validation split whose keys have the smallest SHA-256.
+    """
+
+    def __init__(self, stage: Stage, dataset: Dataset, engine: Engine, micro: int):
+        self.stage, self.dataset, self.engine, self.micro = stage, dataset, engine, micro
+        self.plan = stage.options.train
+        self.fixed = copy.copy(stage)
+        self.fixed.options = replace(stage.options, train=replace(self.plan, seed=SEED))
+        self.pipeline: Any = None
+        self.rows: list[int] = []
+        if self.plan.validate_every:
+            self.index = dataset.index("validation")
+            self.rows = fixed_rows(self.index["key"].to_pylist(), self.plan.validation_samples)
+            if not self.rows and engine.rank == 0:
+                logger.warning("%s has no validation split: training goes on without validation", dataset.uri)
+
+    def due(self, step: int) -> bool:
+        """Whether this step ends with a validation."""
+        return bool(self.rows) and step % self.plan.validate_every == 0
+
+    def measure(self, step: int, ema: Mapping[str, Tensor], run: Any | None) -> dict[str, float]:
+        """`validation/...` metrics, logged to `run`; a collective."""
+        began = time.perf_counter()
+        devices = [self.engine.device] if self.engine.device.type == "cuda" else []
+        module = self.engine.module
+        was_training = module.training
+        with torch.no_grad(), torch.random.fork_rng(devices), averaged(self.engine, ema):
+            module.eval()
+            try:
+                values = {name: float(value) for name, value in self._numbers().items()}
+                values |= self._pictures(step, run)
+            finally:
+                module.train(was_training)
+        values["seconds"] = time.perf_counter() - began
+        values = {f"validation/{name}": value for name, value in values.items()}
+        if run is not None:
+            run.log_metrics(values, step)
+        return values
+
+    def _numbers(self) -> dict[str, Tensor]:
+        """Each worker measures an equal share of the pairs, the last ones repeated where they do not divide."""
+        share = -(-len(self.rows) // self.engine.world_size)
+        begin = self.engine.rank * share
+        mine = [self.rows[min(i, len(self.rows) - 1)] for i in range(begin, begin + share)]
+        parts = [self._measured(mine[i : i + self.micro]) for i in range(0, share, self.micro)]
+        return self.stage.judge(self.engine.gather(torch.cat(parts))[: len(self.rows)])
+
+    def _measured(self, rows: list[int]) -> Tensor:
+        samples = [self.fixed.sample(self.dataset, self.index, row, DRAWS) for row in rows]
+        batch = {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in samples[0]}
+        return self.stage.measure(self.engine, {name: t.to(self.engine.device) for name, t in batch.items()})
+
+    def _pictures(self, step: int, run: Any | None) -> dict[str, float]:
+        """Sampled pictures beside what they came from and should be; PSNR of Y, of them and of bicubic ones."""
+        self.pipeline = self.pipeline or self.stage.pipeline()
+        if self.pipeline is None or not self.plan.validation_pictures:
+            return {}
+        figures = []
+        # Parameters that ZeRO 3 keeps in parts come together only where every worker asks for them.
+        if self.engine.rank == 0 or self.engine.stage == 3:
+            for row in self.rows[: self.plan.validation_pictures]:
+                sample = self.dataset.read(self.index, row)
+                bicubic = cv2.resize(sample.lr, sample.hr.shape[1::-1], interpolation=cv2.INTER_CUBIC)
+                picture = self._sampled(sample.key, sample.lr)
+                figures.append([psnr_y(p, sample.hr, self.dataset.scale) for p in (picture, bicubic)])
+                if run is not None:
+                    run.log_picture(f"validation/{sample.key}", strip(sample.lr, bicubic, picture, sample.hr), step)
+        torch.distributed.barrier()
+        if not figures:
+            return {}
+        ours, bicubic = np.minimum(figures, 100.0).mean(0)  # equal pictures have infinity
+        return {"psnr_y": float(ours), "psnr_y_bicubic": float(bicubic)}
+
+    def _sampled(self, key: str, lr: np.ndarray) -> np.ndarray:
+        noise = torch.Generator().manual_seed(int(generator("validation", key).integers(2**62)))
+        steps = min(PICTURE_STEPS, self.pipeline.sampling.num_inference_steps)
+        return np.asarray(self.pipeline(lr, generator=noise, num_inference_steps=steps).images[0])
+
+
+def fixed_rows(keys: list[str], count: int) -> list[int]:
+    """Rows of the `count` keys with the smallest hashes: they stay the same when the dataset grows elsewhere."""
+    order = sorted(range(len(keys)), key=lambda row: hashlib.sha256(keys[row].encode()).digest())
+    return order[:count]
+
+
+@contextmanager
+def averaged(engine: Engine, ema: Mapping[str, Tensor]) -> Iterator[None]:
+    """The averaged weights, which are the ones exported, in place of the trained ones for a while.
+
+    Where ZeRO 3 keeps the weights in parts, the trained ones stay.
+    """
+    if not ema or engine.stage == 3:
+        yield
+        return
+    trained = [p.detach().clone() for _, p in engine.named]
+    try:
+        for name, p in engine.named:
+            p.data.copy_(ema[name])
+        yield
+    finally:
+        for (_, p), value in zip(engine.named, trained, strict=True):
+            p.data.copy_(value)

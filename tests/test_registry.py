@@ -1,0 +1,108 @@
+"""The trained model in MLflow's registry: registered once, found by name, refused when its weights are others."""
+
+import json
+import shutil
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from test_outage import empty_store  # noqa: F401
+
+from deedsr.errors import UsageError
+from pipelines import tracking
+from pipelines.models import load_pipeline, pinned, resolve_learner, resolve_model, training_run
+from pipelines.storage import open_storage, publish
+from pipelines.tracking.registry import register
+
+TINY = Path(str(files("deedsr") / "assets" / "tiny"))
+
+
+@pytest.fixture
+def run(empty_store, tmp_path, monkeypatch):  # noqa: F811
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    with tracking.start_run("deedsr-adapter", name="adapter", config={}, system_metrics=False) as run:
+        yield run
+
+
+@pytest.fixture
+def model(run, tmp_path) -> Path:
+    """What `train adapter` leaves."""
+    folder = tmp_path / "adapter-out"
+    for part in ("adapter", "learner"):
+        shutil.copytree(TINY / part, folder / part)
+    (folder / "deedsr.json").write_text(json.dumps({"format_version": 1, "base": "tiny", "scale": 4}))
+    (folder / "training.json").write_text(json.dumps({"run_id": run.id}))
+    (folder / "checkpoints").mkdir()
+    return folder
+
+
+def _other_weights(model: Path) -> None:
+    weights = next((model / "adapter").glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+
+
+def test_a_model_is_registered_once_with_its_lineage_and_found_by_version_latest_and_alias(run, model):
+    out = open_storage(str(model))
+    assert register(run, "sr", out, {"deedsr.step": "7", "deedsr.base": None}) == "1"
+    assert register(run, "sr", out, {"deedsr.step": "7"}) == "1"
+    client = MlflowClient(run.tracking_uri)
+    (version,) = client.search_model_versions("name = 'sr'")
+    assert version.run_id == run.id
+    assert version.tags["deedsr.step"] == "7"
+    assert "deedsr.base" not in version.tags
+    client.set_registered_model_alias("sr", "best", "1")
+    for name in ("models:/sr/1", "models:/sr/latest", "models:/sr@best"):
+        assert resolve_model(name) == model
+        assert pinned(name) == str(model)
+    assert resolve_learner("models:/sr/1") == model / "learner"
+    assert training_run("models:/sr/1") == run.id
+    assert load_pipeline("models:/sr@best").scale == 4
+
+
+def test_other_weights_are_a_new_version_and_the_old_one_says_that_its_own_are_gone(run, model):
+    out = open_storage(str(model))
+    register(run, "sr", out, {})
+    _other_weights(model)
+    with pytest.raises(UsageError, match=r"models:/sr/1 are gone: a later training wrote others to .*adapter-out"):
+        resolve_model("models:/sr/1")
+    assert register(run, "sr", out, {}) == "2"
+    assert resolve_model("models:/sr/2") == model
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("models:/sr/9", "no models:/sr/9 .*versions 1"),
+        ("models:/sr@best", "no models:/sr@best"),
+        ("models:/other/1", "no models:/other/1 .*models sr"),
+        ("models:/other/latest", "no models:/other/latest"),
+        ("models:/sr", "models:/NAME/VERSION"),
+        ("models:sr/1", "models:/NAME/VERSION"),
+    ],
+)
+def test_an_unknown_name_is_one_clear_error_that_says_what_there_is(run, model, name, named):
+    register(run, "sr", open_storage(str(model)), {})
+    with pytest.raises(UsageError, match=named):
+        resolve_model(name)
+
+
+def test_a_store_that_is_not_there_is_named_and_not_made(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/none.db")
+    with pytest.raises(UsageError, match="none.db, which does not exist"):
+        resolve_model("models:/sr/1")
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_in_a_bucket_stay_there(run, model, bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    publish(model, f"{bucket}/registered")
+    register(run, "sr", open_storage(f"{bucket}/registered"), {})
+    (version,) = MlflowClient(run.tracking_uri).search_model_versions("name = 'sr'")
+    assert version.source == f"{bucket}/registered"
+    assert not MlflowClient(run.tracking_uri).list_artifacts(run.id, "model")
+    assert (resolve_model("models:/sr/1") / "adapter" / "config.json").is_file()
+    assert pinned("models:/sr/1") == f"{bucket}/registered"

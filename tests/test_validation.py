@@ -1,0 +1,132 @@
+"""Validation: fixed pairs, the same figures for any number of workers, and no trace of it in the training."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_training
+from test_training import base, learner_options, run_processes, variants  # noqa: F401
+
+from pipelines.training.config import AdapterModelOptions, AdapterOptions, DiffusionOptions, TrainOptions
+from pipelines.training.validation import fixed_rows, strip
+
+# What rank 0 is told of validation goes into its --out.
+SEEN = """
+    def log_metrics(self, values, step):
+        if "loss" in values:
+            self.append([step, values["loss"]])
+        elif dist.get_rank() == 0:
+            with open(options.out + "/validation.jsonl", "a") as file:
+                file.write(json.dumps(values | {"step": step}) + chr(10))
+
+    def log_picture(self, name, picture, step):
+        if dist.get_rank():
+            return
+        with open(options.out + "/pictures.jsonl", "a") as file:
+            file.write(json.dumps([name, picture.shape, int(picture.astype("int64").sum()), step]) + chr(10))
+"""
+
+
+@pytest.fixture
+def adapter_options(small_dataset, base) -> AdapterOptions:  # noqa: F811
+    return AdapterOptions(
+        data=str(small_dataset),
+        learner="tiny",
+        base=str(base),
+        model=AdapterModelOptions(preset="tiny"),
+        diffusion=DiffusionOptions(lr_crop=16),
+        sampling={"num_inference_steps": 2},
+        train=TrainOptions(lr=1e-3, global_batch_size=4, max_steps=4, checkpoint_every=4, log_every=1, ema_decay=0.9),
+    )
+
+
+def _lines(out: Path, name: str) -> list:
+    return [json.loads(line) for line in (out / name).read_text().splitlines()]
+
+
+@pytest.fixture
+def told(monkeypatch) -> None:
+    worker = test_training.WORKER
+    start, end = worker.index("    def log_metrics"), worker.index("    def unsent")
+    monkeypatch.setattr(test_training, "WORKER", worker[:start] + SEEN.lstrip(chr(10)) + worker[end:])
+
+
+@pytest.fixture
+def arms(learner_options, adapter_options, tmp_path, told):  # noqa: F811
+    """A function that gives the options of the three trainings, by name, for a number of workers."""
+    # Over two samples, as in the other tests, batch normalisation makes much of rounding.
+    model = dataclasses.replace(learner_options.model, norm_group=4)
+    learner = dataclasses.replace(learner_options, model=model)
+
+    def make(name: str, **changes) -> dict:
+        changes |= {"max_steps": 4, "checkpoint_every": 4}
+        for kind in ("learner", "adapter", "zero3"):
+            (tmp_path / f"{kind}-{name}").mkdir()
+        return {
+            "learner": variants(learner, tmp_path / f"learner-{name}", micro_batch_size=4, **changes),
+            "adapter": variants(adapter_options, tmp_path / f"adapter-{name}", micro_batch_size=2, **changes),
+            "zero3": variants(adapter_options, tmp_path / f"zero3-{name}", micro_batch_size=2, zero_stage=3, **changes),
+        }
+
+    return make
+
+
+VALIDATED = {"validate_every": 2, "validation_samples": 5, "validation_pictures": 2}
+
+
+def test_validation_leaves_no_trace_in_the_training(arms, tmp_path):
+    """Losses and weights are bit for bit those of a training without it, with averaged weights and in ZeRO 3."""
+    off, on = arms("off"), arms("on", **VALIDATED)
+    curves = run_processes(2, [*off.values(), *on.values()])
+    assert curves[:3] == curves[3:]
+    for kind in off:
+        weights = [next((tmp_path / f"{kind}-{name}").glob("checkpoints/*/trained.safetensors")).read_bytes()
+                   for name in ("off", "on")]  # fmt: skip
+        assert weights[0] == weights[1]
+        assert not (tmp_path / f"{kind}-off" / "validation.jsonl").exists()
+
+    lines = {kind: _lines(tmp_path / f"{kind}-on", "validation.jsonl") for kind in on}
+    assert all([line["step"] for line in told] == [2, 4] for told in lines.values())
+    assert {"validation/top1", "validation/top5"} < lines["learner"][0].keys()
+    first, second = lines["adapter"]
+    buckets = [value for name, value in first.items() if name.startswith("validation/loss_timestep/")]
+    assert len(buckets) == 4
+    assert first["validation/loss"] == pytest.approx(np.mean(buckets), rel=1e-5)
+    assert first["validation/loss"] != second["validation/loss"]
+    assert first["validation/psnr_y_bicubic"] == second["validation/psnr_y_bicubic"] > 10
+    pictures = _lines(tmp_path / "adapter-on", "pictures.jsonl")
+    assert [step for *_, step in pictures] == [2, 2, 4, 4]
+    assert all(shape == [128, 4 * 128, 3] for _, shape, _, _ in pictures)
+    # ZeRO 3 validates the trained weights, the others their average: by step 4 they are far enough apart.
+    assert lines["zero3"][1]["validation/loss"] != pytest.approx(second["validation/loss"], rel=1e-4)
+
+
+@pytest.mark.soak
+def test_validation_says_the_same_for_any_number_of_workers(arms, tmp_path):
+    for workers in (1, 2):
+        run_processes(workers, list(arms(str(workers), **VALIDATED).values()))
+    for kind in ("learner", "adapter", "zero3"):
+        one, two = (_lines(tmp_path / f"{kind}-{workers}", "validation.jsonl") for workers in (1, 2))
+        for first, second in zip(one, two, strict=True):
+            for name in first.keys() - {"validation/seconds"}:
+                np.testing.assert_allclose(second[name], first[name], rtol=2e-3, err_msg=f"{kind} {name}")
+
+
+def test_the_pairs_are_fixed_by_their_keys_and_stay_when_others_join():
+    keys = [f"k{i}" for i in range(50)]
+    chosen = [keys[row] for row in fixed_rows(keys, 8)]
+    assert chosen == [keys[::-1][row] for row in fixed_rows(keys[::-1], 8)]
+    more = [f"new{i}" for i in range(10)] + keys
+    again = [more[row] for row in fixed_rows(more, 8)]
+    assert [key for key in again if key in keys] == chosen[: sum(key in keys for key in again)]
+    assert fixed_rows(keys, 99) == fixed_rows(keys, 50)
+
+
+def test_a_strip_shows_the_lr_in_squares_and_the_others_beside_it():
+    lr = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    picture = strip(lr, np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 9, np.uint8))
+    assert picture.shape == (8, 24, 3)
+    assert (picture[:4, :4] == lr[0, 0]).all()
+    assert (picture[:, 16:] == 9).all()
