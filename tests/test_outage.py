@@ -196,7 +196,7 @@ class Server:
         log = (self.folder / "server.log").open("ab")
         # A group of its own: the server's worker processes die with it.
         self.process = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True, cwd=self.folder)
-        wait_for(lambda: self.healthy(), 120)
+        wait_for(lambda: self.healthy(), 300)
 
     def healthy(self) -> bool:
         try:
@@ -265,15 +265,15 @@ def test_a_training_outlives_its_tracking_server_and_its_own_death_without_a_gap
     port = 29000 + os.getpid() % 500
     first = second = training(port)
     try:
-        wait_for(lambda: reached(20), 120)
+        wait_for(lambda: reached(20), 300)
         server.kill()
-        wait_for(lambda: reached(60), 120)
+        wait_for(lambda: reached(60), 300)
         first.send_signal(signal.SIGKILL)
         first.wait()
         left = tracked.unsent(open_storage(str(out)))
         assert left
         second = training(port + 1)
-        wait_for(lambda: reached(100), 120)
+        wait_for(lambda: reached(100), 300)
         server.start()
         assert second.wait(240) == 0
     finally:
