@@ -196,7 +196,7 @@ class Server:
         log = (self.folder / "server.log").open("ab")
         # A group of its own: the server's worker processes die with it.
         self.process = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True, cwd=self.folder)
-        wait_for(lambda: self.healthy(), 120)
+        wait_for(lambda: self.healthy(), 300)
 
     def healthy(self) -> bool:
         try:
@@ -205,8 +205,9 @@ class Server:
             return False
 
     def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +235,7 @@ run.take_up(tracked.unsent(out))
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(900)
 def test_a_training_outlives_its_tracking_server_and_its_own_death_without_a_gap_or_a_double(
     server,
     learner_options,  # noqa: F811
@@ -261,19 +263,22 @@ def test_a_training_outlives_its_tracking_server_and_its_own_death_without_a_gap
         return any(int(p.parent.name[5:]) >= step for p in out.glob("checkpoints/*/checkpoint.json"))
 
     port = 29000 + os.getpid() % 500
-    first = training(port)
-    wait_for(lambda: reached(20), 120)
-    server.kill()
-    wait_for(lambda: reached(60), 120)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    left = tracked.unsent(open_storage(str(out)))
-    assert left
-    second = training(port + 1)
-    wait_for(lambda: reached(100), 120)
-    assert second.poll() is None
-    server.start()
-    assert second.wait(240) == 0
+    first = second = training(port)
+    try:
+        wait_for(lambda: reached(20), 300)
+        server.kill()
+        wait_for(lambda: reached(60), 300)
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        left = tracked.unsent(open_storage(str(out)))
+        assert left
+        second = training(port + 1)
+        wait_for(lambda: reached(100), 300)
+        server.start()
+        assert second.wait(240) == 0
+    finally:
+        for process in (first, second):
+            process.kill()
     # What the driver does in the end; on a fast server nothing is left for it.
     assert tracked.conclude(tracking.open_run(server.uri, run.id, system_metrics=False), open_storage(str(out)), list)
     history = MlflowClient(server.uri).get_metric_history(run.id, "loss")

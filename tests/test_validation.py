@@ -104,6 +104,7 @@ def test_validation_leaves_no_trace_in_the_training(arms, tmp_path):
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(900)
 def test_validation_says_the_same_for_any_number_of_workers(arms, tmp_path):
     for workers in (1, 2):
         run_processes(workers, list(arms(str(workers), **VALIDATED).values()))

@@ -76,7 +76,7 @@ class LearnerOptions:
     contrast: ContrastOptions = field(default_factory=ContrastOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     experiment: str = "deedsr-learner"  # MLflow experiment
-    register_as: str = "deedsr-learner"  # name of the model in MLflow's registry; empty = not registered
+    register_as: str | None = "deedsr-learner"  # name of the model in MLflow's registry; null = not registered
 
 
 @dataclass
@@ -112,7 +112,7 @@ class AdapterOptions:
     sampling: dict[str, Any] = field(default_factory=dict)  # sampling defaults stored with the model
     train: TrainOptions = field(default_factory=TrainOptions)
     experiment: str = "deedsr-adapter"  # MLflow experiment
-    register_as: str = "deedsr-adapter"  # name of the model in MLflow's registry; empty = not registered
+    register_as: str | None = "deedsr-adapter"  # name of the model in MLflow's registry; null = not registered
 
 
 # `paper` follows docs/method.md, `fast` is the same networks on modern GPUs (docs/training.md), `tiny` what a laptop
