@@ -81,4 +81,12 @@ def follow(cache: ShardCache, order: SampleOrder, index: pa.Table) -> Callable[[
 
 def _stack(samples: list[Future[Arrays]]) -> Batch:
     arrays = [sample.result() for sample in samples]
-    return {name: torch.from_numpy(np.stack([a[name] for a in arrays])) for name in arrays[0]}
+    return {name: _aligned([a[name] for a in arrays]) for name in arrays[0]}
+
+
+def _aligned(parts: list[Any]) -> torch.Tensor:
+    """Stacked where torch allocates: how numpy's memory is aligned differs from run to run, and MKL's sums with it."""
+    like = torch.as_tensor(parts[0])
+    stacked = torch.empty((len(parts), *like.shape), dtype=like.dtype)
+    np.stack(parts, out=stacked.numpy())
+    return stacked
