@@ -17,7 +17,7 @@ SEEN = """
     def log_metrics(self, values, step):
         if "loss" in values:
             self.append([step, values["loss"]])
-        elif dist.get_rank() == 0:
+        elif dist.get_rank() == 0 and any(name.startswith("validation/") for name in values):
             with open(options.out + "/validation.jsonl", "a") as file:
                 file.write(json.dumps(values | {"step": step}) + chr(10))
 
@@ -61,7 +61,7 @@ def arms(learner_options, adapter_options, tmp_path, told):  # noqa: F811
     learner = dataclasses.replace(learner_options, model=model)
 
     def make(name: str, **changes) -> dict:
-        changes |= {"max_steps": 4, "checkpoint_every": 4}
+        changes = {"max_steps": 4, "checkpoint_every": 4} | changes
         for kind in ("learner", "adapter", "zero3"):
             (tmp_path / f"{kind}-{name}").mkdir()
         return {
@@ -76,17 +76,30 @@ def arms(learner_options, adapter_options, tmp_path, told):  # noqa: F811
 VALIDATED = {"validate_every": 2, "validation_samples": 5, "validation_pictures": 2}
 
 
-def test_validation_leaves_no_trace_in_the_training(arms, tmp_path):
-    """Losses and weights are bit for bit those of a training without it, with averaged weights and in ZeRO 3."""
-    off, on = arms("off"), arms("on", **VALIDATED)
-    curves = run_processes(2, [*off.values(), *on.values()])
-    assert curves[:3] == curves[3:]
+def _trains_alike(off: dict, on: dict, workers: int) -> None:
+    """Losses and weights are the same bit for bit."""
+    # In processes of their own: ZeRO 3 leaves another `torch.nn.functional.linear` behind, which rounds otherwise.
+    assert run_processes(workers, list(off.values())) == run_processes(workers, list(on.values()))
     for kind in off:
-        weights = [next((tmp_path / f"{kind}-{name}").glob("checkpoints/*/trained.safetensors")).read_bytes()
-                   for name in ("off", "on")]  # fmt: skip
+        weights = [
+            next(Path(arm[kind].out).glob("checkpoints/*/trained.safetensors")).read_bytes() for arm in (off, on)
+        ]
         assert weights[0] == weights[1]
-        assert not (tmp_path / f"{kind}-off" / "validation.jsonl").exists()
+        assert not (Path(off[kind].out) / "validation.jsonl").exists()
+        assert (Path(on[kind].out) / "validation.jsonl").exists()
 
+
+def test_validation_leaves_no_trace_in_the_training(arms):
+    few = {"max_steps": 2, "checkpoint_every": 2}
+    off, on = arms("off", **few), arms("on", **VALIDATED | {"validate_every": 1, "validation_pictures": 1}, **few)
+    _trains_alike(*({kind: arm[kind] for kind in ("learner", "adapter")} for arm in (off, on)), workers=1)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_validation_tells_of_the_averaged_weights_and_leaves_no_trace_over_workers_and_in_zero_3(arms, tmp_path):
+    off, on = arms("off"), arms("on", **VALIDATED)
+    _trains_alike(off, on, workers=2)
     lines = {kind: _lines(tmp_path / f"{kind}-on", "validation.jsonl") for kind in on}
     assert all([line["step"] for line in told] == [2, 4] for told in lines.values())
     assert {"validation/top1", "validation/top5"} < lines["learner"][0].keys()
