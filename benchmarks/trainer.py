@@ -1,12 +1,12 @@
 """What the trainer costs beside its arithmetic: steps/s of `deedsr train adapter` against a bare PyTorch loop.
 
-    python -m benchmarks.trainer [--data SHARDS] [--steps 200] [--rounds 2]
+    python -m benchmarks.trainer [--data LATENTS] [--steps 200] [--rounds 2]
 
 Both arms train `tiny`'s adapter with the same options, networks, micro-batches and one compute thread. The bare loop
 has its batches in memory and knows neither Ray, DeepSpeed, MLflow nor shards; the trainer is the command as a user
 types it, its rate taken from its own MLflow run. Warm-up steps are left out of both. Arms run in turns, each in a
 process of its own. Also: seconds from the command to its first step, and bytes of gradients and optimizer state that
-belong to frozen networks. Without `--data`, shards of the shipped photographs are made first.
+belong to frozen networks. Without `--data`, latents of the shipped photographs are made first.
 Prints a table and, last, one JSON line.
 """
 
@@ -31,7 +31,7 @@ LOG_EVERY = 10
 def options(data: str, out: str, steps: int) -> AdapterOptions:
     """The `tiny` preset, as `trainer_command` asks for it."""
     preset = PRESETS["adapter"]["tiny"]
-    train = preset["train"] | {"max_steps": steps + WARM_UP, "checkpoint_every": 10**6, "log_every": LOG_EVERY}
+    train = preset["train"] | {"max_steps": steps + WARM_UP}
     return AdapterOptions(
         data=data,
         learner="tiny",
@@ -47,7 +47,7 @@ def trainer_command(data: str, out: str, steps: int, log_every: int) -> list[str
     return [
         *(sys.executable, "-m", "deedsr", "train", "adapter", "--preset", "tiny", "--json"),
         *("--data", data, "--learner", "tiny", "--base", "tiny", "--out", out),
-        *("--train.max_steps", str(steps), "--train.checkpoint_every", str(10**6)),
+        *("--train.max_steps", str(steps), "--train.checkpoint_every", str(10**6), "--train.validate_every", "0"),
         *("--train.log_every", str(log_every)),
     ]
 
@@ -97,7 +97,7 @@ def bare_arm(data: str, steps: int) -> dict[str, float]:
     torch.set_num_threads(1)
     dataset = Dataset.open(data)
     plan = options(data, "", steps).train
-    stage = AdapterStage(options(data, "", steps), dataset.scale)
+    stage = AdapterStage(options(data, "", steps), dataset.scale, dataset.manifest.latents)
     module = stage.build(torch.device("cpu"), torch.float32)
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, plan.lr, weight_decay=plan.weight_decay)
@@ -123,7 +123,8 @@ def bare_arm(data: str, steps: int) -> dict[str, float]:
         with torch.no_grad():
             torch._foreach_lerp_(averages, trained, 1 - plan.ema_decay)
     seconds = time.perf_counter() - began
-    frozen = [p for part in (stage.unet, stage.vae, stage.learner) if part is not None for p in part.parameters()]
+    networks = [getattr(stage, name) for name in ("unet", "vae", "learner") if hasattr(stage, name)]
+    frozen = [p for network in networks for p in network.parameters()]
     held = sum(p.grad.nbytes for p in frozen if p.grad is not None)
     held += sum(t.nbytes for p in frozen for t in optimizer.state.get(p, {}).values())
     return {"steps_per_second": steps / seconds, "frozen_bytes": held}
@@ -134,12 +135,19 @@ def in_process(data: str, steps: int) -> dict[str, float]:
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.splitlines()[-1])
 
 
-def shipped_shards(work: str) -> str:
-    from deedsr.degradation.recipe import load_recipe
-    from pipelines.shards import generate
-
-    generate([str(files("deedsr") / "assets" / "photos" / "train")], f"{work}/shards", load_recipe("deedsr"), 2)
-    return f"{work}/shards"
+def shipped_latents(work: str) -> str:
+    photos, store = files("deedsr") / "assets" / "photos" / "train", f"sqlite:///{work}/mlflow.db"
+    for command in (
+        f"shards --source {photos} --out {work}/shards",
+        f"latents --data {work}/shards --base tiny --learner tiny --out {work}/latents",
+    ):
+        subprocess.run(
+            [sys.executable, "-m", "deedsr", *command.split()],
+            env=os.environ | {"MLFLOW_TRACKING_URI": store},
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
+    return f"{work}/latents"
 
 
 def main() -> None:
@@ -153,7 +161,7 @@ def main() -> None:
         print(json.dumps(bare_arm(asked.data, asked.steps)))
         return
     with tempfile.TemporaryDirectory() as work:
-        data = asked.data or shipped_shards(work)
+        data = asked.data or shipped_latents(work)
         bare, trainer, waits, frozen = [], [], [], 0.0
         for _ in range(asked.rounds):
             numbers = in_process(data, asked.steps)

@@ -6,9 +6,9 @@ import os
 import signal
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -70,9 +70,6 @@ def train_adapter(options: AdapterOptions, *, progress: bool = True) -> TrainRes
     _require_latents_of(dataset, options, base, learner)
     inputs = {"dataset": dataset.digest, "learner": _weights_digest(learner)} | _initial("adapter", options)
     parents = {"learner": training_run(options.learner)}
-    if dataset.manifest.latents:
-        made_by = {"deedsr.kind": "latents", "deedsr.dataset.digest": dataset.digest}
-        parents["latents"] = tracking.find_run(None, made_by)
     return _fit("adapter", options, dataset, 1, inputs, parents, progress)
 
 
@@ -158,13 +155,16 @@ def _fit(
                 _conclude(run, options, out, record, done[-1])
             return _result(record["run_id"], out, done[-1])
 
-    cluster.connect()
     uri = tracking.tracking_uri()
+    # Its imports and a new store take as long as the start of Ray's processes. A continuation does without the store.
+    with nullcontext() if record else _beside(lambda: tracking.connect(uri)):
+        cluster.connect()
     cluster_nodes = cluster.nodes()
     tracking.require_shared_store(uri, cluster_nodes)
-    if record is None:  # a run that is continued has this tag
-        made_by = {"deedsr.dataset.digest": dataset.order_digest, "deedsr.kind": "shards"}
-        parents["shards"] = tracking.find_run(None, made_by)
+    if record is None:  # a run that is continued has these tags
+        made = {"shards": dataset.order_digest} | ({"latents": dataset.digest} if dataset.manifest.latents else {})
+        for kind, digest in made.items():
+            parents[kind] = tracking.find_run(None, {"deedsr.kind": kind, "deedsr.dataset.digest": digest})
     with tracking.start_run(
         options.experiment,
         name=Path(options.out.rstrip("/")).name,
@@ -185,6 +185,20 @@ def _fit(
         out.write(RECORD, json.dumps(record, indent=1).encode())
         _conclude(run, options, out, record, last)
     return _result(run.id, out, last)
+
+
+@contextmanager
+def _beside(work: Callable[[], object]) -> Iterator[None]:
+    """Does `work` on a thread meanwhile. It is only done early: whoever needs it does it again and sees its errors."""
+
+    def quietly() -> None:
+        with suppress(Exception):
+            work()
+
+    thread = threading.Thread(target=quietly, daemon=True)
+    thread.start()
+    yield
+    thread.join()
 
 
 def _conclude(
