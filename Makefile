@@ -18,8 +18,9 @@ help:
 demo: $(INSTALLED)
 	deedsr demo --out demo
 
+# Two processes with a Ray cluster each; the tests of a file share what is costly to make.
 test: lint
-	pytest
+	pytest -n 2 --dist loadfile
 
 soak: $(INSTALLED)
 	pytest -m soak

@@ -95,7 +95,7 @@ def test_shipped_job_files_are_valid_and_named_after_themselves(path):
 
 
 def test_there_is_a_job_file_for_each_step():
-    assert [path.stem for path in JOBS] == ["adapter", "evaluate", "learner", "shards", "upscale"]
+    assert [path.stem for path in JOBS] == ["adapter", "evaluate", "latents", "learner", "shards", "upscale"]
 
 
 def test_the_mlflow_server_is_the_pinned_one_on_loopback_and_holds_no_secret():

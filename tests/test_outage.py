@@ -107,7 +107,7 @@ for step in range(first, last + 1):
     run.log_metrics({"loss": float(step)}, step)
     if step % 10 == 0:
         saved = checkpoint.Checkpoint(step, step, 0.5, unsent=run.unsent())
-        checkpoint.write(out, saved, {part: {} for part in checkpoint.PARTS}, 2)
+        checkpoint.write(out, saved, {part: {} for part in checkpoint.PARTS}, checkpoint.Keep(2))
 if die:
     os.kill(os.getpid(), signal.SIGKILL)
 if not run.close():

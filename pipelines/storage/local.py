@@ -1,5 +1,6 @@
 """Objects that are files below a directory."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -103,9 +104,16 @@ class LocalStorage(Storage):
             (self.directory / path).unlink(missing_ok=True)
             # As on S3, a folder is gone with its last object.
             for folder in (self.directory / path).parents:
-                if folder == self.directory or not folder.is_dir() or any(folder.iterdir()):
+                if folder == self.directory:
                     break
-                folder.rmdir()
+                try:
+                    folder.rmdir()
+                except FileNotFoundError:  # somebody else removed it, or there never was one
+                    continue
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                        raise
+                    break
 
     def delete_many(self, paths: Iterable[str]) -> None:
         for path in paths:

@@ -341,7 +341,8 @@ def _refuse_differences(
     # Data, learner and initial weights are compared by content: they may have moved.
     same_by_content = MAY_CHANGE | {"data", "learner", "init"}
     # A training from before there was an option has its default.
-    before = flatten(json.loads(json.dumps(resolved(type(options)())))) | before
+    defaults = flatten(json.loads(json.dumps(resolved(type(options)()))))
+    before = {key: value for key, value in defaults.items() if value != {}} | before
     differing = sorted(
         k for k in before.keys() | now.keys() if k not in same_by_content and before.get(k) != now.get(k)
     )
