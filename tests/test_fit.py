@@ -207,6 +207,7 @@ def test_models_are_registered_with_their_lineage_and_serve_by_name(adapter, ada
         train_adapter(dataclasses.replace(adapter_options, learner="models:/deedsr-learner/99"), progress=False)
 
 
+@pytest.mark.soak
 def test_a_training_starts_from_given_weights_and_refuses_other_ones_in_the_middle(adapter, adapter_options, tmp_path):
     from safetensors.torch import load_file
 

@@ -326,7 +326,7 @@ def test_the_snr_weight_caps_what_an_error_of_the_clean_latent_costs(prediction)
 
 def test_zero_stages_workers_and_accumulation_change_no_loss(learner_options, adapter_options, tmp_path):
     """fp32, equal micro-batches: one worker that accumulates and two that do not agree to 1e-5 at the first step and
-    to 1e-3 afterwards, in every ZeRO stage."""
+    to 1e-3 afterwards; the soak test has every ZeRO stage."""
 
     def runs(workers: int, learner_stages: tuple[int, ...], adapter_stages: tuple[int, ...]) -> dict[str, np.ndarray]:
         options = [
@@ -339,7 +339,7 @@ def test_zero_stages_workers_and_accumulation_change_no_loss(learner_options, ad
         ]
         return {Path(o.out).name: np.array(c) for o, c in zip(options, run_processes(workers, options), strict=True)}
 
-    curves = runs(1, (0, 3), (0, 1, 2, 3)) | runs(2, (0, 2), (0, 3))
+    curves = runs(1, (0,), (0, 1)) | runs(2, (2,), (3,))
     for name, curve in curves.items():
         reference = curves[name.split("-")[0] + "-1-0"]
         assert curve[:, 0].tolist() == [1, 2, 3, 4, 5], name
