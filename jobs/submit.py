@@ -112,11 +112,9 @@ def follow(client: "JobSubmissionClient", job_id: str) -> None:
             seen += len(text)
             shown = max(shown, seen)
 
-    # Not asyncio.run: its Ctrl-C is a cancellation, which a connection that is being made may swallow.
-    loop = asyncio.new_event_loop()
     while not client.get_job_status(job_id).is_terminal():
         try:
-            loop.run_until_complete(tail())
+            asyncio.run(tail())
         except RuntimeError as error:
             logger.warning("lost the log of %s (%s); connecting again", job_id, error)
         time.sleep(POLL_SECONDS)

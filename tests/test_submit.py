@@ -14,6 +14,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -96,6 +97,8 @@ class Head:
         return subprocess.Popen(
             [sys.executable, "-m", "deedsr", "submit", str(path), "--address", self.address, "--json", *words],
             env=self.environment | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+            # Tests that a shell runs in the background have SIGINT ignored, and what they start would too.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
 
     def submit(self, job: dict, *words: str, **environment: str) -> tuple[int, str, str]:

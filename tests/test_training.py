@@ -419,5 +419,3 @@ def test_a_run_continued_at_another_world_size_and_zero_stage_follows_the_uninte
         assert [step for step, _ in got] == [4, 5, 6]
         assert got[0][1] == pytest.approx(expected[3][1], rel=1e-5)
         np.testing.assert_allclose([x for _, x in got], [x for _, x in expected[3:]], rtol=1e-3)
-    last = arm("part", max_steps=8, zero_stage=3)
-    assert [[step for step, _ in curve] for curve in run_processes(1, last)] == [[7, 8], [7, 8]]
