@@ -405,6 +405,7 @@ def test_other_micro_batches_differ_by_rounding_alone(learner_options, adapter_o
     np.testing.assert_allclose(curves[3], curves[2], rtol=1e-9, err_msg="adapter")
 
 
+@pytest.mark.soak
 def test_a_run_continued_at_another_world_size_and_zero_stage_follows_the_uninterrupted_one(
     learner_options, adapter_options, tmp_path
 ):
