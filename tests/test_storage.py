@@ -246,3 +246,14 @@ def test_too_small_a_disk_is_told_with_both_numbers(tmp_path):
     free = shutil.disk_usage(tmp_path).free
     with pytest.raises(DeeDSRError, match=r"needs about [0-9,]{20,} bytes .* has [0-9,]{5,} free"):
         open_storage(tmp_path / "out").require_writable(needed_bytes=free * 1_000_000)
+
+
+def test_the_last_objects_of_a_folder_are_deleted_by_several_at_once(tmp_path):
+    storage = open_storage(tmp_path)
+    for number in range(150):
+        paths = [f"a{number}/b/{part}" for part in range(8)]
+        for path in paths:
+            storage.write(path, b"1")
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(storage.delete, paths))
+        assert list(tmp_path.iterdir()) == []
