@@ -269,7 +269,7 @@ def run_processes(world_size: int, many_options: list, **environment: str) -> li
         )
         for rank in range(world_size)
     ]
-    outputs = [process.communicate(timeout=600) for process in processes]
+    outputs = [process.communicate(timeout=1500) for process in processes]
     for process, (_, errors) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, errors[-3000:]
     line = next(line for line in outputs[0][0].splitlines() if line.startswith("CURVES"))
@@ -348,6 +348,7 @@ def test_zero_stages_workers_and_accumulation_change_no_loss(learner_options, ad
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 def test_fifty_steps_stay_together_over_workers_and_zero_stages(learner_options, adapter_options, tmp_path):
     """Equal micro-batches, accumulated by one worker or spread over two, in every ZeRO stage: 1e-5 at the first step,
     1e-3 after fifty. On the way, ZeRO 3 scales clipped gradients in another order than the other stages, and rounding
@@ -381,6 +382,7 @@ def test_presets_have_the_same_micro_batch_for_one_worker_and_for_two(stage, pre
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 def test_other_micro_batches_differ_by_rounding_alone(learner_options, adapter_options, tmp_path):
     """In float64 one forward of the whole batch and accumulated halves stay together for fifty steps, although their
     fp32 losses drift apart by percents: what differs is rounding, which training amplifies.
@@ -406,6 +408,7 @@ def test_other_micro_batches_differ_by_rounding_alone(learner_options, adapter_o
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 def test_a_run_continued_at_another_world_size_and_zero_stage_follows_the_uninterrupted_one(
     learner_options, adapter_options, tmp_path
 ):
