@@ -23,7 +23,7 @@ test: lint
 	pytest -n 2 --dist loadfile
 
 soak: $(INSTALLED)
-	pytest -m soak
+	pytest -m soak --timeout 3600
 
 lint: $(INSTALLED)
 	ruff check .
