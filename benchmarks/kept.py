@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,11 @@ def fingerprint(*parts: Any) -> str:
             sha.update(f"{part.dtype}{part.shape}".encode() + part.tobytes())
         elif isinstance(part, Path):
             inside = sorted(p for p in part.rglob("*") if p.is_file()) if part.is_dir() else [part]
-            for path in inside:
+            for path in (path for path in inside if path.suffix != ".pyc"):
                 sha.update(str(path.relative_to(part)).encode() + hashlib.sha256(path.read_bytes()).digest())
         else:
             sha.update(json.dumps(part, sort_keys=True).encode())
     return sha.hexdigest()
-
-
-def package_code() -> str:
-    """Fingerprint of the package's Python code and recipes."""
-    root = Path(str(files("deedsr")))
-    paths = sorted(path for ending in ("py", "yaml", "npz") for path in root.rglob(f"*.{ending}"))
-    return fingerprint(*(text for path in paths for text in (str(path.relative_to(root)), path)))
 
 
 class Kept:

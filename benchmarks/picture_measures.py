@@ -11,7 +11,7 @@ from deedsr.dataset.keys import generator
 from deedsr.metrics import niqe, psnr_y, ssim_y
 
 PATCH = 16  # pixels a side of the patches in which noise is looked for
-FLAT = 2.0  # 8-bit levels: an HR patch that deviates less from a plane is flat
+FLAT = 3.0  # 8-bit levels: an HR patch that deviates less from a plane is flat
 RESAMPLES = 10_000
 
 

