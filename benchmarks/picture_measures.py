@@ -13,28 +13,26 @@ from deedsr.metrics import niqe, psnr_y, ssim_y
 PATCH = 16  # pixels a side of the patches in which noise is looked for
 FLAT = 3.0  # 8-bit levels: an HR patch that deviates less from a plane is flat
 RESAMPLES = 10_000
+MOST = 100.0  # dB of equal pictures, which JSON can hold
 
 
-def measure(picture: np.ndarray, hr: np.ndarray, lr: np.ndarray, perceptual: PerceptualDistance) -> dict[str, float]:
-    """All measures of a uint8 RGB picture; `noise` is a sum over the HR's `flat` patches, so that it may be pooled."""
-    scale = hr.shape[0] // lr.shape[0]
+def measure(picture: np.ndarray, hr: np.ndarray, scale: int, perceptual: PerceptualDistance) -> dict[str, float]:
+    """Of a uint8 RGB picture against its HR; `noise` is a sum over the HR's flat patches, so that it may be pooled."""
     deviations, flat = patch_deviations(picture), patch_deviations(hr) <= FLAT
     return {
-        "psnr_y": _finite(psnr_y(picture, hr, scale)),
-        "psnr_rgb": _finite(psnr(picture, hr)),
+        "psnr_y": min(psnr_y(picture, hr, scale), MOST),
+        "psnr_rgb": psnr(picture, hr),
         "ssim_y": ssim_y(picture, hr, scale),
         "niqe": niqe(picture),
         "perceptual": perceptual(picture, hr),
         "noise": float(deviations[flat].sum()),
-        "flat": float(flat.sum()),
-        "consistency": _finite(consistency(picture, lr)),
     }
 
 
 def psnr(picture: np.ndarray, reference: np.ndarray) -> float:
     """dB over all pixels and channels."""
     error = float(np.mean((picture.astype(np.float64) - reference.astype(np.float64)) ** 2))
-    return 10 * math.log10(255**2 / error) if error else math.inf
+    return min(10 * math.log10(255**2 / error), MOST) if error else MOST
 
 
 def consistency(picture: np.ndarray, lr: np.ndarray) -> float:
@@ -63,8 +61,3 @@ def interval(statistic: Callable[[np.ndarray], np.ndarray], pictures: int) -> tu
     drawn = generator("bootstrap over pictures").integers(pictures, size=(RESAMPLES, pictures))
     low, high = np.percentile(statistic(drawn), [2.5, 97.5])
     return float(statistic(np.arange(pictures)[None])[0]), float(low), float(high)
-
-
-def _finite(decibels: float) -> float:
-    """Of equal pictures: 100 dB, which JSON can hold."""
-    return min(decibels, 100.0)

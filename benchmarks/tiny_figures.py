@@ -35,7 +35,7 @@ import benchmarks.realesrgan
 import deedsr
 from benchmarks.contact_sheet import centre, squares, write_sheet
 from benchmarks.kept import Kept, fingerprint
-from benchmarks.picture_measures import interval, measure, psnr
+from benchmarks.picture_measures import consistency, interval, measure, psnr
 from benchmarks.tiny_crops import ValidationCrop, cut_crops, read_crops
 from deedsr.dataset.keys import generator
 from deedsr.degradation.assignment import assign_degradation
@@ -151,8 +151,9 @@ class Methods:
 
     def measured(self, method: str, pair: Pair) -> dict[str, float]:
         picture = self.picture(method, pair)
-        key = fingerprint(self.measures, picture, pair.hr, pair.lr)
-        return self.kept.row(key, lambda: measure(picture, pair.hr, pair.lr, self.perceptual))
+        key = fingerprint(self.measures, picture, pair.hr)
+        row = self.kept.row(key, lambda: measure(picture, pair.hr, SCALE, self.perceptual))
+        return row | {"consistency": consistency(picture, pair.lr)}
 
 
 def measured_set(methods: Methods, names: Sequence[str], pairs: list[Pair], bar: tqdm) -> dict[str, Rows]:
