@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
+from benchmarks.kept import fingerprint
 from benchmarks.learner_retrieval import patch_statistics
 from deedsr.dataset.keys import generator
 from deedsr.degradation.chain import degrade
@@ -97,11 +98,11 @@ def outputs(network: nn.Module, lrs: np.ndarray) -> np.ndarray:
 
 
 def ridge(x: np.ndarray, y: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Linear map from standardised features; the penalty is what predicts a held-out fifth best."""
+    """Linear map from standardised features, cut off at 5; the penalty is what predicts a held-out fifth best."""
     centre, spread = x.mean(0), x.std(0) + 1e-9
 
     def prepared(features: np.ndarray) -> np.ndarray:
-        return np.concatenate([(features - centre) / spread, np.ones((len(features), 1))], 1)
+        return np.concatenate([((features - centre) / spread).clip(-5, 5), np.ones((len(features), 1))], 1)
 
     def solved(part: np.ndarray, target: np.ndarray, penalty: float) -> np.ndarray:
         return np.linalg.solve(part.T @ part + penalty * np.eye(part.shape[1]), part.T @ target)
@@ -208,8 +209,9 @@ def main() -> None:
     learner = DegradationLearner.from_pretrained(asked.learner).float()
     torch.manual_seed(0)
     untrained = DegradationLearner.from_config(learner.config)
-    state = asked.work / f"supervised-{asked.steps}-{asked.side}-{len(photos)}.safetensors"
-    taught = supervised(dict(learner.config), photos, asked.steps, asked.side, state)
+    config = {name: value for name, value in learner.config.items() if not name.startswith("_")}
+    state = asked.work / f"{fingerprint(config, asked.steps, asked.side, len(photos))}.safetensors"
+    taught = supervised(config, photos, asked.steps, asked.side, state)
     features: dict[str, Callable[[np.ndarray], np.ndarray]] = {
         "learner": lambda x: outputs(learner, x),
         "untrained network": lambda x: outputs(untrained, x),

@@ -8,7 +8,8 @@ import pytest
 
 from benchmarks.picture_measures import FLAT, consistency, interval, patch_deviations
 from benchmarks.tiny_crops import COUNT, SHIPPED, SIDE, read_crops
-from benchmarks.tiny_figures import degraded
+from benchmarks.tiny_figures import DEGRADED, degraded, degrading
+from deedsr.degradation.assignment import assign_degradation
 from jobs.tiny_base import VALIDATION
 
 
@@ -40,6 +41,12 @@ def test_a_crop_is_degraded_the_same_way_each_time_and_by_its_own_draws(crops, r
     assert first.shape == (SIDE // 4, SIDE // 4, 3)
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
+
+
+def test_the_ranges_draw_no_clean_lr(crops):
+    recipes = [degrading(ranges) for ranges in DEGRADED]
+    draws = [assign_degradation(recipe, crop.name, 0, (SIDE, SIDE)).draws for recipe in recipes for crop in crops]
+    assert not any(drawn["clean"] for drawn in draws)
 
 
 def test_the_clean_lr_is_consistent_with_its_hr_and_degraded_ones_are_not(crops):
