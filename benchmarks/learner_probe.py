@@ -234,6 +234,8 @@ def main() -> None:
     for name, row in table.items():
         print(f"{name:44}" + "".join(f"{value:9.3f}" for value in (*row, row.mean())))
     verdict = "met" if reached >= GOAL else "NOT MET"
+    if reached > 1:
+        verdict = "not told: the supervised network falls behind, give it more --steps"
     print(f"learner / {best}: {reached:.1%} [{low:.1%}, {high:.1%}], goal {GOAL:.0%}: {verdict}")
     result = {
         "benchmark": "learner_probe",
