@@ -10,6 +10,8 @@ import io
 import re
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -76,7 +78,9 @@ def decode(data: bytes, name: str = "", alpha: Literal["composite", "reject"] = 
     four formats. `alpha`: what happens to a picture that is not wholly opaque; it is laid over white, the page it is
     mostly seen on, or rejected. Raises RejectedImage, and nothing else but MemoryError, for whatever else `data` are.
     """
-    return _finish(read_stored(data, name), alpha)
+    stored = read_stored(data, name)
+    with _told():
+        return _finish(stored, alpha)
 
 
 def read_stored(data: bytes, name: str = "", deep: bool = False, others: bool = False) -> Stored:
@@ -91,15 +95,22 @@ def read_stored(data: bytes, name: str = "", deep: bool = False, others: bool = 
         raise RejectedImage("not a JPEG, PNG, WebP or TIFF image")
     if format and _EXTENSIONS.get(name.rpartition(".")[2].lower() if "." in name else "", format) != format:
         raise RejectedImage("content does not match the file's extension")
+    with _told():
+        stored = _read(data, format)
+        return stored if deep else _shallow(stored)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Within it, what a library raises becomes the RejectedImage that it means."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on large pictures and odd metadata
-            stored = _read(data, format)
-            return stored if deep else _shallow(stored)
+            yield
     except (RejectedImage, MemoryError):
         raise
     except UnidentifiedImageError:
-        raise RejectedImage(_BROKEN if format else "not a picture of a known format") from None
+        raise RejectedImage("not a picture of a known format") from None
     except Image.DecompressionBombError:  # Pillow's own limit, which a program may have set lower
         raise RejectedImage("too many pixels") from None
     except Exception as error:  # the libraries raise OSError, SyntaxError, ValueError, struct.error, cv2.error, ...
@@ -122,7 +133,7 @@ def _read(data: bytes, format: str | None) -> Stored:
         _check_size(int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1)
     if format == "PNG":
         _check_chunks(data)
-    image = Image.open(io.BytesIO(data), formats=(format,) if format else _OTHERS)
+    image = _opened(data, format)
     _check_size(*image.size)
     profile = image.info.get("icc_profile")
     profile = profile if isinstance(profile, bytes) else None  # a TIFF may call anything its profile
@@ -136,6 +147,15 @@ def _read(data: bytes, format: str | None) -> Stored:
             raise RejectedImage(_UNSUPPORTED)
     colour, alpha = _sixteen_bits(data, image) if _depth(data, image) == 16 else _eight_bits(image)
     return Stored(colour, alpha, orientation, profile)
+
+
+def _opened(data: bytes, format: str | None) -> Image.Image:
+    if format is None:
+        return Image.open(io.BytesIO(data), formats=_OTHERS)
+    try:
+        return Image.open(io.BytesIO(data), formats=(format,))
+    except UnidentifiedImageError:  # it begins as that format does
+        raise RejectedImage(_BROKEN) from None
 
 
 def _shallow(stored: Stored) -> Stored:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageCms
 
-from deedsr.dataset.pictures import MAX_PIXELS, RejectedImage, read_stored, to_srgb, upright
+from deedsr.dataset.pictures import MAX_PIXELS, RejectedImage, Stored, decode, read_stored, upright
 from deedsr.errors import DeeDSRError
 
 __all__ = ["Picture", "depth_of", "read_picture"]
@@ -75,15 +75,15 @@ def read_picture(data: bytes) -> Picture:
     """A picture file's first frame, upright. CMYK becomes sRGB. Raises DeeDSRError saying what is wrong with it."""
     try:
         stored = read_stored(data, deep=True, others=True)
+        if stored.colour.ndim == 3 and stored.colour.shape[2] == 4:
+            stored = Stored(decode(data), None, 1, None)
     except RejectedImage as rejection:
         raise DeeDSRError(f"{rejection}{_HINTS.get(str(rejection), '')}") from None
     except MemoryError:
         raise DeeDSRError("not enough memory to decode it: cut it into parts") from None
     grey, exif = _about(data)
     colour, profile = stored.colour, stored.profile
-    if colour.ndim == 3 and colour.shape[2] == 4:
-        colour, profile = to_srgb(colour, profile), None
-    elif colour.ndim == 3 and grey:
+    if colour.ndim == 3 and grey:
         colour = colour[..., 0]
     if profile and not _describes(profile, grey=colour.ndim == 2):
         profile = None
