@@ -43,13 +43,14 @@ def measure(commands: list[list[str]], out: Path, workers: int) -> tuple[float, 
     running = [
         subprocess.Popen(
             [sys.executable, "-m", "deedsr", "upscale", *words, "--out", str(out)],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
         for words in commands
     ]  # fmt: skip
-    codes = [process.wait() for process in running]
-    if any(codes):
-        raise SystemExit(f"a command failed: deedsr upscale {' '.join(commands[0])}")
+    for process in running:
+        said = process.communicate()[1]
+        if process.returncode:
+            raise SystemExit(f"a command failed: {said.strip().splitlines()[-1]}")
     done = sorted(path.stat().st_mtime for path in out.iterdir())
     return (len(done) - workers) / (done[-1] - done[workers - 1]), time.time() - began
 
