@@ -1,18 +1,28 @@
 """Claims about upscaling: files from anywhere to anywhere, by a small model with random weights."""
 
-import shutil
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
 from small_networks import make_pipeline
 
 from deedsr.errors import UsageError
+from deedsr.sampling.pipeline import DeeDSRPipeline
+from jobs.cli import main
 from pipelines.storage import open_storage, publish
-from pipelines.upscaling import decode, upscale
+from pipelines.upscaling import upscale
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,7 +68,7 @@ def test_a_folder_is_searched_through_and_its_subfolders_are_kept(folder, model,
     result = run([folder], tmp_path / "out", model)
     assert written(tmp_path / "out") == ["a.png", "deep/er/b.png"]
     assert not result.failed
-    assert [sorted(image) for image in result.images] == [["input", "output", "seconds"]] * 2
+    assert [sorted(image) for image in result.images] == [["input", "output", "reused", "seconds"]] * 2
     assert [image["output"] for image in result.images] == [
         str(tmp_path / "out" / "a.png"),
         str(tmp_path / "out" / "deep" / "er" / "b.png"),
@@ -83,8 +93,7 @@ def test_a_bad_file_is_reported_and_the_rest_goes_on(folder, model, tmp_path):
     result = run([folder], tmp_path / "out", model)
     assert written(tmp_path / "out") == ["a.png", "deep/er/b.png"]
     assert [Path(failure["input"]).name for failure in result.failed] == ["0-broken.png", "1-empty.jpg"]
-    assert "damaged" in result.failed[0]["reason"]
-    assert "not a picture of a known format" in result.failed[1]["reason"]
+    assert [failure["reason"] for failure in result.failed] == ["truncated or broken image", "empty file"]
     assert len(result.images) == 2
 
 
@@ -95,17 +104,63 @@ def test_results_of_an_earlier_command_are_not_its_inputs(folder, model, tmp_pat
     assert written(folder / "out") == ["a.png", "deep/er/b.png"]
 
 
-def test_no_result_replaces_an_input_or_another_result(folder, model, picture):
+def test_no_result_replaces_an_input_or_another_result(folder, model, picture, tmp_path):
     before = (folder / "a.png").read_bytes()
     picture.save(folder / "a.jpg")
-    result = run([folder / "a.png", folder / "deep" / "er" / "b.jpg"], folder, model)
-    assert (folder / "a.png").read_bytes() == before
-    assert "its result would replace it" in result.failed[0]["reason"]
-    assert (folder / "b.png").exists()
+    (tmp_path / "link").symlink_to(folder)
+    for overwrite in (False, True):
+        for out in (folder, tmp_path / "link"):
+            result = run([folder / "a.png", folder / "deep" / "er" / "b.jpg"], out, model, overwrite=overwrite)
+            assert "its result would replace it" in result.failed[0]["reason"]
+            assert (folder / "b.png").exists()
+        result = run([folder / "a.jpg", folder / "a.png"], folder, model, overwrite=overwrite)
+        assert f"would replace the input {folder}/a.png" in result.failed[0]["reason"]
+        assert (folder / "a.png").read_bytes() == before
 
     result = run([folder / "a.jpg", folder / "a.png"], folder / "out", model)
     assert [Path(image["input"]).name for image in result.images] == ["a.jpg"]
     assert "would replace that of" in result.failed[0]["reason"]
+    assert not run([folder / "a.jpg", folder / "a.png"], folder / "out", model, format="same").failed
+
+
+def test_a_file_of_another_program_is_only_replaced_when_told(folder, model, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.png").write_bytes(before := (folder / "a.png").read_bytes())
+    result = run([folder / "a.png"], tmp_path / "out", model)
+    assert "exists and is no result of this command" in result.failed[0]["reason"]
+    assert (tmp_path / "out" / "a.png").read_bytes() == before
+    assert not run([folder / "a.png"], tmp_path / "out", model, overwrite=True).failed
+    assert Image.open(tmp_path / "out" / "a.png").size == (96, 64)
+
+
+def test_what_is_done_of_the_same_picture_model_and_settings_is_reused(folder, model, tmp_path):
+    out = tmp_path / "out"
+    again = lambda **options: run([folder], out, model, **options)
+    states = lambda: {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.rglob("*.*")}
+    assert again().reused == 0
+    before = states()
+    result = again()
+    assert (result.reused, [image["reused"] for image in result.images]) == (2, [True, True])
+    assert states() == before
+    assert again(quality=50).reused == 2  # PNG has none
+
+    (out / "a.png").unlink()
+    assert [image["reused"] for image in again().images] == [False, True]
+    Image.open(folder / "a.png").rotate(180).save(folder / "a.png")
+    assert [image["reused"] for image in again().images] == [False, True]
+    assert again(overwrite=True).reused == 0
+    for other in ({"seed": 1}, {"steps": 1}, {"eta": 0.5}):
+        assert again(**other).reused == 0
+    assert again(**other).reused == 2
+    pipeline = make_pipeline(num_inference_steps=2)
+    with torch.no_grad():
+        next(pipeline.adapter.parameters()).add_(1)
+    pipeline.save_pretrained(tmp_path / "other")
+    assert run([folder], out, str(tmp_path / "other"), eta=0.5).reused == 0
+    for format in ("jpeg", "webp"):
+        assert [again(format=format, quality=90).reused for _ in range(2)] == [0, 2]
+    assert again(format="jpeg", quality=91).reused == 0
+    assert again(format="same", quality=91).reused == 1  # b.jpg
 
 
 def test_inputs_and_outputs_may_lie_in_s3(folder, model, bucket, tmp_path):
@@ -120,6 +175,35 @@ def test_inputs_and_outputs_may_lie_in_s3(folder, model, bucket, tmp_path):
     assert one.images[0]["input"] == f"{place}/in/deep/er/b.jpg"
 
 
+def test_results_in_s3_are_reused_and_patterns_name_objects(folder, model, bucket, tmp_path):
+    place = f"{bucket}/{tmp_path.name}"
+    publish(folder, f"{place}/in")
+    for pattern, names in (
+        ("in/*.png", ["a.png"]), ("i[mn]/**/*.jpg", ["b.png"]), ("in/**", ["a.png", "b.png"]),
+        ("*/deep/?r/b.*", ["b.png"]), ("in/*/*.jpg", None),
+    ):  # fmt: skip
+        if names is None:
+            with pytest.raises(UsageError, match="has no picture to upscale"):
+                run([f"{place}/{pattern}"], f"{place}/out", model)
+            continue
+        result = run([f"{place}/{pattern}"], f"{place}/out", model)
+        assert [Path(image["output"]).name for image in result.images] == names
+    assert result.reused == 1
+    with pytest.raises(UsageError, match="the name of a bucket cannot be a pattern"):
+        run(["s3://*/a.png"], f"{place}/out", model)
+
+
+def test_a_picture_is_what_the_pipeline_makes_of_it(folder, model, tmp_path):
+    run([folder / "a.png"], tmp_path / "out", model, seed=3, eta=0.5)
+    pipeline = DeeDSRPipeline.from_pretrained(model)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    [expected] = pipeline(Image.open(folder / "a.png"), generator=generator, eta=0.5).images
+    np.testing.assert_array_equal(Image.open(tmp_path / "out" / "a.png"), expected)
+    with pytest.raises(TypeError):
+        run([folder / "a.png"], tmp_path / "out", model, no_such_setting=1)
+
+
 def test_orientation_is_applied(picture, model, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # shown after a quarter turn clockwise
@@ -131,50 +215,134 @@ def test_orientation_is_applied(picture, model, tmp_path):
     np.testing.assert_array_equal(np.array(turned), np.array(upright))
 
 
-def test_transparency_is_enlarged_and_kept(picture, model, tmp_path):
-    alpha = Image.fromarray(np.tile(np.linspace(0, 255, 24).astype(np.uint8), (16, 1)))
-    transparent = picture.copy()
-    transparent.putalpha(alpha)
-    transparent.save(tmp_path / "a.png")
-    picture.save(tmp_path / "b.png")
-    run([tmp_path / "a.png", tmp_path / "b.png"], tmp_path / "out", model)
-    enlarged = Image.open(tmp_path / "out" / "a.png")
-    assert enlarged.mode == "RGBA"
-    np.testing.assert_array_equal(enlarged.getchannel("A"), alpha.resize((96, 64), Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(enlarged.convert("RGB"), Image.open(tmp_path / "out" / "b.png"))
-
-
-def test_grey_stays_grey_and_sixteen_bits_become_eight(picture, model, tmp_path):
+def test_the_network_sees_sixteen_bits_and_grey_stays_grey(picture, model, tmp_path):
     grey = np.array(picture.convert("L"))
-    cv2.imwrite(str(tmp_path / "eight.png"), grey)
-    cv2.imwrite(str(tmp_path / "sixteen.png"), grey.astype(np.uint16) * 257)
-    run([tmp_path / "eight.png", tmp_path / "sixteen.png"], tmp_path / "out", model)
-    eight, sixteen = (np.array(Image.open(tmp_path / "out" / name)) for name in ("eight.png", "sixteen.png"))
-    assert eight.shape == (64, 96, 3)
-    assert (eight == eight[..., :1]).all()
-    np.testing.assert_array_equal(eight, sixteen)
+    fine = grey.astype(np.uint16) * 257 + np.arange(24, dtype=np.uint16) % 5  # lost in 8 bits
+    for name, pixels in {"eight.png": grey, "sixteen.png": grey.astype(np.uint16) * 257, "fine.png": fine}.items():
+        cv2.imwrite(str(tmp_path / name), pixels)
+    run([tmp_path / name for name in ("eight.png", "sixteen.png", "fine.png")], tmp_path / "out", model)
+    eight, sixteen, fine = (np.array(Image.open(tmp_path / "out" / f"{n}.png")) for n in ("eight", "sixteen", "fine"))
+    assert [result.shape for result in (eight, sixteen, fine)] == [(64, 96)] * 3
+    assert (eight.dtype, sixteen.dtype) == (np.uint8, np.uint16)
+    assert np.abs(sixteen / 257 - eight).max() <= 0.51
+    assert len(np.unique(sixteen)) > 256
+    assert 0 < np.abs(sixteen.astype(int) - fine).max() < 500
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I"])
-def test_every_common_pixel_format_is_read(picture, mode, tmp_path):
-    if mode.startswith("I"):
-        given = Image.fromarray(np.array(picture.convert("L")).astype(np.uint16 if ";" in mode else np.int32) * 257)
-    else:
-        given = picture.convert(mode)
-    given.save(tmp_path / "x.tif")
-    decoded = decode((tmp_path / "x.tif").read_bytes())
-    assert decoded.rgb.shape == (16, 24, 3)
-    assert (decoded.alpha is not None) == (mode in ("LA", "RGBA"))
-    assert decoded.grey == (mode in ("1", "L", "LA", "I;16", "I"))
+def test_the_command_says_what_it_does_and_what_failed(folder, model, tmp_path, capsys):
+    (folder / "empty.png").write_bytes(b"")
+    words = ["upscale", f"{folder}/*.png", "--out", str(tmp_path / "out"), "--model", model, "--format", "webp"]
+    assert main([*words, "--quality", "90", "--json"]) == 1
+    said = capsys.readouterr()
+    result = json.loads(said.out)
+    assert [image["output"] for image in result["images"]] == [str(tmp_path / "out" / "a.webp")]
+    assert result["failed"] == [{"input": str(folder / "empty.png"), "reason": "empty file"}]
+    assert "2/2" in said.err
+    assert "picture" in said.err.rpartition("<")[2]  # behind the time that is left: the rate
+    (folder / "empty.png").unlink()
+    assert main([*words, "--quality", "90"]) == 0
 
 
-def test_a_colour_profile_is_kept(picture, model, tmp_path):
-    from PIL import ImageCms
+@pytest.fixture
+def many(picture, tmp_path) -> Path:
+    (tmp_path / "many").mkdir()
+    for number in range(8):
+        picture.rotate(20 * number).save(tmp_path / "many" / f"{number:02}.png")
+    return tmp_path / "many"
 
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    picture.save(tmp_path / "p.png", icc_profile=profile)
-    run([tmp_path / "p.png"], tmp_path / "out", model)
-    assert Image.open(tmp_path / "out" / "p.png").info["icc_profile"] == profile
+
+def test_an_interrupted_command_leaves_whole_results_and_continues(many, model, tmp_path, capsys):
+    out = tmp_path / "out"
+
+    def terminate() -> None:
+        while not whole(out):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as of a process that is one command
+    killer = threading.Thread(target=terminate, daemon=True)
+    killer.start()
+    try:
+        assert main(["upscale", str(many), "--out", str(out), "--model", model, "--steps", "4"]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "interrupted; the same command continues where it stopped" in capsys.readouterr().err
+    assert_continues(many, out, model, tmp_path)
+
+
+class Command:
+    """`deedsr upscale` as a process of its own."""
+
+    def __init__(self, *words: str):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "deedsr", "upscale", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            # Tests that a shell runs in the background have SIGINT ignored, and what they start would too.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
+
+    def interrupt(self, number: int, out: Path) -> str:
+        """Sends a signal after the first result; what the command said to it."""
+        while not whole(out) and self.process.poll() is None:
+            time.sleep(0.02)
+        self.process.send_signal(number)
+        said = self.process.communicate(timeout=60)[1]
+        assert self.process.returncode == 130, said
+        return said
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("more", [[], ["--ray"]], ids=["here", "cluster"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_process_leaves_whole_results_and_continues(many, model, tmp_path, number, more):
+    out = tmp_path / "out"
+    said = Command(str(many), "--out", str(out), "--model", model, "--steps", "4", *more).interrupt(number, out)
+    assert "interrupted; the same command continues where it stopped" in said
+    assert "Traceback" not in said
+    assert_continues(many, out, model, tmp_path)
+
+
+def assert_continues(many: Path, out: Path, model: str, work: Path) -> None:
+    done = written(out)
+    assert 1 <= len(done) < len(list(many.iterdir()))
+    assert len(done) == len(whole(out))
+    for name in done:
+        Image.open(out / name).load()
+    assert run([many], out, model, steps=4).reused == len(done)
+    run([many], work / "undisturbed", model, steps=4)
+    assert contents(out) == contents(work / "undisturbed")
+
+
+def whole(out: Path) -> list[Path]:
+    """Results that are there, without what is still being written."""
+    return list(out.glob("[!.]*"))
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {name: (out / name).read_bytes() for name in written(out)}
+
+
+def test_a_cluster_makes_the_same_bytes_also_when_a_worker_is_killed(ray_cluster, many, model, tmp_path):
+    (many / "empty.png").write_bytes(b"")
+    out, killed = tmp_path / "out", []
+
+    def kill() -> None:
+        while not whole(out):
+            time.sleep(0.02)
+        for process in psutil.Process().children(recursive=True):
+            if not killed and "_Actor" in process.name() + "".join(process.cmdline()):
+                process.kill()
+                killed.append(process.pid)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    result = run([many], out, model, steps=20, ray=True, workers=2)
+    killer.join()
+    assert killed
+    assert [Path(failure["input"]).name for failure in result.failed] == ["empty.png"]
+    assert [Path(image["input"]).name for image in result.images] == [f"{number:02}.png" for number in range(8)]
+    run([many], tmp_path / "plain", model, steps=20)
+    assert contents(out) == contents(tmp_path / "plain")
 
 
 def test_what_cannot_begin_is_refused_before_any_work(folder, model, tmp_path):
@@ -185,13 +353,11 @@ def test_what_cannot_begin_is_refused_before_any_work(folder, model, tmp_path):
         ("has no picture to upscale", [f"{tmp_path}/*.bmp"], {}),
         ("color_fix must be one of", [folder], {"color_fix": "sepia"}),
         ("no model folder", [folder], {"model": str(tmp_path / "nowhere")}),
+        ("--quality must be 1 to 100, got 101", [folder], {"quality": 101}),
+        ("--workers 2 is for --ray", [folder], {"workers": 2}),
     ):
         with pytest.raises(UsageError, match=message):
             run(inputs, tmp_path / "out", **{"model": model} | options)
+    with pytest.raises(UsageError, match="part of that path is a file"):
+        run([folder], folder / "a.png", model)
     assert not (tmp_path / "out").exists()
-
-
-def test_an_unwritable_output_is_reported(folder, model, tmp_path):
-    shutil.copy(folder / "a.png", tmp_path / "file")
-    result = run([folder / "a.png"], tmp_path / "file", model)
-    assert "not a directory" in result.failed[0]["reason"]

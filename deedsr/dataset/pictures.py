@@ -1,4 +1,6 @@
-"""From the bytes of a source file to its pixels: 8-bit sRGB, upright, opaque; or the reason why it gives none.
+"""From the bytes of a picture file to its pixels, or the reason why it gives none.
+
+`decode` is for sources of a dataset: 8-bit sRGB, upright, opaque. `read_stored` gives the pixels as the file has them.
 
 Every step is integer arithmetic that is the same on every processor: libjpeg-turbo's exact DCT and upsampling, fixed
 point in lcms2, rounding by integers here.
@@ -8,16 +10,18 @@ import io
 import re
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, UnidentifiedImageError
 from PIL.TiffImagePlugin import PLANAR_CONFIGURATION, TiffImageFile
 
-__all__ = ["RejectedImage", "decode"]
+__all__ = ["MAX_PIXELS", "RejectedImage", "Stored", "decode", "read_stored", "to_srgb", "upright"]
 
 MAX_PIXELS = 2**29 // 3  # 179 megapixels: 512 MiB as RGB; read from the header, before any pixel has a place
 MAX_SCANS = 200  # of a progressive JPEG, which has about ten; each pass over an empty scan costs as much as a full one
@@ -28,6 +32,7 @@ _SIGNATURES = {
     "WEBP": re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
     "TIFF": re.compile(rb"II[*+]\0|MM\0[*+]"),
 }
+_OTHERS = ("BMP", "GIF", "PPM", "JPEG2000", "AVIF")  # of Pillow; none that calls another program, as EPS does
 _EXTENSIONS = {
     "jpg": "JPEG",
     "jpeg": "JPEG",
@@ -56,11 +61,11 @@ class RejectedImage(Exception):
     """A source that gives no crops; the message is the reason, one of a few fixed sentences."""
 
 
-class _Picture(NamedTuple):
-    """Pixels as stored."""
+class Stored(NamedTuple):
+    """Pixels as stored, uint8 or uint16."""
 
-    colour: np.ndarray  # uint8: (H, W) grey, (H, W, 3) RGB, (H, W, 4) amounts of CMYK ink
-    alpha: np.ndarray | None  # uint8 (H, W), not premultiplied
+    colour: np.ndarray  # (H, W) grey, (H, W, 3) RGB, (H, W, 4) amounts of CMYK ink
+    alpha: np.ndarray | None  # (H, W), not premultiplied
     orientation: int  # EXIF's, 1 to 8
     profile: bytes | None  # ICC
 
@@ -73,19 +78,39 @@ def decode(data: bytes, name: str = "", alpha: Literal["composite", "reject"] = 
     four formats. `alpha`: what happens to a picture that is not wholly opaque; it is laid over white, the page it is
     mostly seen on, or rejected. Raises RejectedImage, and nothing else but MemoryError, for whatever else `data` are.
     """
+    stored = read_stored(data, name)
+    with _told():
+        return _finish(stored, alpha)
+
+
+def read_stored(data: bytes, name: str = "", deep: bool = False, others: bool = False) -> Stored:
+    """Reads a JPEG, PNG, WebP or TIFF file as `decode` does, up to its stored pixels.
+
+    `deep`: 16 bits stay 16. `others`: BMP, GIF, PPM, JPEG 2000 and AVIF are read as well. Raises as `decode`.
+    """
     if not data:
         raise RejectedImage("empty file")
     format = next((format for format, signature in _SIGNATURES.items() if signature.match(data)), None)
-    if format is None:
+    if format is None and not others:
         raise RejectedImage("not a JPEG, PNG, WebP or TIFF image")
-    if _EXTENSIONS.get(name.rpartition(".")[2].lower() if "." in name else "", format) != format:
+    if format and _EXTENSIONS.get(name.rpartition(".")[2].lower() if "." in name else "", format) != format:
         raise RejectedImage("content does not match the file's extension")
+    with _told():
+        stored = _read(data, format)
+        return stored if deep else _shallow(stored)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Within it, what a library raises becomes the RejectedImage that it means."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on large pictures and odd metadata
-            return _finish(_read(data, format), alpha)
+            yield
     except (RejectedImage, MemoryError):
         raise
+    except UnidentifiedImageError:
+        raise RejectedImage("not a picture of a known format") from None
     except Image.DecompressionBombError:  # Pillow's own limit, which a program may have set lower
         raise RejectedImage("too many pixels") from None
     except Exception as error:  # the libraries raise OSError, SyntaxError, ValueError, struct.error, cv2.error, ...
@@ -93,35 +118,51 @@ def decode(data: bytes, name: str = "", alpha: Literal["composite", "reject"] = 
         raise RejectedImage("decompression bomb" if "MAX_TEXT_" in str(error) else _BROKEN) from None
 
 
-def _finish(picture: _Picture, alpha: str) -> np.ndarray:
+def _finish(picture: Stored, alpha: str) -> np.ndarray:
     """uint8 sRGB (H, W, 3), opaque and upright."""
-    rgb = _srgb(picture.colour, picture.profile)
+    rgb = to_srgb(picture.colour, picture.profile)
     if picture.alpha is not None and picture.alpha.min() < 255:
         if alpha == "reject":
             raise RejectedImage("has transparency")
         rgb = _over_white(rgb, picture.alpha)
-    return _upright(rgb, picture.orientation)
+    return upright(rgb, picture.orientation)
 
 
-def _read(data: bytes, format: str) -> _Picture:
+def _read(data: bytes, format: str | None) -> Stored:
     if format == "WEBP" and data[12:16] == b"VP8X":  # Pillow would allocate the canvas before it tells the size
         _check_size(int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1)
     if format == "PNG":
         _check_chunks(data)
-    image = Image.open(io.BytesIO(data), formats=(format,))
+    image = _opened(data, format)
     _check_size(*image.size)
     profile = image.info.get("icc_profile")
     profile = profile if isinstance(profile, bytes) else None  # a TIFF may call anything its profile
     orientation = _orientation(image)
     if format == "JPEG":
-        return _Picture(_jpeg(data, image), None, orientation, profile)
+        return Stored(_jpeg(data, image), None, orientation, profile)
     if isinstance(image, TiffImageFile):
         orientation = 1  # both decoders turn the pixels of a TIFF by themselves
         if int(image.tag_v2.get(_SUBFILE_TYPE, 0)) & 1:
             # The first page is a preview: a camera's raw file, whose picture is not pixels yet.
             raise RejectedImage(_UNSUPPORTED)
     colour, alpha = _sixteen_bits(data, image) if _depth(data, image) == 16 else _eight_bits(image)
-    return _Picture(colour, alpha, orientation, profile)
+    return Stored(colour, alpha, orientation, profile)
+
+
+def _opened(data: bytes, format: str | None) -> Image.Image:
+    if format is None:
+        return Image.open(io.BytesIO(data), formats=_OTHERS)
+    try:
+        return Image.open(io.BytesIO(data), formats=(format,))
+    except UnidentifiedImageError:  # it begins as that format does
+        raise RejectedImage(_BROKEN) from None
+
+
+def _shallow(stored: Stored) -> Stored:
+    if stored.colour.dtype == np.uint8:
+        return stored
+    alpha = None if stored.alpha is None else _EIGHT_OF_SIXTEEN[stored.alpha]
+    return stored._replace(colour=_EIGHT_OF_SIXTEEN[stored.colour], alpha=alpha)
 
 
 def _check_size(width: int, height: int) -> None:
@@ -164,6 +205,8 @@ def _depth(data: bytes, image: Image.Image) -> int:
             raise RejectedImage(_UNSUPPORTED)
         # Pillow divides by a premultiplied alpha and knows CMYK, OpenCV does neither: there the upper 8 bits must do.
         return 8 if associated or image.mode == "CMYK" else 16
+    if image.format in _OTHERS:
+        return 16 if image.mode.startswith("I") else 8
     return data[24] if image.format == "PNG" else 8  # of the header chunk, always the first
 
 
@@ -196,19 +239,21 @@ def _jpeg(data: bytes, image: Image.Image) -> np.ndarray:
 def _sixteen_bits(data: bytes, image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
     """Grey from Pillow; colour from OpenCV, as Pillow has only its upper 8 bits, after Pillow found the file whole."""
     image.load()
-    if image.mode.startswith("I;16"):
-        deep = np.asarray(image).astype(np.uint16)
+    if image.mode.startswith("I"):
+        deep = np.asarray(image)
+        if not 0 <= deep.min() <= deep.max() < 2**16:
+            raise RejectedImage(_UNSUPPORTED)
+        deep = deep.astype(np.uint16)
         key = image.info.get("transparency")
-        alpha = None if key is None else np.where(deep == key, 0, 255).astype(np.uint8)
+        alpha = None if key is None else np.where(deep == key, 0, 2**16 - 1).astype(np.uint16)
         if isinstance(image, TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == 0:
             deep = ~deep  # stored as negative
-        return _EIGHT_OF_SIXTEEN[deep], alpha
+        return deep, alpha
     stored = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if stored is None or stored.dtype != np.uint16 or stored.ndim != 3 or stored.shape[1::-1] != image.size:
         raise RejectedImage(_UNSUPPORTED)
-    shallow = _EIGHT_OF_SIXTEEN[stored]
-    transparent = image.has_transparency_data and shallow.shape[2] == 4
-    return shallow[..., 2::-1], shallow[..., 3] if transparent else None
+    transparent = image.has_transparency_data and stored.shape[2] == 4
+    return stored[..., 2::-1], stored[..., 3] if transparent else None
 
 
 def _eight_bits(image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
@@ -223,8 +268,9 @@ def _eight_bits(image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
     return np.asarray(image), None
 
 
-def _srgb(colour: np.ndarray, profile: bytes | None) -> np.ndarray:
-    """uint8 RGB (H, W, 3), contiguous."""
+def to_srgb(colour: np.ndarray, profile: bytes | None) -> np.ndarray:
+    """Stored colour of 8 bits as uint8 RGB (H, W, 3), contiguous; a profile that is broken or of other channels is
+    ignored."""
     mode = "L" if colour.ndim == 2 else "RGB" if colour.shape[2] == 3 else "CMYK"
     transform = _transform(profile, mode) if profile else None
     if transform is None and mode == "RGB":
@@ -272,7 +318,7 @@ def _over_white(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     return ((rgb * opacity + np.uint16(255) * (255 - opacity) + np.uint16(127)) // np.uint16(255)).astype(np.uint8)
 
 
-def _upright(rgb: np.ndarray, orientation: int) -> np.ndarray:
+def upright(rgb: np.ndarray, orientation: int) -> np.ndarray:
     """Turned, then mirrored, as EXIF says; other numbers than 1 to 8 say nothing."""
     if orientation in (3, 4):
         rgb = cv2.rotate(rgb, cv2.ROTATE_180)

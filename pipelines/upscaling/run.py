@@ -1,0 +1,96 @@
+"""The command: finds the pictures, has each one enlarged, and says what came of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+
+from deedsr.errors import UsageError
+from pipelines.models import pinned, resolve_model
+from pipelines.storage import open_storage
+from pipelines.upscaling.encoding import Format
+from pipelines.upscaling.sources import conflicts, find_sources
+from pipelines.upscaling.spread import spread
+from pipelines.upscaling.work import Upscaler, model_digest
+
+__all__ = ["UpscaleResult", "upscale"]
+
+
+@dataclass
+class UpscaleResult:
+    """`images`: `{input, output, seconds, reused}`; `failed`: `{input, reason}`; `reused`: how many were there."""
+
+    images: list[dict[str, Any]] = field(default_factory=list)
+    failed: list[dict[str, str]] = field(default_factory=list)
+    reused: int = 0
+
+
+def upscale(
+    inputs: Sequence[str],
+    out: str,
+    *,
+    model: str = "tiny",
+    format: Format = "png",
+    quality: int = 95,
+    overwrite: bool = False,
+    ray: bool = False,
+    workers: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    steps: int | None = None,
+    **sampling: Any,
+) -> UpscaleResult:
+    """Enlarge pictures into files in `out`, named like their inputs; the folders below an input folder are kept.
+
+    Args:
+        inputs: files, folders (searched through), glob patterns, S3 objects, prefixes and patterns.
+        out: folder or S3 prefix.
+        model: `tiny`, or a model's folder, URI, hub id or `models:/NAME/VERSION`.
+        format: of the results; `same` = the input's own if that is PNG, JPEG or WebP, else PNG.
+        quality: of JPEG and WebP, 1 to 100.
+        overwrite: make every result anew and replace whatever lies in its place, inputs excepted. Otherwise a result
+            of the same picture, model and settings is reused, another result of this command is replaced, and a
+            picture whose place is taken by anything else is in `failed`.
+        ray: spread the pictures over the cluster that `RAY_ADDRESS` names, else over this machine.
+        workers: with `ray`, pictures at a time; None = one on every GPU of the cluster, or every CPU if it has none.
+        seed: of every picture's noise, so that a picture comes out the same alone and among others.
+        progress: show a progress bar on stderr.
+        steps: sampling steps.
+        sampling: other settings of `SamplingSettings`; what is None or missing is the model's own.
+
+    A picture that cannot be read, enlarged or written is in `failed`. Raises UsageError before any work where an input
+    has no picture, or the model, a setting or `out` is wrong.
+    """
+    from deedsr.sampling.model_folder import ModelFolder
+
+    if workers is not None and not ray:
+        raise UsageError(f"--workers {workers} is for --ray: give both, or neither")
+    if not 1 <= quality <= 100:
+        raise UsageError(f"--quality must be 1 to 100, got {quality}")
+    target = open_storage(out)
+    sources = find_sources(inputs, target, format)
+    model = pinned(model)
+    settings = ModelFolder.read(resolve_model(model)).sampling.override(num_inference_steps=steps, **sampling)
+    work = Upscaler(model, model_digest(model), settings, seed, quality, overwrite, target)
+    target.require_writable()
+
+    reasons = conflicts(sources, target)
+    given = [source for source in sources if source.uri not in reasons]
+    outcomes = {}
+    with tqdm(total=len(given), desc="upscale", unit="picture", disable=not progress) as bar:
+        for done in spread(work, given, workers) if ray else map(work, given):
+            outcomes[done.input] = done
+            bar.update()
+
+    result = UpscaleResult()
+    for source in sources:
+        reason = reasons.get(source.uri) or outcomes[source.uri].reason
+        if reason:
+            result.failed.append({"input": source.uri, "reason": reason})
+            continue
+        image = outcomes[source.uri]._asdict()
+        del image["reason"]
+        result.images.append(image)
+        result.reused += image["reused"]
+    return result

@@ -1,0 +1,84 @@
+"""Upscaling on a cluster with Ray Data: a row is a few pictures, an actor keeps the model for all of its rows."""
+
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+from deedsr.errors import DeeDSRError, UsageError
+from pipelines import cluster
+from pipelines.storage import Storage, open_storage
+from pipelines.upscaling.sources import Source
+from pipelines.upscaling.work import Done, Upscaler
+
+__all__ = ["spread"]
+
+_CPUS_OF_ACTOR = 0.5  # an actor for every CPU leaves room for the tasks that feed them
+_MAX_PICTURES_PER_ROW = 8
+_ROWS_PER_WORKER = 32  # enough that the last row does not keep one worker busy for long
+
+
+def spread(work: Upscaler, sources: list[Source], workers: int | None) -> Iterator[Done]:
+    """What comes of each picture, in any order; what a killed worker had is done again by another.
+
+    `workers`: actors at a time, None for every GPU of the cluster, or every CPU if it has none.
+    """
+    if not sources:
+        return
+    data = cluster.data()
+    from ray.exceptions import RayError
+
+    gpus, cpus = (int(cluster.resources().get(kind, 0)) for kind in ("GPU", "CPU"))
+    parallel = min(workers or gpus or max(cpus, 1), len(sources))
+    per_row = min(max(len(sources) // (parallel * _ROWS_PER_WORKER), 1), _MAX_PICTURES_PER_ROW)
+    places = [[source.storage.uri, source.path, source.target] for source in sources]
+    rows = [{"sources": places[start : start + per_row]} for start in range(0, len(places), per_row)]
+    done = data.from_items(rows, override_num_blocks=len(rows)).flat_map(
+        _Actor,
+        fn_constructor_kwargs={"work": work},
+        num_cpus=_CPUS_OF_ACTOR,
+        num_gpus=1.0 if gpus else 0.0,
+        compute=data.ActorPoolStrategy(min_size=1, max_size=parallel, initial_size=parallel),
+    )
+    try:
+        for row in done.iter_rows():
+            if row["error"]:
+                raise (UsageError if row["usage"] else DeeDSRError)(row["error"])
+            yield Done(*(row[name] for name in Done._fields))
+    except RayError as error:
+        last = str(error).strip().splitlines()[-1]
+        raise DeeDSRError(
+            f"upscaling on the cluster failed: {last}; run the same command again, it reuses what is done"
+        ) from error
+    finally:
+        _remove_parts(work.out, {source.target for source in sources})
+
+
+class _Actor:
+    def __init__(self, work: Upscaler):
+        import torch
+
+        from deedsr.dataset.worker import prepare_worker
+
+        prepare_worker()
+        if not torch.cuda.is_available():
+            torch.set_num_threads(1)  # there is an actor for each CPU
+        self._work = work
+
+    def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        for uri, path, target in row["sources"]:
+            nothing = Done("", "", 0.0)._asdict()
+            try:
+                done = self._work(Source(open_storage(uri), path, target))
+            except DeeDSRError as error:  # as a value: an exception would come back wrapped in Ray's traceback
+                yield nothing | {"error": str(error), "usage": isinstance(error, UsageError)}
+            else:
+                yield done._asdict() | {"error": "", "usage": False}
+
+
+def _remove_parts(out: Storage, targets: set[str]) -> None:
+    """Removes what killed workers had begun to write; on S3 nothing is seen of it."""
+    if out.local_path("") is None:
+        return
+    for upload in out.abandoned_uploads(timedelta(0)):
+        if upload.path in targets:
+            out.abort(upload)

@@ -1,0 +1,167 @@
+"""The work on one picture: read, enlarge, encode, write, unless its result is there."""
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from deedsr import __version__
+from deedsr.errors import DeeDSRError
+from pipelines.models import load_pipeline, part_digest, resolve_base, resolve_model
+from pipelines.storage import Storage
+from pipelines.upscaling.encoding import LOSSY, encode, format_of, holds_deep, require_fit
+from pipelines.upscaling.metadata import exif_of_result, mark_of
+from pipelines.upscaling.picture import Picture, read_picture
+from pipelines.upscaling.sources import Source
+
+if TYPE_CHECKING:
+    from deedsr.sampling.model_folder import ModelFolder
+    from deedsr.sampling.settings import SamplingSettings
+
+__all__ = ["Done", "Upscaler", "model_digest"]
+
+
+class TooLarge(DeeDSRError):
+    """The memory of this machine does not do for a picture."""
+
+    def __init__(self, rgb_CHW: Any):
+        height, width = rgb_CHW.shape[1:]
+        super().__init__(f"not enough memory to enlarge {width}x{height} pixels: cut it into parts, or lower --tile")
+
+
+class Done(NamedTuple):
+    """What came of one picture."""
+
+    input: str  # URI
+    output: str
+    seconds: float  # without loading the model
+    reused: bool = False
+    reason: str = ""  # why there is no result
+
+
+@dataclass(frozen=True)
+class Upscaler:
+    """Enlarges pictures into `out`. Pickles; each process loads the model when the first picture needs it.
+
+    `digest`: of the model where the command was given, see `model_digest`.
+    """
+
+    model: str
+    digest: str
+    sampling: "SamplingSettings"
+    seed: int
+    quality: int
+    overwrite: bool
+    out: Storage
+
+    def __call__(self, source: Source) -> Done:
+        """Raises DeeDSRError for what would fail with every other picture as well: the model, a full disk."""
+        began = time.monotonic()
+        output = f"{self.out.uri.rstrip('/')}/{source.target}"
+        done = lambda **more: Done(source.uri, output, round(time.monotonic() - began, 3), **more)
+        format = format_of(source.target)
+        try:
+            data = _read(source)
+            mark = self._mark(data, format)
+            if not self.overwrite and self._is_there(source.target, format, mark, output):
+                return done(reused=True)
+            picture = read_picture(data)
+            require_fit(picture, format, self._scale)
+        except DeeDSRError as error:
+            return done(reason=str(error))
+        waited = time.monotonic()
+        pipeline = self._pipeline
+        began += time.monotonic() - waited
+        try:
+            enlarged = picture.enlarged(self._enlarge(pipeline, picture), deep=holds_deep(format) and picture.deep)
+        except TooLarge as error:
+            return done(reason=str(error))
+        height, width = enlarged.pixels_HWC.shape[:2]
+        file = encode(enlarged, exif_of_result(picture.exif, width, height, mark), format, self.quality)
+        try:
+            self.out.write(source.target, file)
+        except DeeDSRError as error:
+            self.out.require_writable(len(file))
+            return done(reason=str(error))
+        return done()
+
+    def _mark(self, data: bytes, format: str) -> str:
+        """What a result is made of, 32 hexadecimal digits; the processor only changes rounding."""
+        made_of = {
+            "version": __version__,
+            "model": self.digest,
+            "sampling": self.sampling.as_dict(),
+            "seed": self.seed,
+            "format": format,
+            "quality": self.quality if format in LOSSY else None,
+            "input": hashlib.sha256(data).hexdigest(),
+        }
+        return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
+
+    def _is_there(self, target: str, format: str, mark: str, output: str) -> bool:
+        """Whether the result is there. Raises DeeDSRError if what is there is of another program."""
+        try:
+            with self.out.open(target) as file:
+                found = mark_of(file, format)
+        except FileNotFoundError:
+            return False
+        if found is None:
+            raise DeeDSRError(f"{output} exists and is no result of this command: choose another --out, or --overwrite")
+        return found == mark
+
+    @cached_property
+    def _scale(self) -> int:
+        return _description(self.model).scale
+
+    @cached_property
+    def _pipeline(self) -> Any:
+        if model_digest(self.model) != self.digest:
+            raise DeeDSRError(f"the model {self.model} is another one here than when the command was given")
+        pipeline = load_pipeline(self.model)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def _enlarge(self, pipeline: Any, picture: Picture) -> np.ndarray:
+        """float32 (3, scale H, scale W) in [0, 1]."""
+        import torch
+
+        generator = torch.Generator().manual_seed(self.seed)
+        rgb = torch.from_numpy(picture.rgb())
+        try:
+            result = pipeline(rgb, generator=generator, output_type="pt", **self.sampling.as_dict())
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise TooLarge(rgb) from error
+        except RuntimeError as error:  # what torch raises when the CPU's memory is short
+            if "not enough memory" in str(error) or "allocate memory" in str(error):
+                raise TooLarge(rgb) from error
+            raise
+        return result.images[0].cpu().numpy()
+
+
+def model_digest(model: str) -> str:
+    """SHA-256 over everything of a model that a result depends on: networks, scheduler, scale."""
+    description = _description(model)
+    name = description.base
+    base = resolve_base(name) if name and "://" in name else description.base_path()
+    digest = hashlib.sha256(f"scale {description.scale}".encode())
+    for folder in (base / "vae", base / "unet", description.path / "learner", description.path / "adapter"):
+        digest.update(part_digest(folder).encode())
+    digest.update((base / "scheduler" / "scheduler_config.json").read_bytes())
+    return digest.hexdigest()
+
+
+def _description(model: str) -> "ModelFolder":
+    from deedsr.sampling.model_folder import ModelFolder
+
+    return ModelFolder.read(resolve_model(model))
+
+
+def _read(source: Source) -> bytes:
+    try:
+        return source.storage.read(source.path)
+    except FileNotFoundError:
+        raise DeeDSRError("it is gone") from None
