@@ -4,7 +4,7 @@ Shape suffixes: B batch, C channels, H W space, N tokens, D token width or degra
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,7 +63,7 @@ def self_attention(channels: int, heads: int) -> Attention:
 
 
 class EncoderLevel(nn.Module):
-    """One resolution: [halve,] residual block, degradation-aware group[, self-attention]."""
+    """One resolution: [halve,] residual block[, degradation-aware group][, self-attention]."""
 
     def __init__(
         self,
@@ -74,17 +74,20 @@ class EncoderLevel(nn.Module):
         reduction: int,
         down: bool,
         attention_heads: int,  # 0 = no attention
+        aware: bool = True,
     ):
         super().__init__()
         self.down = residual_block(channels, channels, time_dim, down=True) if down else None
         self.resnet = residual_block(channels, width, time_dim)
-        self.aware = DegradationAwareGroup(width, degradation_dim, reduction)
+        self.aware = DegradationAwareGroup(width, degradation_dim, reduction) if aware else None
         self.attention = self_attention(width, attention_heads) if attention_heads else None
 
     def forward(self, x_BCHW: torch.Tensor, time_BD: torch.Tensor, degradation_BD: torch.Tensor) -> torch.Tensor:
         if self.down is not None:
             x_BCHW = self.down(x_BCHW, time_BD)
-        x_BCHW = self.aware(self.resnet(x_BCHW, time_BD), degradation_BD)
+        x_BCHW = self.resnet(x_BCHW, time_BD)
+        if self.aware is not None:
+            x_BCHW = self.aware(x_BCHW, degradation_BD)
         return x_BCHW if self.attention is None else self.attention(x_BCHW)
 
 
@@ -110,8 +113,11 @@ class ConditionEncoder(nn.Module):
         degradation_dim: int,
         reduction: int,
         feature_channels: int,
+        ablate: Collection[str] = (),
+        blank_token_width: int = 0,
     ):
         super().__init__()
+        self.blank_token_width = blank_token_width
         time_dim = 4 * widths[0]
         self.time_proj = Timesteps(widths[0], flip_sin_to_cos=True, downscale_freq_shift=0)  # cosines first
         self.time_embedding = TimestepEmbedding(widths[0], time_dim)
@@ -125,14 +131,21 @@ class ConditionEncoder(nn.Module):
                 reduction,
                 down=level > 0,
                 attention_heads=attention_heads if level in attention_levels else 0,
+                aware="da" not in ablate,
             )
             for level, width in enumerate(widths)
         )
-        self.features = nn.ModuleList(residual_block(width, feature_channels, time_dim) for width in widths)
-        deepest = widths[-1]
-        self.mid1 = residual_block(deepest, deepest, time_dim)
-        self.mid_attention = self_attention(deepest, attention_heads)
-        self.mid2 = residual_block(deepest, deepest, time_dim)
+        # Every image's vector where the learner's is left out: learned, and the same for all.
+        constant = "vector" in ablate and "da" not in ablate
+        self.constant_vector = nn.Parameter(torch.ones(degradation_dim)) if constant else None
+        described = [] if "local" in ablate else widths
+        self.features = nn.ModuleList(residual_block(width, feature_channels, time_dim) for width in described)
+        self.tells_tokens = "global" not in ablate
+        if self.tells_tokens:
+            deepest = widths[-1]
+            self.mid1 = residual_block(deepest, deepest, time_dim)
+            self.mid_attention = self_attention(deepest, attention_heads)
+            self.mid2 = residual_block(deepest, deepest, time_dim)
         self.gradient_checkpointing = False  # set, with the function, by diffusers' `enable_gradient_checkpointing`
 
     def forward(self, z_lr_BCHW: torch.Tensor, t_B: torch.Tensor, degradation_BD: torch.Tensor) -> Condition:
@@ -144,14 +157,19 @@ class ConditionEncoder(nn.Module):
         if any(side % multiple for side in z_lr_BCHW.shape[-2:]):
             height, width = z_lr_BCHW.shape[-2:]
             raise ValueError(f"latent sides must be multiples of {multiple}, got {height}x{width}: pad the image first")
+        if self.constant_vector is not None:
+            degradation_BD = self.constant_vector.expand(len(z_lr_BCHW), -1)
         time_BD = self.time_embedding(self.time_proj(t_B).to(z_lr_BCHW.dtype))
         x_BCHW = self.conv_in(z_lr_BCHW)
         features = []
-        for level, feature in zip(self.levels, self.features, strict=True):
+        for number, level in enumerate(self.levels):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x_BCHW = self._gradient_checkpointing_func(level, x_BCHW, time_BD, degradation_BD)
             else:
                 x_BCHW = level(x_BCHW, time_BD, degradation_BD)
-            features.append(feature(x_BCHW, time_BD))
+            if self.features:
+                features.append(self.features[number](x_BCHW, time_BD))
+        if not self.tells_tokens:
+            return Condition(x_BCHW.new_zeros(len(x_BCHW), 1, self.blank_token_width), tuple(features))
         x_BCHW = self.mid2(self.mid_attention(self.mid1(x_BCHW, time_BD)), time_BD)
         return Condition(tokens=x_BCHW.flatten(2).transpose(1, 2), features=tuple(features))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput
+from diffusers import DiffusionPipeline, ImagePipelineOutput
 
 from deedsr.adapter.adapter import DegradationAwareAdapter
 from deedsr.errors import UsageError
@@ -19,7 +19,16 @@ from deedsr.sampling.color_fix import fix_color
 from deedsr.sampling.guidance import alpha_bar, clean_latent, guidance_strengths, model_output
 from deedsr.sampling.images import OUTPUT_TYPES, Picture, from_tensors, pad_reflect, to_tensors
 from deedsr.sampling.latents import decode_latents, downsampling_factor, encode_latents, enlarge
-from deedsr.sampling.model_folder import BASE_PARTS, TRAINED_PARTS, ModelFolder, find_base, find_folder, load_part
+from deedsr.sampling.model_card import copy_base_licence, write_card
+from deedsr.sampling.model_folder import (
+    BASE_PARTS,
+    TRAINED_PARTS,
+    ModelFolder,
+    find_base,
+    find_folder,
+    load_part,
+)
+from deedsr.sampling.schedule import ddim, require_prediction, require_signal, usable_eta
 from deedsr.sampling.settings import SamplingSettings
 
 SMALLEST_LEARNER_INPUT = 3  # pixels a side: the learner's high-pass filter mirrors two
@@ -36,6 +45,7 @@ class DeeDSRPipeline(DiffusionPipeline):
         adapter: degradation-aware adapter made for this UNet.
         scale: enlargement factor that the adapter was trained for.
         sampling: what the model recommends, see `SamplingSettings`; what is left out is the paper's.
+        lineage: where the model comes from, for its card; see `ModelFolder`.
     """
 
     vae: Any
@@ -43,6 +53,7 @@ class DeeDSRPipeline(DiffusionPipeline):
     scheduler: Any
     learner: DegradationLearner
     adapter: DegradationAwareAdapter
+    _base_path: Path | None = None
 
     def __init__(
         self,
@@ -53,10 +64,13 @@ class DeeDSRPipeline(DiffusionPipeline):
         adapter: DegradationAwareAdapter,
         scale: int = 4,
         sampling: Mapping[str, Any] | None = None,
+        lineage: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler, learner=learner, adapter=adapter)
-        self.register_to_config(scale=scale, sampling=SamplingSettings.of(sampling or {}).as_dict())
+        settings = SamplingSettings.of(sampling or {})
+        self.register_to_config(scale=scale, sampling=settings.as_dict(), lineage=dict(lineage or {}))
+        require_prediction(scheduler, adapter.config.get("prediction_type"))
         adapter.detach()
         adapter.attach(unet)
 
@@ -79,13 +93,22 @@ class DeeDSRPipeline(DiffusionPipeline):
             if name in parts:
                 continue
             part = load_part(folder.path if name in TRAINED_PARTS else base_path, name, **options)
-            parts[name] = _ddim(part) if name == "scheduler" and base_path != folder.path else part
+            parts[name] = ddim(part) if name == "scheduler" and base_path != folder.path else part
         try:
-            pipeline = cls(**parts, scale=folder.scale, sampling=folder.sampling.as_dict())
+            pipeline = cls(**parts, scale=folder.scale, sampling=folder.sampling.as_dict(), lineage=folder.lineage)
         except ValueError as error:
             raise UsageError(f"{folder.path} does not fit its base {base_path}: {error}") from error
         pipeline.register_to_config(_name_or_path=str(model))
+        pipeline._base_path = base_path
         return pipeline
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **options: Any) -> None:
+        """As diffusers' pipelines, with a model card and the licence."""
+        super().save_pretrained(save_directory, *args, **options)
+        write_card(Path(save_directory), scale=self.scale, sampling=self.sampling.as_dict(),
+                   lineage=self.config["lineage"])  # fmt: skip
+        if self._base_path:
+            copy_base_licence(self._base_path, Path(save_directory))
 
     @property
     def scale(self) -> int:
@@ -176,6 +199,8 @@ class DeeDSRPipeline(DiffusionPipeline):
 
         # 4. From noise to a clean latent, kept in float32 whatever the networks compute in.
         self.scheduler.set_timesteps(settings.num_inference_steps, device=lr_BCHW.device)
+        require_prediction(self.scheduler, self.adapter.config.get("prediction_type"))
+        require_signal(self.scheduler)
         x_BChw = self._noise(latent_shape, generators) * self.scheduler.init_noise_sigma
         x_BChw = self._denoise(x_BChw, z_lr_BChw, degradation_BD, generators, settings)
 
@@ -195,7 +220,7 @@ class DeeDSRPipeline(DiffusionPipeline):
         dtype = self.unet.dtype
         prediction = self.scheduler.config.get("prediction_type", "epsilon")
         accepted = inspect.signature(self.scheduler.step).parameters
-        step_options = {"eta": settings.eta, "generator": generators}
+        step_options = {"eta": usable_eta(self.scheduler, settings.eta), "generator": generators}
         step_options = {name: value for name, value in step_options.items() if name in accepted}
 
         timesteps = self.scheduler.timesteps
@@ -227,12 +252,3 @@ def _one_per_picture(generator: torch.Generator | list[torch.Generator] | None, 
     if generator is None:  # follows torch.manual_seed, as everything of torch does
         return [torch.Generator().manual_seed(int(torch.randint(2**62, ()))) for _ in range(count)]
     return [torch.Generator(generator.device).set_state(generator.get_state()) for _ in range(count)]
-
-
-def _ddim(scheduler: Any) -> Any:
-    """A base's own DDIM scheduler, or its noise schedule under DDIM as the paper samples."""
-    if isinstance(scheduler, DDIMScheduler):
-        return scheduler
-    return DDIMScheduler.from_config(
-        scheduler.config, timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False, clip_sample=False
-    )
