@@ -241,6 +241,33 @@ def test_without_signal_the_first_step_takes_the_clean_latent_from_v():
     assert torch.equal(clean_latent(v, noise, nothing, "v_prediction"), z)
 
 
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+def test_training_without_signal_asks_for_the_hr_whatever_the_guidance_and_the_weight(prediction):
+    """At the last timestep x_t is noise alone: a base that answers with the HR latent has no loss there, and one that
+    answers with nothing has a finite one, weighted by min(SNR, gamma) or not."""
+    from deedsr.sampling.guidance import model_output
+    from pipelines.training.adapter_stage import AdapterStage
+    from pipelines.training.config import AdapterOptions, DiffusionOptions
+
+    draw = torch.Generator().manual_seed(0)
+    z_lr, z_hr, noise = (torch.randn(3, 4, 4, 4, generator=draw) for _ in range(3))
+    batch = {"z_lr": z_lr, "z_hr": z_hr, "noise": noise, "degradation": torch.zeros(3, 8)}
+    batch |= {"timestep": torch.tensor([999, 999, 500]), "guidance": torch.tensor([0.0, 1.0, 0.5])}
+    for gamma in (0.0, 5.0):
+        stage = AdapterStage(AdapterOptions(diffusion=DiffusionOptions(snr_gamma=gamma)), 4)
+        stage.unet = torch.nn.Linear(1, 1)
+        stage.scheduler = DDIMScheduler(**SCHEDULE | ZERO_SNR, prediction_type=prediction)
+
+        def knowing(noisy, t, *_, scheduler=stage.scheduler):
+            return model_output(z_hr, noisy, scheduler.alphas_cumprod[t].view(-1, 1, 1, 1), prediction)
+
+        assert stage.losses(knowing, batch).max() < 1e-6
+        ignorant = stage.losses(lambda noisy, *_: torch.zeros_like(noisy), batch)
+        assert ignorant.isfinite().all()
+        if not gamma:
+            torch.testing.assert_close(ignorant[:2], z_hr[:2].square().mean((1, 2, 3)))
+
+
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler])
 def test_eps_without_signal_is_refused_and_fine_where_signal_is_left(scheduler):
     pipe = make_pipeline("kl", "epsilon")
