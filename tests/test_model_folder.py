@@ -245,6 +245,28 @@ def test_a_hub_id_is_served_from_the_hubs_cache_without_a_network(trained, tmp_p
     assert DeeDSRPipeline.from_pretrained(model).scale == 4
 
 
+def test_of_a_hub_only_what_is_used_is_downloaded():
+    from huggingface_hub.utils import filter_repo_objects
+
+    from deedsr.sampling.model_folder import HUB_FILES
+
+    wanted = {
+        *("model_index.json", "LICENSE.md", "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json"),
+        *(
+            "unet/diffusion_pytorch_model.safetensors.index.json",
+            "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+        ),
+        "vae/diffusion_pytorch_model.safetensors",
+    }
+    others = {
+        *("text_encoder/model.safetensors", "text_encoder/config.json", "tokenizer/vocab.json", "tokenizer/merges.txt"),
+        *("safety_checker/model.safetensors", "feature_extractor/preprocessor_config.json", "v2-1_512-ema-pruned.ckpt"),
+        *("unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.safetensors"),
+        *("unet/diffusion_pytorch_model.non_ema.safetensors", "vae_1_0/diffusion_pytorch_model.safetensors"),
+    }
+    assert set(filter_repo_objects(wanted | others, allow_patterns=HUB_FILES)) == wanted
+
+
 @torch.no_grad()
 def test_the_base_alone_is_no_better_than_bicubic_and_worse_than_with_its_adapter(photos):
     """`tiny`'s base has never seen a low-resolution image: asked for the rest of a picture whose first steps are guided

@@ -20,6 +20,13 @@ from deedsr.sampling.weights import NAME, find_variant
 FORMAT_VERSION = 1
 BASE_PARTS = ("vae", "unet", "scheduler")
 TRAINED_PARTS = ("learner", "adapter")
+PARTS = BASE_PARTS + TRAINED_PARTS
+# What is taken of a hub's repository: configurations and one set of weights of the parts that are used. No text
+# encoder, no other formats, nothing pickled.
+HUB_FILES = [
+    *("model_index.json", "deedsr.json", "training.json", "README.md", "LICENSE*"),
+    *(f"{part}/{name}" for part in PARTS for name in ("*.json", f"{NAME}.safetensors", f"{NAME}-*-of-*.safetensors")),
+]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -131,17 +138,11 @@ def find_base(name: str | Path) -> Path:
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    # Configurations, and one set of weights of the parts that are used: no text encoder, no other formats, nothing
-    # pickled. The half-precision variant only of parts that come in nothing else.
-    parts = (*BASE_PARTS, *TRAINED_PARTS)
-    plain = ["*.json", *(f"{part}/{NAME}{end}.safetensors" for part in parts for end in ("", "-*-of-*"))]
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=[*plain, "LICENSE*", "README.md"],
-                                        ignore_patterns=["text_encoder*", "tokenizer*"]))  # fmt: skip
-        lacking = [part for part in parts if _lacks_weights(folder / part)]
-        if lacking:
-            half = [f"{part}/{NAME}*.safetensors" for part in lacking]
-            snapshot_download(hub_id, allow_patterns=[name.replace(NAME, f"{NAME}.fp16") for name in half])
+        folder = Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
+        lacking = [part for part in PARTS if _lacks_weights(folder / part)]
+        if lacking:  # there is only the half-precision variant
+            snapshot_download(hub_id, allow_patterns=[f"{part}/{NAME}.fp16*.safetensors" for part in lacking])
         return folder
     except Exception as error:  # the hub's client raises a dozen kinds, of requests, httpx and its own
         raise UsageError(
