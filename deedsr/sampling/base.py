@@ -8,6 +8,7 @@ from deedsr.sampling.model_folder import BASE_PARTS, read_config
 from deedsr.sampling.schedule import PREDICTIONS
 from deedsr.sampling.weights import tensor_shapes
 
+REMEDY = "give a text-to-image model such as Stable Diffusion 2.1-base"
 # What a UNet may ask for besides noisy latents, timestep and tokens; the adapter has nothing to give for it.
 _OTHER_INPUTS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
 
@@ -39,16 +40,16 @@ def _check_unet(folder: Path, config: dict[str, Any]) -> None:
     if given != made:
         raise UsageError(
             f"{refusal} it takes {given} channels and gives {made}, as models for inpainting, depth or upscaling do; "
-            "give a text-to-image model such as Stable Diffusion 2.1-base"
+            + REMEDY
         )
     for name in _OTHER_INPUTS:
         if config.get(name) is not None:
-            raise UsageError(f"{refusal} it has {name} {config[name]}; Stable Diffusion 1.5, 2-base and 2.1-base do")
+            raise UsageError(f"{refusal} it has {name} {config[name]}; {REMEDY}")
     width = config.get("cross_attention_dim", 1280)
     if not isinstance(width, int):
-        raise UsageError(f"{refusal} cross_attention_dim must be one number, got {width}")
+        raise UsageError(f"{refusal} cross_attention_dim must be one number, got {width}; {REMEDY}")
     if not any("CrossAttn" in str(block) for block in config.get("down_block_types") or ["CrossAttnDownBlock2D"]):
-        raise UsageError(f"{refusal} it has no cross-attention")
+        raise UsageError(f"{refusal} it has no cross-attention; {REMEDY}")
     first = (config.get("block_out_channels") or (320,))[0]
     shapes = tensor_shapes(folder)
     keys = [name for name in shapes if name.endswith("attn2.to_k.weight")]
@@ -68,8 +69,7 @@ def _check_scheduler(folder: Path, config: dict[str, Any], trained_timesteps: in
         raise UsageError(f"{folder} has prediction_type {prediction}, there are {', '.join(PREDICTIONS)}")
     if "FlowMatch" in str(config.get("_class_name")):
         raise UsageError(
-            f"{folder} is of a flow-matching model ({config['_class_name']}): give a diffusion model such as "
-            "Stable Diffusion 2.1-base"
+            f"{folder} is of a flow-matching model ({config['_class_name']}), which has no noise schedule; {REMEDY}"
         )
     steps = config.get("num_train_timesteps", 1000)
     to_the_end = trained_timesteps is None or trained_timesteps >= steps

@@ -29,7 +29,7 @@ def copy_base_licence(base: Path, folder: Path) -> None:
 
 def model_card(scale: int, sampling: Mapping[str, Any], lineage: Mapping[str, Any]) -> str:
     """Text of the card; what is not recorded is said to be."""
-    base, training = lineage.get("base"), lineage.get("training") or {}
+    base, training = _named(lineage.get("base")), lineage.get("training") or {}
     head = {
         "license": lineage.get("license") or UNSAID,
         "library_name": "diffusers",
@@ -52,6 +52,11 @@ def model_card(scale: int, sampling: Mapping[str, Any], lineage: Mapping[str, An
         "## Licence\n" + _licence(lineage),
     ]
     return "\n\n".join(sections).rstrip() + "\n"
+
+
+def _named(base: str | None) -> str | None:
+    """A base's name for others: of a folder on somebody's machine its last part."""
+    return Path(base).name if base and Path(base).is_absolute() else base
 
 
 def _training_rows(training: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,7 +89,7 @@ def _table(rows: Mapping[str, Any], otherwise: str) -> str:
 def _licence(lineage: Mapping[str, Any]) -> str:
     name = lineage.get("license") or UNSAID
     own = "no licence was named when they were trained: ask who trained them" if name == UNSAID else name
-    base = lineage.get("base") or "its own"
+    base = _named(lineage.get("base")) or "its own"
     return (
         f"Adapter and learner: {own}.\n"
         f"They work with a base, {base}, whose own licence holds for it and for what is made with it.\n"

@@ -59,7 +59,6 @@ class ModelFolder:
                     "it can be the --base of `deedsr train adapter`, which writes a model"
                 )
             base, lineage = None, description.get("lineage") or {}
-            _require_format(path / "model_index.json", description.get("format_version", FORMAT_VERSION))
         elif (path / "deedsr.json").is_file():
             description = _read_json(path / "deedsr.json")
             _require_format(path / "deedsr.json", description.get("format_version"))
