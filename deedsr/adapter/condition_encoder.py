@@ -13,7 +13,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from deedsr.adapter.da_block import DegradationAwareGroup
+from deedsr.adapter.da_block import DegradationAwareGroup, Kernels
 
 EPS = 1e-5
 
@@ -23,6 +23,14 @@ class Condition(NamedTuple):
 
     tokens: torch.Tensor  # (B, N, D): one token per position of the deepest level
     features: tuple[torch.Tensor, ...]  # (B, C, H / 2^i, W / 2^i) of level i, finest first
+
+
+class PreparedDegradation(tuple[tuple[Kernels, ...], ...]):
+    """What the degradation vector alone decides, level by level: computed once for all steps and places of an image."""
+
+    def of(self, samples_B: torch.Tensor) -> "PreparedDegradation":
+        """That of the samples with these numbers, each as often as it is named."""
+        return PreparedDegradation(tuple(kernels.of(samples_B) for kernels in level) for level in self)
 
 
 def norm_groups(channels: int) -> int:
@@ -81,10 +89,12 @@ class EncoderLevel(nn.Module):
         self.aware = DegradationAwareGroup(width, degradation_dim, reduction)
         self.attention = self_attention(width, attention_heads) if attention_heads else None
 
-    def forward(self, x_BCHW: torch.Tensor, time_BD: torch.Tensor, degradation_BD: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x_BCHW: torch.Tensor, time_BD: torch.Tensor, degradation: torch.Tensor | tuple[Kernels, ...]
+    ) -> torch.Tensor:
         if self.down is not None:
             x_BCHW = self.down(x_BCHW, time_BD)
-        x_BCHW = self.aware(self.resnet(x_BCHW, time_BD), degradation_BD)
+        x_BCHW = self.aware(self.resnet(x_BCHW, time_BD), degradation)
         return x_BCHW if self.attention is None else self.attention(x_BCHW)
 
 
@@ -135,8 +145,14 @@ class ConditionEncoder(nn.Module):
         self.mid2 = residual_block(deepest, deepest, time_dim)
         self.gradient_checkpointing = False  # set, with the function, by diffusers' `enable_gradient_checkpointing`
 
-    def forward(self, z_lr_BCHW: torch.Tensor, t_B: torch.Tensor, degradation_BD: torch.Tensor) -> Condition:
-        """Scaled LR latent, diffusion time in the scheduler's steps (B,), degradation vector to the condition.
+    def prepare(self, degradation_BD: torch.Tensor) -> PreparedDegradation:
+        """What `forward` takes in place of the degradation vector, the part of its work that never changes."""
+        return PreparedDegradation(level.aware.prepare(degradation_BD) for level in self.levels)
+
+    def forward(
+        self, z_lr_BCHW: torch.Tensor, t_B: torch.Tensor, degradation: torch.Tensor | PreparedDegradation
+    ) -> Condition:
+        """Scaled LR latent, diffusion time in the scheduler's steps (B,), degradation vector (B, D) to the condition.
 
         Raises ValueError when a side of the latent is not a multiple of 2^(levels - 1).
         """
@@ -147,11 +163,12 @@ class ConditionEncoder(nn.Module):
         time_BD = self.time_embedding(self.time_proj(t_B).to(z_lr_BCHW.dtype))
         x_BCHW = self.conv_in(z_lr_BCHW)
         features = []
-        for level, feature in zip(self.levels, self.features, strict=True):
+        known = [degradation] * len(self.levels) if isinstance(degradation, torch.Tensor) else degradation
+        for level, feature, degraded in zip(self.levels, self.features, known, strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x_BCHW = self._gradient_checkpointing_func(level, x_BCHW, time_BD, degradation_BD)
+                x_BCHW = self._gradient_checkpointing_func(level, x_BCHW, time_BD, degraded)
             else:
-                x_BCHW = level(x_BCHW, time_BD, degradation_BD)
+                x_BCHW = level(x_BCHW, time_BD, degraded)
             features.append(feature(x_BCHW, time_BD))
         x_BCHW = self.mid2(self.mid_attention(self.mid1(x_BCHW, time_BD)), time_BD)
         return Condition(tokens=x_BCHW.flatten(2).transpose(1, 2), features=tuple(features))
