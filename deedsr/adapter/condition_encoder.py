@@ -25,12 +25,18 @@ class Condition(NamedTuple):
     features: tuple[torch.Tensor, ...]  # (B, C, H / 2^i, W / 2^i) of level i, finest first
 
 
-class PreparedDegradation(tuple[tuple[Kernels, ...], ...]):
-    """What the degradation vector alone decides, level by level: computed once for all steps and places of an image."""
+class PreparedDegradation(NamedTuple):
+    """What the degradation vector alone decides: computed once for all diffusion times and places of an image."""
+
+    levels: tuple[tuple[Kernels, Kernels], ...]  # of the degradation-aware group of each level
+
+    @property
+    def samples(self) -> int:
+        return len(self.levels[0][0].gates)
 
     def of(self, samples_B: torch.Tensor) -> "PreparedDegradation":
         """That of the samples with these numbers, each as often as it is named."""
-        return PreparedDegradation(tuple(kernels.of(samples_B) for kernels in level) for level in self)
+        return PreparedDegradation(tuple((first.of(samples_B), second.of(samples_B)) for first, second in self.levels))
 
 
 def norm_groups(channels: int) -> int:
@@ -147,7 +153,7 @@ class ConditionEncoder(nn.Module):
 
     def prepare(self, degradation_BD: torch.Tensor) -> PreparedDegradation:
         """What `forward` takes in place of the degradation vector, the part of its work that never changes."""
-        return PreparedDegradation(level.aware.prepare(degradation_BD) for level in self.levels)
+        return PreparedDegradation(tuple(level.aware.prepare(degradation_BD) for level in self.levels))
 
     def forward(
         self, z_lr_BCHW: torch.Tensor, t_B: torch.Tensor, degradation: torch.Tensor | PreparedDegradation
@@ -163,7 +169,7 @@ class ConditionEncoder(nn.Module):
         time_BD = self.time_embedding(self.time_proj(t_B).to(z_lr_BCHW.dtype))
         x_BCHW = self.conv_in(z_lr_BCHW)
         features = []
-        known = [degradation] * len(self.levels) if isinstance(degradation, torch.Tensor) else degradation
+        known = [degradation] * len(self.levels) if isinstance(degradation, torch.Tensor) else degradation.levels
         for level, feature, degraded in zip(self.levels, self.features, known, strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x_BCHW = self._gradient_checkpointing_func(level, x_BCHW, time_BD, degraded)
