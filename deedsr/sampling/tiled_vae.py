@@ -22,7 +22,7 @@ from torch import nn
 from deedsr.sampling.latents import decode_latents, downsampling_factor, encode_latents
 from deedsr.sampling.tiles import Window, adjoining, spread
 
-SAMPLED = 4  # windows each way for the statistics, together as large as one core
+SAMPLED = 3  # windows each way for the statistics, without their halos together as large as one core
 
 
 def encode_in_tiles(
@@ -36,12 +36,13 @@ def encode_in_tiles(
         side: of a core.
     """
     factor, (height, width) = downsampling_factor(vae), noise_1Chw.shape[2:]
-    sampled = spread(height, width, max(side // SAMPLED, 1), SAMPLED)
     halo = reach(vae.encoder, 1 / factor)
     z_1Chw = torch.empty_like(noise_1Chw)
-    with shared_statistics(
-        vae.encoder, lambda: encode_latents(vae, torch.cat([pixels(one.scaled(factor)) for one in sampled]))
-    ):
+
+    def measure(windows: list[Window]) -> None:
+        encode_latents(vae, torch.cat([pixels(window.scaled(factor)) for window in windows]))
+
+    with shared_statistics(vae.encoder, height, width, side, halo, measure):
         for core in adjoining(height, width, side):
             seen = core.grown(halo, height, width)
             encoded = encode_latents(vae, pixels(seen.scaled(factor)), seen.of(noise_1Chw))
@@ -55,33 +56,51 @@ def decode_in_tiles(vae: Any, z_1Chw: torch.Tensor, side: int) -> Iterator[tuple
     `side`: of a core.
     """
     factor, (height, width) = downsampling_factor(vae), z_1Chw.shape[2:]
-    sampled = spread(height, width, max(side // SAMPLED, 1), SAMPLED)
     halo = reach(vae.decoder, 1.0)
-    with shared_statistics(vae.decoder, lambda: decode_latents(vae, torch.cat([one.of(z_1Chw) for one in sampled]))):
+
+    def measure(windows: list[Window]) -> None:
+        decode_latents(vae, torch.cat([window.of(z_1Chw) for window in windows]))
+
+    with shared_statistics(vae.decoder, height, width, side, halo, measure):
         for core in adjoining(height, width, side):
             seen = core.grown(halo, height, width)
             yield core.scaled(factor), core.within(seen).scaled(factor).of(decode_latents(vae, seen.of(z_1Chw)))
 
 
 @contextmanager
-def shared_statistics(network: nn.Module, measure: Callable[[], Any]) -> Iterator[None]:
-    """Inside, the group norms of `network` use the statistics that they met in `measure`, pooled over its batch."""
-    statistics: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+def shared_statistics(
+    network: nn.Module, height: int, width: int, side: int, halo: int, measure: Callable[[list[Window]], None]
+) -> Iterator[None]:
+    """Inside, all group norms of `network` use statistics of the picture as `measure` met them.
+
+    `measure` runs the network once on a batch of windows spread over the picture of `height` x `width`. Norms pool them
+    over the batch, leaving out the halo of the windows, where their borders show.
+    """
+    norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
+    windows = spread(height, width, -(-side // SAMPLED) + 2 * halo, SAMPLED)
+    rows, columns = windows[0].bottom - windows[0].top, windows[0].right - windows[0].left
+    inner = [window.shrunk(halo, height, width).within(window) for window in windows]
+    statistics: dict[nn.Module, tuple[torch.Tensor, ...]] = {}
+
+    def moments(norm: nn.GroupNorm, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Variance and mean of each channel's group."""
+        x_BCHW = x if x.ndim == 4 else x.unflatten(2, (rows, columns))  # attention has its positions in a row
+        scale = x_BCHW.shape[2] / rows
+        parts = [part.scaled(scale).of(one).flatten(1) for part, one in zip(inner, x_BCHW, strict=True)]
+        grouped = torch.cat(parts, 1).float().view(norm.num_groups, -1)
+        of_groups = torch.var_mean(grouped, 1, correction=0)
+        return tuple(each.repeat_interleave(norm.num_channels // norm.num_groups).to(x.dtype) for each in of_groups)
 
     def normalise(norm: nn.GroupNorm, inputs: tuple[torch.Tensor], _: torch.Tensor) -> torch.Tensor:
-        x = inputs[0]
         if norm not in statistics:
-            grouped = x.reshape(len(x), norm.num_groups, -1).float()
-            of_groups = torch.var_mean(grouped, (0, 2), correction=0)
-            statistics[norm] = tuple(s.repeat_interleave(norm.num_channels // norm.num_groups) for s in of_groups)
-        variance, mean = (s.to(x.dtype) for s in statistics[norm])
-        return F.batch_norm(x, mean, variance, norm.weight, norm.bias, eps=norm.eps)
+            statistics[norm] = moments(norm, inputs[0])
+        variance, mean = statistics[norm]
+        return F.batch_norm(inputs[0], mean, variance, norm.weight, norm.bias, eps=norm.eps)
 
-    norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
     hooks = [norm.register_forward_hook(normalise) for norm in norms]
     try:
         if norms:
-            measure()
+            measure(windows)
         yield
     finally:
         for hook in hooks:

@@ -23,9 +23,9 @@ class Window(NamedTuple):
         """What lies inside, as a view."""
         return x[..., self.top : self.bottom, self.left : self.right]
 
-    def scaled(self, factor: int) -> "Window":
-        """The same in finer units."""
-        return Window(*(factor * end for end in self))
+    def scaled(self, factor: float) -> "Window":
+        """The same in other units."""
+        return Window(*(round(factor * end) for end in self))
 
     def grown(self, reach: int, height: int, width: int) -> "Window":
         """Larger by `reach` on every side, as far as there is something."""
@@ -34,6 +34,15 @@ class Window(NamedTuple):
             min(self.bottom + reach, height),
             max(self.left - reach, 0),
             min(self.right + reach, width),
+        )
+
+    def shrunk(self, reach: int, height: int, width: int) -> "Window":
+        """Smaller by `reach` on every side that is not a border of the picture."""
+        return Window(
+            self.top + reach if self.top else 0,
+            self.bottom - reach if self.bottom < height else height,
+            self.left + reach if self.left else 0,
+            self.right - reach if self.right < width else width,
         )
 
     def within(self, other: "Window") -> "Window":
