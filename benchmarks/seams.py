@@ -11,19 +11,13 @@ only). With --no-overlap tiles do not overlap, which must show. Prints a table a
 
 import argparse
 import json
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 
+from benchmarks.sampled import Pair, degraded_crops
 from deedsr import DeeDSRPipeline
-from deedsr.dataset.keys import generator
-from deedsr.degradation.chain import degrade
-from deedsr.degradation.draws import draw_degradation
-from deedsr.degradation.recipe import load_recipe
 from deedsr.metrics.seams import seam_energy
 from deedsr.sampling import tiles
 from deedsr.sampling.latents import downsampling_factor
@@ -35,19 +29,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def pictures(count: int, side: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of HR and degraded LR from places spread over the validation photographs."""
-    recipe, found = load_recipe("deedsr"), []
-    photos = sorted(Path(str(files("deedsr") / "assets/photos/validation")).glob("*.jpg"))
-    for number in range(count):
-        photo = cv2.cvtColor(cv2.imread(str(photos[number % len(photos)])), cv2.COLOR_BGR2RGB)
-        rng = generator("benchmarks-sampling", number)
-        top, left = (int(rng.integers(length - side + 1)) for length in photo.shape[:2])
-        hr = np.ascontiguousarray(photo[top : top + side, left : left + side])
-        found.append((hr, degrade(hr, draw_degradation(recipe.degradation, hr.shape[:2], recipe.scale, rng))))
-    return found
-
-
 def borders(pipe: Any, side: int, tile: int) -> list[int]:
     """Pixels at which a tile of the UNet or a core of the autoencoder begins, the same along both sides."""
     factor, multiple = downsampling_factor(pipe.vae), 2 ** (len(pipe.unet.config["block_out_channels"]) - 1)
@@ -57,7 +38,7 @@ def borders(pipe: Any, side: int, tile: int) -> list[int]:
     return [factor * end for end in sorted(ends | set(range(0, length, cells)))]
 
 
-def ratios(pipe: Any, pairs: list[tuple[np.ndarray, np.ndarray]], tile: int, settings: dict[str, Any]) -> np.ndarray:
+def ratios(pipe: Any, pairs: list[Pair], tile: int, settings: dict[str, Any]) -> np.ndarray:
     """Seam energy of the tiled picture over that of the whole one, for each pair."""
     found = []
     for seed, (hr, lr) in enumerate(pairs):
@@ -84,7 +65,7 @@ def main() -> None:
         tiles.OVERLAP = 0
     pipe = DeeDSRPipeline.from_pretrained(asked.model)
     pipe.set_progress_bar_config(disable=True)
-    pairs, result = pictures(asked.pictures, asked.side), {}
+    pairs, result = degraded_crops(asked.pictures, asked.side), {}
     print(f"seam energy tiled / whole, {asked.pictures} pictures of {asked.side} px in tiles of {asked.tile} px")
     print(f"{'':32}{'mean':>10}{'std error':>11}{'lowest':>10}{'highest':>10}")
     for name, settings in SETTINGS.items():

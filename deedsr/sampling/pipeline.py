@@ -267,7 +267,11 @@ class DeeDSRPipeline(DiffusionPipeline):
 
         timesteps = scheduler.timesteps
         strengths = guidance_strengths(settings.noise_guidance, settings.noise_guidance_share, len(timesteps))
+        before = strengths[0]
         for t, strength in zip(self.progress_bar(timesteps), strengths, strict=True):
+            if strength != before and hasattr(scheduler, "lower_order_nums"):
+                scheduler.lower_order_nums = 0  # a multistep solver must not take the end of guidance for a slope
+            before = strength
             x_t = scheduler.scale_model_input(x_BChw, t)
             x_0, output = z_lr_BChw, None
             if strength < 1:  # else nothing of what the UNet says would be kept
