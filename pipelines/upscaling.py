@@ -58,6 +58,9 @@ def upscale(
     noise_guidance_share: float | None = None,
     eta: float | None = None,
     color_fix: str | None = None,
+    solver: str | None = None,
+    tile: int | None = None,
+    degradation_per_tile: bool | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> UpscaleResult:
@@ -67,7 +70,8 @@ def upscale(
         inputs: files, folders (searched through), glob patterns, S3 objects and prefixes.
         out: folder or S3 prefix; what is there under the same name is replaced.
         model: `tiny`, or a model's folder, URI, hub id or `models:/NAME/VERSION`.
-        steps, noise_guidance, noise_guidance_share, eta, color_fix: as for `DeeDSRPipeline`; None = the model's own.
+        steps, noise_guidance, noise_guidance_share, eta, color_fix, solver, tile, degradation_per_tile: as for
+            `DeeDSRPipeline`; None = the model's own.
         seed: of every picture's noise, so that a picture comes out the same alone and among others.
         progress: show a progress bar on stderr.
 
@@ -85,6 +89,9 @@ def upscale(
         noise_guidance_share=noise_guidance_share,
         eta=eta,
         color_fix=color_fix,
+        solver=solver,
+        tile=tile,
+        degradation_per_tile=degradation_per_tile,
     )
     pipeline = load_pipeline(model)
     pipeline.set_progress_bar_config(disable=True)

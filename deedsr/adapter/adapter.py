@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from deedsr.adapter.condition_encoder import Condition, ConditionEncoder
+from deedsr.adapter.condition_encoder import Condition, ConditionEncoder, PreparedDegradation
 from deedsr.adapter.cross_attention import CrossAttentionProcessor, cross_attention
 from deedsr.adapter.modulation import Modulation
 
@@ -233,7 +233,7 @@ class DegradationAwareAdapter(ModelMixin, ConfigMixin):
         noisy_BCHW: torch.Tensor,
         t_B: torch.Tensor,
         z_lr_BCHW: torch.Tensor | None = None,
-        degradation_BD: torch.Tensor | None = None,
+        degradation: torch.Tensor | PreparedDegradation | None = None,
         condition: Condition | None = None,
     ) -> torch.Tensor:
         """The attached UNet's output (B, C, H, W) for noisy latents, told about the LR image.
@@ -241,7 +241,7 @@ class DegradationAwareAdapter(ModelMixin, ConfigMixin):
         Args:
             t_B: diffusion time (B,) or one number for all.
             z_lr_BCHW: scaled latent of the enlarged LR image, same size as `noisy_BCHW`.
-            degradation_BD: the learner's vector of the LR image.
+            degradation: the learner's vector (B, D) of the LR image, or what `condition_encoder.prepare` made of it.
             condition: what `condition_encoder` says for these, if known already; replaces the two above.
 
         Raises ValueError when a side of the latents is not a multiple of 2^(levels - 1), RuntimeError before `attach`.
@@ -250,7 +250,7 @@ class DegradationAwareAdapter(ModelMixin, ConfigMixin):
             raise RuntimeError("attach the adapter to a UNet before calling it")
         t_B = torch.as_tensor(t_B, device=noisy_BCHW.device).expand(len(noisy_BCHW))
         if condition is None:
-            condition = self.condition_encoder(z_lr_BCHW, t_B, degradation_BD)
+            condition = self.condition_encoder(z_lr_BCHW, t_B, degradation)
         before, self._features = self._features, condition.features
         try:
             tokens_BND = self.token_projection(condition.tokens)

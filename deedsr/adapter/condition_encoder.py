@@ -13,7 +13,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from deedsr.adapter.da_block import DegradationAwareGroup
+from deedsr.adapter.da_block import DegradationAwareGroup, Kernels
 
 EPS = 1e-5
 
@@ -23,6 +23,18 @@ class Condition(NamedTuple):
 
     tokens: torch.Tensor  # (B, N, D): one token per position of the deepest level
     features: tuple[torch.Tensor, ...]  # (B, C, H / 2^i, W / 2^i) of level i, finest first
+
+
+class PreparedDegradation(NamedTuple):
+    """What the degradation vector alone decides: computed once for all diffusion times and places of an image."""
+
+    samples: int
+    levels: tuple[tuple[Kernels, Kernels] | None, ...]  # of the group of each level, where there are groups
+
+    def of(self, samples_B: torch.Tensor) -> "PreparedDegradation":
+        """That of the samples with these numbers, each as often as it is named."""
+        levels = (level and (level[0].of(samples_B), level[1].of(samples_B)) for level in self.levels)
+        return PreparedDegradation(len(samples_B), tuple(levels))
 
 
 def norm_groups(channels: int) -> int:
@@ -82,12 +94,14 @@ class EncoderLevel(nn.Module):
         self.aware = DegradationAwareGroup(width, degradation_dim, reduction) if aware else None
         self.attention = self_attention(width, attention_heads) if attention_heads else None
 
-    def forward(self, x_BCHW: torch.Tensor, time_BD: torch.Tensor, degradation_BD: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x_BCHW: torch.Tensor, time_BD: torch.Tensor, degradation: torch.Tensor | tuple[Kernels, ...] | None
+    ) -> torch.Tensor:
         if self.down is not None:
             x_BCHW = self.down(x_BCHW, time_BD)
         x_BCHW = self.resnet(x_BCHW, time_BD)
         if self.aware is not None:
-            x_BCHW = self.aware(x_BCHW, degradation_BD)
+            x_BCHW = self.aware(x_BCHW, degradation)
         return x_BCHW if self.attention is None else self.attention(x_BCHW)
 
 
@@ -148,8 +162,20 @@ class ConditionEncoder(nn.Module):
             self.mid2 = residual_block(deepest, deepest, time_dim)
         self.gradient_checkpointing = False  # set, with the function, by diffusers' `enable_gradient_checkpointing`
 
-    def forward(self, z_lr_BCHW: torch.Tensor, t_B: torch.Tensor, degradation_BD: torch.Tensor) -> Condition:
-        """Scaled LR latent, diffusion time in the scheduler's steps (B,), degradation vector to the condition.
+    def prepare(self, degradation_BD: torch.Tensor) -> PreparedDegradation:
+        """What `forward` takes in place of the degradation vector, the part of its work that never changes."""
+        seen_BD = self._seen(degradation_BD)
+        levels = (None if level.aware is None else level.aware.prepare(seen_BD) for level in self.levels)
+        return PreparedDegradation(len(degradation_BD), tuple(levels))
+
+    def _seen(self, degradation_BD: torch.Tensor) -> torch.Tensor:
+        """The vector that the levels see in place of the learner's."""
+        return degradation_BD if self.constant_vector is None else self.constant_vector.expand(len(degradation_BD), -1)
+
+    def forward(
+        self, z_lr_BCHW: torch.Tensor, t_B: torch.Tensor, degradation: torch.Tensor | PreparedDegradation
+    ) -> Condition:
+        """Scaled LR latent, diffusion time in the scheduler's steps (B,), degradation vector (B, D) to the condition.
 
         Raises ValueError when a side of the latent is not a multiple of 2^(levels - 1).
         """
@@ -157,16 +183,16 @@ class ConditionEncoder(nn.Module):
         if any(side % multiple for side in z_lr_BCHW.shape[-2:]):
             height, width = z_lr_BCHW.shape[-2:]
             raise ValueError(f"latent sides must be multiples of {multiple}, got {height}x{width}: pad the image first")
-        if self.constant_vector is not None:
-            degradation_BD = self.constant_vector.expand(len(z_lr_BCHW), -1)
         time_BD = self.time_embedding(self.time_proj(t_B).to(z_lr_BCHW.dtype))
         x_BCHW = self.conv_in(z_lr_BCHW)
         features = []
-        for number, level in enumerate(self.levels):
+        prepared = isinstance(degradation, PreparedDegradation)
+        known = degradation.levels if prepared else [self._seen(degradation)] * len(self.levels)
+        for number, (level, degraded) in enumerate(zip(self.levels, known, strict=True)):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x_BCHW = self._gradient_checkpointing_func(level, x_BCHW, time_BD, degradation_BD)
+                x_BCHW = self._gradient_checkpointing_func(level, x_BCHW, time_BD, degraded)
             else:
-                x_BCHW = level(x_BCHW, time_BD, degradation_BD)
+                x_BCHW = level(x_BCHW, time_BD, degraded)
             if self.features:
                 features.append(self.features[number](x_BCHW, time_BD))
         if not self.tells_tokens:
