@@ -50,7 +50,9 @@ ARMS = {
 def deedsr(out: Path, *words: str) -> None:
     """Runs a command; its log goes to stderr, its runs into a store of this benchmark."""
     environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{out.resolve()}/mlflow.db"}
-    subprocess.run([sys.executable, "-m", "deedsr", *words], env=environment, stdout=sys.stderr, check=True)
+    done = subprocess.run([sys.executable, "-m", "deedsr", *words], env=environment, stdout=sys.stderr)
+    if done.returncode:
+        raise SystemExit(f"`deedsr {words[0]}` failed: it says above why; the same command goes on from here")
 
 
 def measured(asked: argparse.Namespace, name: str, seed: int) -> dict[str, dict[str, dict[str, float]]]:

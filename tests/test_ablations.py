@@ -185,22 +185,23 @@ def test_a_training_from_before_there_were_ablations_continues_as_the_full_metho
         _refuse_differences(record, "adapter", ablated, {})
 
 
-def test_training_and_sampling_take_an_ablation_from_configuration_and_folder(tmp_path):
+@pytest.mark.parametrize("ablate", [["local", "vector"], ["da", "global"]])
+def test_training_and_sampling_take_an_ablation_from_configuration_and_folder(tmp_path, ablate):
     """What `train adapter` would train and write, without training it."""
     from deedsr import DeeDSRPipeline
     from pipelines.training.adapter_stage import AdapterStage
 
-    model = AdapterModelOptions(preset="tiny", ablate=["local", "vector"])
+    model = AdapterModelOptions(preset="tiny", ablate=ablate)
     stage = AdapterStage(AdapterOptions(base="tiny", learner="tiny", model=model), 4)
     adapter = stage.build(torch.device("cpu"), torch.float32)
-    assert adapter.config["ablate"] == ["local", "vector"]
-    assert not adapter.modulations
+    assert adapter.config["ablate"] == ablate
+    assert not (adapter.modulations if "local" in ablate else adapter.attentions)
     weights = {name: tensor + 0.01 for name, tensor in adapter.state_dict().items()}
     stage.export(tmp_path, weights, {})
     pipe = DeeDSRPipeline.from_pretrained(tmp_path)
-    assert pipe.adapter.config["ablate"] == ["local", "vector"]
+    assert pipe.adapter.config["ablate"] == ablate
     assert pipe.adapter.config["prediction_type"] == "v_prediction"
     assert all(torch.equal(weights[name], t) for name, t in pipe.adapter.state_dict().items())
-    assert "| left out | local, vector |" in (tmp_path / "README.md").read_text()
+    assert f"| left out | {', '.join(ablate)} |" in (tmp_path / "README.md").read_text()
     pipe.set_progress_bar_config(disable=True)
     assert pipe(torch.rand(3, 8, 8), num_inference_steps=2).images[0].size == (32, 32)
