@@ -306,6 +306,25 @@ def test_the_dpm_solver_takes_the_place_of_the_pipelines_scheduler_for_one_call_
     assert not torch.allclose(dpm, ddim, atol=1e-3)
 
 
+def test_tiles_of_the_shipped_model_leave_no_seams(photos):
+    """Three steps of which the UNet takes two: where tiles do not overlap, gradients across borders are half as high
+    again. `benchmarks.seams` is the large version."""
+    shipped = DeeDSRPipeline.from_pretrained("tiny")
+    shipped.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 3, "noise_guidance_share": 0.0}
+    at = [4 * end for window in Mosaic(32, 32, 16, 4).windows for end in (window.top, window.bottom)]
+    ratios = []
+    for seed, path in enumerate(sorted((photos / "validation").glob("*.jpg"))[:4]):
+        photo = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+        lr = cv2.resize(photo[:256, :256], (32, 32), interpolation=cv2.INTER_AREA)
+        whole, tiled = (
+            seam_energy(np.asarray(shipped(lr, tile=tile, generator=seeded(seed), **options).images[0]), at, at)
+            for tile in (0, 64)
+        )
+        ratios.append(tiled / whole)
+    assert np.mean(ratios) == pytest.approx(1, abs=0.05)
+
+
 def test_seam_energy_tells_a_step_at_a_border_from_none():
     image = np.random.default_rng(0).integers(100, 120, (64, 64, 3), dtype=np.uint8)
     assert seam_energy(image, [16, 32], [48]) == pytest.approx(1, abs=0.15)
