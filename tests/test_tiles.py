@@ -12,6 +12,7 @@ from torch import nn
 from deedsr.metrics.seams import seam_energy
 from deedsr.sampling import images, pipeline, tiled_vae
 from deedsr.sampling.color_fix import COLOR_FIXES, fix_color
+from deedsr.sampling.guidance import clean_latent
 from deedsr.sampling.images import pad_reflect, to_uint8
 from deedsr.sampling.latents import decode_latents, encode_latents, enlarge, enlarge_window
 from deedsr.sampling.pipeline import DeeDSRPipeline
@@ -266,6 +267,33 @@ def test_either_solver_samples_in_tiles_and_returns_the_lr_where_it_is_guided_th
     torch.testing.assert_close(picture, expected.clamp(0, 1), atol=0.02, rtol=0)
 
 
+@pytest.mark.parametrize(("eta", "draws"), [(0.0, 2), (1.0, 7)])
+def test_the_dpm_solver_draws_noise_where_eta_asks_for_it(pipe, lr, eta, draws):
+    generator, expected = seeded(), seeded()
+    pipe(lr[:8, :8], generator=generator, solver="dpm", num_inference_steps=5, eta=eta)
+    for _ in range(draws):  # of the posterior, of the start, and of each step
+        torch.randn(4, 8, 8, generator=expected)
+    assert torch.equal(generator.get_state(), expected.get_state())
+
+
+def test_a_multistep_solver_starts_anew_where_guidance_ends(lr):
+    """The first answer of the UNet after guided steps stands alone: a step of first order, which is DDIM's."""
+    pipe = make_pipeline(num_inference_steps=6, noise_guidance_share=0.5, eta=0.0, solver="dpm")
+    asked = []
+    hook = pipe.adapter.register_forward_hook(lambda module, args, output: asked.append((*args[:2], output)))
+    pipe(lr[:8, :8], generator=seeded())
+    hook.remove()
+
+    def by_first_order(call: int) -> torch.Tensor:
+        (x, t, output), t_next = asked[call], asked[call + 1][1]
+        abar, abar_next = (pipe.scheduler.alphas_cumprod[int(at)] for at in (t, t_next))
+        x_0 = clean_latent(output, x, abar, "v_prediction")
+        return abar_next.sqrt() * x_0 + (1 - abar_next).sqrt() * (x - abar.sqrt() * x_0) / (1 - abar).sqrt()
+
+    torch.testing.assert_close(asked[1][0], by_first_order(0), atol=1e-3, rtol=0)
+    assert not torch.allclose(asked[2][0], by_first_order(1), atol=1e-2)
+
+
 def test_the_dpm_solver_takes_the_place_of_the_pipelines_scheduler_for_one_call_only(pipe, lr):
     own, steps = pipe.scheduler, []
     hook = pipe.unet.register_forward_pre_hook(lambda module, args: steps.append(int(args[1][0])))
@@ -276,6 +304,25 @@ def test_the_dpm_solver_takes_the_place_of_the_pipelines_scheduler_for_one_call_
     assert len(steps) == 10
     assert steps[:5] != steps[5:]
     assert not torch.allclose(dpm, ddim, atol=1e-3)
+
+
+def test_tiles_of_the_shipped_model_leave_no_seams(photos):
+    """Three steps of which the UNet takes two: where tiles do not overlap, gradients across borders are half as high
+    again. `benchmarks.seams` is the large version."""
+    shipped = DeeDSRPipeline.from_pretrained("tiny")
+    shipped.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 3, "noise_guidance_share": 0.0}
+    at = [4 * end for window in Mosaic(32, 32, 16, 4).windows for end in (window.top, window.bottom)]
+    ratios = []
+    for seed, path in enumerate(sorted((photos / "validation").glob("*.jpg"))[:4]):
+        photo = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+        lr = cv2.resize(photo[:256, :256], (32, 32), interpolation=cv2.INTER_AREA)
+        whole, tiled = (
+            seam_energy(np.asarray(shipped(lr, tile=tile, generator=seeded(seed), **options).images[0]), at, at)
+            for tile in (0, 64)
+        )
+        ratios.append(tiled / whole)
+    assert np.mean(ratios) == pytest.approx(1, abs=0.05)
 
 
 def test_seam_energy_tells_a_step_at_a_border_from_none():

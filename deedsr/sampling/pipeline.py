@@ -142,7 +142,7 @@ class DeeDSRPipeline(DiffusionPipeline):
             noise_guidance: strength by which the predicted clean latent is pulled to the LR latent in the first steps,
                 0 (off) to 1 (replaced: those steps need no UNet).
             noise_guidance_share: share of the steps that are guided, from the first on; 0 = the first step only.
-            eta: fresh noise per step, 0 to 1, for schedulers that know it.
+            eta: fresh noise per step, 0 to 1, for schedulers that know it; `dpm` knows 0 and more than 0.
             color_fix: `none`, `adain` or `wavelet`.
             solver: `ddim` (this pipeline's scheduler) or `dpm` (DPM-Solver++ in its place, for few steps).
             tile: side in pixels of the output. What is larger is sampled in overlapping tiles, in memory that does not
@@ -204,7 +204,7 @@ class DeeDSRPipeline(DiffusionPipeline):
 
         # 4. From noise to a clean latent, kept in float32 whatever the networks compute in.
         require_prediction(self.scheduler, self.adapter.config.get("prediction_type"))
-        scheduler = solver_for(settings.solver, self.scheduler)
+        scheduler = solver_for(settings.solver, self.scheduler, settings.eta)
         scheduler.set_timesteps(settings.num_inference_steps, device=lr_BCHW.device)
         require_signal(scheduler)
         x_BChw = self._noise(latent_shape, generators) * scheduler.init_noise_sigma

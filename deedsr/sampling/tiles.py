@@ -105,7 +105,7 @@ def _starts(length: int, side: int, multiple: int) -> list[int]:
     if length <= side:
         return [0]
     units, window = length // multiple, side // multiple
-    stride = window - max(1, math.ceil(OVERLAP * window))
+    stride = window - math.ceil(OVERLAP * window)
     count = math.ceil((units - window) / stride) + 1
     return [multiple * (number * (units - window) // (count - 1)) for number in range(count)]
 
