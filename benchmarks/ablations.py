@@ -119,9 +119,9 @@ def main() -> None:
     print(
         f"tiny, {asked.steps} steps, {asked.seeds} seeds, {len(keys)} validation pairs; differences to the full method"
     )
-    print(f"{'without':12}" + "".join(f"{metric:>10}{'difference':>12}{'95 %':>20}" for metric in METRICS))
+    print(f"{'without':12}" + "".join(f"{metric:>10}{'difference':>12}{'95 %':>22}" for metric in METRICS))
     bicubic = {metric: float(table("full", metric, "bicubic").mean()) for metric in METRICS}
-    print(f"{'(bicubic)':12}" + "".join(f"{bicubic[metric]:10.4f}{'':32}" for metric in METRICS))
+    print(f"{'(bicubic)':12}" + "".join(f"{bicubic[metric]:10.4f}{'':34}" for metric in METRICS))
     result: dict[str, Any] = {"bicubic": bicubic}
     better = []
     for name in names:
@@ -132,7 +132,7 @@ def main() -> None:
             mean, low, high = difference(values, table("full", metric))
             result[name][metric] = {"mean": float(values.mean()), "difference": mean, "interval": [low, high]}
             interval = f"{low:+.4f} .. {high:+.4f}"
-            line += f"{values.mean():10.4f}" + (f"{mean:+12.4f}{interval:>20}" if name != "full" else f"{'':32}")
+            line += f"{values.mean():10.4f}" + (f"{mean:+12.4f}{interval:>22}" if name != "full" else f"{'':34}")
             if low > 0:
                 better.append(f"{name} by {metric}")
         print(line)
