@@ -163,13 +163,16 @@ class CommandParser(ArgumentParser):
             title = option.group or ("required" if option.required else "options")
             if title not in groups:
                 groups[title] = self.add_argument_group(title)
+            item = typing.get_args(option.type)[0] if option.many else option.type
             many: dict[str, Any] = {"nargs": "+", "action": "extend"} if option.many else {}
+            if option.many and typing.get_origin(item) is Literal:
+                item, many = str, many | {"choices": typing.get_args(item)}
             shown = " ".join(preset.get(option.key, [word_of(option.default)]))
             unsaid = option.required or shown in ("null", "[]", "{}")
             groups[title].add_argument(
                 option.flag,
                 dest=option.key,
-                type=typing.get_args(option.type)[0] if option.many else option.type,
+                type=item,
                 default=None if option.required or option.many else option.default,
                 metavar=option.metavar,
                 help=(option.help + ("" if unsaid else f" (default: {shown})")).strip().replace("%", "%%"),

@@ -15,6 +15,9 @@ class SamplingOptions:
     noise_guidance_share: ClosedUnitInterval | None = None  # share of the steps that are guided; 0 = the first only
     eta: ClosedUnitInterval | None = None  # 0 = deterministic sampling, 1 = fresh noise in every step
     color_fix: Literal["none", "adain", "wavelet"] | None = None  # how the colours of the input are kept
+    solver: Literal["ddim", "dpm"] | None = None  # dpm = second order, good pictures in fewer steps, such as 15
+    tile: NonNegativeInt | None = None  # pixels of the output a side; larger pictures are made in tiles; 0 = as a whole
+    degradation_per_tile: bool | None = None  # learn the degradation from each tile by itself; for collages
     seed: NonNegativeInt = 0  # of the noise: the same seed gives the same picture
 
     def sampling(self) -> dict[str, Any]:

@@ -56,6 +56,9 @@ def evaluate(
     noise_guidance_share: float | None = None,
     eta: float | None = None,
     color_fix: str | None = None,
+    solver: str | None = None,
+    tile: int | None = None,
+    degradation_per_tile: bool | None = None,
     seed: int = 0,
     experiment: str = "deedsr-evaluation",
     progress: bool = True,
@@ -69,7 +72,8 @@ def evaluate(
         metrics: of METRICS. PSNR and SSIM are means over the samples, NIQE is one fit over the blocks of all.
         split: `train` or `validation`.
         limit: measure at most so many samples, evenly spread over the split.
-        steps, noise_guidance, noise_guidance_share, eta, color_fix: as for `DeeDSRPipeline`; None = the model's own.
+        steps, noise_guidance, noise_guidance_share, eta, color_fix, solver, tile, degradation_per_tile: as for
+            `DeeDSRPipeline`; None = the model's own.
         seed: with a sample's key it decides that sample's noise, whatever else is measured.
         experiment: of MLflow.
         progress: show a progress bar on stderr.
@@ -93,6 +97,9 @@ def evaluate(
         "noise_guidance_share": noise_guidance_share,
         "eta": eta,
         "color_fix": color_fix,
+        "solver": solver,
+        "tile": tile,
+        "degradation_per_tile": degradation_per_tile,
     }
     sampling = folder.sampling.override(**wanted)
     pipeline = load_pipeline(model)

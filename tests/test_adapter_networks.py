@@ -129,14 +129,14 @@ def test_each_sample_is_convolved_with_kernels_of_its_own():
     torch.manual_seed(0)
     conv = DegradationAwareConv(8, reduction=2)
     x, view = torch.randn(3, 8, 6, 5), torch.randn(3, 8)
-    together = conv(x, view)
+    together = conv(x, conv.prepare(view))
     for i in range(3):
         kernels = conv.kernels(view[i]).view(8, 1, 3, 3)
         blurred = nn.functional.conv2d(x[i : i + 1], kernels, padding=1, groups=8)
         weights = 2 * torch.sigmoid(conv.attention(view[i])).view(1, 8, 1, 1)
         expected = conv.mix(nn.functional.silu(blurred)) + x[i : i + 1] * weights
         torch.testing.assert_close(together[i : i + 1], expected)
-    assert not torch.allclose(conv(x, view.flip(0)), together)
+    assert not torch.allclose(conv(x, conv.prepare(view.flip(0))), together)
 
 
 def test_degradation_aware_group_starts_as_the_identity_and_then_depends_on_the_degradation():
@@ -251,6 +251,19 @@ def test_a_known_condition_replaces_the_image():
     noisy, t, z_lr, vector = inputs()
     condition = adapter.condition_encoder(z_lr, t, vector)
     assert torch.equal(adapter(noisy, t, condition=condition), adapter(noisy, t, z_lr, vector))
+
+
+@torch.no_grad()
+def test_what_the_vector_alone_decides_may_be_prepared_once_for_many_samples():
+    adapter = adapter_of(tiny_unet())
+    wake(adapter)
+    noisy, t, z_lr, vector = inputs()
+    prepared = adapter.condition_encoder.prepare(vector)
+    assert torch.equal(adapter(noisy, t, z_lr, prepared), adapter(noisy, t, z_lr, vector))
+    first = torch.zeros(len(vector), dtype=torch.long)
+    expected = adapter(noisy, t, z_lr, vector[first])
+    torch.testing.assert_close(adapter(noisy, t, z_lr, prepared.of(first)), expected)
+    assert not torch.allclose(expected, adapter(noisy, t, z_lr, vector), atol=1e-3)
 
 
 def test_gradient_checkpointing_changes_no_gradient_even_with_sampling_in_between():

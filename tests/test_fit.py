@@ -177,6 +177,10 @@ def test_the_adapter_is_a_model_that_enlarges_and_names_its_parents(adapter, ada
     assert pipe(lr).images[0].size == (80, 96)
     for config in Path(adapter_options.out).rglob("config.json"):
         assert "_name_or_path" not in json.loads(config.read_text())
+    training = pipe.config["lineage"]["training"]
+    assert (training["step"], training["samples_seen"], training["dataset"]["samples"]) == (3, 12, 88)
+    assert training["dataset"]["digest"] in (Path(adapter_options.out) / "README.md").read_text()
+    assert (Path(adapter_options.out) / "LICENSE").is_file()
 
 
 def _versions(name: str) -> list:

@@ -13,9 +13,12 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from deedsr.adapter.condition_encoder import Condition, ConditionEncoder
+from deedsr.adapter.condition_encoder import Condition, ConditionEncoder, PreparedDegradation
 from deedsr.adapter.cross_attention import CrossAttentionProcessor, cross_attention
 from deedsr.adapter.modulation import Modulation
+
+# What the method is made of and can be trained without, to see what it is worth.
+ABLATIONS = ("vector", "global", "local", "da")
 
 ADAPTER_PRESETS: dict[str, dict[str, Any]] = {
     # Paper, 3.2-3.5. With Stable Diffusion 2.1-base: 166,456,384 parameters.
@@ -39,6 +42,15 @@ ADAPTER_PRESETS: dict[str, dict[str, Any]] = {
         "modulation_hidden": 24,
     },
 }
+
+
+def check_ablations(ablate: Sequence[str]) -> None:
+    """ValueError where there is no such thing to leave out, or nothing of the LR image would reach the base."""
+    for name in ablate:
+        if name not in ABLATIONS:
+            raise ValueError(f"ablate must be of {', '.join(ABLATIONS)}, got {name!r}")
+    if {"global", "local"} <= set(ablate):
+        raise ValueError("ablate without global and local branch leaves nothing that tells the base of the LR image")
 
 
 def freeze(module: nn.Module) -> nn.Module:
@@ -79,6 +91,10 @@ class DegradationAwareAdapter(ModelMixin, ConfigMixin):
             brought to the base's width first, so that its own `to_k` and `to_v` can be the initial values (paper, 3.9).
         widths, attention_levels, attention_heads, degradation_dim, reduction, feature_channels: see `ConditionEncoder`.
         modulation_hidden: channels between a feature map and gamma, beta.
+        ablate: what is left out, with its parameters, of ABLATIONS. "vector": the learner's vector, in whose place one
+            learned vector serves every image. "da": the degradation-aware groups. "local": the modulation and the
+            feature maps. "global": the tokens; the base's own cross-attentions see one token of zeros.
+        prediction_type: what the base predicts, as its scheduler has it; None where nobody said.
     """
 
     _supports_gradient_checkpointing = True
@@ -98,14 +114,20 @@ class DegradationAwareAdapter(ModelMixin, ConfigMixin):
         feature_channels: int,
         modulation_hidden: int,
         tokens: str = "new_kv",
+        ablate: Sequence[str] = (),
+        prediction_type: str | None = None,
     ):
         super().__init__()
         if tokens not in ("new_kv", "project"):
             raise ValueError(f'tokens must be "new_kv" or "project", got {tokens!r}')
+        check_ablations(ablate)
         self.condition_encoder = ConditionEncoder(
-            latent_channels, widths, attention_levels, attention_heads, degradation_dim, reduction, feature_channels
-        )
-        project = tokens == "project"
+            latent_channels, widths, attention_levels, attention_heads, degradation_dim, reduction, feature_channels,
+            ablate, cross_attention_dim,
+        )  # fmt: skip
+        residual_blocks = [] if "local" in ablate else residual_blocks
+        cross_attentions = [] if "global" in ablate else cross_attentions
+        project = tokens == "project" and "global" not in ablate
         self.token_projection = nn.Linear(widths[-1], cross_attention_dim) if project else nn.Identity()
         token_width = cross_attention_dim if project else widths[-1]
         self.modulations = nn.ModuleList(
@@ -125,6 +147,8 @@ class DegradationAwareAdapter(ModelMixin, ConfigMixin):
         preset: str = "paper",
         degradation_dim: int | None = None,
         tokens: str = "new_kv",
+        ablate: Sequence[str] = (),
+        prediction_type: str | None = None,
     ) -> "DegradationAwareAdapter":
         """A new adapter for the geometry of `unet`; `degradation_dim` is the learner's (default: the preset's).
 
@@ -141,12 +165,14 @@ class DegradationAwareAdapter(ModelMixin, ConfigMixin):
             cross_attention_dim=unet.config["cross_attention_dim"],
             widths=[channels if 2 * level < levels else 2 * channels for level in range(levels)],
             tokens=tokens,
+            ablate=list(ablate),
+            prediction_type=prediction_type,
             **options,
         )
 
     def initialize_from(self, unet: UNet2DConditionModel) -> None:
         """Copy the base's `to_q` and `to_out`, with projected tokens `to_k` and `to_v` too, as initial values."""
-        for ours, (_, theirs) in zip(self.attentions, self._matching_attentions(unet), strict=True):
+        for ours, (_, theirs) in zip(self.attentions, self._matching_attentions(unet), strict=False):
             ours.to_q.load_state_dict(theirs.to_q.state_dict())
             ours.to_out.load_state_dict(theirs.to_out.state_dict())
             if self.config["tokens"] == "project":
@@ -173,10 +199,11 @@ class DegradationAwareAdapter(ModelMixin, ConfigMixin):
             raise ValueError("the UNet has an adapter attached: detach that one first")
         self.detach()
         hooks = []
-        for (_, level, block), modulation in zip(residual_blocks(unet), self.modulations, strict=True):
+        # The geometry is the same; a branch that is left out has nothing to pair.
+        for (_, level, block), modulation in zip(residual_blocks(unet), self.modulations, strict=False):
             hooks.append(block.conv2.register_forward_hook(self._modulate(level, modulation)))
         processors = []
-        for (_, attn), ours in zip(attentions, self.attentions, strict=True):
+        for (_, attn), ours in zip(attentions, self.attentions, strict=False):
             processors.append((attn, attn.processor))
             attn.processor = CrossAttentionProcessor(ours)
         self._attached = (unet, hooks, processors)
@@ -206,7 +233,7 @@ class DegradationAwareAdapter(ModelMixin, ConfigMixin):
         noisy_BCHW: torch.Tensor,
         t_B: torch.Tensor,
         z_lr_BCHW: torch.Tensor | None = None,
-        degradation_BD: torch.Tensor | None = None,
+        degradation: torch.Tensor | PreparedDegradation | None = None,
         condition: Condition | None = None,
     ) -> torch.Tensor:
         """The attached UNet's output (B, C, H, W) for noisy latents, told about the LR image.
@@ -214,7 +241,7 @@ class DegradationAwareAdapter(ModelMixin, ConfigMixin):
         Args:
             t_B: diffusion time (B,) or one number for all.
             z_lr_BCHW: scaled latent of the enlarged LR image, same size as `noisy_BCHW`.
-            degradation_BD: the learner's vector of the LR image.
+            degradation: the learner's vector (B, D) of the LR image, or what `condition_encoder.prepare` made of it.
             condition: what `condition_encoder` says for these, if known already; replaces the two above.
 
         Raises ValueError when a side of the latents is not a multiple of 2^(levels - 1), RuntimeError before `attach`.
@@ -223,7 +250,7 @@ class DegradationAwareAdapter(ModelMixin, ConfigMixin):
             raise RuntimeError("attach the adapter to a UNet before calling it")
         t_B = torch.as_tensor(t_B, device=noisy_BCHW.device).expand(len(noisy_BCHW))
         if condition is None:
-            condition = self.condition_encoder(z_lr_BCHW, t_B, degradation_BD)
+            condition = self.condition_encoder(z_lr_BCHW, t_B, degradation)
         before, self._features = self._features, condition.features
         try:
             tokens_BND = self.token_projection(condition.tokens)

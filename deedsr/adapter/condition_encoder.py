@@ -4,7 +4,7 @@ Shape suffixes: B batch, C channels, H W space, N tokens, D token width or degra
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from deedsr.adapter.da_block import DegradationAwareGroup
+from deedsr.adapter.da_block import DegradationAwareGroup, Kernels
 
 EPS = 1e-5
 
@@ -23,6 +23,18 @@ class Condition(NamedTuple):
 
     tokens: torch.Tensor  # (B, N, D): one token per position of the deepest level
     features: tuple[torch.Tensor, ...]  # (B, C, H / 2^i, W / 2^i) of level i, finest first
+
+
+class PreparedDegradation(NamedTuple):
+    """What the degradation vector alone decides: computed once for all diffusion times and places of an image."""
+
+    samples: int
+    levels: tuple[tuple[Kernels, Kernels] | None, ...]  # of the group of each level, where there are groups
+
+    def of(self, samples_B: torch.Tensor) -> "PreparedDegradation":
+        """That of the samples with these numbers, each as often as it is named."""
+        levels = (level and (level[0].of(samples_B), level[1].of(samples_B)) for level in self.levels)
+        return PreparedDegradation(len(samples_B), tuple(levels))
 
 
 def norm_groups(channels: int) -> int:
@@ -63,7 +75,7 @@ def self_attention(channels: int, heads: int) -> Attention:
 
 
 class EncoderLevel(nn.Module):
-    """One resolution: [halve,] residual block, degradation-aware group[, self-attention]."""
+    """One resolution: [halve,] residual block[, degradation-aware group][, self-attention]."""
 
     def __init__(
         self,
@@ -74,17 +86,22 @@ class EncoderLevel(nn.Module):
         reduction: int,
         down: bool,
         attention_heads: int,  # 0 = no attention
+        aware: bool = True,
     ):
         super().__init__()
         self.down = residual_block(channels, channels, time_dim, down=True) if down else None
         self.resnet = residual_block(channels, width, time_dim)
-        self.aware = DegradationAwareGroup(width, degradation_dim, reduction)
+        self.aware = DegradationAwareGroup(width, degradation_dim, reduction) if aware else None
         self.attention = self_attention(width, attention_heads) if attention_heads else None
 
-    def forward(self, x_BCHW: torch.Tensor, time_BD: torch.Tensor, degradation_BD: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x_BCHW: torch.Tensor, time_BD: torch.Tensor, degradation: torch.Tensor | tuple[Kernels, ...] | None
+    ) -> torch.Tensor:
         if self.down is not None:
             x_BCHW = self.down(x_BCHW, time_BD)
-        x_BCHW = self.aware(self.resnet(x_BCHW, time_BD), degradation_BD)
+        x_BCHW = self.resnet(x_BCHW, time_BD)
+        if self.aware is not None:
+            x_BCHW = self.aware(x_BCHW, degradation)
         return x_BCHW if self.attention is None else self.attention(x_BCHW)
 
 
@@ -110,8 +127,11 @@ class ConditionEncoder(nn.Module):
         degradation_dim: int,
         reduction: int,
         feature_channels: int,
+        ablate: Collection[str] = (),
+        blank_token_width: int = 0,
     ):
         super().__init__()
+        self.blank_token_width = blank_token_width
         time_dim = 4 * widths[0]
         self.time_proj = Timesteps(widths[0], flip_sin_to_cos=True, downscale_freq_shift=0)  # cosines first
         self.time_embedding = TimestepEmbedding(widths[0], time_dim)
@@ -125,18 +145,37 @@ class ConditionEncoder(nn.Module):
                 reduction,
                 down=level > 0,
                 attention_heads=attention_heads if level in attention_levels else 0,
+                aware="da" not in ablate,
             )
             for level, width in enumerate(widths)
         )
-        self.features = nn.ModuleList(residual_block(width, feature_channels, time_dim) for width in widths)
-        deepest = widths[-1]
-        self.mid1 = residual_block(deepest, deepest, time_dim)
-        self.mid_attention = self_attention(deepest, attention_heads)
-        self.mid2 = residual_block(deepest, deepest, time_dim)
+        # Every image's vector where the learner's is left out: learned, and the same for all.
+        constant = "vector" in ablate and "da" not in ablate
+        self.constant_vector = nn.Parameter(torch.ones(degradation_dim)) if constant else None
+        described = [] if "local" in ablate else widths
+        self.features = nn.ModuleList(residual_block(width, feature_channels, time_dim) for width in described)
+        self.tells_tokens = "global" not in ablate
+        if self.tells_tokens:
+            deepest = widths[-1]
+            self.mid1 = residual_block(deepest, deepest, time_dim)
+            self.mid_attention = self_attention(deepest, attention_heads)
+            self.mid2 = residual_block(deepest, deepest, time_dim)
         self.gradient_checkpointing = False  # set, with the function, by diffusers' `enable_gradient_checkpointing`
 
-    def forward(self, z_lr_BCHW: torch.Tensor, t_B: torch.Tensor, degradation_BD: torch.Tensor) -> Condition:
-        """Scaled LR latent, diffusion time in the scheduler's steps (B,), degradation vector to the condition.
+    def prepare(self, degradation_BD: torch.Tensor) -> PreparedDegradation:
+        """What `forward` takes in place of the degradation vector, the part of its work that never changes."""
+        seen_BD = self._seen(degradation_BD)
+        levels = (None if level.aware is None else level.aware.prepare(seen_BD) for level in self.levels)
+        return PreparedDegradation(len(degradation_BD), tuple(levels))
+
+    def _seen(self, degradation_BD: torch.Tensor) -> torch.Tensor:
+        """The vector that the levels see in place of the learner's."""
+        return degradation_BD if self.constant_vector is None else self.constant_vector.expand(len(degradation_BD), -1)
+
+    def forward(
+        self, z_lr_BCHW: torch.Tensor, t_B: torch.Tensor, degradation: torch.Tensor | PreparedDegradation
+    ) -> Condition:
+        """Scaled LR latent, diffusion time in the scheduler's steps (B,), degradation vector (B, D) to the condition.
 
         Raises ValueError when a side of the latent is not a multiple of 2^(levels - 1).
         """
@@ -147,11 +186,16 @@ class ConditionEncoder(nn.Module):
         time_BD = self.time_embedding(self.time_proj(t_B).to(z_lr_BCHW.dtype))
         x_BCHW = self.conv_in(z_lr_BCHW)
         features = []
-        for level, feature in zip(self.levels, self.features, strict=True):
+        prepared = isinstance(degradation, PreparedDegradation)
+        known = degradation.levels if prepared else [self._seen(degradation)] * len(self.levels)
+        for number, (level, degraded) in enumerate(zip(self.levels, known, strict=True)):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x_BCHW = self._gradient_checkpointing_func(level, x_BCHW, time_BD, degradation_BD)
+                x_BCHW = self._gradient_checkpointing_func(level, x_BCHW, time_BD, degraded)
             else:
-                x_BCHW = level(x_BCHW, time_BD, degradation_BD)
-            features.append(feature(x_BCHW, time_BD))
+                x_BCHW = level(x_BCHW, time_BD, degraded)
+            if self.features:
+                features.append(self.features[number](x_BCHW, time_BD))
+        if not self.tells_tokens:
+            return Condition(x_BCHW.new_zeros(len(x_BCHW), 1, self.blank_token_width), tuple(features))
         x_BCHW = self.mid2(self.mid_attention(self.mid1(x_BCHW, time_BD)), time_BD)
         return Condition(tokens=x_BCHW.flatten(2).transpose(1, 2), features=tuple(features))

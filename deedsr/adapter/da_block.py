@@ -1,13 +1,26 @@
 """Degradation-aware blocks: kernels and channel weights come from the degradation vector (paper, 3.3).
 
-Shape suffixes: B batch, C channels, H W space, D degradation vector, V the group's view of it.
+Shape suffixes: B batch, C channels, H W space, K side of a kernel, D degradation vector, V the group's view of it.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 KERNEL = 3
+
+
+class Kernels(NamedTuple):
+    """All that a degradation-aware convolution takes from the degradation vector, whatever it is applied to."""
+
+    depthwise: torch.Tensor  # (B, C, K, K)
+    gates: torch.Tensor  # (B, C), 0 to 2
+
+    def of(self, samples_B: torch.Tensor) -> "Kernels":
+        """Those of the samples with these numbers, each as often as it is named."""
+        return Kernels(self.depthwise[samples_B], self.gates[samples_B])
 
 
 class DegradationAwareConv(nn.Module):
@@ -30,15 +43,20 @@ class DegradationAwareConv(nn.Module):
             nn.Linear(channels // reduction, channels, bias=False),
         )
 
-    def forward(self, x_BCHW: torch.Tensor, view_BV: torch.Tensor) -> torch.Tensor:
+    def prepare(self, view_BV: torch.Tensor) -> Kernels:
+        depthwise = self.kernels(view_BV).view(len(view_BV), -1, KERNEL, KERNEL)
+        return Kernels(depthwise, 2 * torch.sigmoid(self.attention(view_BV)))
+
+    def forward(self, x_BCHW: torch.Tensor, kernels: Kernels) -> torch.Tensor:
         batch, channels, height, width = x_BCHW.shape
-        kernels = self.kernels(view_BV).view(batch * channels, 1, KERNEL, KERNEL)
         # Samples become groups of one convolution, so that each meets its own kernels.
         blurred = F.conv2d(
-            x_BCHW.reshape(1, batch * channels, height, width), kernels, padding=KERNEL // 2, groups=batch * channels
+            x_BCHW.reshape(1, batch * channels, height, width),
+            kernels.depthwise.reshape(batch * channels, 1, KERNEL, KERNEL),
+            padding=KERNEL // 2,
+            groups=batch * channels,
         )
-        weights_BC = 2 * torch.sigmoid(self.attention(view_BV))
-        return self.mix(F.silu(blurred).view_as(x_BCHW)) + x_BCHW * weights_BC[:, :, None, None]
+        return self.mix(F.silu(blurred).view_as(x_BCHW)) + x_BCHW * kernels.gates[:, :, None, None]
 
 
 class DegradationAwareBlock(nn.Module):
@@ -51,10 +69,13 @@ class DegradationAwareBlock(nn.Module):
         self.aware2 = DegradationAwareConv(channels, reduction)
         self.conv2 = nn.Conv2d(channels, channels, KERNEL, padding=1)
 
-    def forward(self, x_BCHW: torch.Tensor, view_BV: torch.Tensor) -> torch.Tensor:
-        h_BCHW = F.silu(self.aware1(x_BCHW, view_BV))
+    def prepare(self, view_BV: torch.Tensor) -> tuple[Kernels, Kernels]:
+        return self.aware1.prepare(view_BV), self.aware2.prepare(view_BV)
+
+    def forward(self, x_BCHW: torch.Tensor, kernels: tuple[Kernels, Kernels]) -> torch.Tensor:
+        h_BCHW = F.silu(self.aware1(x_BCHW, kernels[0]))
         h_BCHW = F.silu(self.conv1(h_BCHW))
-        return self.conv2(F.silu(self.aware2(h_BCHW, view_BV)))
+        return self.conv2(F.silu(self.aware2(h_BCHW, kernels[1])))
 
 
 class DegradationAwareGroup(nn.Module):
@@ -72,5 +93,11 @@ class DegradationAwareGroup(nn.Module):
         nn.init.zeros_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)
 
-    def forward(self, x_BCHW: torch.Tensor, degradation_BD: torch.Tensor) -> torch.Tensor:
-        return x_BCHW + self.conv(self.block(x_BCHW, F.silu(self.view(degradation_BD))))
+    def prepare(self, degradation_BD: torch.Tensor) -> tuple[Kernels, Kernels]:
+        """What `forward` takes in place of the vector: it changes with neither the diffusion time nor the place."""
+        return self.block.prepare(F.silu(self.view(degradation_BD)))
+
+    def forward(self, x_BCHW: torch.Tensor, degradation: torch.Tensor | tuple[Kernels, Kernels]) -> torch.Tensor:
+        """`degradation`: vectors (B, D), or what `prepare` made of them."""
+        kernels = self.prepare(degradation) if isinstance(degradation, torch.Tensor) else degradation
+        return x_BCHW + self.conv(self.block(x_BCHW, kernels))

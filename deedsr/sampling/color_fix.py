@@ -1,30 +1,58 @@
 """Colour correction: give a sampled picture the colours of the enlarged LR image.
 
-Diffusion models drift in colour and brightness; the LR image is right about both.
+Diffusion models drift in colour and brightness; the LR image is right about both. Pictures are corrected in place and
+in strips of rows, so that a large one needs little memory beside itself.
 """
+
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.nn.functional import conv2d, pad
 
+from deedsr.sampling.images import strips
+
 COLOR_FIXES = ("none", "adain", "wavelet")
 WAVELET_LEVELS = 5
+WAVELET_REACH = 2**WAVELET_LEVELS - 1  # pixels
+
+Rows = Callable[[slice], torch.Tensor]  # rows of the reference, (B, C, rows, W)
 
 
-def adain(image_BCHW: torch.Tensor, reference_BCHW: torch.Tensor) -> torch.Tensor:
+def fix_color(method: str, image_BCHW: torch.Tensor, reference: Rows) -> None:
+    """Applies one of COLOR_FIXES in place; image and reference have the same size and range."""
+    parts = strips(*image_BCHW.shape[2:])
+    if method == "adain":
+        adain(image_BCHW, reference, parts)
+    elif method == "wavelet":
+        wavelet(image_BCHW, reference, parts)
+
+
+def adain(image_BCHW: torch.Tensor, reference: Rows, parts: list[slice]) -> None:
     """Sets mean and standard deviation of each image's channels to those of its reference."""
-    mean, deviation = _moments(image_BCHW)
-    reference_mean, reference_deviation = _moments(reference_BCHW)
-    return (image_BCHW - mean) / deviation * reference_deviation + reference_mean
+    mean, deviation = _moments(image_BCHW[:, :, rows] for rows in parts)
+    reference_mean, reference_deviation = _moments(map(reference, parts))
+    image_BCHW.sub_(mean).div_(deviation).mul_(reference_deviation).add_(reference_mean)
 
 
-def _moments(x_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    variance = x_BCHW.var(dim=(2, 3), keepdim=True)
-    return x_BCHW.mean(dim=(2, 3), keepdim=True), (variance + 1e-5).sqrt()
+def _moments(parts: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of each channel over all parts."""
+    each = [(x.shape[2] * x.shape[3], x.mean((2, 3), keepdim=True), x.var((2, 3), keepdim=True)) for x in parts]
+    total = sum(count for count, _, _ in each)
+    mean = sum(count / total * one.double() for count, one, _ in each)
+    squares = sum((count - 1) * of.double() + count * (one - mean) ** 2 for count, one, of in each)
+    kind = each[0][1].dtype
+    return mean.to(kind), ((squares / (total - 1)).to(kind) + 1e-5).sqrt()
 
 
-def wavelet(image_BCHW: torch.Tensor, reference_BCHW: torch.Tensor) -> torch.Tensor:
+def wavelet(image_BCHW: torch.Tensor, reference: Rows, parts: list[slice]) -> None:
     """Keeps each image's detail and takes what is coarser than 2 ** WAVELET_LEVELS pixels from its reference."""
-    return image_BCHW + _coarse(reference_BCHW - image_BCHW)
+    above = image_BCHW[:, :, :0]  # rows before the part, as they were
+    for rows in parts:
+        top, bottom = rows.start - above.shape[2], min(rows.stop + WAVELET_REACH, image_BCHW.shape[2])
+        seen = torch.cat([above, image_BCHW[:, :, rows.start : bottom]], 2)
+        change = _coarse(reference(slice(top, bottom)) - seen)
+        image_BCHW[:, :, rows] += change[:, :, rows.start - top : rows.stop - top]
+        above = seen[:, :, max(rows.stop - top - WAVELET_REACH, 0) : rows.stop - top]
 
 
 def _coarse(x_BCHW: torch.Tensor) -> torch.Tensor:
@@ -36,10 +64,3 @@ def _coarse(x_BCHW: torch.Tensor) -> torch.Tensor:
         reach = 2**level
         x_BCHW = conv2d(pad(x_BCHW, [reach] * 4, mode="replicate"), kernel, dilation=reach, groups=channels)
     return x_BCHW
-
-
-def fix_color(method: str, image_BCHW: torch.Tensor, reference_BCHW: torch.Tensor) -> torch.Tensor:
-    """Applies one of COLOR_FIXES; images and references have the same shape and range."""
-    if method == "none":
-        return image_BCHW
-    return {"adain": adain, "wavelet": wavelet}[method](image_BCHW, reference_BCHW)

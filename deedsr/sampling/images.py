@@ -11,6 +11,7 @@ from PIL import Image
 
 Picture: TypeAlias = Image.Image | np.ndarray | torch.Tensor
 OUTPUT_TYPES = ("pil", "np", "pt")
+STRIP = 2**20  # pixels
 
 
 def to_tensors(pictures: Picture | list[Picture]) -> list[torch.Tensor]:
@@ -60,19 +61,29 @@ def from_tensors(pictures: list[torch.Tensor], output_type: str) -> Any:
 
 def to_uint8(picture_CHW: torch.Tensor) -> np.ndarray:
     """A tensor (3, H, W) in [0, 1] as uint8 array (H, W, 3), rounded to the nearest."""
-    return (picture_CHW * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    height, width = picture_CHW.shape[1:]
+    array = np.empty((height, width, 3), np.uint8)
+    for rows in strips(height, width):
+        array[rows] = (picture_CHW[:, rows] * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    return array
+
+
+def strips(height: int, width: int) -> list[slice]:
+    """Rows of a picture in parts of about STRIP pixels, so that what works on them needs little memory beside it."""
+    rows = max(STRIP // width, 1)
+    return [slice(top, min(top + rows, height)) for top in range(0, height, rows)]
 
 
 def pad_reflect(x_BCHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Mirrors right and bottom up to `height` x `width`, back and forth where the image is smaller than the pad."""
     rows, columns = (
-        _mirrored(have, want).to(x_BCHW.device) for have, want in zip(x_BCHW.shape[2:], (height, width), strict=True)
+        mirrored(have, 0, want).to(x_BCHW.device) for have, want in zip(x_BCHW.shape[2:], (height, width), strict=True)
     )
     return x_BCHW[:, :, rows][:, :, :, columns]
 
 
-def _mirrored(have: int, want: int) -> torch.Tensor:
-    """Indices 0 1 2 1 0 1 ... for have = 3."""
+def mirrored(have: int, begin: int, end: int) -> torch.Tensor:
+    """Where positions begin .. end - 1 of a padded side come from: 0 1 2 1 0 1 ... for have = 3."""
     period = max(2 * (have - 1), 1)
-    index = torch.arange(want) % period
+    index = torch.arange(begin, end) % period
     return torch.minimum(index, period - index) if have > 1 else torch.zeros_like(index)

@@ -8,10 +8,30 @@ from typing import Any
 import torch
 from torch.nn.functional import interpolate
 
+from deedsr.sampling.images import mirrored
+from deedsr.sampling.tiles import Window
+
+BICUBIC_REACH = 2  # LR pixels on either side
+
 
 def enlarge(lr_BCHW: torch.Tensor, scale: int) -> torch.Tensor:
     """Bicubic enlargement in [0, 1], not antialiased, overshoot cut off: what the base sees of an LR image."""
     return interpolate(lr_BCHW, scale_factor=scale, mode="bicubic", align_corners=False).clamp(0, 1)
+
+
+def enlarge_window(lr_BCHW: torch.Tensor, scale: int, window: Window) -> torch.Tensor:
+    """A window, in its pixels, of the enlarged image, which goes on mirrored beyond right and bottom.
+
+    The same numbers as cutting it out of the whole, which is never made.
+    """
+    indices = []
+    for dim, (begin, end) in ((2, window[:2]), (3, window[2:])):
+        index = mirrored(scale * lr_BCHW.shape[dim], begin, end)
+        first = max(int(index.min()) // scale - BICUBIC_REACH, 0)
+        last = min(int(index.max()) // scale + BICUBIC_REACH, lr_BCHW.shape[dim] - 1)
+        lr_BCHW = lr_BCHW.narrow(dim, first, last - first + 1)
+        indices.append((index - scale * first).to(lr_BCHW.device))
+    return enlarge(lr_BCHW, scale)[:, :, indices[0]][:, :, :, indices[1]]
 
 
 def downsampling_factor(vae: Any) -> int:

@@ -7,16 +7,26 @@ Weights are read from safetensors only.
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from deedsr.errors import UsageError
 from deedsr.sampling.settings import SamplingSettings
+from deedsr.sampling.weights import NAME, find_variant
 
+FORMAT_VERSION = 1
 BASE_PARTS = ("vae", "unet", "scheduler")
 TRAINED_PARTS = ("learner", "adapter")
+PARTS = BASE_PARTS + TRAINED_PARTS
+# What is taken of a hub's repository: configurations and one set of weights of the parts that are used. No text
+# encoder, no other formats, nothing pickled.
+HUB_FILES = [
+    *("model_index.json", "deedsr.json", "training.json", "README.md", "LICENSE*"),
+    *(f"{part}/{name}" for part in PARTS for name in ("*.json", f"{NAME}.safetensors", f"{NAME}-*-of-*.safetensors")),
+]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -29,12 +39,14 @@ class ModelFolder:
         base: name, folder, URI or hub id of the base, as written.
         scale: enlargement factor.
         sampling: what the model recommends.
+        lineage: `license`, `base` and `training` (what it was trained on, how, and its figures), as far as recorded.
     """
 
     path: Path
     base: str | None
     scale: int
     sampling: SamplingSettings
+    lineage: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> "ModelFolder":
@@ -46,16 +58,14 @@ class ModelFolder:
                     f"{path} holds a {description.get('_class_name')}, not a DeeDSRPipeline: "
                     "it can be the --base of `deedsr train adapter`, which writes a model"
                 )
-            base = None
+            base, lineage = None, description.get("lineage") or {}
         elif (path / "deedsr.json").is_file():
             description = _read_json(path / "deedsr.json")
-            if description.get("format_version") != 1:
-                raise UsageError(
-                    f"{path}/deedsr.json has format {description.get('format_version')}, this code reads 1"
-                )
+            _require_format(path / "deedsr.json", description.get("format_version"))
             base = description.get("base")
             if not isinstance(base, str):
                 raise UsageError(f"{path}/deedsr.json names no base")
+            lineage = {name: description[name] for name in ("license", "base", "training") if name in description}
         else:
             raise UsageError(
                 f"{path} is not a DeeDSR model: it has neither model_index.json nor deedsr.json; "
@@ -68,7 +78,7 @@ class ModelFolder:
             sampling = SamplingSettings.of(description.get("sampling") or {})
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from error
-        return cls(path, base, scale, sampling)
+        return cls(path, base, scale, sampling, lineage)
 
     def base_path(self) -> Path:
         """Local folder of the base; a relative one is looked for in the model's own folder first."""
@@ -76,6 +86,15 @@ class ModelFolder:
             return self.path
         beside = self.path / self.base
         return find_base(beside if beside.is_dir() else self.base)
+
+
+def _require_format(file: Path, version: Any) -> None:
+    if version != FORMAT_VERSION:
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        raise UsageError(
+            f"{file} has format {version}, this version of deedsr reads {FORMAT_VERSION}: "
+            + ("install a newer one" if newer else "train or save the model again")
+        )
 
 
 def find_folder(name: str | Path) -> Path:
@@ -118,15 +137,29 @@ def find_base(name: str | Path) -> Path:
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    # One set of weights: no half-precision variants, no other formats, nothing pickled.
-    wanted = ["*.json", "*/diffusion_pytorch_model.safetensors", "*/diffusion_pytorch_model-*-of-*.safetensors"]
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=wanted))
+        folder = Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
+        lacking = [part for part in PARTS if _lacks_weights(folder / part)]
+        if lacking:  # there is only the half-precision variant
+            snapshot_download(hub_id, allow_patterns=[f"{part}/{NAME}.fp16*.safetensors" for part in lacking])
+        return folder
     except Exception as error:  # the hub's client raises a dozen kinds, of requests, httpx and its own
         raise UsageError(
             f"{hub_id} is no local folder, and the model hub did not give it ({type(error).__name__}): "
             "check the name, the network and, for a private model, the login"
         ) from error
+
+
+def _lacks_weights(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and not any(folder.glob("*.safetensors"))
+
+
+def read_config(path: Path, part: str) -> dict[str, Any]:
+    """Configuration of one part of the model in `path`. UsageError where it is missing or no JSON object."""
+    name = "scheduler_config.json" if part == "scheduler" else "config.json"
+    if not (path / part / name).is_file():
+        raise UsageError(f"{path} is not a complete model: {part}/{name} is missing")
+    return _read_json(path / part / name)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -142,24 +175,23 @@ def _read_json(path: Path) -> dict[str, Any]:
 def load_part(path: Path, part: str, **options: Any) -> Any:
     """One part of a model from its folder `path/part`: `vae`, `unet`, `scheduler`, `learner` or `adapter`.
 
-    `options` go to diffusers' `from_pretrained` (`torch_dtype`, `variant`); the learner stays float32.
+    `options` go to diffusers' `from_pretrained` (`torch_dtype`, `variant`); the learner stays float32. Weights in half
+    precision (fp16 variant) compute in float32 unless `torch_dtype` says otherwise.
     Raises UsageError where the folder is missing, holds another kind of part, or weights that do not fit its
     configuration.
     """
     from diffusers.utils import logging
 
     folder = path / part
-    config_name = "scheduler_config.json" if part == "scheduler" else "config.json"
-    if not (folder / config_name).is_file():
-        raise UsageError(f"{path} is not a complete model: {part}/{config_name} is missing")
+    name = read_config(path, part).get("_class_name", "")
     kinds = _kinds(part)
-    name = _read_json(folder / config_name).get("_class_name", "")
     kind = kinds.get(name)
     if kind is None:
         wanted = "a scheduler of diffusers" if part == "scheduler" else " or ".join(sorted(kinds))
-        raise UsageError(f"{folder} holds no {part}: {config_name} names {name or 'nothing'}, not {wanted}")
+        raise UsageError(f"{folder} holds no {part}: its configuration names {name or 'nothing'}, not {wanted}")
     if part == "scheduler":
         return kind.from_pretrained(folder)
+    options = {"variant": find_variant(folder)} | options
     if part == "learner":
         options.pop("torch_dtype", None)  # runs once per picture, and its running statistics are not for half precision
     # Materialised at once: the other way needs the package accelerate, which nothing else here does.

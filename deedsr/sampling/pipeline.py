@@ -6,23 +6,31 @@ Shape suffixes: B batch, C channels, H W pixels, h w latent cells, D degradation
 import inspect
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput
+from diffusers import DiffusionPipeline, ImagePipelineOutput
 
 from deedsr.adapter.adapter import DegradationAwareAdapter
+from deedsr.adapter.condition_encoder import PreparedDegradation
 from deedsr.errors import UsageError
 from deedsr.learner.resnet import DegradationLearner
 from deedsr.sampling.color_fix import fix_color
 from deedsr.sampling.guidance import alpha_bar, clean_latent, guidance_strengths, model_output
 from deedsr.sampling.images import OUTPUT_TYPES, Picture, from_tensors, pad_reflect, to_tensors
-from deedsr.sampling.latents import decode_latents, downsampling_factor, encode_latents, enlarge
+from deedsr.sampling.latents import decode_latents, downsampling_factor, encode_latents, enlarge_window
+from deedsr.sampling.model_card import copy_base_licence, write_card
 from deedsr.sampling.model_folder import BASE_PARTS, TRAINED_PARTS, ModelFolder, find_base, find_folder, load_part
+from deedsr.sampling.schedule import ddim, require_prediction, require_signal, usable_eta
 from deedsr.sampling.settings import SamplingSettings
+from deedsr.sampling.solvers import solver_for
+from deedsr.sampling.tiled_vae import decode_in_tiles, encode_in_tiles
+from deedsr.sampling.tiles import Mosaic, Window
 
 SMALLEST_LEARNER_INPUT = 3  # pixels a side: the learner's high-pass filter mirrors two
+BATCH_SIDE = 1024  # pixels of the output: tiles that are together as large as this square go through the UNet at once
 
 
 class DeeDSRPipeline(DiffusionPipeline):
@@ -36,6 +44,7 @@ class DeeDSRPipeline(DiffusionPipeline):
         adapter: degradation-aware adapter made for this UNet.
         scale: enlargement factor that the adapter was trained for.
         sampling: what the model recommends, see `SamplingSettings`; what is left out is the paper's.
+        lineage: where the model comes from, for its card; see `ModelFolder`.
     """
 
     vae: Any
@@ -43,6 +52,7 @@ class DeeDSRPipeline(DiffusionPipeline):
     scheduler: Any
     learner: DegradationLearner
     adapter: DegradationAwareAdapter
+    _base_path: Path | None = None
 
     def __init__(
         self,
@@ -53,10 +63,13 @@ class DeeDSRPipeline(DiffusionPipeline):
         adapter: DegradationAwareAdapter,
         scale: int = 4,
         sampling: Mapping[str, Any] | None = None,
+        lineage: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler, learner=learner, adapter=adapter)
-        self.register_to_config(scale=scale, sampling=SamplingSettings.of(sampling or {}).as_dict())
+        settings = SamplingSettings.of(sampling or {})
+        self.register_to_config(scale=scale, sampling=settings.as_dict(), lineage=dict(lineage or {}))
+        require_prediction(scheduler, adapter.config.get("prediction_type"))
         adapter.detach()
         adapter.attach(unet)
 
@@ -79,13 +92,22 @@ class DeeDSRPipeline(DiffusionPipeline):
             if name in parts:
                 continue
             part = load_part(folder.path if name in TRAINED_PARTS else base_path, name, **options)
-            parts[name] = _ddim(part) if name == "scheduler" and base_path != folder.path else part
+            parts[name] = ddim(part) if name == "scheduler" and base_path != folder.path else part
         try:
-            pipeline = cls(**parts, scale=folder.scale, sampling=folder.sampling.as_dict())
+            pipeline = cls(**parts, scale=folder.scale, sampling=folder.sampling.as_dict(), lineage=folder.lineage)
         except ValueError as error:
             raise UsageError(f"{folder.path} does not fit its base {base_path}: {error}") from error
         pipeline.register_to_config(_name_or_path=str(model))
+        pipeline._base_path = base_path
         return pipeline
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **options: Any) -> None:
+        """As diffusers' pipelines, with a model card and the licence."""
+        super().save_pretrained(save_directory, *args, **options)
+        write_card(Path(save_directory), scale=self.scale, sampling=self.sampling.as_dict(),
+                   lineage=self.config["lineage"])  # fmt: skip
+        if self._base_path:
+            copy_base_licence(self._base_path, Path(save_directory))
 
     @property
     def scale(self) -> int:
@@ -106,6 +128,9 @@ class DeeDSRPipeline(DiffusionPipeline):
         noise_guidance_share: float | None = None,
         eta: float | None = None,
         color_fix: str | None = None,
+        solver: str | None = None,
+        tile: int | None = None,
+        degradation_per_tile: bool | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
     ) -> ImagePipelineOutput:
@@ -117,8 +142,12 @@ class DeeDSRPipeline(DiffusionPipeline):
             noise_guidance: strength by which the predicted clean latent is pulled to the LR latent in the first steps,
                 0 (off) to 1 (replaced: those steps need no UNet).
             noise_guidance_share: share of the steps that are guided, from the first on; 0 = the first step only.
-            eta: fresh noise per step, 0 to 1, for schedulers that know it.
+            eta: fresh noise per step, 0 to 1, for schedulers that know it; `dpm` knows 0 and more than 0.
             color_fix: `none`, `adain` or `wavelet`.
+            solver: `ddim` (this pipeline's scheduler) or `dpm` (DPM-Solver++ in its place, for few steps).
+            tile: side in pixels of the output. What is larger is sampled in overlapping tiles, in memory that does not
+                grow with the picture beyond the picture itself; 0 = as a whole.
+            degradation_per_tile: whether the learner looks at each tile by itself instead of at the whole picture.
             generator: one for all, of which each picture gets its own copy, so that it comes out the same alone and
                 among others; or one per picture. CPU generators give the same noise on every device.
             output_type: `pil`, `np` (floats in [0, 1]) or `pt`.
@@ -132,6 +161,9 @@ class DeeDSRPipeline(DiffusionPipeline):
             noise_guidance_share=noise_guidance_share,
             eta=eta,
             color_fix=color_fix,
+            solver=solver,
+            tile=tile,
+            degradation_per_tile=degradation_per_tile,
         )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
@@ -157,61 +189,146 @@ class DeeDSRPipeline(DiffusionPipeline):
         self, lr_BCHW: torch.Tensor, generators: list[torch.Generator], settings: SamplingSettings
     ) -> torch.Tensor:
         """LR in [0, 1] to pictures (B, 3, scale H, scale W) in [0, 1], float32."""
-        dtype = self.unet.dtype
-        height, width = lr_BCHW.shape[2:]
+        height, width = (self.scale * side for side in lr_BCHW.shape[2:])
+        factor, multiple = downsampling_factor(self.vae), self._cells_per_unit()
+        # Padded to whole cells of the UNet's deepest level.
+        rows, columns = (-(-side // (factor * multiple)) * multiple for side in (height, width))
+        mosaic = Mosaic(rows, columns, self._tile_cells(settings.tile), multiple)
+        latent_shape = (self.unet.config["in_channels"], rows, columns)
 
         # 2. The degradation, from the LR as it is; once, it does not depend on the step.
-        learner_input = pad_reflect(lr_BCHW, *(max(side, SMALLEST_LEARNER_INPUT) for side in (height, width)))
-        degradation_BD = self.learner(learner_input.to(self.learner.dtype)).to(dtype)
+        degradation = self._degradation(lr_BCHW, mosaic if settings.degradation_per_tile else None)
 
-        # 3. The LR latent, of the enlarged picture padded to whole cells of the UNet's deepest level.
-        enlarged_BCHW = enlarge(lr_BCHW, self.scale)
-        factor = downsampling_factor(self.vae)
-        multiple = factor * 2 ** (len(self.unet.config["block_out_channels"]) - 1)
-        padded = [-(-side // multiple) * multiple for side in enlarged_BCHW.shape[2:]]
-        latent_shape = (self.unet.config["in_channels"], *(side // factor for side in padded))
-        encoding_noise = self._noise(latent_shape, generators)
-        vae_input = 2 * pad_reflect(enlarged_BCHW, *padded) - 1
-        z_lr_BChw = encode_latents(self.vae, vae_input.to(self.vae.dtype), encoding_noise).float()
+        # 3. The LR latent, of the enlarged picture.
+        z_lr_BChw = self._encode(lr_BCHW, self._noise(latent_shape, generators), mosaic)
 
         # 4. From noise to a clean latent, kept in float32 whatever the networks compute in.
-        self.scheduler.set_timesteps(settings.num_inference_steps, device=lr_BCHW.device)
-        x_BChw = self._noise(latent_shape, generators) * self.scheduler.init_noise_sigma
-        x_BChw = self._denoise(x_BChw, z_lr_BChw, degradation_BD, generators, settings)
+        require_prediction(self.scheduler, self.adapter.config.get("prediction_type"))
+        scheduler = solver_for(settings.solver, self.scheduler, settings.eta)
+        scheduler.set_timesteps(settings.num_inference_steps, device=lr_BCHW.device)
+        require_signal(scheduler)
+        x_BChw = self._noise(latent_shape, generators) * scheduler.init_noise_sigma
+        x_BChw = self._denoise(scheduler, x_BChw, z_lr_BChw, degradation, mosaic, generators, settings)
 
         # 5. Back to pixels of the size asked for, in the LR's colours.
-        decoded_BCHW = decode_latents(self.vae, x_BChw.to(self.vae.dtype)).float() / 2 + 0.5
-        decoded_BCHW = decoded_BCHW[:, :, : self.scale * height, : self.scale * width]
-        return fix_color(settings.color_fix, decoded_BCHW, enlarged_BCHW).clamp(0, 1)
+        picture_BCHW = self._decode(x_BChw, height, width, mosaic)
+        enlarged_rows = lambda part: enlarge_window(lr_BCHW, self.scale, Window(part.start, part.stop, 0, width))
+        fix_color(settings.color_fix, picture_BCHW, enlarged_rows)
+        return picture_BCHW.clamp_(0, 1)
+
+    def _cells_per_unit(self) -> int:
+        """Latent cells, each way, under one cell of the UNet's deepest level."""
+        return 2 ** (len(self.unet.config["block_out_channels"]) - 1)
+
+    def _tile_cells(self, pixels: int) -> int | None:
+        """Side of a tile in latent cells, None where there are no tiles."""
+        unit = downsampling_factor(self.vae) * self._cells_per_unit()
+        if 0 < pixels < 2 * unit:
+            raise UsageError(f"tile must be {2 * unit} pixels or more for this model, or 0 for none, got {pixels}")
+        return pixels // unit * self._cells_per_unit() or None
+
+    def _degradation(self, lr_BCHW: torch.Tensor, mosaic: Mosaic | None) -> PreparedDegradation:
+        """Of each picture, or of each tile of each picture: what the vector decides, ready for every step."""
+        windows = [lr_BCHW] if mosaic is None else [self._lr_under(window, lr_BCHW) for window in mosaic.windows]
+        vectors = []
+        for lr in windows:
+            padded = pad_reflect(lr, *(max(side, SMALLEST_LEARNER_INPUT) for side in lr.shape[2:]))
+            vectors.append(self.learner(padded.to(self.learner.dtype)).to(self.unet.dtype))
+        return self.adapter.condition_encoder.prepare(torch.stack(vectors, 1).flatten(0, 1))
+
+    def _lr_under(self, window: Window, lr_BCHW: torch.Tensor) -> torch.Tensor:
+        """The LR pixels of a window of the latent, without padding."""
+        top, bottom, left, right = window.scaled(downsampling_factor(self.vae))
+        return lr_BCHW[:, :, top // self.scale : -(-bottom // self.scale), left // self.scale : -(-right // self.scale)]
+
+    def _encode(self, lr_BCHW: torch.Tensor, noise_BChw: torch.Tensor, mosaic: Mosaic) -> torch.Tensor:
+        """Latent (B, C, h, w), float32, of the enlarged picture, mirrored where it is padded."""
+
+        def pixels(lr: torch.Tensor, window: Window) -> torch.Tensor:
+            return (2 * enlarge_window(lr, self.scale, window) - 1).to(self.vae.dtype)
+
+        if len(mosaic) == 1:
+            whole = mosaic.windows[0].scaled(downsampling_factor(self.vae))
+            return encode_latents(self.vae, pixels(lr_BCHW, whole), noise_BChw).float()
+        latents = [
+            encode_in_tiles(self.vae, partial(pixels, lr), noise, mosaic.side)
+            for lr, noise in zip(lr_BCHW.split(1), noise_BChw.split(1), strict=True)
+        ]
+        return torch.cat(latents)
+
+    def _decode(self, z_BChw: torch.Tensor, height: int, width: int, mosaic: Mosaic) -> torch.Tensor:
+        """Pictures (B, 3, height, width), float32, nominally in [0, 1]; what was padded is cut off."""
+        z_BChw = z_BChw.to(self.vae.dtype)
+        if len(mosaic) == 1:
+            return (decode_latents(self.vae, z_BChw).float() / 2 + 0.5)[:, :, :height, :width]
+        picture_BCHW = torch.empty(len(z_BChw), 3, height, width, device=z_BChw.device)
+        for picture, z in zip(picture_BCHW.split(1), z_BChw.split(1), strict=True):
+            for window, piece in decode_in_tiles(self.vae, z, mosaic.side):
+                inside = window.grown(0, height, width)
+                inside.of(picture).copy_(inside.within(window).of(piece).float() / 2 + 0.5)
+        return picture_BCHW
 
     def _denoise(
         self,
+        scheduler: Any,
         x_BChw: torch.Tensor,
         z_lr_BChw: torch.Tensor,
-        degradation_BD: torch.Tensor,
+        degradation: PreparedDegradation,
+        mosaic: Mosaic,
         generators: list[torch.Generator],
         settings: SamplingSettings,
     ) -> torch.Tensor:
-        dtype = self.unet.dtype
-        prediction = self.scheduler.config.get("prediction_type", "epsilon")
-        accepted = inspect.signature(self.scheduler.step).parameters
-        step_options = {"eta": settings.eta, "generator": generators}
+        prediction = scheduler.config.get("prediction_type", "epsilon")
+        accepted = inspect.signature(scheduler.step).parameters
+        step_options = {"eta": usable_eta(scheduler, settings.eta), "generator": generators}
         step_options = {name: value for name, value in step_options.items() if name in accepted}
 
-        timesteps = self.scheduler.timesteps
+        timesteps = scheduler.timesteps
         strengths = guidance_strengths(settings.noise_guidance, settings.noise_guidance_share, len(timesteps))
+        before = strengths[0]
         for t, strength in zip(self.progress_bar(timesteps), strengths, strict=True):
-            x_t = self.scheduler.scale_model_input(x_BChw, t)
+            if strength != before and hasattr(scheduler, "lower_order_nums"):
+                scheduler.lower_order_nums = 0  # a multistep solver must not take the end of guidance for a slope
+            before = strength
+            x_t = scheduler.scale_model_input(x_BChw, t)
             x_0, output = z_lr_BChw, None
             if strength < 1:  # else nothing of what the UNet says would be kept
-                output = self.adapter(x_t.to(dtype), t, z_lr_BChw.to(dtype), degradation_BD).float()
+                output = self._predict(x_t, t, z_lr_BChw, degradation, mosaic)
             if strength > 0:
-                abar = alpha_bar(self.scheduler, t)
+                abar = alpha_bar(scheduler, t)
                 if output is not None:
                     x_0 = (1 - strength) * clean_latent(output, x_t, abar, prediction) + strength * z_lr_BChw
                 output = model_output(x_0, x_t, abar, prediction)
-            x_BChw = self.scheduler.step(output, t, x_BChw, **step_options).prev_sample
+            x_BChw = scheduler.step(output, t, x_BChw, **step_options).prev_sample
         return x_BChw
+
+    def _predict(
+        self,
+        x_t_BChw: torch.Tensor,
+        t: torch.Tensor,
+        z_lr_BChw: torch.Tensor,
+        degradation: PreparedDegradation,
+        mosaic: Mosaic,
+    ) -> torch.Tensor:
+        """The UNet's answer (B, C, h, w), float32: all tiles of one step, joined before the step is taken."""
+        dtype = self.unet.dtype
+        if len(mosaic) == 1:
+            return self.adapter(x_t_BChw.to(dtype), t, z_lr_BChw.to(dtype), degradation).float()
+        tiles = [(picture, number) for picture in range(len(x_t_BChw)) for number in range(len(mosaic))]
+        together = max(1, (BATCH_SIDE // downsampling_factor(self.vae)) ** 2 // mosaic.windows[0].area)
+        output_BChw = torch.zeros_like(x_t_BChw)
+        for first in range(0, len(tiles), together):
+            some = tiles[first : first + together]
+            x_t, z_lr = (
+                torch.stack([mosaic.windows[number].of(whole[picture]) for picture, number in some]).to(dtype)
+                for whole in (x_t_BChw, z_lr_BChw)
+            )
+            per_picture = degradation.samples // len(x_t_BChw)  # vectors: one, or one per tile
+            vectors = [picture * per_picture + min(number, per_picture - 1) for picture, number in some]
+            answers = self.adapter(x_t, t, z_lr, degradation.of(torch.tensor(vectors, device=x_t.device)))
+            for (picture, number), answer in zip(some, answers.float(), strict=True):
+                mosaic.add(output_BChw[picture], number, answer)
+        return output_BChw
 
     def _noise(self, shape: tuple[int, ...], generators: list[torch.Generator]) -> torch.Tensor:
         """Standard normal (B, *shape), drawn picture by picture where its generator lives."""
@@ -227,12 +344,3 @@ def _one_per_picture(generator: torch.Generator | list[torch.Generator] | None, 
     if generator is None:  # follows torch.manual_seed, as everything of torch does
         return [torch.Generator().manual_seed(int(torch.randint(2**62, ()))) for _ in range(count)]
     return [torch.Generator(generator.device).set_state(generator.get_state()) for _ in range(count)]
-
-
-def _ddim(scheduler: Any) -> Any:
-    """A base's own DDIM scheduler, or its noise schedule under DDIM as the paper samples."""
-    if isinstance(scheduler, DDIMScheduler):
-        return scheduler
-    return DDIMScheduler.from_config(
-        scheduler.config, timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False, clip_sample=False
-    )

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from deedsr.errors import UsageError
 from deedsr.sampling.color_fix import COLOR_FIXES
+from deedsr.sampling.solvers import SOLVERS
 
 
 @dataclass(frozen=True)
@@ -17,13 +18,20 @@ class SamplingSettings:
     noise_guidance_share: float = 0.0  # of the steps, from the first on; 0 = the first step only
     eta: float = 1.0  # 0 = deterministic sampling, 1 = fresh noise in every step
     color_fix: str = "adain"  # none, adain or wavelet
+    solver: str = "ddim"  # ddim = the pipeline's scheduler, dpm = DPM-Solver++ in its place
+    tile: int = 1024  # pixels of the output a side; larger pictures are sampled in tiles; 0 = always as a whole
+    degradation_per_tile: bool = False  # the learner looks at each tile by itself instead of at the whole LR
 
     def __post_init__(self) -> None:
         _require_number("num_inference_steps", self.num_inference_steps, 1, 1000, kind=int)
         for name in ("noise_guidance", "noise_guidance_share", "eta"):
             _require_number(name, getattr(self, name), 0, 1, kind=int | float)
-        if self.color_fix not in COLOR_FIXES:
-            raise UsageError(f"color_fix must be one of {', '.join(COLOR_FIXES)}, got {self.color_fix!r}")
+        _require_number("tile", self.tile, 0, 2**20, kind=int)
+        for name, accepted in (("color_fix", COLOR_FIXES), ("solver", SOLVERS)):
+            if getattr(self, name) not in accepted:
+                raise UsageError(f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}")
+        if not isinstance(self.degradation_per_tile, bool):
+            raise UsageError(f"degradation_per_tile must be true or false, got {self.degradation_per_tile!r}")
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:

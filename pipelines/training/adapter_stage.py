@@ -2,22 +2,26 @@
 
 import copy
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
+import deedsr
 from deedsr.adapter.adapter import DegradationAwareAdapter, freeze
 from deedsr.dataset.keys import generator
 from deedsr.dataset.manifest import LatentsSource
 from deedsr.learner.resnet import DegradationLearner
 from deedsr.sampling.latents import downsampling_factor, encode_latents, enlarge
+from deedsr.sampling.model_card import copy_base_licence, write_card
+from deedsr.sampling.model_folder import FORMAT_VERSION, load_part
+from deedsr.sampling.schedule import ddim
 from pipelines.dataset import Dataset
-from pipelines.models import load_vae, resolve_base, resolve_learner
+from pipelines.models import load_vae, part_digest, resolve_base, resolve_learner
 from pipelines.training.config import AdapterOptions
 from pipelines.training.initial import initial_weights
 from pipelines.training.metrics import BUCKETS, by_timestep
@@ -44,10 +48,10 @@ class AdapterStage:
 
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         base = resolve_base(self.options.base)
-        frozen = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
+        frozen = {"torch_dtype": dtype}
         # Channels last: a fifth faster on CPUs, what tensor cores want on GPUs.
         place = {"device": device, "memory_format": torch.channels_last}
-        self.unet = freeze(UNet2DConditionModel.from_pretrained(base, subfolder="unet", **frozen)).to(**place)
+        self.unet = freeze(load_part(base, "unet", **frozen)).to(**place)
         if self.latents is None:
             self.vae = freeze(load_vae(base, **frozen)).to(**place)
             self.vae_factor = downsampling_factor(self.vae)
@@ -56,13 +60,15 @@ class AdapterStage:
         if self.latents is None or self.latents.learner is None:
             # The learner stays in fp32: its vectors are computed once per image, and its statistics do not fit bf16.
             self.learner = freeze(self._trained_learner()).to(device)
-        self.scheduler = DDIMScheduler.from_pretrained(base, subfolder="scheduler")
+        self.scheduler = ddim(load_part(base, "scheduler"))
         torch.manual_seed(self.options.train.seed)
         self.adapter = DegradationAwareAdapter.for_unet(
             self.unet,
             preset=self.options.model.preset,
             tokens=self.options.model.tokens,
             degradation_dim=DegradationLearner.load_config(resolve_learner(self.options.learner))["widths"][-1],
+            ablate=self.options.model.ablate,
+            prediction_type=self.scheduler.config["prediction_type"],
         )
         self.adapter.initialize_from(self.unet)
         if self.options.init is not None:
@@ -213,7 +219,9 @@ class AdapterStage:
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Nothing but the trained parameters advances."""
 
-    def export(self, folder: Path, trained: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    def export(
+        self, folder: Path, trained: dict[str, Tensor], state: dict[str, Tensor], history: dict[str, Any] | None = None
+    ) -> None:
         learner = self._trained_learner()
         for part, model, weights in (
             ("adapter", self.adapter, trained),
@@ -222,13 +230,19 @@ class AdapterStage:
             exported = fresh(model)
             exported.load_state_dict(weights)
             exported.save_pretrained(folder / part)
-        description = {
-            "format_version": 1,
-            "base": self.options.base,
-            "scale": self.scale,
-            "sampling": self.options.sampling,
+        configuration = asdict(self.options)
+        training = (history or {}) | {
+            "learner": part_digest(resolve_learner(self.options.learner)),
+            "prediction_type": self.scheduler.config["prediction_type"],
+            "configuration": {part: configuration[part] for part in ("model", "diffusion", "train")},
+            "created_by": f"deedsr {deedsr.__version__}",
         }
+        lineage = {"base": self.options.base, "license": self.options.license, "training": training}
+        made: dict[str, Any] = {"scale": self.scale, "sampling": self.options.sampling}
+        description = {"format_version": FORMAT_VERSION} | made | lineage
         (folder / "deedsr.json").write_text(json.dumps(description, indent=2))
+        write_card(folder, **made, lineage=lineage)
+        copy_base_licence(resolve_base(self.options.base), folder)
 
 
 def snr_weight(abar_B: Tensor, gamma: float, prediction: str) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from deedsr.errors import UsageError
 
+Ablation = Literal["vector", "global", "local", "da"]  # as the adapter knows them
+
 
 @dataclass
 class TrainOptions:
@@ -85,6 +87,7 @@ class AdapterModelOptions:
 
     preset: Literal["paper", "tiny"] = "paper"  # size of the encoder and the branches
     tokens: Literal["new_kv", "project"] = "new_kv"  # global branch: new to_k/to_v, or tokens projected to the base's
+    ablate: list[Ablation] = field(default_factory=list)  # left out: the learner's vector, a branch, the DA blocks
 
 
 @dataclass
@@ -110,6 +113,7 @@ class AdapterOptions:
     model: AdapterModelOptions = field(default_factory=AdapterModelOptions)
     diffusion: DiffusionOptions = field(default_factory=DiffusionOptions)
     sampling: dict[str, Any] = field(default_factory=dict)  # sampling defaults stored with the model
+    license: str = "other"  # of the trained weights, for LICENSE and model card: an SPDX name such as apache-2.0
     train: TrainOptions = field(default_factory=TrainOptions)
     experiment: str = "deedsr-adapter"  # MLflow experiment
     register_as: str | None = "deedsr-adapter"  # name of the model in MLflow's registry; null = not registered
@@ -188,7 +192,7 @@ MAY_CHANGE = {
     "train.log_every", "train.max_failures", "train.best_metric", "train.best_mode", "train.checkpoint_retry_seconds",
     "train.spike_sigma", "train.on_spike", "train.hang_seconds",
     "train.cache_gb", "train.loader_threads", "train.gradient_checkpointing",
-    "train.validate_every", "train.validation_samples", "train.validation_pictures", "register_as",
+    "train.validate_every", "train.validation_samples", "train.validation_pictures", "register_as", "license",
 }  # fmt: skip
 
 
@@ -261,6 +265,10 @@ def check(options: LearnerOptions | AdapterOptions) -> None:
         if group < 1 or block % group:
             raise UsageError(f"model.norm_group must divide contrast.batch_block ({block}), got {group}")
         return
+    if {"global", "local"} <= set(options.model.ablate):
+        raise UsageError(
+            "model.ablate global and local together leave nothing that tells the base of the LR image: leave out one"
+        )
     diffusion = options.diffusion
     if diffusion.timestep_power <= 0 or diffusion.lr_crop < 0:
         raise UsageError("diffusion.timestep_power must be above 0 and diffusion.lr_crop 0 or more")

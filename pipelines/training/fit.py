@@ -62,11 +62,13 @@ def train_learner(options: LearnerOptions, *, progress: bool = True) -> TrainRes
 
 def train_adapter(options: AdapterOptions, *, progress: bool = True) -> TrainResult:
     """Stage 2; see `train_learner`."""
+    from deedsr.sampling.base import check_base
     from pipelines.models import resolve_base, resolve_learner, training_run
 
     options = _located(options)
     dataset = _open("adapter", options)
     base, learner = resolve_base(options.base), resolve_learner(options.learner)
+    check_base(base, options.diffusion.max_timestep)
     _require_latents_of(dataset, options, base, learner)
     inputs = {"dataset": dataset.digest, "learner": _weights_digest(learner)} | _initial("adapter", options)
     parents = {"learner": training_run(options.learner)}

@@ -15,7 +15,8 @@ from deedsr.sampling.model_folder import load_part
 from pipelines.models import resolve_base, resolve_learner, resolve_model
 from pipelines.training.config import AdapterOptions, LearnerOptions
 
-NOT_GEOMETRY = {"norm_group"}  # how statistics are taken: the same weights serve any
+# How statistics are taken: the same weights serve any; what the base predicts: older adapters do not say.
+NOT_GEOMETRY = {"norm_group", "prediction_type"}
 
 
 def initial_folder(init: str, part: str) -> Path:
@@ -54,8 +55,8 @@ def _network(options: LearnerOptions | AdapterOptions) -> tuple[str, Any]:
         learner = DegradationLearner.from_config(DegradationLearner.load_config(resolve_learner(options.learner)))
         config = UNet2DConditionModel.load_config(resolve_base(options.base), subfolder="unet")
         unet = UNet2DConditionModel.from_config(config)
-        preset, tokens = options.model.preset, options.model.tokens
-        return "adapter", DegradationAwareAdapter.for_unet(unet, preset, learner.dim, tokens)
+        model = options.model
+        return "adapter", DegradationAwareAdapter.for_unet(unet, model.preset, learner.dim, model.tokens, model.ablate)
 
 
 def _geometry(module: Any) -> dict[str, Any]:

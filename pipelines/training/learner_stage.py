@@ -96,7 +96,9 @@ class LearnerStage:
         self.contrast.load_state_dict(under(state, "contrast."))
         self.learner.load_state_dict(under(state, "buffers."), strict=False)
 
-    def export(self, folder: Path, trained: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    def export(
+        self, folder: Path, trained: dict[str, Tensor], state: dict[str, Tensor], history: dict[str, Any] | None = None
+    ) -> None:
         learner = fresh(self.learner)
         learner.load_state_dict(trained | under(state, "buffers."))
         learner.save_pretrained(folder / "learner")

@@ -65,8 +65,10 @@ class Stage(Protocol):
 
     def load_state(self, state: dict[str, Tensor]) -> None: ...
 
-    def export(self, folder: Path, trained: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-        """Write the model that whole fp32 parameters and what `state` gave make."""
+    def export(
+        self, folder: Path, trained: dict[str, Tensor], state: dict[str, Tensor], history: dict[str, Any] | None = None
+    ) -> None:
+        """Write the model that whole fp32 parameters and what `state` gave make; `history` is what is told of them."""
 
 
 def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

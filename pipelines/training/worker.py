@@ -224,7 +224,7 @@ def train(
         if rank == 0:
             last = checkpoint.read_latest(out)
             assert last
-            _export(out, stage, last[1])
+            _export(out, stage, *last, dataset)
         torch.distributed.barrier()
 
 
@@ -277,9 +277,21 @@ def _gathered(stage: Stage, engine: Engine, ema: dict[str, Tensor], losses: Loss
     return {"trained": trained, "optimizer": optimizer, "state": state}
 
 
-def _export(out: Storage, stage: Stage, tensors: dict[str, dict[str, Tensor]]) -> None:
+def _export(
+    out: Storage, stage: Stage, last: checkpoint.Checkpoint, tensors: dict[str, dict[str, Tensor]], dataset: Dataset
+) -> None:
     """The averaged weights where there are any, else the last ones."""
     averaged, rest = under(tensors["state"], "ema."), under(tensors["state"], "stage.")
+    history = {
+        "dataset": {
+            "digest": dataset.digest,
+            "recipe": dataset.recipe.name,
+            "samples": dataset.index("train").num_rows,
+        },
+        "step": last.step,
+        "samples_seen": last.samples_seen,
+        "metrics": {name: value for name, value in last.metrics.items() if name.startswith("validation/")},
+    }
     with tempfile.TemporaryDirectory() as folder:
-        stage.export(Path(folder), averaged or tensors["trained"], rest)
+        stage.export(Path(folder), averaged or tensors["trained"], rest, history)
         publish(Path(folder), out.uri)

@@ -1,0 +1,50 @@
+"""Degraded crops of the shipped validation photographs, and what is measured of the pictures sampled from them."""
+
+import math
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from deedsr.dataset.keys import generator
+from deedsr.degradation.chain import degrade
+from deedsr.degradation.draws import draw_degradation
+from deedsr.degradation.recipe import load_recipe
+from deedsr.metrics import niqe_set, psnr_y
+
+
+class Pair(NamedTuple):
+    hr: np.ndarray  # uint8 RGB (H, W, 3)
+    lr: np.ndarray
+
+
+def degraded_crops(count: int, side: int) -> list[Pair]:
+    """Crops of `side` pixels from places spread over the photographs, each degraded once by DeeDSR's recipe."""
+    recipe, found = load_recipe("deedsr"), []
+    photos = sorted(Path(str(files("deedsr") / "assets/photos/validation")).glob("*.jpg"))
+    for number in range(count):
+        photo = cv2.cvtColor(cv2.imread(str(photos[number % len(photos)])), cv2.COLOR_BGR2RGB)
+        rng = generator("benchmarks-sampled", number)
+        top, left = (int(rng.integers(length - side + 1)) for length in photo.shape[:2])
+        hr = np.ascontiguousarray(photo[top : top + side, left : left + side])
+        lr = degrade(hr, draw_degradation(recipe.degradation, hr.shape[:2], recipe.scale, rng))
+        found.append(Pair(hr, lr))
+    return found
+
+
+def consistency(sr: np.ndarray, lr: np.ndarray) -> float:
+    """PSNR in dB, over all channels, of the picture reduced by averaging areas against the LR it was made from."""
+    reduced = cv2.resize(sr.astype(np.float32), lr.shape[1::-1], interpolation=cv2.INTER_AREA)
+    return 10 * math.log10(255**2 / float(np.mean((reduced - lr) ** 2)))
+
+
+def quality(srs: Sequence[np.ndarray], pairs: Sequence[Pair]) -> dict[str, float]:
+    """Means over the pictures, NIQE as one fit over all of them."""
+    return {
+        "consistency": float(np.mean([consistency(sr, pair.lr) for sr, pair in zip(srs, pairs, strict=True)])),
+        "psnr_y": float(np.mean([psnr_y(sr, pair.hr, 4) for sr, pair in zip(srs, pairs, strict=True)])),
+        "niqe": niqe_set(srs),
+    }

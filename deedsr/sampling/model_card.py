@@ -1,0 +1,96 @@
+"""Model card and licence of a model folder: what the next person has to know, written from what the folder records."""
+
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+UNSAID = "other"  # no licence was named
+
+
+def write_card(folder: Path, *, scale: int, sampling: Mapping[str, Any], lineage: Mapping[str, Any]) -> None:
+    """Write `README.md`, a model card as the hub reads them, and `LICENSE` into a model's folder.
+
+    `lineage`: `license`, `base` and `training`, as far as they are known (`ModelFolder.lineage`).
+    """
+    (folder / "README.md").write_text(model_card(scale, sampling, lineage))
+    (folder / "LICENSE").write_text(_licence(lineage))
+
+
+def copy_base_licence(base: Path, folder: Path) -> None:
+    """Take along the base's licence as `LICENSE-base`, where its folder holds one: it binds what is built on it."""
+    found = sorted(path for path in base.glob("LICENSE*") if path.is_file())
+    if (base / "learner").is_dir():  # a DeeDSR model, whose LICENSE speaks of its adapter
+        found = [path for path in found if path.name == "LICENSE-base"]
+    if found:
+        shutil.copyfile(found[0], folder / "LICENSE-base")
+
+
+def model_card(scale: int, sampling: Mapping[str, Any], lineage: Mapping[str, Any]) -> str:
+    """Text of the card; what is not recorded is said to be."""
+    base, training = _named(lineage.get("base")), lineage.get("training") or {}
+    head = {
+        "license": lineage.get("license") or UNSAID,
+        "library_name": "diffusers",
+        "pipeline_tag": "image-to-image",
+        "tags": "[super-resolution, deedsr]",
+    }
+    if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+        head["base_model"] = base
+    sections = [
+        "---\n" + "".join(f"{name}: {value}\n" for name, value in head.items()) + "---",
+        f"# DeeDSR model, x{scale}",
+        f"Enlarges degraded photographs by {scale}: a degradation-aware adapter and a degradation learner around a "
+        f"frozen diffusion model{f', {base}' if base else ''}. It invents detail that fits the picture: its output is "
+        "no evidence of what was there.",
+        "```python\nfrom deedsr import DeeDSRPipeline\n\n"
+        'pipe = DeeDSRPipeline.from_pretrained("THIS FOLDER")\nimage = pipe(lr_image).images[0]\n```',
+        "## Training\n" + _table(_training_rows(training), "Not recorded."),
+        "## Figures\n" + _table(_figures(training), "Not recorded."),
+        "## Sampling defaults\n" + _table(dict(sampling), "The package's own."),
+        "## Licence\n" + _licence(lineage),
+    ]
+    return "\n\n".join(sections).rstrip() + "\n"
+
+
+def _named(base: str | None) -> str | None:
+    """A base's name for others: of a folder on somebody's machine its last part."""
+    return Path(base).name if base and Path(base).is_absolute() else base
+
+
+def _training_rows(training: Mapping[str, Any]) -> dict[str, Any]:
+    dataset, configuration = training.get("dataset") or {}, training.get("configuration") or {}
+    rows = {
+        "steps": training.get("step"),
+        "samples seen": training.get("samples_seen"),
+        "dataset, SHA-256": dataset.get("digest"),
+        "pairs in it": dataset.get("samples"),
+        "recipe": dataset.get("recipe"),
+        "learner, SHA-256": training.get("learner"),
+        "base predicts": training.get("prediction_type"),
+        "left out": ", ".join((configuration.get("model") or {}).get("ablate") or []) or None,
+        "written by": training.get("created_by"),
+    }
+    return {name: value for name, value in rows.items() if value is not None}
+
+
+def _figures(training: Mapping[str, Any]) -> dict[str, str]:
+    metrics = training.get("metrics") or {}
+    return {f"`{name}`": f"{value:.4g}" for name, value in sorted(metrics.items())}
+
+
+def _table(rows: Mapping[str, Any], otherwise: str) -> str:
+    if not rows:
+        return otherwise
+    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+
+
+def _licence(lineage: Mapping[str, Any]) -> str:
+    name = lineage.get("license") or UNSAID
+    own = "no licence was named when they were trained: ask who trained them" if name == UNSAID else name
+    base = _named(lineage.get("base")) or "its own"
+    return (
+        f"Adapter and learner: {own}.\n"
+        f"They work with a base, {base}, whose own licence holds for it and for what is made with it.\n"
+    )

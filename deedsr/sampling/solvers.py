@@ -1,0 +1,16 @@
+"""Which solver takes the sampling steps."""
+
+from typing import Any
+
+from diffusers import DPMSolverMultistepScheduler
+
+SOLVERS = ("ddim", "dpm")
+
+
+def solver_for(name: str, scheduler: Any, eta: float) -> Any:
+    """`ddim`: the pipeline's own scheduler, whatever it was swapped for. `dpm`: DPM-Solver++ of second order (Lu et al.
+    2022, arXiv 2211.01095) on the same timesteps and noise schedule, with fresh noise in every step unless eta is 0."""
+    if name == "ddim":
+        return scheduler
+    kind = "sde-dpmsolver++" if eta else "dpmsolver++"
+    return DPMSolverMultistepScheduler.from_config(scheduler.config, algorithm_type=kind, solver_order=2)

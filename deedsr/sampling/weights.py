@@ -1,0 +1,64 @@
+"""Weight files of a network in diffusers layout: whole or in shards, in full precision or as a variant such as fp16."""
+
+import json
+import re
+from pathlib import Path
+
+from deedsr.errors import UsageError
+
+NAME = "diffusion_pytorch_model"
+_OF_VARIANT = re.compile(rf"{NAME}\.(?:(\w+)\.safetensors|safetensors\.index\.(\w+)\.json)")
+
+
+def find_variant(folder: Path) -> str | None:
+    """The `variant` by which diffusers loads the weights in `folder`; None for the plain files, which come first.
+
+    Raises UsageError where there are no safetensors, or a shard of them is missing.
+    """
+    if any((folder / f"{NAME}.safetensors{end}").is_file() for end in ("", ".index.json")):
+        variant = None
+    else:
+        matches = [_OF_VARIANT.fullmatch(path.name) for path in sorted(folder.glob(f"{NAME}.*"))]
+        variants = {match[1] or match[2] for match in matches if match}
+        if not variants:
+            others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".ckpt", ".msgpack"))
+            raise UsageError(
+                f"{folder} holds no weights: {NAME}.safetensors is missing"
+                + (f" ({others[0]} is not read: save it as safetensors)" if others else "")
+            )
+        variant = "fp16" if "fp16" in variants else min(variants)
+    weight_files(folder, variant)
+    return variant
+
+
+def weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """The files that hold the weights of `variant`. UsageError where a shard that the index names is missing."""
+    middle = f".{variant}" if variant else ""
+    index = folder / f"{NAME}.safetensors.index{middle}.json"
+    if not index.is_file():
+        return [folder / f"{NAME}{middle}.safetensors"]
+    try:
+        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UsageError(f"{index} is no index of weights: {error}") from error
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise UsageError(f"{folder} is incomplete: {index.name} names {missing[0]}, which is missing; copy it again")
+    return files
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of all weights in `folder` by name, from the heads of its files alone.
+
+    Raises UsageError where a file is no safetensors file, or is cut off.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in weight_files(folder, find_variant(folder)):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UsageError(f"{path} cannot be read: {error}; copy it again") from error
+    return shapes
