@@ -1,6 +1,6 @@
 """What sampling saves against the paper's procedure written down step by step, and what a second-order solver saves.
 
-    python -m benchmarks.sampling [--model tiny] [--rounds 3] [--side 256] [--pictures 8]
+    python -m benchmarks.sampling [--model tiny] [--tables savings solvers]
 
 `transcription` below is the paper's section 4 as its authors run it: one picture after the other, learner and
 degradation kernels at every step, the first answer of the UNet computed and thrown away, large pictures cut into tiles
@@ -110,14 +110,13 @@ def both(prediction: str, output: torch.Tensor, x: torch.Tensor, abar: torch.Ten
 
 
 def in_turns(arms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median processor seconds of each arm, after one round that does not count."""
+    """Median processor seconds of each arm."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for number in range(rounds + 1):
+    for _ in range(rounds):
         for name, arm in arms.items():
             began = time.process_time()
             arm()
-            if number:
-                seconds[name].append(time.process_time() - began)
+            seconds[name].append(time.process_time() - began)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
@@ -128,6 +127,7 @@ def measure_savings(pipe: Any, pairs: list[Pair], rounds: int) -> dict[str, floa
     large, side = torch.cat([torch.cat(lrs[:2], 2), torch.cat(lrs[2:], 2)], 1), SCALE * lrs[0].shape[1]
     paper = {"num_inference_steps": STEPS, "noise_guidance_share": 0.0, "eta": ETA, "color_fix": "adain"}
     sampled = lambda given, **options: pipe(given, **paper, **options, output_type="pt")
+    sampled(lrs[0])  # what torch prepares at its first use is nobody's cost
     seconds = in_turns(
         {
             "transcription": lambda: transcription(pipe, lrs[0]),
@@ -160,20 +160,9 @@ def measure_solvers(pipe: Any, pairs: list[Pair]) -> dict[str, dict[str, float]]
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--side", type=int, default=256, help="of a picture, pixels of the output")
-    parser.add_argument("--pictures", type=int, default=8, help="on which solvers are judged")
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
-    pipe = DeeDSRPipeline.from_pretrained(asked.model)
-    pipe.set_progress_bar_config(disable=True)
-    pairs = degraded_crops(max(asked.pictures, 4), asked.side)
-
-    solvers = measure_solvers(pipe, pairs[: asked.pictures])
-    paper = solvers["DDIM, 50 steps, eta 1 (paper)"]
+def solver_table(pipe: Any, asked: argparse.Namespace) -> dict[str, Any]:
+    solvers = measure_solvers(pipe, degraded_crops(asked.pictures, asked.side))
+    paper, fast = (solvers[name] for name in ("DDIM, 50 steps, eta 1 (paper)", "DPM, 15 steps, eta 1"))
     print(f"{asked.pictures} pictures of {asked.side} px")
     print(f"{'':34}{'s/picture':>10}{'times faster':>14}{'consistency':>13}{'PSNR-Y':>8}{'NIQE':>7}")
     for name, row in solvers.items():
@@ -181,18 +170,41 @@ def main() -> None:
             f"{name:34}{row['seconds']:10.2f}{paper['seconds'] / row['seconds']:14.2f}"
             f"{row['consistency']:13.2f}{row['psnr_y']:8.2f}{row['niqe']:7.2f}"
         )
-    fast = solvers["DPM, 15 steps, eta 1"]
     speed, gain = paper["seconds"] / fast["seconds"], fast["consistency"] - paper["consistency"]
     print(
         f"DPM 15 against DDIM 50: {speed:.2f} times faster (goal {SPEED_GOAL}), consistency {gain:+.2f} dB (goal 0)\n"
     )
+    return {"solvers": solvers, "speed": speed, "consistency_gain": gain}
 
-    seconds = measure_savings(pipe, pairs, asked.rounds)
-    print(f"{'one picture, 50 steps':34}{'s/picture':>10}{'of the transcription':>22}")
+
+def savings_table(pipe: Any, asked: argparse.Namespace) -> dict[str, Any]:
+    seconds = measure_savings(pipe, degraded_crops(4, asked.savings_side), asked.rounds)
+    print(f"{f'{asked.savings_side} px, {STEPS} steps':34}{'s/picture':>10}{'of the transcription':>22}")
     for name, value in seconds.items():
         against = seconds["in tiles: transcription" if name.startswith("in tiles") else "transcription"]
         print(f"{name:34}{value:10.3f}{value / against:22.1%}")
-    print(json.dumps(vars(asked) | {"solvers": solvers, "savings": seconds, "speed": speed, "consistency_gain": gain}))
+    return {"savings": seconds}
+
+
+TABLES = {"savings": savings_table, "solvers": solver_table}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
+    parser.add_argument("--rounds", type=int, default=3, help="in which savings are measured")
+    parser.add_argument("--savings-side", type=int, default=128, help="of a picture, pixels of the output")
+    parser.add_argument("--side", type=int, default=256, help="of a picture on which solvers are judged")
+    parser.add_argument("--pictures", type=int, default=8)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    pipe = DeeDSRPipeline.from_pretrained(asked.model)
+    pipe.set_progress_bar_config(disable=True)
+    result = vars(asked)
+    for table in asked.tables:
+        result |= TABLES[table](pipe, asked)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
