@@ -1,14 +1,14 @@
 """What sampling saves against the paper's procedure written down step by step, and what a second-order solver saves.
 
-    python -m benchmarks.sampling [--model tiny] [--rounds 3] [--side 256] [--pictures 8]
+    python -m benchmarks.sampling [--model tiny] [--tables savings solvers]
 
 `transcription` below is the paper's section 4 as its authors run it: one picture after the other, learner and
 degradation kernels at every step, the first answer of the UNet computed and thrown away, large pictures cut into tiles
 that are sampled one after the other. It has the pipeline's weights, threads, number type and inference mode; its
 savings are then made one by one. The second table is of solvers, all through the pipeline: the paper's 50 steps of DDIM
-against 15 of DPM-Solver++, beside what the model recommends. Seconds are processor seconds of one thread, in the first
-table medians over rounds in turns, so that other work on the machine shows less. Prints two tables and, last, one JSON
-line.
+against 15 of DPM-Solver++, beside what the model recommends. Savings are told in operations, which other work on the
+machine does not change, and in processor seconds of one thread, medians over rounds in turns. Prints two tables and,
+last, one JSON line.
 """
 
 import argparse
@@ -16,11 +16,12 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.nn.functional import interpolate
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.sampled import Pair, degraded_crops, quality
 from deedsr import DeeDSRPipeline
@@ -109,26 +110,34 @@ def both(prediction: str, output: torch.Tensor, x: torch.Tensor, abar: torch.Ten
     return abar.sqrt() * x - (1 - abar).sqrt() * output, abar.sqrt() * output + (1 - abar).sqrt() * x
 
 
-def in_turns(arms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median processor seconds of each arm, after one round that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for number in range(rounds + 1):
+class Cost(NamedTuple):
+    seconds: float
+    operations: float  # multiplications and additions, as torch counts them
+
+
+def in_turns(arms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Cost]:
+    """Operations, counted in a first round, and median processor seconds of the rounds after it."""
+    operations, seconds = {}, {}
+    for name, arm in arms.items():
+        with FlopCounterMode(display=False) as counter:
+            arm()
+        operations[name], seconds[name] = counter.get_total_flops(), [0.0] * rounds
+    for number in range(rounds):
         for name, arm in arms.items():
             began = time.process_time()
             arm()
-            if number:
-                seconds[name].append(time.process_time() - began)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+            seconds[name][number] = time.process_time() - began
+    return {name: Cost(statistics.median(seconds[name]), operations[name]) for name in arms}
 
 
 @torch.inference_mode()
-def measure_savings(pipe: Any, pairs: list[Pair], rounds: int) -> dict[str, float]:
-    """Seconds of one picture, of one picture among four, and of one in tiles."""
+def measure_savings(pipe: Any, pairs: list[Pair], rounds: int) -> dict[str, Cost]:
+    """Of one picture, of one picture among four, and of one in tiles."""
     lrs = [torch.from_numpy(pair.lr).permute(2, 0, 1) / 255 for pair in pairs[:4]]
     large, side = torch.cat([torch.cat(lrs[:2], 2), torch.cat(lrs[2:], 2)], 1), SCALE * lrs[0].shape[1]
     paper = {"num_inference_steps": STEPS, "noise_guidance_share": 0.0, "eta": ETA, "color_fix": "adain"}
     sampled = lambda given, **options: pipe(given, **paper, **options, output_type="pt")
-    seconds = in_turns(
+    costs = in_turns(
         {
             "transcription": lambda: transcription(pipe, lrs[0]),
             "learner once": lambda: transcription(pipe, lrs[0], savings=("learner",)),
@@ -143,7 +152,8 @@ def measure_savings(pipe: Any, pairs: list[Pair], rounds: int) -> dict[str, floa
         },
         rounds,
     )
-    return seconds | {"the pipeline, four together": seconds["the pipeline, four together"] / 4}
+    four = costs["the pipeline, four together"]
+    return costs | {"the pipeline, four together": Cost(four.seconds / 4, four.operations / 4)}
 
 
 def measure_solvers(pipe: Any, pairs: list[Pair]) -> dict[str, dict[str, float]]:
@@ -160,20 +170,9 @@ def measure_solvers(pipe: Any, pairs: list[Pair]) -> dict[str, dict[str, float]]
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--side", type=int, default=256, help="of a picture, pixels of the output")
-    parser.add_argument("--pictures", type=int, default=8, help="on which solvers are judged")
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
-    pipe = DeeDSRPipeline.from_pretrained(asked.model)
-    pipe.set_progress_bar_config(disable=True)
-    pairs = degraded_crops(max(asked.pictures, 4), asked.side)
-
-    solvers = measure_solvers(pipe, pairs[: asked.pictures])
-    paper = solvers["DDIM, 50 steps, eta 1 (paper)"]
+def solver_table(pipe: Any, asked: argparse.Namespace) -> dict[str, Any]:
+    solvers = measure_solvers(pipe, degraded_crops(asked.pictures, asked.side))
+    paper, fast = (solvers[name] for name in ("DDIM, 50 steps, eta 1 (paper)", "DPM, 15 steps, eta 1"))
     print(f"{asked.pictures} pictures of {asked.side} px")
     print(f"{'':34}{'s/picture':>10}{'times faster':>14}{'consistency':>13}{'PSNR-Y':>8}{'NIQE':>7}")
     for name, row in solvers.items():
@@ -181,18 +180,46 @@ def main() -> None:
             f"{name:34}{row['seconds']:10.2f}{paper['seconds'] / row['seconds']:14.2f}"
             f"{row['consistency']:13.2f}{row['psnr_y']:8.2f}{row['niqe']:7.2f}"
         )
-    fast = solvers["DPM, 15 steps, eta 1"]
     speed, gain = paper["seconds"] / fast["seconds"], fast["consistency"] - paper["consistency"]
     print(
         f"DPM 15 against DDIM 50: {speed:.2f} times faster (goal {SPEED_GOAL}), consistency {gain:+.2f} dB (goal 0)\n"
     )
+    return {"solvers": solvers, "speed": speed, "consistency_gain": gain}
 
-    seconds = measure_savings(pipe, pairs, asked.rounds)
-    print(f"{'one picture, 50 steps':34}{'s/picture':>10}{'of the transcription':>22}")
-    for name, value in seconds.items():
-        against = seconds["in tiles: transcription" if name.startswith("in tiles") else "transcription"]
-        print(f"{name:34}{value:10.3f}{value / against:22.1%}")
-    print(json.dumps(vars(asked) | {"solvers": solvers, "savings": seconds, "speed": speed, "consistency_gain": gain}))
+
+def savings_table(pipe: Any, asked: argparse.Namespace) -> dict[str, Any]:
+    costs = measure_savings(pipe, degraded_crops(4, asked.savings_side), asked.rounds)
+    title = f"{asked.savings_side} px, {STEPS} steps, per picture"
+    print(f"{title:34}{'GFLOP':>10}{'share':>9}{'seconds':>10}{'share':>9}")
+    for name, cost in costs.items():
+        against = costs["in tiles: transcription" if name.startswith("in tiles") else "transcription"]
+        print(
+            f"{name:34}{cost.operations / 1e9:10.2f}{cost.operations / against.operations:9.1%}"
+            f"{cost.seconds:10.3f}{cost.seconds / against.seconds:9.1%}"
+        )
+    print("share: of the transcription")
+    return {"savings": {name: cost._asdict() for name, cost in costs.items()}}
+
+
+TABLES = {"savings": savings_table, "solvers": solver_table}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
+    parser.add_argument("--rounds", type=int, default=3, help="in which savings are measured")
+    parser.add_argument("--savings-side", type=int, default=128, help="of a picture, pixels of the output")
+    parser.add_argument("--side", type=int, default=256, help="of a picture on which solvers are judged")
+    parser.add_argument("--pictures", type=int, default=8)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    pipe = DeeDSRPipeline.from_pretrained(asked.model)
+    pipe.set_progress_bar_config(disable=True)
+    result = vars(asked)
+    for table in asked.tables:
+        result |= TABLES[table](pipe, asked)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -201,6 +201,25 @@ def test_every_tile_is_denoised_before_a_step_is_taken_and_few_at_once(pipe, lr,
     assert tiles == 3 * 4
 
 
+@pytest.mark.parametrize(("kind", "sides"), [("kl", (32, 48)), ("tiny", (56, 72))])
+def test_what_the_networks_work_on_at_once_does_not_grow_with_the_picture(kind, sides, monkeypatch):
+    """Beside the learner, which sees the LR as it is; `benchmarks.tile_memory` measures the bytes."""
+    monkeypatch.setattr(pipeline, "BATCH_SIDE", 64)
+    pipe = make_pipeline(kind, num_inference_steps=1, noise_guidance=0.0)
+    largest = {}
+    for part in (pipe.unet, pipe.adapter.condition_encoder, pipe.vae.encoder, pipe.vae.decoder):
+        part.register_forward_pre_hook(
+            lambda module, args: largest.update({module: max(args[0].numel(), largest.get(module, 0))})
+        )
+    found = []
+    for side in sides:
+        largest.clear()
+        sampled(pipe, np.zeros((side, side, 3), np.uint8), 64)
+        found.append(dict(largest))
+    assert len(found[0]) == 4
+    assert found[0] == found[1]
+
+
 def test_tiles_of_several_pictures_go_through_the_unet_together_and_stay_apart(pipe, lr):
     pictures = [lr[:20, :20], lr[10:30, 30:50]]
     together = pipe(pictures, tile=64, generator=seeded(), output_type="pt").images
