@@ -224,6 +224,14 @@ def test_pil_arrays_and_tensors_are_the_same_picture_and_pixels_are_rounded(pipe
     np.testing.assert_allclose(arrays, floats.permute(0, 2, 3, 1))
 
 
+def test_latents_are_what_the_decoder_makes_the_picture_of(pipe, lr):
+    crop = np.ascontiguousarray(lr[:16, :16])
+    latents = pipe(crop, generator=seeded(), output_type="latent").images
+    picture = pipe(crop, generator=seeded(), color_fix="none", output_type="pt").images
+    decoded = (decode_latents(pipe.vae, latents) / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(decoded[:, :, : picture.shape[2], : picture.shape[3]], picture)
+
+
 @pytest.mark.parametrize("method", COLOR_FIXES)
 def test_color_fixes_keep_the_size_and_match_each_picture_to_its_own_lr(method):
     image, reference = (torch.rand(2, 3, 20, 28, generator=seeded(seed)) for seed in (1, 2))

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 Picture: TypeAlias = Image.Image | np.ndarray | torch.Tensor
-OUTPUT_TYPES = ("pil", "np", "pt")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 STRIP = 2**20  # pixels
 
 
@@ -46,14 +46,14 @@ def _to_tensor(picture: Picture) -> torch.Tensor:
 
 
 def from_tensors(pictures: list[torch.Tensor], output_type: str) -> Any:
-    """Tensors (3, H, W) in [0, 1] as PIL images (`pil`), arrays (H, W, 3) in [0, 1] (`np`) or tensors (`pt`).
+    """Tensors (3, H, W) in [0, 1] as PIL images (`pil`), arrays (H, W, 3) in [0, 1] (`np`) or tensors (`pt`, `latent`).
 
     As in diffusers, arrays and tensors of one size come stacked; of several sizes they stay a list.
     """
     if output_type == "pil":
         return [Image.fromarray(to_uint8(picture)) for picture in pictures]
     same_size = len({picture.shape for picture in pictures}) == 1
-    if output_type == "pt":
+    if output_type in ("pt", "latent"):
         return torch.stack(pictures) if same_size else pictures
     arrays = [picture.permute(1, 2, 0).cpu().numpy() for picture in pictures]
     return np.stack(arrays) if same_size else arrays

@@ -150,7 +150,7 @@ class DeeDSRPipeline(DiffusionPipeline):
             degradation_per_tile: whether the learner looks at each tile by itself instead of at the whole picture.
             generator: one for all, of which each picture gets its own copy, so that it comes out the same alone and
                 among others; or one per picture. CPU generators give the same noise on every device.
-            output_type: `pil`, `np` (floats in [0, 1]) or `pt`.
+            output_type: `pil`, `np` (floats in [0, 1]), `pt`, or `latent` (what the decoder would get, with padding).
 
         Returns:
             `images`, one per input, `scale` times as large.
@@ -178,7 +178,8 @@ class DeeDSRPipeline(DiffusionPipeline):
         pictures: dict[int, torch.Tensor] = {}
         for members in by_size.values():
             lr_BCHW = torch.stack([lrs[number] for number in members]).to(self._execution_device)
-            sr_BCHW = self._super_resolve(lr_BCHW, [generators[number] for number in members], settings)
+            some = [generators[number] for number in members]
+            sr_BCHW = self._super_resolve(lr_BCHW, some, settings, decode=output_type != "latent")
             pictures.update(zip(members, sr_BCHW, strict=True))
 
         if isinstance(generator, torch.Generator):
@@ -186,9 +187,9 @@ class DeeDSRPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=from_tensors([pictures[n] for n in range(len(lrs))], output_type))
 
     def _super_resolve(
-        self, lr_BCHW: torch.Tensor, generators: list[torch.Generator], settings: SamplingSettings
+        self, lr_BCHW: torch.Tensor, generators: list[torch.Generator], settings: SamplingSettings, *, decode: bool
     ) -> torch.Tensor:
-        """LR in [0, 1] to pictures (B, 3, scale H, scale W) in [0, 1], float32."""
+        """LR in [0, 1] to pictures (B, 3, scale H, scale W) in [0, 1], or to their latents; float32."""
         height, width = (self.scale * side for side in lr_BCHW.shape[2:])
         factor, multiple = downsampling_factor(self.vae), self._cells_per_unit()
         # Padded to whole cells of the UNet's deepest level.
@@ -209,6 +210,8 @@ class DeeDSRPipeline(DiffusionPipeline):
         require_signal(scheduler)
         x_BChw = self._noise(latent_shape, generators) * scheduler.init_noise_sigma
         x_BChw = self._denoise(scheduler, x_BChw, z_lr_BChw, degradation, mosaic, generators, settings)
+        if not decode:
+            return x_BChw
 
         # 5. Back to pixels of the size asked for, in the LR's colours.
         picture_BCHW = self._decode(x_BChw, height, width, mosaic)
