@@ -14,6 +14,7 @@ the autoencoder stays one. Its loss: absolute error of colours and of edges, dis
 import argparse
 import copy
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -126,7 +127,7 @@ def train(out: Path, args: argparse.Namespace) -> None:
         rng = np.random.default_rng([24, step])
         x, z = batch(hr, latents, vae, rng, args.batch, args.crop)
         for optimizer in optimizers:
-            cosine = 0.5 * (1 + np.cos(np.pi * step / args.steps))
+            cosine = 0.5 * (1 + math.cos(math.pi * step / args.steps))
             optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 100) * (0.02 + 0.98 * cosine)
         y = decoder(z / factor)
         pixels = F.l1_loss(y, x) + 0.5 * sum((a - b).abs().mean() for a, b in zip(edges(x), edges(y), strict=True))

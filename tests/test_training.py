@@ -2,15 +2,14 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from training_process import run_script
 
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines.storage import open_storage
@@ -255,24 +254,9 @@ dist.destroy_process_group()
 def run_processes(world_size: int, many_options: list, **environment: str) -> list[list[list[float]]]:
     """Loss curves `[[step, loss], ...]` of the trainings, one after the other in the same processes."""
     jobs = json.dumps([["learner" if isinstance(o, LearnerOptions) else "adapter", resolved(o)] for o in many_options])
-    port = str(29500 + os.getpid() % 2000 + world_size)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, jobs],
-            env=os.environ
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu"}
-            | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    outputs = [process.communicate(timeout=1500) for process in processes]
-    for process, (_, errors) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, errors[-3000:]
-    line = next(line for line in outputs[0][0].splitlines() if line.startswith("CURVES"))
+    with tempfile.TemporaryDirectory() as folder:
+        output = run_script(WORKER, world_size, [jobs], Path(folder), **environment)
+    line = next(line for line in output.splitlines() if line.startswith("CURVES"))
     return json.loads(line.removeprefix("CURVES"))
 
 

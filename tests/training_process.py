@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -36,6 +37,45 @@ class Curve:
     def unsent(self):
         os.fsync(self.file.fileno())
         return []
+
+
+def execute(source: str, arguments: list[str], environment: dict[str, str], output: Path) -> None:
+    """Run a script as `python -c` would; what it prints is in `output`."""
+    os.environ |= environment
+    sys.argv = ["-c", *arguments]
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    exec(compile(source, "worker", "exec"), {"__name__": "__main__"})
+    sys.stdout.flush()
+
+
+def run_script(source: str, world_size: int, arguments: list[str], folder: Path, **environment: str) -> str:
+    """What rank 0 of a script printed that every rank of a process group runs."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
+    environment = environment | address | {"DS_ACCELERATOR": "cpu"}
+    outputs = [folder / f"rank-{rank}.log" for rank in range(world_size)]
+    processes = [
+        _context.Process(
+            target=execute,
+            args=(source, arguments, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, output),
+            daemon=True,
+        )
+        for rank, output in enumerate(outputs)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(1500)
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.exitcode == 0, output.read_text()[-3000:]
+    return outputs[0].read_text()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def work(options: LearnerOptions | AdapterOptions, life: int, rank: int, world_size: int, port: int, bad: dict) -> None:
@@ -105,9 +145,7 @@ class Group:
         self.folder = Path(options.out)
         self.folder.mkdir(parents=True, exist_ok=True)
         life = len(list(self.folder.glob("rows-*-0.jsonl")))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.processes = [
             _context.Process(target=work, args=(options, life, rank, world_size, port, bad or {}), daemon=True)
             for rank in range(world_size)
