@@ -147,7 +147,7 @@ class Engine:
 
     def _make_optimizer_state(self, state: dict[str, Tensor]) -> None:
         """What torch would make at the first step, from `state` or empty: there may be no first step to take."""
-        from deepspeed.utils import safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         if self.stage == 3:
             holders = self.engine.optimizer.fp32_partitioned_groups_flat
@@ -168,8 +168,16 @@ class Engine:
                 value = state[f"{name}.{moment}"]
                 if self.stage == 0:
                     self.base_optimizer.state[p][moment].copy_(value)
+                elif self.stage == 3:  # by parts: what takes whole values there wants them to divide evenly
+                    safe_set_local_optimizer_state(p, self._part(value, p).to(self.device), moment)
                 else:
                     safe_set_full_optimizer_state(p, value.to(self.device), moment)
+
+    def _part(self, value: Tensor, p: nn.Parameter) -> Tensor:
+        """This worker's part of a value of `p` under ZeRO 3, which pads the last parts with zeros."""
+        size = p.ds_tensor.numel()
+        padded = nn.functional.pad(value.flatten(), (0, size * self.world_size - value.numel()))
+        return padded[self.rank * size : (self.rank + 1) * size]
 
 
 class _Leavable:
