@@ -176,12 +176,13 @@ def test_a_worker_without_progress_says_where_it_is_and_dies(learner_options, fi
     assert "in _spoil" in group.log()
 
 
-def test_a_checkpoint_goes_on_where_tensors_do_not_divide_among_the_workers_of_zero_3(learner_options, tmp_path):
+def test_a_checkpoint_goes_on_where_tensors_do_not_divide_among_workers_of_zero_3(tmp_path, request):
+    options = request.getfixturevalue("learner_options")
     changes = {"global_batch_size": 24, "micro_batch_size": 4, "checkpoint_every": 3}
     for arm in ("whole", "parts"):
-        run(variants(learner_options, tmp_path / arm, max_steps=2, **changes), 1)
-    whole = run(variants(learner_options, tmp_path / "whole", max_steps=3, **changes), 1)
-    parts = run(variants(learner_options, tmp_path / "parts", max_steps=3, zero_stage=3, **changes), 3)
+        run(variants(options, tmp_path / arm, max_steps=2, **changes), 1)
+    whole = run(variants(options, tmp_path / "whole", max_steps=3, **changes), 1)
+    parts = run(variants(options, tmp_path / "parts", max_steps=3, zero_stage=3, **changes), 3)
     assert dict(parts.curve())[3] == pytest.approx(dict(whole.curve())[3], rel=1e-5)
 
 
