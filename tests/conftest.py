@@ -19,7 +19,9 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")]))
 
 import cv2
+import numpy as np
 import pytest
+import torch
 
 from deedsr.degradation.recipe import Recipe
 
@@ -28,6 +30,22 @@ from deedsr.degradation.recipe import Recipe
 def photos() -> Path:
     """Folder of the shipped photographs: train/ and validation/."""
     return Path(str(files("deedsr") / "assets" / "photos"))
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Small networks are faster on one thread than on threads that wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def lr(photos) -> np.ndarray:
+    """A small photograph, uint8 RGB (36, 64, 3)."""
+    image = cv2.cvtColor(cv2.imread(str(photos / "validation" / "Green-Maple.jpg")), cv2.COLOR_BGR2RGB)
+    return cv2.resize(image, (64, 36), interpolation=cv2.INTER_AREA)
 
 
 @pytest.fixture(scope="session")

@@ -36,12 +36,7 @@ BETAS = {name: SCHEDULE[name] for name in ("beta_start", "beta_end", "beta_sched
 WEIGHTS = "diffusion_pytorch_model"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def write_base(folder: Path, geometry: str = "2.1", scheduler=PNDMScheduler, **schedule) -> Path:

@@ -13,19 +13,7 @@ from small_networks import make_pipeline
 from deedsr.errors import UsageError
 from deedsr.sampling.pipeline import DeeDSRPipeline
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def lr(photos) -> np.ndarray:
-    image = cv2.cvtColor(cv2.imread(str(photos / "validation" / "Green-Maple.jpg")), cv2.COLOR_BGR2RGB)
-    return cv2.resize(image, (64, 36), interpolation=cv2.INTER_AREA)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -23,24 +22,12 @@ from deedsr.sampling.latents import decode_latents, encode_latents, enlarge
 from deedsr.sampling.pipeline import DeeDSRPipeline
 from deedsr.sampling.settings import SamplingSettings
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def pipe() -> DeeDSRPipeline:
     return make_pipeline(num_inference_steps=4)
-
-
-@pytest.fixture(scope="module")
-def lr(photos) -> np.ndarray:
-    image = cv2.cvtColor(cv2.imread(str(photos / "validation" / "Green-Maple.jpg")), cv2.COLOR_BGR2RGB)
-    return cv2.resize(image, (64, 36), interpolation=cv2.INTER_AREA)
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -19,24 +19,12 @@ from deedsr.sampling.pipeline import DeeDSRPipeline
 from deedsr.sampling.tiled_vae import decode_in_tiles, encode_in_tiles, reach
 from deedsr.sampling.tiles import Mosaic, Window, adjoining, spread
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def pipe() -> DeeDSRPipeline:
     return make_pipeline(num_inference_steps=3)
-
-
-@pytest.fixture(scope="module")
-def lr(photos) -> np.ndarray:
-    image = cv2.cvtColor(cv2.imread(str(photos / "validation" / "Green-Maple.jpg")), cv2.COLOR_BGR2RGB)
-    return cv2.resize(image, (64, 36), interpolation=cv2.INTER_AREA)
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -24,13 +24,7 @@ from jobs.cli import main
 from pipelines.storage import open_storage, publish
 from pipelines.upscaling import upscale
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
