@@ -5,16 +5,18 @@ import json
 import random
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from fault_proxy import FaultProxy
 from test_training import adapter_options, base, learner_options, variants  # noqa: F401
 from training_process import Group, kill, run
 
 from pipelines.dataset import Dataset
-from pipelines.storage import open_storage
+from pipelines.storage import open_storage, publish
 from pipelines.training import checkpoint
 from pipelines.training.incidents import WINDOW, LossWindow
 from pipelines.training.order import SampleOrder
@@ -189,22 +191,11 @@ def test_a_checkpoint_goes_on_where_tensors_do_not_divide_among_workers_of_zero_
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", ["learner", "adapter"])
-def test_any_zero_stage_and_number_of_workers_goes_on_from_a_checkpoint(kind, tmp_path, request):
-    """From step 5 of one worker without ZeRO: 1e-5 at the first step after the change, 1e-3 fifty steps on.
-
-    The learner's batch normalisation sees eight samples: with two of them it is a sign function of its last features,
-    and the rounding of another order of sums grows to percents within twenty steps.
-    """
+def test_any_zero_stage_and_number_of_workers_goes_on_from_a_checkpoint_bit_for_bit(kind, tmp_path, request):
+    """From step 5 of one worker without ZeRO, fifty steps on; asked for are 1e-5 at the first and 1e-3 at the last."""
     options = request.getfixturevalue(f"{kind}_options")
-    micro, batch = 4, 24
-    if kind == "learner":
-        micro, batch = 8, 48
-        options = dataclasses.replace(
-            options,
-            model=dataclasses.replace(options.model, norm_group=micro),
-            contrast=dataclasses.replace(options.contrast, batch_block=micro),
-        )
-    changes = {"global_batch_size": batch, "micro_batch_size": micro, "max_steps": 55, "checkpoint_every": 55}
+    changes = {"global_batch_size": 24, "micro_batch_size": 4, "max_steps": 55, "checkpoint_every": 55,
+               "clip_grad_norm": 0.5}  # fmt: skip
     run(variants(options, tmp_path / "begun", **changes | {"max_steps": 5}), 1)
     curves = {}
     for world_size in (1, 2, 3):
@@ -213,9 +204,42 @@ def test_any_zero_stage_and_number_of_workers_goes_on_from_a_checkpoint(kind, tm
             shutil.copytree(tmp_path / "begun", out)
             group = run(variants(options, out, zero_stage=zero_stage, **changes), world_size)
             curves[world_size, zero_stage] = dict(group.curve())
-    reference = curves[1, 0]
-    for arm, curve in curves.items():
-        errors = [abs(curve[step] / reference[step] - 1) for step in range(6, 56)]
-        print(kind, arm, f"first {errors[0]:.1e} last {errors[-1]:.1e} most {max(errors):.1e}")
-        assert errors[0] <= 1e-5, arm
-        assert errors[-1] <= 1e-3, arm
+            errors = [abs(curves[world_size, zero_stage][step] / curves[1, 0][step] - 1) for step in range(6, 56)]
+            print(kind, world_size, zero_stage, f"first {errors[0]:.1e} last {errors[-1]:.1e} most {max(errors):.1e}")
+            assert not any(errors)
+            assert model(out) == model(tmp_path / "1-0")
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("cache_gb", [1.0, 0.0])
+def test_a_training_whose_storage_is_away_for_a_minute_ends_as_an_undisturbed_one(
+    cache_gb, learner_options, bucket, s3_server, monkeypatch, tmp_path  # noqa: F811
+):  # fmt: skip
+    """Shards and checkpoints are on S3. With copies of the shards it trains on meanwhile and waits with its checkpoint;
+    without, a read may fail, and Ray Train starts the workers again."""
+    away = threading.Event()
+    changes = {"max_steps": 300, "checkpoint_every": 20, "cache_gb": cache_gb}
+    undisturbed = run(variants(learner_options, tmp_path / "undisturbed", **changes), 2)
+    remote = f"{bucket}/outage-{cache_gb:.0f}"
+    publish(Path(learner_options.data), f"{remote}/shards")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with FaultProxy(s3_server, lambda number: "reset" if away.is_set() else None) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        options = dataclasses.replace(learner_options, data=f"{remote}/shards")
+        options = variants(options, tmp_path / "disturbed", **changes)
+        group = Group(options, 2, out=f"{remote}/out")
+        group.wait_for_step(30)
+        away.set()
+        time.sleep(60)
+        away.clear()
+        codes = group.join()
+        if any(codes) and not cache_gb:
+            group = Group(options, 2, out=f"{remote}/out")
+            codes = group.join()
+        assert codes == [0, 0], group.log()
+        assert proxy.injected["reset"] > 5
+        monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    assert dict(group.curve()) == dict(undisturbed.curve())
+    last = [checkpoint.committed(open_storage(str(out)))[-1] for out in (f"{remote}/out", undisturbed.folder)]
+    assert last[0].sha256 == last[1].sha256

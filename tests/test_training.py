@@ -82,6 +82,7 @@ def test_samples_are_permuted_within_windows_of_shards(index):
         ({"lr": -1.0}, "train.lr"),
         ({"max_steps": 0}, "train.max_steps"),
         ({"precision": "bf16"}, "train.zero_stage"),
+        ({"compile": True, "zero_stage": 3}, "train.compile"),
         ({"ema_decay": 1.0}, "train.ema_decay"),
         ({"global_batch_size": 33}, "contrast.batch_block"),
     ],
@@ -308,53 +309,26 @@ def test_the_snr_weight_caps_what_an_error_of_the_clean_latent_costs(prediction)
     torch.testing.assert_close(snr_weight(abar, 5.0, prediction), snr.clamp(max=5) * error_of_clean_latent)
 
 
-def test_zero_stages_workers_and_accumulation_change_no_loss(learner_options, adapter_options, tmp_path):
-    """fp32, equal micro-batches: one worker that accumulates and two that do not agree to 1e-5 at the first step and
-    to 1e-3 afterwards; the soak test has every ZeRO stage."""
+def test_zero_stages_workers_and_accumulation_change_no_bit_of_a_loss(learner_options, adapter_options, tmp_path):
+    """One worker that accumulates equal micro-batches and two that share them; the soak test has every ZeRO stage,
+    three workers and fifty steps."""
 
-    def runs(workers: int, learner_stages: tuple[int, ...], adapter_stages: tuple[int, ...]) -> dict[str, np.ndarray]:
+    def runs(workers: int, learner_stages: tuple[int, ...], adapter_stages: tuple[int, ...]) -> dict[str, list]:
         options = [
-            variants(o, tmp_path / f"{kind}-{workers}-{zero}", zero_stage=zero, micro_batch_size=micro, max_steps=5)
+            variants(o, tmp_path / f"{kind}-{workers}-{zero}", zero_stage=zero, micro_batch_size=micro, max_steps=5,
+                     clip_grad_norm=0.5)
             for kind, o, micro, stages in (
                 ("learner", learner_options, 4, learner_stages),
                 ("adapter", adapter_options, 2, adapter_stages),
             )
             for zero in stages
-        ]
-        return {Path(o.out).name: np.array(c) for o, c in zip(options, run_processes(workers, options), strict=True)}
+        ]  # fmt: skip
+        return {Path(o.out).name: curve for o, curve in zip(options, run_processes(workers, options), strict=True)}
 
     curves = runs(1, (0,), (0, 1)) | runs(2, (2,), (3,))
     for name, curve in curves.items():
-        reference = curves[name.split("-")[0] + "-1-0"]
-        assert curve[:, 0].tolist() == [1, 2, 3, 4, 5], name
-        np.testing.assert_allclose(curve[0, 1], reference[0, 1], rtol=1e-5, err_msg=name)
-        np.testing.assert_allclose(curve[:, 1], reference[:, 1], rtol=1e-3, err_msg=name)
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(1800)
-def test_fifty_steps_stay_together_over_workers_and_zero_stages(learner_options, adapter_options, tmp_path):
-    """Equal micro-batches, accumulated by one worker or spread over two, in every ZeRO stage: 1e-5 at the first step,
-    1e-3 after fifty. On the way, ZeRO 3 scales clipped gradients in another order than the other stages, and rounding
-    grows step by step (in float64 the same curves stay together to 1e-6): the adapter's leave 1e-3 for some steps.
-    """
-
-    def runs(workers: int) -> dict[str, np.ndarray]:
-        options = [
-            variants(o, tmp_path / f"{kind}-{workers}-{zero}", zero_stage=zero, micro_batch_size=micro, max_steps=50,
-                     checkpoint_every=50)
-            for kind, o, micro in (("learner", learner_options, 4), ("adapter", adapter_options, 2))
-            for zero in range(4)
-        ]  # fmt: skip
-        return {Path(o.out).name: np.array(c) for o, c in zip(options, run_processes(workers, options), strict=True)}
-
-    curves = runs(1) | runs(2)
-    for name, curve in curves.items():
-        reference = curves[name.split("-")[0] + "-1-0"]
-        np.testing.assert_allclose(curve[0, 1], reference[0, 1], rtol=1e-5, err_msg=name)
-        np.testing.assert_allclose(curve[-1, 1], reference[-1, 1], rtol=1e-3, err_msg=name)
-        on_the_way = 5e-3 if name in ("adapter-1-3", "adapter-2-3") else 1e-3
-        np.testing.assert_allclose(curve[:, 1], reference[:, 1], rtol=on_the_way, err_msg=name)
+        assert [step for step, _ in curve] == [1, 2, 3, 4, 5], name
+        assert curve == curves[name.split("-")[0] + "-1-0"], name
 
 
 @pytest.mark.parametrize(("stage", "preset"), [(s, p) for s, presets in PRESETS.items() for p in presets])
@@ -389,21 +363,3 @@ def test_other_micro_batches_differ_by_rounding_alone(learner_options, adapter_o
     curves = [np.array(curve)[:, 1] for curve in run_processes(1, arms, FLOAT64="1")]
     np.testing.assert_allclose(curves[1], curves[0], rtol=1e-9, err_msg="learner")
     np.testing.assert_allclose(curves[3], curves[2], rtol=1e-9, err_msg="adapter")
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(1800)
-def test_a_run_continued_at_another_world_size_and_zero_stage_follows_the_uninterrupted_one(
-    learner_options, adapter_options, tmp_path
-):
-    both = list(zip((learner_options, adapter_options), (4, 2), strict=True))
-
-    def arm(name: str, **changes) -> list:
-        return [variants(o, tmp_path / f"{name}-{i}", micro_batch_size=m, **changes) for i, (o, m) in enumerate(both)]
-
-    uninterrupted = run_processes(1, arm("whole") + arm("part", max_steps=3))
-    continued = run_processes(2, arm("part", num_workers=2, zero_stage=2))
-    for expected, got in zip(uninterrupted[:2], continued, strict=True):
-        assert [step for step, _ in got] == [4, 5, 6]
-        assert got[0][1] == pytest.approx(expected[3][1], rel=1e-5)
-        np.testing.assert_allclose([x for _, x in got], [x for _, x in expected[3:]], rtol=1e-3)

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -78,14 +79,25 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def work(options: LearnerOptions | AdapterOptions, life: int, rank: int, world_size: int, port: int, bad: dict) -> None:
+def work(
+    options: LearnerOptions | AdapterOptions,
+    life: int,
+    rank: int,
+    world_size: int,
+    port: int,
+    bad: dict,
+    out: str,
+    environment: dict[str, str],
+) -> None:
     """One worker. `bad`: what its batches do at which row of the index; see `_spoil`."""
     import numpy as np
 
     folder = Path(options.out)
     os.dup2(os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    os.environ |= environment
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(world_size), "DS_ACCELERATOR": "cpu"}
+    options = replace(options, out=out)
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     from pipelines.dataset import Dataset
@@ -139,15 +151,19 @@ def _spoil(result, kinds: list[str]):
 
 
 class Group:
-    """The workers of one training, started. `bad` by row of the index."""
+    """The workers of one training, started. `bad` by row of the index; `out`: where not in `options.out` itself."""
 
-    def __init__(self, options, world_size: int, bad: dict[int, str] | None = None):
+    def __init__(self, options, world_size: int, bad: dict[int, str] | None = None, out: str = ""):
         self.folder = Path(options.out)
         self.folder.mkdir(parents=True, exist_ok=True)
         life = len(list(self.folder.glob("rows-*-0.jsonl")))
         port = free_port()
         self.processes = [
-            _context.Process(target=work, args=(options, life, rank, world_size, port, bad or {}), daemon=True)
+            _context.Process(
+                target=work,
+                args=(options, life, rank, world_size, port, bad or {}, out or options.out, dict(os.environ)),
+                daemon=True,
+            )
             for rank in range(world_size)
         ]
         for process in self.processes:

@@ -25,6 +25,7 @@ class GroupedBatchNorm2d(nn.Module):
 
     running_mean: torch.Tensor
     running_var: torch.Tensor
+    # fp64, so that the order of sums leaves no trace
     pending: torch.Tensor  # (2 C + 1): sum of group means, sum of group variances, number of groups
 
     def __init__(self, channels: int, norm_group: int = 0, eps: float = 1e-5):
@@ -34,14 +35,14 @@ class GroupedBatchNorm2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
-        self.register_buffer("pending", torch.zeros(2 * channels + 1), persistent=False)
+        self.register_buffer("pending", torch.zeros(2 * channels + 1, dtype=torch.float64), persistent=False)
 
     def _apply(self, fn, recurse=True):
-        """Statistics move with the module but stay fp32: sums of many small terms are lost in half precision."""
+        """Statistics move with the module but keep their precision: sums of many small terms are lost in half."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in before.items():
-            if self._buffers[name].dtype != torch.float32:
+            if self._buffers[name].dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(self._buffers[name].device)
         return self
 
@@ -68,8 +69,8 @@ def normalizations(module: nn.Module) -> list[GroupedBatchNorm2d]:
 
 
 def pending_statistics(module: nn.Module) -> torch.Tensor:
-    """What the module's normalisations collected since the last commit, fp32 (N,): to be summed over the workers."""
-    return torch.cat([norm.pending for norm in normalizations(module)] or [torch.zeros(0)])
+    """What the module's normalisations collected since the last commit, fp64 (N,): to be summed over the workers."""
+    return torch.cat([norm.pending for norm in normalizations(module)] or [torch.zeros(0, dtype=torch.float64)])
 
 
 @torch.no_grad()
@@ -83,8 +84,8 @@ def commit_statistics(module: nn.Module, reduced: torch.Tensor) -> None:
         groups = sums[-1]
         if groups > 0:
             mean, var = (sums[:-1] / groups).chunk(2)
-            norm.running_mean.lerp_(mean, MOMENTUM)
-            norm.running_var.lerp_(var, MOMENTUM)
+            norm.running_mean.lerp_(mean.to(norm.running_mean), MOMENTUM)
+            norm.running_var.lerp_(var.to(norm.running_var), MOMENTUM)
         norm.pending.zero_()
 
 

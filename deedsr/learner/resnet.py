@@ -141,7 +141,7 @@ class DegradationLearner(ModelMixin, ConfigMixin):
         """RGB in [0, 1] of any size to the degradation vector (B, D), or to the embedding that `embed` describes."""
         if self.config["high_pass"]:
             lr_BCHW = torch.cat([lr_BCHW, high_pass(lr_BCHW)], 1)
-        x_BCHW = F.relu(self.norm(self.conv(lr_BCHW)))
+        x_BCHW = F.relu(self.norm(self.conv(lr_BCHW.to(self.conv.weight.dtype))))
         if self.config["stem_stride"] == 4:
             x_BCHW = F.max_pool2d(x_BCHW, 3, 2, 1)
         for stage in self.stages:
@@ -150,7 +150,7 @@ class DegradationLearner(ModelMixin, ConfigMixin):
             else:
                 x_BCHW = stage(x_BCHW)
         vector_BD = x_BCHW.mean((2, 3))
-        return F.normalize(self.head(vector_BD), dim=1) if embedding else vector_BD
+        return F.normalize(self.head(vector_BD).float(), dim=1) if embedding else vector_BD
 
     def embed(self, lr_BCHW: torch.Tensor) -> torch.Tensor:
         """RGB in [0, 1] to the (projected) degradation vector of length 1 that the contrastive loss compares."""

@@ -26,6 +26,7 @@ class TrainOptions:
     num_workers: int | str = 1  # a number, or a range such as 1..4 (elastic)
     zero_stage: Literal[0, 1, 2, 3] = 0  # DeepSpeed ZeRO
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 keeps fp32 master weights (needs zero_stage 1, 2 or 3)
+    exact_sums: bool = True  # gradients add up in float64: the same on any number of workers, for 8 bytes a weight
     seed: int = 0  # of initial weights, order of samples and every draw
     checkpoint_every: int = 200  # optimizer steps
     keep_checkpoints: int = 2  # the newest stay
@@ -42,6 +43,7 @@ class TrainOptions:
     validation_samples: int = 32  # pairs of the validation split, always the same
     validation_pictures: int = 2  # of them that the adapter enlarges each time
     gradient_checkpointing: bool = False  # activations are computed twice instead of held: less memory, more time
+    compile: bool = False  # by torch.compile: minutes at every start, then faster steps; not with zero_stage 3
     ema_decay: float = 0.0  # averaged weights are the ones exported; 0 = off
     max_failures: int = 3  # restarts of the worker group before the run gives up; -1 = never
     cpus_per_worker: float = 1.0  # also the compute threads of a worker
@@ -140,7 +142,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "train": {
                 "optimizer": "sgd", "lr": 0.12, "schedule": "cosine", "warmup_steps": 500, "weight_decay": 1e-4,
                 "clip_grad_norm": 1.0, "global_batch_size": 384, "micro_batch_size": 48, "max_steps": 50_000,
-                "zero_stage": 2, "precision": "bf16", "checkpoint_every": 500,
+                "zero_stage": 2, "precision": "bf16", "exact_sums": False, "checkpoint_every": 500,
             },
         },
         "tiny": {
@@ -169,7 +171,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "train": {
                 "lr": 1e-4, "schedule": "cosine", "warmup_steps": 1000, "clip_grad_norm": 1.0, "ema_decay": 0.999,
                 "global_batch_size": 256, "micro_batch_size": 8, "max_steps": 30_000, "zero_stage": 2,
-                "precision": "bf16", "checkpoint_every": 500,
+                "precision": "bf16", "exact_sums": False, "checkpoint_every": 500,
             },
         },
         "tiny": {
@@ -191,8 +193,9 @@ MAY_CHANGE = {
     "train.cpus_per_worker", "train.gpus_per_worker", "train.checkpoint_every", "train.keep_checkpoints",
     "train.log_every", "train.max_failures", "train.best_metric", "train.best_mode", "train.checkpoint_retry_seconds",
     "train.spike_sigma", "train.on_spike", "train.hang_seconds",
-    "train.cache_gb", "train.loader_threads", "train.gradient_checkpointing",
-    "train.validate_every", "train.validation_samples", "train.validation_pictures", "register_as", "license",
+    "train.cache_gb", "train.loader_threads", "train.gradient_checkpointing", "train.exact_sums",
+    "train.compile", "train.validate_every", "train.validation_samples", "train.validation_pictures",
+    "register_as", "license",
 }  # fmt: skip
 
 
@@ -249,6 +252,10 @@ def check(options: LearnerOptions | AdapterOptions) -> None:
         raise UsageError(f"train.cpus_per_worker must be above 0, got {train.cpus_per_worker}")
     if train.precision == "bf16" and train.zero_stage == 0:
         raise UsageError("train.precision bf16 needs train.zero_stage 1, 2 or 3, which keep fp32 master weights; got 0")
+    if train.compile and train.zero_stage == 3:
+        raise UsageError(
+            "train.compile cannot see into zero_stage 3, which fetches weights as they are used: use 0 to 2"
+        )
     worker_range(train.num_workers)
     if isinstance(options, LearnerOptions):
         contrast, group = options.contrast, options.model.norm_group

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipelines.training.config import TrainOptions
+from pipelines.training.exact import ExactSum
 
 STEP = "step"  # the optimizer's own step count, one number for all parameters
 
@@ -42,20 +43,30 @@ class Engine:
             self.moments = ["exp_avg", "exp_avg_sq"]
         self.base_optimizer = optimizer
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.micro_batches = accumulation * self.world_size
         self.clip, self._norm = options.clip_grad_norm, math.nan
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": micro,
             "gradient_accumulation_steps": accumulation,
-            # Without ZeRO, DeepSpeed clips but tells no norm: `step` does both.
-            "gradient_clipping": options.clip_grad_norm if options.zero_stage else 0.0,
-            "zero_optimization": {"stage": options.zero_stage},
+            # Without ZeRO, DeepSpeed clips but tells no norm: `step` does both. So it does with exact sums.
+            "gradient_clipping": options.clip_grad_norm if options.zero_stage and not options.exact_sums else 0.0,
+            # Stage 3's own linear layer rounds otherwise than torch's.
+            "zero_optimization": {"stage": options.zero_stage, "memory_efficient_linear": not options.exact_sums},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "bf16": {"enabled": options.precision == "bf16"},
             "steps_per_print": 10**9,
         }
+        if options.compile:
+            module.compile()
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self._make_optimizer_state(optimizer_state or {})
+        self.exact = None
+        if options.exact_sums:
+            self.exact = ExactSum(parameters, [_shape(p) for p in parameters], self.device)
+            if self.stage != 3:
+                for part in module.modules():
+                    part.register_forward_pre_hook(_apart)
 
     @property
     def module(self) -> nn.Module:
@@ -70,7 +81,7 @@ class Engine:
         return self.engine(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
-        self.engine.backward(loss)
+        self.engine.backward(loss, scale_wrt_gas=self.exact is None)
 
     def accumulate(self) -> None:
         """After the `backward` of every micro-batch but the last one of an optimizer step."""
@@ -85,6 +96,16 @@ class Engine:
         self.base_optimizer.take = take
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
+        if self.exact is not None:
+            gradients, self._norm = self.exact.mean(self.micro_batches, self.clip)
+            self.base_optimizer.take = take = take and math.isfinite(self._norm)
+            if not take:  # DeepSpeed shall see nothing that it reads as an overflow
+                self.exact.clear()
+            for (_, p), gradient in zip(self.named, gradients, strict=True):
+                self._set_gradient(p, gradient)
+            self.engine.step()
+            self.exact.clear()
+            return take
         if self.stage == 0:
             gradients = [p.grad for _, p in self.named if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
@@ -173,6 +194,18 @@ class Engine:
                 else:
                     safe_set_full_optimizer_state(p, value.to(self.device), moment)
 
+    def _set_gradient(self, p: nn.Parameter, gradient: Tensor) -> None:
+        """Put `gradient` where the optimizer step finds what DeepSpeed has reduced."""
+        from deepspeed.utils import safe_set_local_grad
+
+        if self.stage == 0:
+            if p.grad is not None:
+                p.grad.copy_(gradient)
+        elif self.stage == 3:
+            safe_set_local_grad(p, self._part(gradient, p))
+        else:  # what safe_set_full_grad does, which stops at a `p.grad` that nothing reads any more
+            p.set_full_hp_grad(gradient)  # type: ignore[attr-defined]
+
     def _part(self, value: Tensor, p: nn.Parameter) -> Tensor:
         """This worker's part of a value of `p` under ZeRO 3, which pads the last parts with zeros."""
         size = p.ds_tensor.numel()
@@ -200,6 +233,11 @@ class SGD(_Leavable, torch.optim.SGD):
 def on_cpu(tensor: Tensor) -> Tensor:
     """A copy that stays what it is while training goes on."""
     return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _apart(part: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Has the gradients of what `part` does with an input summed before others of that input: so do ZeRO 3's hooks."""
+    return tuple(x.view_as(x) if isinstance(x, Tensor) and x.requires_grad else x for x in inputs)
 
 
 def _shape(p: nn.Parameter) -> torch.Size:

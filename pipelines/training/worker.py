@@ -159,7 +159,7 @@ def train(
                 loss, more = stage.loss(engine, batch)
                 engine.backward(loss)
                 for name, value in {"loss": loss, **more}.items():
-                    numbers[name] = numbers.get(name, 0) + value.detach().float() / accumulation
+                    numbers[name] = numbers.get(name, 0) + value.detach().double()
                 if part < accumulation - 1:
                     engine.accumulate()
 
@@ -231,10 +231,11 @@ def train(
 def _agreed(engine: Engine, numbers: dict[str, Tensor], asked: Stop) -> tuple[dict[str, float], Stop]:
     """Means over the workers, and what the workers do after this step; the same on every worker."""
     names = sorted(numbers)
-    means = torch.stack([numbers[name] for name in names]) / engine.world_size
-    asks = means.new_tensor([asked is Stop.MOVE, asked is Stop.END])
-    *values, move, end = engine.sum(torch.cat([means, asks])).tolist()
-    return dict(zip(names, values, strict=True)), Stop.END if end else Stop.MOVE if move else Stop.NO
+    sums = torch.stack([numbers[name] for name in names])  # float64: in any order the same
+    asks = sums.new_tensor([asked is Stop.MOVE, asked is Stop.END])
+    *values, move, end = engine.sum(torch.cat([sums, asks])).tolist()
+    means = {name: value / engine.micro_batches for name, value in zip(names, values, strict=True)}
+    return means, Stop.END if end else Stop.MOVE if move else Stop.NO
 
 
 def _object(
