@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from diffusers import DPMSolverMultistepScheduler
-
 SOLVERS = ("ddim", "dpm")
 
 
@@ -12,5 +10,7 @@ def solver_for(name: str, scheduler: Any, eta: float) -> Any:
     2022, arXiv 2211.01095) on the same timesteps and noise schedule, with fresh noise in every step unless eta is 0."""
     if name == "ddim":
         return scheduler
+    from diffusers import DPMSolverMultistepScheduler  # takes seconds to load, which names alone need not
+
     kind = "sde-dpmsolver++" if eta else "dpmsolver++"
     return DPMSolverMultistepScheduler.from_config(scheduler.config, algorithm_type=kind, solver_order=2)

@@ -4,7 +4,8 @@ from functools import cached_property
 from typing import Any
 
 import ray
-from ray.train.torch import TorchConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 
 from pipelines.training.interruption import Stop, listen, terminated
 
@@ -21,6 +22,32 @@ class ListeningTorchConfig(TorchConfig):
     @property
     def backend_cls(self) -> Any:
         return _Backend
+
+
+class OneMachineTrainer(TorchTrainer):
+    """TorchTrainer for a cluster that starts and ends with the command, without three actors that each are a process to
+    be waited for: one tidies up after a controller that died before its cluster, one hands out Ray Datasets, one asks
+    an autoscaler for machines.
+
+    It overrides what is Ray's own; where that is no longer there, the actors are back.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        needless = ("PlacementGroupCleanerCallback", "DatasetsCallback")
+        return [c for c in super()._create_default_callbacks() if type(c).__name__ not in needless]
+
+    def _initialize_and_run_controller(self, **settings: Any) -> Any:
+        if type(settings.get("scaling_policy")) is FixedScalingPolicy:
+            settings["scaling_policy"] = _WithoutAutoscaler(self.scaling_config)
+        return super()._initialize_and_run_controller(**settings)
+
+
+class _WithoutAutoscaler(FixedScalingPolicy):
+    def after_controller_start(self, train_run_context: Any) -> None:
+        pass
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
 
 
 class Asked:

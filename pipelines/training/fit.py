@@ -238,10 +238,13 @@ def _run_ray_train(
     progress: bool,
 ) -> None:
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_SECONDS))
+    local = cluster.is_local()
+    if local:  # no node of it is drained, so nobody need watch for that
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from pipelines.training.backend import ListeningTorchConfig
+    from pipelines.training.backend import ListeningTorchConfig, OneMachineTrainer
     from pipelines.training.worker import train_worker
 
     resources = cluster.resources()
@@ -249,7 +252,7 @@ def _run_ray_train(
     if gpus is None:
         gpus = 1.0 if resources.get("GPU") else 0.0
     cpus = options.train.cpus_per_worker
-    if cluster.is_local() and workers[0] * cpus > resources.get("CPU", 0):
+    if local and workers[0] * cpus > resources.get("CPU", 0):
         raise UsageError(
             f"train.num_workers {options.train.num_workers} with train.cpus_per_worker {cpus:g} needs "
             f"{workers[0] * cpus:g} CPUs, this machine has {resources.get('CPU', 0):g}: ask for fewer"
@@ -260,7 +263,7 @@ def _run_ray_train(
         cluster.scratch(options.out, f"_ray-{uuid.uuid4().hex[:8]}") as (path, filesystem),
         progress_bar(stage, options.train.max_steps, done[-1].step if done else 0, progress) as bar,
     ):
-        trainer = TorchTrainer(
+        trainer = (OneMachineTrainer if local else TorchTrainer)(
             train_worker,
             train_loop_config={
                 "stage": stage,
