@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         return _run(argv)
-    except (KeyboardInterrupt, SystemExit):  # Ray answers SIGTERM with SystemExit once it is connected
+    except (KeyboardInterrupt, SystemExit):  # the latter where Ray has answered SIGTERM first, while it was starting
         print("interrupted; the same command continues where it stopped", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:

@@ -3,7 +3,9 @@
 import logging
 import os
 import shutil
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,7 +32,24 @@ def connect() -> None:
 
     if ray.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS")
+    with _own_answer_to_sigterm():
+        _connect(os.environ.get("RAY_ADDRESS"))
+
+
+@contextmanager
+def _own_answer_to_sigterm() -> Iterator[None]:
+    """Keeps this process's: Ray's ends in an abort of its C++ part, with another exit code than a signal's."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+def _connect(address: str | None) -> None:
+    import ray
+
     if not address:
         try:
             # "local" never joins a cluster that somebody else runs on this machine.

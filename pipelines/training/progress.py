@@ -72,8 +72,11 @@ def postfix(values: Mapping[str, float]) -> dict[str, str]:
 def progress_bar(name: str, total: int, initial: int, show: bool) -> Iterator[Any]:
     """The actor's handle for the workers; a bar on stderr while the context lasts."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    actor = ray.remote(num_cpus=0)(Progress).remote()
+    # On the command's own node: any other may be lost, and the workers would be lost without their answer.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(num_cpus=0, scheduling_strategy=here)(Progress).remote()
     stop = threading.Event()
     with bar(name, total, initial, show) as shown:
 

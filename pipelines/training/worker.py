@@ -202,7 +202,7 @@ def train(
                 watchdog.patience(plan.checkpoint_retry_seconds)
                 stalled = time.perf_counter()
                 writer.wait()
-                torch.distributed.barrier()  # here the others have the patience to wait for rank 0, in a step they don't
+                torch.distributed.barrier()  # here the others have patience to wait for rank 0, in a step not
                 tensors = _gathered(stage, engine, ema, losses)
                 metrics = {name: value for name, value in latest.items() if math.isfinite(value)}
                 saved = checkpoint.Checkpoint(
