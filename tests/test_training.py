@@ -310,16 +310,16 @@ def test_the_snr_weight_caps_what_an_error_of_the_clean_latent_costs(prediction)
 
 
 def test_zero_stages_workers_and_accumulation_change_no_bit_of_a_loss(learner_options, adapter_options, tmp_path):
-    """One worker that accumulates equal micro-batches and two that share them; the soak test has every ZeRO stage,
-    three workers and fifty steps."""
+    """One worker that accumulates four equal micro-batches and two that share them, which add up in another order; the
+    soak test has every ZeRO stage, three workers and fifty steps."""
 
     def runs(workers: int, learner_stages: tuple[int, ...], adapter_stages: tuple[int, ...]) -> dict[str, list]:
         options = [
             variants(o, tmp_path / f"{kind}-{workers}-{zero}", zero_stage=zero, micro_batch_size=micro, max_steps=5,
                      clip_grad_norm=0.5)
             for kind, o, micro, stages in (
-                ("learner", learner_options, 4, learner_stages),
-                ("adapter", adapter_options, 2, adapter_stages),
+                ("learner", variants(learner_options, tmp_path, global_batch_size=16), 4, learner_stages),
+                ("adapter", variants(adapter_options, tmp_path, global_batch_size=8), 2, adapter_stages),
             )
             for zero in stages
         ]  # fmt: skip
