@@ -29,7 +29,7 @@ class OneMachineTrainer(TorchTrainer):
     be waited for: one tidies up after a controller that died before its cluster, one hands out Ray Datasets, one asks
     an autoscaler for machines.
 
-    It overrides what is Ray's own; where that is no longer there, the actors are back.
+    It leans on what is Ray's own, in the version that is pinned: look here when that changes.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
