@@ -8,7 +8,8 @@ pairs, so a benchmark that was interrupted goes on where it was, and more steps 
 the method without the learner's vector, without a branch, without DA blocks; the full method sampled without noise
 guidance; and the other initialisation of the global branch, tokens projected to the base's own to_k and to_v.
 The difference of an arm to the full method is taken pair by pair and seed by seed; its interval (95 %) is a bootstrap
-over seeds and pairs. Goal: no ablation is better with its whole interval. Prints a table and, last, one JSON line.
+over seeds and pairs. Goal: no ablation is better with its whole interval. The perceptual distance (lower is better)
+needs `pip install -e ".[benchmarks]"`. Prints a table and, last, one JSON line.
 """
 
 import argparse
@@ -20,9 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 
-METRICS = ("psnr", "ssim")  # of single pairs; higher is better
+from benchmarks.sampled import perceptual_distance
+
+METRICS = {"psnr": 1, "ssim": 1, "perceptual": -1}  # of single pairs; 1: higher is better, -1: lower is
+MEASURED = ("psnr", "ssim")  # by `deedsr evaluate`; the perceptual distance is measured on the pictures it leaves
 DRAWS = 10_000
 
 
@@ -72,10 +77,31 @@ def measured(asked: argparse.Namespace, name: str, seed: int) -> dict[str, dict[
         deedsr(
             asked.out,
             *("evaluate", "--model", str(model), "--data", asked.pairs, "--out", str(found), *limit, *arm.sampling),
-            *("--metrics", ",".join(METRICS)),
+            *("--metrics", ",".join(MEASURED)),
         )
     samples = json.loads((found / "results.json").read_text())["samples"]
-    return {sample["key"]: sample["metrics"] for sample in samples}
+    rows = {sample["key"]: sample["metrics"] for sample in samples}
+    for key, distances in perceptual(found, samples).items():
+        for method, distance in distances.items():
+            rows[key][method]["perceptual"] = distance
+    return rows
+
+
+def perceptual(found: Path, samples: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Distance to the HR of the pictures of an evaluation, by pair and method; kept beside them."""
+    kept = found / "perceptual.json"
+    if not kept.is_file():
+        distance = perceptual_distance()
+        picture = lambda sample, name: cv2.imread(str(found / sample["pictures"][name]))[..., ::-1].copy()
+        rows = {
+            sample["key"]: {
+                method: distance(picture(sample, method), picture(sample, "hr")) for method in sample["metrics"]
+            }
+            for sample in samples
+        }
+        kept.with_suffix(".part").write_text(json.dumps(rows))
+        kept.with_suffix(".part").replace(kept)
+    return json.loads(kept.read_text())
 
 
 def difference(arm_SP: np.ndarray, full_SP: np.ndarray) -> tuple[float, float, float]:
@@ -133,7 +159,7 @@ def main() -> None:
             result[name][metric] = {"mean": float(values.mean()), "difference": mean, "interval": [low, high]}
             interval = f"{low:+.4f} .. {high:+.4f}"
             line += f"{values.mean():10.4f}" + (f"{mean:+12.4f}{interval:>22}" if name != "full" else f"{'':34}")
-            if low > 0:
+            if min(METRICS[metric] * low, METRICS[metric] * high) > 0:
                 better.append(f"{name} by {metric}")
         print(line)
     print(f"better than the full method: {', '.join(better) or 'none'} (goal: none)")

@@ -5,8 +5,9 @@
 Two dials: the number of guided steps at full strength, and the strength over the share of the steps that the model
 recommends. Every seed samples a picture of its own at every position of both, always with the same noise. Consistency
 (PSNR of the area-downsampled picture against the LR) has to rise along a dial: Spearman's rank correlation of position
-and consistency, for each seed. PSNR-Y and NIQE (one fit over the pictures of a position) stand beside it. `--figures`
-writes the curves and a strip of pictures. Prints a table per dial and, last, one JSON line.
+and consistency, for each seed. PSNR-Y, NIQE (one fit over the pictures of a position) and the perceptual distance
+(`benchmarks.perceptual`, needs `pip install -e ".[benchmarks]"`) stand beside it. `--figures` writes the curves and a
+strip of pictures. Prints a table per dial and, last, one JSON line.
 """
 
 import argparse
@@ -26,7 +27,13 @@ from deedsr import DeeDSRPipeline
 GOAL = 0.9
 SHARES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)  # 0 = the first step only
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-CURVES = {"consistency": "consistency, dB", "psnr_y": "PSNR-Y, dB", "niqe": "NIQE (lower: more natural)"}
+CURVES = {
+    "consistency": "consistency, dB",
+    "psnr_y": "PSNR-Y, dB",
+    "niqe": "NIQE (lower: more natural)",
+    "perceptual": "perceptual distance to the HR",
+}
+WIDTHS = {"consistency": "12.2", "psnr_y": "9.2", "niqe": "8.2", "perceptual": "10.3"}  # in the table
 
 
 def turn(pipe: Any, pairs: list[Pair], positions: list[dict[str, Any]]) -> list[list[np.ndarray]]:
@@ -54,7 +61,7 @@ def draw(dials: dict[str, tuple[tuple[float, ...], dict[str, Any]]], path: Path)
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(len(dials), len(CURVES), figsize=(10, 5), layout="constrained")
+    figure, axes = pyplot.subplots(len(dials), len(CURVES), figsize=(13, 5), layout="constrained")
     for row, (name, (positions, found)) in zip(axes, dials.items(), strict=True):
         for axis, (curve, label) in zip(row, CURVES.items(), strict=True):
             axis.plot(positions, found[curve], "o-", color="tab:blue")
@@ -97,11 +104,13 @@ def main() -> None:
     }
     print(f"{asked.model}, {steps} steps, {asked.seeds} seeds, a picture of {asked.side} px each")
     for name, (positions, found) in dials.items():
-        print(f"\n{name:38}{'consistency':>12}{'PSNR-Y':>9}{'NIQE':>8}")
+        print(f"\n{name:38}{'consistency':>12}{'PSNR-Y':>9}{'NIQE':>8}{'percept.':>10}")
         for number, position in enumerate(positions):
             print(
                 f"{position:38g}"
-                + "".join(f"{found[c][number]:{w}.2f}" for c, w in zip(CURVES, (12, 9, 8), strict=True))
+                + "".join(
+                    f"{found[c][number]:{w}f}" for c, w in zip(CURVES, ("12.2", "9.2", "8.2", "10.3"), strict=True)
+                )
             )
         mean, lowest = float(np.mean(found["spearman"])), min(found["spearman"])
         print(f"Spearman of position and consistency: mean {mean:.3f}, lowest seed {lowest:.3f} (goal {GOAL})")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from benchmarks.perceptual import PerceptualDistance
 from deedsr.dataset.keys import generator
 from deedsr.degradation.chain import degrade
 from deedsr.degradation.draws import draw_degradation
@@ -41,10 +43,16 @@ def consistency(sr: np.ndarray, lr: np.ndarray) -> float:
     return 10 * math.log10(255**2 / float(np.mean((reduced - lr) ** 2)))
 
 
+@cache
+def perceptual_distance() -> PerceptualDistance:
+    return PerceptualDistance()
+
+
 def quality(srs: Sequence[np.ndarray], pairs: Sequence[Pair]) -> dict[str, float]:
     """Means over the pictures, NIQE as one fit over all of them."""
     return {
         "consistency": float(np.mean([consistency(sr, pair.lr) for sr, pair in zip(srs, pairs, strict=True)])),
         "psnr_y": float(np.mean([psnr_y(sr, pair.hr, 4) for sr, pair in zip(srs, pairs, strict=True)])),
         "niqe": niqe_set(srs),
+        "perceptual": float(np.mean([perceptual_distance()(sr, pair.hr) for sr, pair in zip(srs, pairs, strict=True)])),
     }

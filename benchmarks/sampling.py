@@ -174,11 +174,11 @@ def solver_table(pipe: Any, asked: argparse.Namespace) -> dict[str, Any]:
     solvers = measure_solvers(pipe, degraded_crops(asked.pictures, asked.side))
     paper, fast = (solvers[name] for name in ("DDIM, 50 steps, eta 1 (paper)", "DPM, 15 steps, eta 1"))
     print(f"{asked.pictures} pictures of {asked.side} px")
-    print(f"{'':34}{'s/picture':>10}{'times faster':>14}{'consistency':>13}{'PSNR-Y':>8}{'NIQE':>7}")
+    print(f"{'':34}{'s/picture':>10}{'times faster':>14}{'consistency':>13}{'PSNR-Y':>8}{'NIQE':>7}{'percept.':>10}")
     for name, row in solvers.items():
         print(
             f"{name:34}{row['seconds']:10.2f}{paper['seconds'] / row['seconds']:14.2f}"
-            f"{row['consistency']:13.2f}{row['psnr_y']:8.2f}{row['niqe']:7.2f}"
+            f"{row['consistency']:13.2f}{row['psnr_y']:8.2f}{row['niqe']:7.2f}{row['perceptual']:10.3f}"
         )
     speed, gain = paper["seconds"] / fast["seconds"], fast["consistency"] - paper["consistency"]
     print(

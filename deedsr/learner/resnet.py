@@ -1,5 +1,6 @@
-"""Degradation learner: a ResNet that turns a low-resolution image into one vector that tells how it was degraded.
+"""Degradation learner: a network that turns a low-resolution image into one vector that tells how it was degraded.
 
+The paper's is a ResNet on the pixels. Beside it, or in its place, a small network can look at `PictureStatistics`.
 Shape suffixes: B batch, C channels, H W space, D vector width.
 """
 
@@ -15,9 +16,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from deedsr.learner.normalization import GroupedBatchNorm2d
+from deedsr.learner.statistics import PictureStatistics
 
 # Noise and compression move a pixel by a few hundredths; this brings the high-pass copy to the range of the RGB.
 HIGH_PASS_GAIN = 8.0
+OUTLIER = 5.0  # standard deviations at which a statistic is cut off: flat and huge pictures lie far out
 
 LEARNER_PRESETS: dict[str, dict[str, Any]] = {
     # ResNet-34's depth at double width (paper, 2.1): 85,011,008 parameters.
@@ -28,13 +31,12 @@ LEARNER_PRESETS: dict[str, dict[str, Any]] = {
         "blocks": (3, 4, 6, 3),
         "high_pass": False,
     },
-    # For one CPU. Half the paper's stem stride, because noise and block edges live in single pixels.
+    # For one CPU and few photographs: no convolutions, statistics of the picture.
     "tiny": {
-        "stem": 32,
-        "stem_stride": 2,
-        "widths": (32, 64, 96, 128),
-        "blocks": (1, 2, 2, 2),
-        "high_pass": True,
+        "stem": 0,
+        "widths": (128,),
+        "blocks": (),
+        "statistics": (512, 512),
     },
 }
 
@@ -59,6 +61,28 @@ class BasicBlock(nn.Module):
         return F.relu(self.norm2(self.conv2(h_BCHW)) + self.shortcut(x_BCHW))
 
 
+class StatisticsNetwork(nn.Module):
+    """Statistics of the picture, standardised, through linear layers to a standardised vector (B, D).
+
+    Raises ValueError in training mode as `GroupedBatchNorm2d` does.
+    """
+
+    def __init__(self, hidden: Sequence[int], dim: int, norm_group: int):
+        super().__init__()
+        self.statistics = PictureStatistics()
+        self.norm = GroupedBatchNorm2d(self.statistics.size, norm_group)
+        layers: list[nn.Module] = []
+        inputs = self.statistics.size
+        for width in hidden:
+            layers += [nn.Linear(inputs, width), GroupedBatchNorm2d(width, norm_group), nn.ReLU()]
+            inputs = width
+        self.layers = nn.Sequential(*layers, nn.Linear(inputs, dim), GroupedBatchNorm2d(dim, norm_group))
+
+    def forward(self, lr_BCHW: torch.Tensor) -> torch.Tensor:
+        x_BS = self.norm(self.statistics(lr_BCHW)).clamp(-OUTLIER, OUTLIER)
+        return self.layers(x_BS.to(self.layers[0].weight.dtype))
+
+
 def high_pass(x_BCHW: torch.Tensor) -> torch.Tensor:
     """What a 5x5 binomial blur removes, amplified: noise and compression artefacts with little of the picture."""
     channels = x_BCHW.shape[1]
@@ -72,13 +96,15 @@ class DegradationLearner(ModelMixin, ConfigMixin):
     """ResNet with basic blocks, batch normalisation and global average pooling (paper, 2.1).
 
     Args:
-        stem: channels after the first convolution (7x7).
+        stem: channels after the first convolution (7x7); 0 = no convolutions: the vector comes from statistics alone.
         stem_stride: 4 = stride 2 and max-pooling (the paper), 2 = stride 2 without pooling, 1 = full resolution.
         widths, blocks: channels and number of blocks of each stage; from the second on a stage halves the resolution.
             The last width is the length D of the degradation vector.
         high_pass: also show the network a high-pass copy of the image.
         norm_group: samples that share normalisation statistics in training (`GroupedBatchNorm2d`).
         projection: length of the contrastive embedding after a two-layer head; 0 = the vector itself (the paper).
+        statistics: widths of the hidden layers between the picture's statistics and a vector that is added to that of
+            the convolutions; empty = none (the paper).
     """
 
     _supports_gradient_checkpointing = True
@@ -93,8 +119,35 @@ class DegradationLearner(ModelMixin, ConfigMixin):
         high_pass: bool = False,
         norm_group: int = 0,
         projection: int = 0,
+        statistics: Sequence[int] = (),
     ):
         super().__init__()
+        if stem:
+            self._add_convolutions(stem, stem_stride, widths, blocks, high_pass, norm_group)
+        elif not statistics or blocks or len(widths) != 1:
+            raise ValueError(
+                "without convolutions (stem 0) the learner needs statistics, no blocks and one width, got "
+                f"{list(statistics)}, {list(blocks)}, {list(widths)}"
+            )
+        if statistics:
+            self.statistics_network = StatisticsNetwork(statistics, self.dim, norm_group)
+        self.head: nn.Module = nn.Identity()
+        if projection:
+            self.head = nn.Sequential(nn.Linear(self.dim, self.dim), nn.ReLU(), nn.Linear(self.dim, projection))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.gradient_checkpointing = False
+
+    def _add_convolutions(
+        self,
+        stem: int,
+        stem_stride: int,
+        widths: Sequence[int],
+        blocks: Sequence[int],
+        high_pass: bool,
+        norm_group: int,
+    ) -> None:
         if stem_stride not in (1, 2, 4):
             raise ValueError(f"stem_stride must be 1, 2 or 4, got {stem_stride}")
         if len(widths) != len(blocks):
@@ -112,13 +165,6 @@ class DegradationLearner(ModelMixin, ConfigMixin):
             )
             channels = width
         self.stages = nn.Sequential(*stages)
-        self.head: nn.Module = nn.Identity()
-        if projection:
-            self.head = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, projection))
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        self.gradient_checkpointing = False
 
     def checkpoint_gradients(self) -> None:
         """Compute activations twice instead of holding them.
@@ -139,6 +185,15 @@ class DegradationLearner(ModelMixin, ConfigMixin):
 
     def forward(self, lr_BCHW: torch.Tensor, embedding: bool = False) -> torch.Tensor:
         """RGB in [0, 1] of any size to the degradation vector (B, D), or to the embedding that `embed` describes."""
+        if not self.config["stem"]:
+            vector_BD = self.statistics_network(lr_BCHW)
+        elif not self.config["statistics"]:
+            vector_BD = self._convolved(lr_BCHW)
+        else:
+            vector_BD = self._convolved(lr_BCHW) + self.statistics_network(lr_BCHW)
+        return F.normalize(self.head(vector_BD).float(), dim=1) if embedding else vector_BD
+
+    def _convolved(self, lr_BCHW: torch.Tensor) -> torch.Tensor:
         if self.config["high_pass"]:
             lr_BCHW = torch.cat([lr_BCHW, high_pass(lr_BCHW)], 1)
         x_BCHW = F.relu(self.norm(self.conv(lr_BCHW.to(self.conv.weight.dtype))))
@@ -149,8 +204,7 @@ class DegradationLearner(ModelMixin, ConfigMixin):
                 x_BCHW = self._gradient_checkpointing_func(stage, x_BCHW)
             else:
                 x_BCHW = stage(x_BCHW)
-        vector_BD = x_BCHW.mean((2, 3))
-        return F.normalize(self.head(vector_BD).float(), dim=1) if embedding else vector_BD
+        return x_BCHW.mean((2, 3))
 
     def embed(self, lr_BCHW: torch.Tensor) -> torch.Tensor:
         """RGB in [0, 1] to the (projected) degradation vector of length 1 that the contrastive loss compares."""

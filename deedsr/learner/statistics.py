@@ -1,0 +1,141 @@
+"""Statistics of a picture in which blur, noise and compression show and content hardly does.
+
+A network of a million parameters that is shown two dozen photographs learns to tell contents, not JPEG tables. What it
+would have to find is known: JPEG leaves multiples of its quantisation steps in the coefficients of 8x8 blocks, and blur
+and noise shape the spectrum. These are computed here, and learning starts from them.
+
+Shape suffixes: B batch, C channels, H W space, N blocks, Q qualities, S statistics.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BLOCK, PATCH = 8, 32  # pixels a side: of JPEG's blocks, of the windows of the spectrum
+QUALITIES = range(28, 97, 2)  # of JPEG, whose traces are looked for
+FLOOR = 0.1  # levels that are added before a logarithm: a tenth of what 8 bits resolve
+RANGE = 1.0, 255.0  # of an entry of a quantisation table
+
+# ITU-T T.81, Annex K: the tables that every JPEG encoder scales by its quality.
+LUMA_TABLE = (
+    16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56, 14, 17, 22, 29, 51,
+    87, 80, 62, 18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92, 49, 64, 78, 87, 103, 121, 120, 101,
+    72, 92, 95, 98, 112, 100, 103, 99,
+)  # fmt: skip
+CHROMA_TABLE = (
+    17, 18, 24, 47, 99, 99, 99, 99, 18, 21, 26, 66, 99, 99, 99, 99, 24, 26, 56, 99, 99, 99, 99, 99, 47, 66, 99, 99, 99,
+    99, 99, 99, *(99,) * 32,
+)  # fmt: skip
+# Levels of Y, Cb, Cr (JFIF) from those of R, G, B; offsets do not matter here.
+YCBCR = (
+    (0.299, 0.587, 0.114),
+    (-0.168736, -0.331264, 0.5),
+    (0.5, -0.418688, -0.081312),
+)
+
+
+def dct_basis() -> Tensor:
+    """Orthonormal two-dimensional cosines (64, 1, 8, 8), by rows of JPEG's tables."""
+    place = torch.arange(BLOCK, dtype=torch.float64)
+    rows = torch.cos(math.pi * (2 * place + 1) * place[:, None] / (2 * BLOCK)) * (2 / BLOCK) ** 0.5
+    rows[0] /= 2**0.5
+    return (rows[:, None, :, None] * rows[None, :, None, :]).reshape(BLOCK**2, 1, BLOCK, BLOCK).float()
+
+
+def quantisation_tables(base: tuple[int, ...]) -> Tensor:
+    """A table of JPEG at each of QUALITIES, (Q, 64)."""
+    scale = torch.tensor([5000 // q if q < 50 else 200 - 2 * q for q in QUALITIES])
+    return ((torch.tensor(base) * scale[:, None] + 50) // 100).float().clamp(*RANGE)
+
+
+class PictureStatistics(nn.Module):
+    """RGB in [0, 1] of any size (B, 3, H, W) to `size` numbers per picture (B, S), fp32, without parameters.
+
+    - of the coefficients of 8x8 blocks, for Y, Cb, Cr and for Cb and Cr at half resolution: means of the logarithm,
+      logarithm of the mean, share near zero;
+    - how well they fall on the multiples of the quantisation steps of each of QUALITIES, for luma and chroma: the mean
+      of cos(2 pi c / step) over the coefficients that are more than half a step;
+    - the logarithm of the mean power spectrum of Y in windows of 32 px.
+
+    What lies beyond the last whole 16 px, right and below, is left out; a side of less than 32 px is continued by its
+    last row. The blocks are those of a picture whose upper left corner was the corner of a JPEG file.
+    """
+
+    basis: Tensor
+    luma_QC: Tensor
+    chroma_QC: Tensor
+    window: Tensor
+    ycbcr: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        hann = torch.hann_window(PATCH, periodic=False)
+        constants = {
+            "basis": dct_basis(),
+            "luma_QC": quantisation_tables(LUMA_TABLE),
+            "chroma_QC": quantisation_tables(CHROMA_TABLE),
+            "window": hann[:, None] * hann,
+            "ycbcr": torch.tensor(YCBCR),
+        }
+        for name, constant in constants.items():
+            self.register_buffer(name, constant, persistent=False)
+        self.size = 3 * 5 * BLOCK**2 + 2 * len(QUALITIES) + (PATCH // 2) * (PATCH // 4)
+
+    def _apply(self, fn, recurse=True):
+        """Constants move with the module but stay in full precision."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            if self._buffers[name].dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
+        return self
+
+    @torch.no_grad()
+    def forward(self, rgb_BCHW: Tensor) -> Tensor:
+        with torch.autocast(rgb_BCHW.device.type, enabled=False):
+            return self._statistics(rgb_BCHW.float())
+
+    def _statistics(self, rgb_BCHW: Tensor) -> Tensor:
+        height, width = (side if side < PATCH else side - side % (2 * BLOCK) for side in rgb_BCHW.shape[2:])
+        rgb_BCHW = rgb_BCHW[..., :height, :width]
+        missing = (0, max(0, PATCH - width), 0, max(0, PATCH - height))
+        levels_BCHW = 255 * (F.pad(rgb_BCHW, missing, mode="replicate") if any(missing) else rgb_BCHW)
+        planes_BCHW = torch.einsum("pc,bchw->bphw", self.ycbcr, levels_BCHW)
+        fine = self._coefficients(planes_BCHW)
+        coarse = self._coefficients(F.avg_pool2d(planes_BCHW[:, 1:], 2))
+        statistics = [_moments(fine), _moments(coarse)]
+        statistics.append(_fit(fine[:, 0], self.luma_QC))
+        statistics.append(_fit(coarse.transpose(1, 2).flatten(2), self.chroma_QC))
+        statistics.append(self._spectrum(planes_BCHW[:, :1]))
+        return torch.cat(statistics, 1)
+
+    def _coefficients(self, planes_BCHW: Tensor) -> Tensor:
+        """Of all blocks, (B, C, 64, N)."""
+        batch, channels, height, width = planes_BCHW.shape
+        blocks = F.conv2d(planes_BCHW.reshape(-1, 1, height, width), self.basis, stride=BLOCK)
+        return blocks.view(batch, channels, BLOCK**2, -1)
+
+    def _spectrum(self, luma_B1HW: Tensor) -> Tensor:
+        windows = luma_B1HW.unfold(2, PATCH, PATCH // 2).unfold(3, PATCH, PATCH // 2).flatten(1, 3)
+        windows = (windows - windows.mean((2, 3), keepdim=True)) * self.window
+        power = torch.fft.rfft2(windows)[..., : PATCH // 2].abs().square().mean(1, keepdim=True)
+        return F.avg_pool2d((power + FLOOR).log(), 2).flatten(1)
+
+
+def _moments(coefficients_BCKN: Tensor) -> Tensor:
+    size = coefficients_BCKN.abs()
+    moments = ((size + FLOOR).log().mean(3), (size.mean(3) + FLOOR).log(), (-size).exp().mean(3))
+    return torch.stack(moments, 1).flatten(1)
+
+
+def _fit(coefficients_BKN: Tensor, steps_QK: Tensor) -> Tensor:
+    """How well the coefficients fall on the multiples of the steps, -1 to 1 (B, Q); the first ones tell nothing: their
+    levels were shifted."""
+    coefficients_BKN, fits = coefficients_BKN[:, 1:], []
+    for step_K1 in steps_QK[:, 1:, None]:
+        counted = (coefficients_BKN.abs() > step_K1 / 2).float()
+        fitting = torch.cos(2 * math.pi * coefficients_BKN / step_K1) * counted
+        fits.append(fitting.sum((1, 2)) / (counted.sum((1, 2)) + 1))
+    return torch.stack(fits, 1)

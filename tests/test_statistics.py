@@ -1,0 +1,116 @@
+"""Statistics of a picture: JPEG's tables and steps, blur and noise are in them; any size; no precision is lost."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deedsr.learner import LEARNER_PRESETS, DegradationLearner
+from deedsr.learner.statistics import (
+    CHROMA_TABLE,
+    LUMA_TABLE,
+    QUALITIES,
+    PictureStatistics,
+    dct_basis,
+    quantisation_tables,
+)
+
+FITS = slice(960, 960 + len(QUALITIES))  # of luma
+
+
+@pytest.fixture(scope="module")
+def photo(photos) -> np.ndarray:
+    """A real crop, uint8 RGB (256, 256, 3)."""
+    path = sorted((photos / "train").glob("*.jpg"))[0]
+    picture = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+    return np.ascontiguousarray(picture[200:712:2, 200:712:2])
+
+
+def as_tensor(picture: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(picture).permute(2, 0, 1)[None] / 255
+
+
+def statistics(picture: np.ndarray) -> torch.Tensor:
+    return PictureStatistics()(as_tensor(picture))[0]
+
+
+def compressed(picture: np.ndarray, quality: int) -> np.ndarray:
+    data = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    return np.ascontiguousarray(cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1])
+
+
+@pytest.mark.parametrize("quality", [30, 52, 90])
+def test_tables_are_those_of_a_real_encoder(tmp_path, photo, quality):
+    cv2.imwrite(str(tmp_path / "picture.jpg"), photo, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    with Image.open(tmp_path / "picture.jpg") as picture:
+        written = picture.quantization
+    row = QUALITIES.index(quality)
+    for number, table in enumerate((LUMA_TABLE, CHROMA_TABLE)):
+        assert quantisation_tables(table)[row].tolist() == written[number]
+
+
+def test_basis_is_orthonormal_and_starts_with_the_mean():
+    basis = dct_basis().view(64, 64)
+    torch.testing.assert_close(basis @ basis.T, torch.eye(64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(basis[0], torch.full((64,), 1 / 8))
+    block = np.random.default_rng(0).random((8, 8)).astype(np.float32)
+    np.testing.assert_allclose(basis @ torch.from_numpy(block).flatten(), cv2.dct(block).ravel(), atol=1e-5)
+
+
+@pytest.mark.parametrize("quality", [30, 50, 70, 86])
+def test_the_fit_finds_the_quality_of_a_jpeg(photo, quality):
+    fits = statistics(compressed(photo, quality))[FITS]
+    assert fits[QUALITIES.index(quality)] > 0.8
+    assert abs(QUALITIES[int(fits.argmax())] - quality) <= 2
+    plain = statistics(photo)[FITS]
+    assert fits.max() > plain.max() + 0.3
+
+
+def test_blur_empties_the_high_frequencies_and_noise_fills_them(photo):
+    def high(picture: np.ndarray) -> float:
+        return float(statistics(picture)[-128:].view(16, 8)[4:12, 4:].mean())
+
+    noise = np.random.default_rng(0).normal(0, 15, photo.shape)
+    noisy = (photo + noise).clip(0, 255).round().astype(np.uint8)
+    assert high(cv2.GaussianBlur(photo, (0, 0), 2.0)) < high(photo) - 1
+    assert high(noisy) > high(photo) + 1
+
+
+def test_any_size_has_finite_statistics(photo):
+    measured = PictureStatistics()
+    for height, width in ((1, 1), (3, 200), (31, 32), (33, 50), (64, 64), (250, 130)):
+        rows = measured(as_tensor(photo[:height, :width]).repeat(2, 1, 1, 1))
+        assert rows.shape == (2, measured.size)
+        assert rows.isfinite().all()
+    for level in (0.0, 1.0):
+        assert measured(torch.full((1, 3, 64, 64), level)).isfinite().all()
+    torch.testing.assert_close(statistics(photo[:79, :70]), statistics(photo[:64, :64]))  # whole 16 px count
+
+
+def test_half_precision_and_autocast_leave_the_statistics_alone(photo):
+    expected = statistics(photo)
+    half = PictureStatistics().half()
+    assert torch.equal(half(as_tensor(photo))[0], expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(PictureStatistics()(as_tensor(photo))[0], expected)
+    assert not PictureStatistics().state_dict()
+
+
+def test_statistics_go_beside_the_convolutions_or_in_their_place(photo):
+    torch.manual_seed(0)
+    sizes = {"stem": 8, "widths": (8, 16), "blocks": (1, 1)}
+    both = DegradationLearner(**sizes, statistics=(12,)).eval()
+    vector = both(as_tensor(photo))
+    assert vector.shape == (1, both.dim)
+    alone = DegradationLearner(stem=0, widths=(16,), blocks=(), statistics=(12,)).eval()
+    alone.statistics_network.load_state_dict(both.statistics_network.state_dict())
+    convolved = DegradationLearner(**sizes).eval()
+    convolved.load_state_dict({k: v for k, v in both.state_dict().items() if not k.startswith("statistics")})
+    torch.testing.assert_close(alone(as_tensor(photo)) + convolved(as_tensor(photo)), vector)
+
+
+@pytest.mark.parametrize("wrong", [{"statistics": ()}, {"blocks": (1,)}, {"widths": (8, 16)}])
+def test_a_learner_that_could_see_nothing_is_refused(wrong):
+    with pytest.raises(ValueError, match="without convolutions"):
+        DegradationLearner(**LEARNER_PRESETS["tiny"] | wrong)
