@@ -61,6 +61,14 @@ class BasicBlock(nn.Module):
         return F.relu(self.norm2(self.conv2(h_BCHW)) + self.shortcut(x_BCHW))
 
 
+class ExactLinear(nn.Linear):
+    """A linear layer that computes in fp64: in fp32, BLAS rounds by where in memory a weight lies, and one that was
+    loaded from a file lies elsewhere than one that was trained."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.double(), self.weight.double(), self.bias.double()).to(self.weight.dtype)
+
+
 class StatisticsNetwork(nn.Module):
     """Statistics of the picture, standardised, through linear layers to a standardised vector (B, D).
 
@@ -74,9 +82,9 @@ class StatisticsNetwork(nn.Module):
         layers: list[nn.Module] = []
         inputs = self.statistics.size
         for width in hidden:
-            layers += [nn.Linear(inputs, width), GroupedBatchNorm2d(width, norm_group), nn.ReLU()]
+            layers += [ExactLinear(inputs, width), GroupedBatchNorm2d(width, norm_group), nn.ReLU()]
             inputs = width
-        self.layers = nn.Sequential(*layers, nn.Linear(inputs, dim), GroupedBatchNorm2d(dim, norm_group))
+        self.layers = nn.Sequential(*layers, ExactLinear(inputs, dim), GroupedBatchNorm2d(dim, norm_group))
 
     def forward(self, lr_BCHW: torch.Tensor) -> torch.Tensor:
         x_BS = self.norm(self.statistics(lr_BCHW)).clamp(-OUTLIER, OUTLIER)
