@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from deedsr.errors import UsageError
 from deedsr.learner import LEARNER_PRESETS, DegradationLearner
 from deedsr.learner.statistics import (
     CHROMA_TABLE,
@@ -15,6 +16,8 @@ from deedsr.learner.statistics import (
     dct_basis,
     quantisation_tables,
 )
+from pipelines.training.config import LearnerModelOptions, LearnerOptions, check
+from pipelines.training.initial import learner_config
 
 FITS = slice(960, 960 + len(QUALITIES))  # of luma
 
@@ -114,3 +117,16 @@ def test_statistics_go_beside_the_convolutions_or_in_their_place(photo):
 def test_a_learner_that_could_see_nothing_is_refused(wrong):
     with pytest.raises(ValueError, match="without convolutions"):
         DegradationLearner(**LEARNER_PRESETS["tiny"] | wrong)
+
+
+def test_statistics_are_an_option_of_stage_1():
+    with torch.device("meta"):
+        paper = DegradationLearner(**learner_config(LearnerModelOptions("paper")))
+        assert not hasattr(paper, "statistics_network")
+        both = DegradationLearner(**learner_config(LearnerModelOptions("paper", statistics=[256])))
+        assert both.statistics_network.layers[0].out_features == 256
+        assert both.dim == paper.dim
+    assert learner_config(LearnerModelOptions("tiny"))["statistics"] == LEARNER_PRESETS["tiny"]["statistics"]
+    for preset, widths in (("tiny", []), ("paper", [0])):
+        with pytest.raises(UsageError, match="model.statistics"):
+            check(LearnerOptions(model=LearnerModelOptions(preset, statistics=widths)))

@@ -67,6 +67,7 @@ class LearnerModelOptions:
 
     preset: Literal["paper", "tiny"] = "paper"  # size of the network
     norm_group: int = 16  # samples that share batch-norm statistics; divides contrast.batch_block
+    statistics: list[int] | None = None  # layers on statistics of the picture; [] = none, null = the preset's
 
 
 @dataclass
@@ -271,6 +272,12 @@ def check(options: LearnerOptions | AdapterOptions) -> None:
             )
         if group < 1 or block % group:
             raise UsageError(f"model.norm_group must divide contrast.batch_block ({block}), got {group}")
+        widths = options.model.statistics
+        if widths is not None and (min(widths, default=1) < 1 or (not widths and options.model.preset == "tiny")):
+            raise UsageError(
+                "model.statistics must be widths of 1 or more, such as [512,512], and with preset tiny, which has no "
+                f"convolutions, not empty; got {widths}"
+            )
         return
     if {"global", "local"} <= set(options.model.ablate):
         raise UsageError(

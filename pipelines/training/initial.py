@@ -13,7 +13,7 @@ from deedsr.errors import UsageError
 from deedsr.learner.resnet import LEARNER_PRESETS, DegradationLearner
 from deedsr.sampling.model_folder import load_part
 from pipelines.models import resolve_base, resolve_learner, resolve_model
-from pipelines.training.config import AdapterOptions, LearnerOptions
+from pipelines.training.config import AdapterOptions, LearnerModelOptions, LearnerOptions
 
 # How statistics are taken: the same weights serve any; what the base predicts: older adapters do not say.
 NOT_GEOMETRY = {"norm_group", "prediction_type"}
@@ -47,11 +47,17 @@ def check_initial(init: str, options: LearnerOptions | AdapterOptions) -> None:
     initial_weights(init, part, like)
 
 
+def learner_config(model: LearnerModelOptions) -> dict[str, Any]:
+    """Arguments of the `DegradationLearner` that stage 1 trains."""
+    own = {} if model.statistics is None else {"statistics": tuple(model.statistics)}
+    return LEARNER_PRESETS[model.preset] | own | {"norm_group": model.norm_group}
+
+
 def _network(options: LearnerOptions | AdapterOptions) -> tuple[str, Any]:
     """What the stage would train, without memory."""
     with torch.device("meta"):
         if isinstance(options, LearnerOptions):
-            return "learner", DegradationLearner(**LEARNER_PRESETS[options.model.preset])
+            return "learner", DegradationLearner(**learner_config(options.model))
         learner = DegradationLearner.from_config(DegradationLearner.load_config(resolve_learner(options.learner)))
         config = UNet2DConditionModel.load_config(resolve_base(options.base), subfolder="unet")
         unet = UNet2DConditionModel.from_config(config)

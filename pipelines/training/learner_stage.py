@@ -13,10 +13,10 @@ from deedsr.dataset.keys import generator
 from deedsr.learner.moco import MomentumContrast
 from deedsr.learner.normalization import commit_statistics, drop_statistics, pending_statistics
 from deedsr.learner.pairs import quadrant_pair
-from deedsr.learner.resnet import LEARNER_PRESETS, DegradationLearner
+from deedsr.learner.resnet import DegradationLearner
 from pipelines.dataset import Dataset
 from pipelines.training.config import LearnerOptions
-from pipelines.training.initial import initial_weights
+from pipelines.training.initial import initial_weights, learner_config
 from pipelines.training.stage import Workers, fresh, under
 
 
@@ -30,8 +30,7 @@ class LearnerStage:
 
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         torch.manual_seed(self.options.train.seed)
-        config = LEARNER_PRESETS[self.options.model.preset] | {"norm_group": self.options.model.norm_group}
-        self.learner = DegradationLearner(**config).to(device)
+        self.learner = DegradationLearner(**learner_config(self.options.model)).to(device)
         if self.options.init is not None:
             self.learner.load_state_dict(initial_weights(self.options.init, self.name, self.learner))
         if self.options.train.gradient_checkpointing:
