@@ -20,6 +20,7 @@ import math
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -287,7 +288,14 @@ def assemble(adapter: Path, to: Path, sampling: str | None) -> None:
     pipeline = DeeDSRPipeline.from_pretrained(adapter)
     if sampling:
         pipeline.register_to_config(sampling=SamplingSettings.of(json.loads(sampling)).as_dict())
+    write_model(pipeline, to)
+
+
+def write_model(pipeline: Any, to: Path) -> None:
+    """The whole pipeline in half precision, without the card and licence of a model that stands alone."""
     pipeline.to(torch.float16).save_pretrained(to)
+    for name in ("README.md", "LICENSE"):
+        (to / name).unlink(missing_ok=True)
     for path in [to / "model_index.json", *to.glob("*/config.json")]:
         config = json.loads(path.read_text())
         config.pop("_name_or_path", None)  # where the parts lay on the machine that made them

@@ -14,6 +14,7 @@ what is there. Base and encoder are untouched. Training continues where it was s
 
 import argparse
 import copy
+import json
 import math
 import os
 import time
@@ -29,7 +30,7 @@ from tqdm import tqdm
 from deedsr import DeeDSRPipeline
 from deedsr.sampling.guidance import clean_latent, guidance_strengths
 from deedsr.sampling.latents import decode_latents, encode_latents
-from jobs.tiny_base import edges, to_tensor
+from jobs.tiny_base import edges, to_tensor, write_model
 from jobs.tiny_decoder import Perceptual, discriminator
 from pipelines.dataset import Dataset
 
@@ -228,16 +229,16 @@ def train(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Write the whole model with the averaged weights to --to, and the curve beside it."""
-    import json
-
+    """Write the whole model with the averaged weights, in half precision; its curve joins those of its parts."""
     run = Training(args)
     with torch.no_grad():
         for averages, module in zip(run.averaged, (run.adapter, run.vae.decoder), strict=True):
             for name, value in module.named_parameters():
                 value.copy_(averages[name])
-    run.pipeline.save_pretrained(args.to)
-    (args.to / "pictures.json").write_text(json.dumps(run.curve))
+    write_model(run.pipeline, args.to)
+    path = args.to / "pretraining.json"
+    curves = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(curves | {"pictures": run.curve}))
 
 
 def main() -> None:
