@@ -20,9 +20,10 @@ def held(out) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def steady(options):
-    """Statistics of the learner's two samples would amplify rounding."""
+    """Statistics of the learner's two samples would amplify rounding, and so would large steps from new weights."""
     if isinstance(options, LearnerOptions):
-        return dataclasses.replace(options, model=dataclasses.replace(options.model, norm_group=4))
+        model, train = dataclasses.replace(options.model, norm_group=4), dataclasses.replace(options.train, lr=1e-4)
+        return dataclasses.replace(options, model=model, train=train)
     return options
 
 

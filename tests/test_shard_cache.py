@@ -109,8 +109,9 @@ def test_half_a_shard_that_a_killed_worker_leaves_never_counts(remote, s3_server
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
     assert list(tmp_path.glob("*.partial"))
     next(tmp_path.glob("*.partial")).write_bytes(b"half")
+    whole = len(list(tmp_path.glob("*.tar")))  # one may have come before requests were slow
     output, errors = reader(remote, tmp_path).communicate(timeout=120)
-    assert json.loads(output)[:2] == [len(names_of(dataset)), 0], errors
+    assert json.loads(output)[:2] == [len(names_of(dataset)) - whole, 0], errors
     assert not list(tmp_path.glob("*.partial"))
 
 

@@ -66,7 +66,7 @@ class ExactLinear(nn.Linear):
     loaded from a file lies elsewhere than one that was trained."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x.double(), self.weight.double(), self.bias.double()).to(self.weight.dtype)
+        return F.linear(x.double(), self.weight.double(), self.bias.double()).to(x.dtype)
 
 
 class StatisticsNetwork(nn.Module):
@@ -88,7 +88,7 @@ class StatisticsNetwork(nn.Module):
 
     def forward(self, lr_BCHW: torch.Tensor) -> torch.Tensor:
         x_BS = self.norm(self.statistics(lr_BCHW)).clamp(-OUTLIER, OUTLIER)
-        return self.layers(x_BS.to(self.layers[0].weight.dtype))
+        return self.layers(x_BS).to(self.layers[0].weight.dtype)  # between layers in fp32, whatever the weights are in
 
 
 def high_pass(x_BCHW: torch.Tensor) -> torch.Tensor:
