@@ -10,7 +10,19 @@ from torch import nn
 MOMENTUM = 0.1  # of the running statistics, as in torch.nn.BatchNorm2d
 
 
-class GroupedBatchNorm2d(nn.Module):
+class FullPrecisionBuffers(nn.Module):
+    """Buffers move with the module but keep their precision: sums of many small terms are lost in half."""
+
+    def _apply(self, fn, recurse=True):
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            if self._buffers[name].dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
+        return self
+
+
+class GroupedBatchNorm2d(FullPrecisionBuffers):
     """Batch normalisation over fixed groups of `norm_group` consecutive samples; 0 means the whole batch.
 
     In training mode every group is normalised by its own statistics, so any split of the global batch into multiples
@@ -36,15 +48,6 @@ class GroupedBatchNorm2d(nn.Module):
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
         self.register_buffer("pending", torch.zeros(2 * channels + 1, dtype=torch.float64), persistent=False)
-
-    def _apply(self, fn, recurse=True):
-        """Statistics move with the module but keep their precision: sums of many small terms are lost in half."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            if self._buffers[name].dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(self._buffers[name].device)
-        return self
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weight.float(), self.bias.float()

@@ -11,7 +11,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from deedsr.learner.normalization import FullPrecisionBuffers
 
 BLOCK, PATCH = 8, 32  # pixels a side: of JPEG's blocks, of the windows of the spectrum
 QUALITIES = range(28, 97, 2)  # of JPEG, whose traces are looked for
@@ -50,7 +52,7 @@ def quantisation_tables(base: tuple[int, ...]) -> Tensor:
     return ((torch.tensor(base) * scale[:, None] + 50) // 100).float().clamp(*RANGE)
 
 
-class PictureStatistics(nn.Module):
+class PictureStatistics(FullPrecisionBuffers):
     """RGB in [0, 1] of any size (B, 3, H, W) to `size` numbers per picture (B, S), fp32, without parameters.
 
     - of the coefficients of 8x8 blocks, for Y, Cb, Cr and for Cb and Cr at half resolution: means of the logarithm,
@@ -82,15 +84,6 @@ class PictureStatistics(nn.Module):
         for name, constant in constants.items():
             self.register_buffer(name, constant, persistent=False)
         self.size = 3 * 5 * BLOCK**2 + 2 * len(QUALITIES) + (PATCH // 2) * (PATCH // 4)
-
-    def _apply(self, fn, recurse=True):
-        """Constants move with the module but stay in full precision."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            if self._buffers[name].dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(self._buffers[name].device)
-        return self
 
     @torch.no_grad()
     def forward(self, rgb_BCHW: Tensor) -> Tensor:
