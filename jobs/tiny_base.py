@@ -20,7 +20,6 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -282,17 +281,13 @@ def export(out: Path, to: Path) -> None:
 
 
 def assemble(adapter: Path, to: Path, sampling: str | None) -> None:
-    """Write base, learner and adapter as one pipeline in half precision."""
+    """Write base, learner and adapter as one pipeline in half precision, without the card and licence of a model that
+    stands alone."""
     from deedsr import DeeDSRPipeline
 
     pipeline = DeeDSRPipeline.from_pretrained(adapter)
     if sampling:
         pipeline.register_to_config(sampling=SamplingSettings.of(json.loads(sampling)).as_dict())
-    write_model(pipeline, to)
-
-
-def write_model(pipeline: Any, to: Path) -> None:
-    """The whole pipeline in half precision, without the card and licence of a model that stands alone."""
     pipeline.to(torch.float16).save_pretrained(to)
     for name in ("README.md", "LICENSE"):
         (to / name).unlink(missing_ok=True)
