@@ -2,7 +2,6 @@
 
 import heapq
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from tqdm import tqdm
 from deedsr.dataset.keys import generator
 from deedsr.dataset.pictures import RejectedImage
 from deedsr.degradation.recipe import Recipe
+from pipelines.machine import this_machine
 from pipelines.shards.plan import ShardPlan, plan_shards
 from pipelines.shards.record import Inventory
 from pipelines.shards.samples import samples_of
@@ -77,7 +77,7 @@ def estimate(
     variance = sum((n - mean) ** 2 for n in probe.samples) / max(1, each - 1)
     samples = mean * count.sources_to_make
     per_second = sum(probe.samples) / probe.seconds if probe.seconds else 0.0
-    cores = cores or os.cpu_count() or 1
+    cores = cores or this_machine().cpus
     seconds = probe.seconds / each * count.sources_to_make / (cores * nodes * (EFFICIENCY if cores * nodes > 1 else 1))
     return Estimate(
         sources=count.sources,

@@ -12,11 +12,12 @@ from deedsr.dataset.manifest import MANIFEST, REJECTED, SAMPLES, HRSource, Laten
 from deedsr.degradation.recipe import Recipe
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines.dataset import Dataset
+from pipelines.placement import WorkPlan
 from pipelines.shards.assemble import Inherited, assemble, records_of
 from pipelines.shards.build import FromSources, ShardWork
 from pipelines.shards.derive import FromHR, Joined
 from pipelines.shards.duplicates import mark_duplicates
-from pipelines.shards.execute import Actors, build_missing
+from pipelines.shards.execute import build_missing
 from pipelines.shards.plan import ShardPlan, derived_plan, plan_shards
 from pipelines.shards.record import Inventory
 from pipelines.shards.run import PlanParts, running
@@ -111,7 +112,7 @@ def run_job(
     hr_from: HRSource | None = None,
     inherited: Inherited | None = None,
     latents: LatentsSource | None = None,
-    actors: Actors | None = None,
+    actors: WorkPlan | None = None,
 ) -> ShardsResult:
     """Makes the shards that `plans()` gives and `out` does not hold, and the dataset of all of them."""
     begin = time.time()

@@ -1,5 +1,6 @@
 """What Ray Train sets up in its workers' processes, and what it knows of their nodes."""
 
+import os
 from functools import cached_property
 from typing import Any
 
@@ -7,10 +8,16 @@ import ray
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 
+from pipelines.models import usable_device
 from pipelines.training.interruption import Stop, listen, terminated
 
 
 class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        device = "cuda" if backend_config.backend == "nccl" else "cpu"
+        worker_group.execute(use_device, device)
+        super().on_start(worker_group, backend_config)
+
     def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
         super().on_training_start(worker_group, backend_config)
         worker_group.execute(listen)  # runs on the workers' main threads, the only place for it
@@ -22,6 +29,12 @@ class ListeningTorchConfig(TorchConfig):
     @property
     def backend_cls(self) -> Any:
         return _Backend
+
+
+def use_device(device: str) -> None:
+    """Makes DeepSpeed use `device`, too. Raises DeeDSRError where torch cannot use the GPU that Ray gave."""
+    os.environ["DS_ACCELERATOR"] = device
+    usable_device(device)
 
 
 class OneMachineTrainer(TorchTrainer):
