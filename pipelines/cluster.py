@@ -89,7 +89,8 @@ def _connect(address: str | None) -> None:
             ) from error
         return
     try:
-        ray.init(address=address, logging_level="WARNING")
+        # What workers log stays in Ray's files, as on one machine: what a user should see comes through the command.
+        ray.init(address=address, logging_level="WARNING", log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UsageError(f"no Ray cluster answers at RAY_ADDRESS={address}: start it, or unset RAY_ADDRESS") from error
 

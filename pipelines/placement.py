@@ -93,6 +93,7 @@ class TrainingPlan:
     gpus: int  # of each worker, 0 or 1
     micro_batch: int  # samples per forward, with the most workers
     accumulation: int  # forwards per optimizer step of one worker, with the most workers
+    threads: int  # that compute, of each worker
     loader_threads: int  # of each worker
     note: str = ""
 
@@ -103,11 +104,6 @@ class TrainingPlan:
     @property
     def backend(self) -> str:
         return "nccl" if self.gpus else "gloo"
-
-    @property
-    def threads(self) -> int:
-        """Compute threads of a worker."""
-        return max(1, int(self.cpus))
 
     @property
     def fewest(self) -> int:
@@ -122,9 +118,10 @@ class TrainingPlan:
     def __str__(self) -> str:
         fewest, most = self.workers
         each = f"{self.gpus} GPU and {_cpus(self.cpus)}" if self.gpus else f"{_cpus(self.cpus)}, no GPU"
+        threads = f"{self.threads} + {self.loader_threads} threads (compute + loader)"
         return (
             f"{_count(fewest, most, 'worker')} x {each}, {self.backend}, "
-            f"micro-batch {self.micro_batch} x {self.accumulation}, {self.loader_threads} loader threads"
+            f"micro-batch {self.micro_batch} x {self.accumulation}, {threads}"
         ) + (f"; {self.note}" if self.note else "")
 
 
@@ -169,8 +166,10 @@ def place_training(offer: Offer, train: TrainOptions, unit: int = 1, most: int |
     if offer.growth is not None and offer.holds(cpus, gpus) < fewest:
         raise UsageError(_too_many(offer, train, fewest, cpus, gpus))
     micro, accumulation = micro_batch(train, most, unit)
-    threads = train.loader_threads or min(_MOST_LOADER_THREADS, max(2, int(cpus)))
-    plan = TrainingPlan((fewest, most), cpus, gpus, micro, accumulation, threads)
+    # Another number of threads adds up in another order: with exact sums it is the same on every machine.
+    threads = train.compute_threads or (1 if train.exact_sums and not gpus else max(1, int(cpus)))
+    loader_threads = train.loader_threads or min(_MOST_LOADER_THREADS, max(2, int(cpus)))
+    plan = TrainingPlan((fewest, most), cpus, gpus, micro, accumulation, threads, loader_threads)
     idle = 0 if given else offer.gpus - most
     if gpus and idle > 0:
         return replace(plan, note=_idle(offer.gpus, idle, train, micro, unit))

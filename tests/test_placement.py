@@ -38,7 +38,7 @@ def require_valid(plan, offer, train, unit):
     assert plan.micro_batch % unit == 0
     assert offer.growth is None or offer.holds(plan.cpus, plan.gpus) >= fewest
     assert (plan.device, plan.backend) == (("cuda", "nccl") if plan.gpus else ("cpu", "gloo"))
-    assert plan.threads >= 1
+    assert plan.threads == (1 if not plan.gpus and train.exact_sums else max(1, int(plan.cpus)))
     assert plan.loader_threads >= 2
     assert plan.cpus > 0
 
@@ -99,19 +99,21 @@ def test_any_options_give_a_valid_plan_or_one_error_that_names_an_option(stage, 
 @pytest.mark.parametrize(
     ("offer", "stage", "name", "expected"),
     [
-        (machine(8), "learner", "tiny", "2 workers x 4 CPUs, no GPU, gloo, micro-batch 32 x 1, 4 loader threads"),
-        (machine(1), "learner", "tiny", "1 worker x 1 CPU, no GPU, gloo, micro-batch 32 x 2, 2 loader threads"),
+        (machine(8), "learner", "tiny",
+         "2 workers x 4 CPUs, no GPU, gloo, micro-batch 32 x 1, 1 + 4 threads (compute + loader)"),
+        (machine(1), "learner", "tiny",
+         "1 worker x 1 CPU, no GPU, gloo, micro-batch 32 x 2, 1 + 2 threads (compute + loader)"),
         (machine(4, memory=8 * GIB), "learner", "paper",
-         "2 workers x 2 CPUs, no GPU, gloo, micro-batch 24 x 2, 2 loader threads"),
+         "2 workers x 2 CPUs, no GPU, gloo, micro-batch 24 x 2, 1 + 2 threads (compute + loader)"),
         (machine(64, 8), "learner", "paper",
-         "4 workers x 1 GPU and 8 CPUs, nccl, micro-batch 24 x 1, 8 loader threads; 4 of 8 GPUs idle: "
+         "4 workers x 1 GPU and 8 CPUs, nccl, micro-batch 24 x 1, 8 + 8 threads (compute + loader); 4 of 8 GPUs idle: "
          "--train.global_batch_size 192 would use them all"),
         (machine(16, 1), "adapter", "fast",
-         "1 worker x 1 GPU and 8 CPUs, nccl, micro-batch 8 x 32, 8 loader threads"),
+         "1 worker x 1 GPU and 8 CPUs, nccl, micro-batch 8 x 32, 8 + 8 threads (compute + loader)"),
         (machine(4, 8), "adapter", "paper",
-         "8 workers x 1 GPU and 0.5 CPUs, nccl, micro-batch 2 x 8, 2 loader threads"),
+         "8 workers x 1 GPU and 0.5 CPUs, nccl, micro-batch 2 x 8, 1 + 2 threads (compute + loader)"),
         (machine(64, 8), "adapter", "tiny",
-         "2 workers x 1 GPU and 8 CPUs, nccl, micro-batch 4 x 1, 8 loader threads; 6 of 8 GPUs idle: "
+         "2 workers x 1 GPU and 8 CPUs, nccl, micro-batch 4 x 1, 8 + 8 threads (compute + loader); 6 of 8 GPUs idle: "
          "--train.micro_batch_size 1 would use them all"),
     ],
 )  # fmt: skip
@@ -202,3 +204,8 @@ def test_shards_take_every_cpu_that_the_memory_does_for():
 def test_an_autoscaler_that_answers_is_asked_for_the_most_that_the_batch_divides_over_then_for_less():
     offer, (train, unit) = Offer((Nodes(0),), growth=None, answers=True), preset("learner", "fast")
     assert [place_training(offer, train, unit, most).fewest for most in (None, 7, 3, 1)] == [8, 4, 2, 1]
+
+
+def test_exact_sums_compute_on_one_thread_unless_told_otherwise():
+    threads = lambda **options: place_training(machine(16), TrainOptions(num_workers=2, **options)).threads
+    assert (threads(), threads(exact_sums=False), threads(compute_threads=3)) == (1, 8, 3)

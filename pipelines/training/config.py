@@ -46,7 +46,8 @@ class TrainOptions:
     compile: bool = False  # by torch.compile: minutes at every start, then faster steps; not with zero_stage 3
     ema_decay: float = 0.0  # averaged weights are the ones exported; 0 = off
     max_failures: int = 3  # restarts of the worker group before the run gives up; -1 = never
-    cpus_per_worker: float | None = None  # also the compute threads of a worker; null = all that there are for it
+    cpus_per_worker: float | None = None  # reserved for a worker; null = all that there are for it
+    compute_threads: int | None = None  # on CPUs, of each worker; null = 1 with exact_sums, else cpus_per_worker
     gpus_per_worker: float | None = None  # 0 or 1; null = 1, and 0 on a single machine without a GPU
 
 
@@ -191,7 +192,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 # What may change between the first command and a continuation of it.
 MAY_CHANGE = {
     "out", "experiment", "train.max_steps", "train.num_workers", "train.micro_batch_size", "train.zero_stage",
-    "train.cpus_per_worker", "train.gpus_per_worker", "train.checkpoint_every", "train.keep_checkpoints",
+    "train.cpus_per_worker", "train.compute_threads", "train.gpus_per_worker", "train.checkpoint_every",
+    "train.keep_checkpoints",
     "train.log_every", "train.max_failures", "train.best_metric", "train.best_mode", "train.checkpoint_retry_seconds",
     "train.spike_sigma", "train.on_spike", "train.hang_seconds",
     "train.cache_gb", "train.loader_threads", "train.gradient_checkpointing", "train.exact_sums",
@@ -255,6 +257,8 @@ def check(options: LearnerOptions | AdapterOptions) -> None:
         )
     if train.cpus_per_worker is not None and train.cpus_per_worker <= 0:
         raise UsageError(f"train.cpus_per_worker must be above 0, got {train.cpus_per_worker}")
+    if train.compute_threads is not None and train.compute_threads < 1:
+        raise UsageError(f"train.compute_threads must be 1 or more, or null, got {train.compute_threads}")
     if train.gpus_per_worker not in (None, 0, 1):
         raise UsageError(
             f"train.gpus_per_worker must be 0 or 1, got {train.gpus_per_worker:g}: a worker is one process with one "

@@ -335,7 +335,8 @@ def _explained(stage: str, error: Exception) -> DeeDSRError:
     """The first cause that a user can act on, else the last line of what the worker said."""
     seen: BaseException | None = error
     while seen is not None:
-        for inner in (seen, *getattr(seen, "worker_failures", {}).values()):
+        at_start = getattr(seen, "controller_failure", None)
+        for inner in (seen, at_start, *getattr(seen, "worker_failures", {}).values()):
             cause = getattr(inner, "cause", None) or inner
             if isinstance(cause, DeeDSRError):
                 return cause
