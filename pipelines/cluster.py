@@ -121,7 +121,8 @@ def offer() -> Offer:
     )
     there = tuple(Nodes(cpus, gpus, count) for (cpus, gpus), count in shapes.items())
     if is_local():
-        return Offer(there, local=True, memory=machine.this_machine().memory)
+        here = machine.this_machine()
+        return Offer(there, local=True, memory=here.memory, shared_memory=here.shared_memory)
     growth = autoscaler.growth()
     return Offer(there, growth, answers=growth is None and autoscaler.answers())
 

@@ -19,6 +19,7 @@ Device = Literal["auto", "cpu", "cuda"]
 _SHARD_WORKER = 340_000_000  # bytes of a process that makes shards
 _NETWORK_WORKER = 1_500_000_000  # bytes of a process that computes networks of `tiny`'s size on a CPU
 _MEMORY_SHARE = 0.6  # of a machine's memory that workers may take, by these sizes
+_NCCL_SHARED_MEMORY = 1 << 30  # bytes that NCCL's documentation asks for in containers
 _MOST_CPUS_BESIDE_GPU = 8  # more would only wait
 _MOST_LOADER_THREADS = 8
 
@@ -43,14 +44,15 @@ class Nodes:
 class Offer:
     """What there is, and what an autoscaler may add to it.
 
-    `growth`: () = nothing, None = an autoscaler whose node types are not known. `answers`: it tells a request apart
-    that none of them holds, so that much can be asked for. `memory`: bytes of a single machine.
+    `growth`: () = nothing, None = an autoscaler whose node types are not known. `answers`: it says which requests
+    none of them holds, so that much can be asked for. `memory`, `shared_memory` (free): bytes, of a single machine.
     """
 
     nodes: tuple[Nodes, ...]
     growth: tuple[Nodes, ...] | None = ()
     local: bool = False
     memory: int | None = None
+    shared_memory: int | None = None
     answers: bool = False
 
     @property
@@ -170,12 +172,17 @@ def place_training(offer: Offer, train: TrainOptions, unit: int = 1, most: int |
     threads = train.compute_threads or (1 if train.exact_sums and not gpus else max(1, int(cpus)))
     loader_threads = train.loader_threads or min(_MOST_LOADER_THREADS, max(2, int(cpus)))
     plan = TrainingPlan((fewest, most), cpus, gpus, micro, accumulation, threads, loader_threads)
-    idle = 0 if given else offer.gpus - most
-    if gpus and idle > 0:
-        return replace(plan, note=_idle(offer.gpus, idle, train, micro, unit))
-    if not gpus and offer.gpus and train.gpus_per_worker == 0:
-        return replace(plan, note=f"{offer.gpus} GPUs idle (train.gpus_per_worker is 0)")
-    return plan
+    notes = []
+    if gpus and not given and offer.gpus > most:
+        notes.append(_idle(offer.gpus, offer.gpus - most, train, micro, unit))
+    if not gpus and offer.gpus:
+        notes.append(f"{offer.gpus} GPUs idle (train.gpus_per_worker is 0)")
+    if gpus and most > 1 and offer.shared_memory is not None and offer.shared_memory < _NCCL_SHARED_MEMORY:
+        notes.append(
+            f"/dev/shm has {offer.shared_memory / 2**20:.0f} MiB free, NCCL may need 1 GiB between GPUs: start the "
+            "container with --ipc=host or --shm-size=1g"
+        )
+    return replace(plan, note="; ".join(notes))
 
 
 def place_networks(offer: Offer, device: Device, workers: int | None, command: str) -> WorkPlan:

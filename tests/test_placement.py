@@ -209,3 +209,14 @@ def test_an_autoscaler_that_answers_is_asked_for_the_most_that_the_batch_divides
 def test_exact_sums_compute_on_one_thread_unless_told_otherwise():
     threads = lambda **options: place_training(machine(16), TrainOptions(num_workers=2, **options)).threads
     assert (threads(), threads(exact_sums=False), threads(compute_threads=3)) == (1, 8, 3)
+
+
+def test_little_shared_memory_between_gpus_is_said_with_the_remedy():
+    docker = dataclasses.replace(machine(16, 2), shared_memory=64 << 20)
+    assert "/dev/shm has 64 MiB free" in str(place_training(docker, TrainOptions()))
+    for offer in (
+        dataclasses.replace(docker, shared_memory=4 << 30),
+        dataclasses.replace(docker, nodes=(Nodes(16, 1),)),
+    ):
+        assert "shm" not in str(place_training(offer, TrainOptions()))
+    assert "shm" not in str(place_training(docker, TrainOptions(gpus_per_worker=0)))
