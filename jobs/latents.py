@@ -24,7 +24,7 @@ class LatentsOptions:
     learner: str | None = None  # output of `deedsr train learner`; null = keep the LR images instead of vectors
     precision: Literal["fp32", "bf16"] = "fp32"  # in which the VAE computes; bf16 is for GPUs
     batch_size: PositiveInt = 8  # images encoded together
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto = a GPU where there is one, and on a cluster always
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto = a CUDA GPU where there is one, and on a cluster always
     workers: PositiveInt | None = None  # at a time; null = one on every GPU, or every CPU with device cpu
     tracking: bool = True  # log an MLflow run
     experiment: str = "deedsr-latents"  # MLflow experiment

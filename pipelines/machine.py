@@ -1,4 +1,5 @@
-"""What this machine lets a process use: CPUs, memory, shared memory, GPUs. The only module that asks the system.
+"""What this machine lets a process use: CPUs, memory, shared memory, GPUs, locks. The only module that asks the system,
+and the only one that uses what some systems lack.
 
 A container, a batch system or `taskset` may allow less than the hardware has; what they allow is what counts.
 `DEEDSR_CPUS` sets the number of CPUs by hand: to leave some to other work, or to try out another machine.
@@ -9,13 +10,15 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
 from deedsr.errors import UsageError
 
-__all__ = ["Limits", "Machine", "allowed_cpus", "control_group_limits", "gpus", "this_machine"]
+__all__ = ["Limits", "Machine", "allowed_cpus", "control_group_limits", "gpus", "lock", "this_machine"]
 
 CPUS_VARIABLE = "DEEDSR_CPUS"
 
@@ -67,6 +70,30 @@ def gpus() -> int:
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def lock(file: IO[Any], wait: bool = True) -> bool:
+    """Takes the exclusive lock of an open file until that is closed; False if another has it and not `wait`."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        while True:
+            try:
+                file.seek(0)
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            except OSError:
+                if not wait:
+                    return False
+                time.sleep(0.05)
+            else:
+                return True
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _wanted_cpus() -> int | None:

@@ -113,10 +113,10 @@ def load_pipeline(model: str | Path, device: str = "auto") -> "DeeDSRPipeline":
 
 
 def usable_device(name: str) -> "torch.device":
-    """The device `cpu` or `cuda`; `auto` = the GPU that torch can use here, else the CPU.
+    """The device `cpu`, `cuda` or `mps`; `auto` = the CUDA GPU that torch can use here, else the CPU.
 
     On the CPU torch's threads are kept to the CPUs that this process may use. Raises DeeDSRError where torch cannot use
-    the GPU that `cuda` promises.
+    what `cuda` or `mps` promises.
     """
     import torch
 
@@ -127,6 +127,10 @@ def usable_device(name: str) -> "torch.device":
         raise DeeDSRError(
             f"torch {torch.__version__} ({built}) can use no GPU on {socket.gethostname()}: check the driver there "
             "(nvidia-smi) and its torch, or compute on the CPU instead"
+        )
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise DeeDSRError(
+            f"torch {torch.__version__} has no MPS on {socket.gethostname()}: it is for Macs with Apple's GPU"
         )
     if name == "cpu":
         torch.set_num_threads(min(torch.get_num_threads(), this_machine().cpus))

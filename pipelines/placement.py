@@ -14,7 +14,7 @@ from pipelines.training.config import TrainOptions, micro_batch, worker_range
 
 __all__ = ["Device", "Nodes", "Offer", "TrainingPlan", "WorkPlan", "place_networks", "place_shards", "place_training"]
 
-Device = Literal["auto", "cpu", "cuda"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
 
 _SHARD_WORKER = 340_000_000  # bytes of a process that makes shards
 _NETWORK_WORKER = 1_500_000_000  # bytes of a process that computes networks of `tiny`'s size on a CPU
@@ -134,6 +134,7 @@ class WorkPlan:
     workers: int  # at most, at a time
     cpus: float  # of each
     gpus: int = 0  # of each, 0 or 1
+    device: str = "cpu"
 
     @property
     def fewest(self) -> int:
@@ -141,15 +142,13 @@ class WorkPlan:
         return 1
 
     @property
-    def device(self) -> str:
-        return "cuda" if self.gpus else "cpu"
-
-    @property
     def bundle(self) -> dict[str, float]:
         return {"CPU": self.cpus} | ({"GPU": float(self.gpus)} if self.gpus else {})
 
     def __str__(self) -> str:
         each = f"{self.gpus} GPU and {_cpus(self.cpus)}" if self.gpus else f"{_cpus(self.cpus)}, no GPU"
+        if self.device == "mps":
+            each = f"{_cpus(self.cpus)}, MPS"
         return f"{_count(self.workers, self.workers, 'worker')} x {each}"
 
 
@@ -188,9 +187,13 @@ def place_training(offer: Offer, train: TrainOptions, unit: int = 1, most: int |
 def place_networks(offer: Offer, device: Device, workers: int | None, command: str) -> WorkPlan:
     """Processes that each hold networks and compute on a part of the input: latents, upscaling, evaluation.
 
-    `device`: `auto` = a GPU for each; on a machine without any, CPUs. `workers`: at a time, None = one on every GPU,
+    `device`: `auto` = a GPU for each; on a machine without any, CPUs; `mps`: Apple's, on request. `workers`: at a time, None = one on every GPU,
     or every CPU where the device is the CPU. Raises UsageError where none could ever start.
     """
+    if device == "mps":
+        if not offer.local:
+            raise UsageError(f"--device mps is for a single machine: leave it out to run `{command}` on {offer.name}")
+        return WorkPlan(workers or 1, 0.5, device="mps")
     if device == "cpu" or (device == "auto" and offer.local and not offer.gpus):
         most = offer.within_memory(max(1, offer.cpus), _NETWORK_WORKER)
         if offer.growth == () and offer.cpus < 1:
@@ -201,7 +204,7 @@ def place_networks(offer: Offer, device: Device, workers: int | None, command: s
         raise UsageError(_no_gpu(offer, f"--device cpu runs `{command}` on CPUs"))
     shapes = [nodes for nodes in offer.all_nodes if nodes.gpus >= 1]
     cpus = min([min(1.0, _rounded(0.5 * nodes.cpus / nodes.gpus)) for nodes in shapes], default=1.0)
-    return WorkPlan(workers or max(1, offer.gpus), cpus, 1)
+    return WorkPlan(workers or max(1, offer.gpus), cpus, 1, "cuda")
 
 
 def place_shards(offer: Offer, workers: int | None) -> WorkPlan:

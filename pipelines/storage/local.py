@@ -1,18 +1,18 @@
 """Objects that are files below a directory."""
 
 import errno
-import fcntl
 import os
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
 from deedsr.errors import DeeDSRError
+from pipelines import machine
 from pipelines.storage.errors import Conflict, explained
 from pipelines.storage.interface import ANYTHING, Entry, Expected, Storage, Upload
 
@@ -174,13 +174,14 @@ def _locked(folder: Path) -> Iterator[None]:
     path = folder / f".lock{PARTIAL}"
     while True:
         with path.open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            machine.lock(file)
             if not _is_at(path, file):  # who had the lock before has removed it: to lock that one excludes nobody
                 continue
             try:
                 yield
             finally:
-                path.unlink()
+                with suppress(PermissionError):  # Windows removes no open file
+                    path.unlink()
             return
 
 
