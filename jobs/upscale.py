@@ -21,9 +21,7 @@ class UpscaleOptions(SamplingOptions):
     format: Literal["png", "jpeg", "webp", "same"] = "png"  # of the results; same = as the input, PNG if it is another
     quality: PositiveInt = 95  # of JPEG and WebP, 1 to 100
     overwrite: bool = False  # make every result anew, and replace whatever lies in its place (never an input)
-    device: Literal["auto", "cpu", "cuda", "mps"] = (
-        "auto"  # auto = a CUDA GPU where there is one, and on a cluster always
-    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto = a CUDA GPU if there is one, on a cluster always
     ray: bool = False  # spread the pictures over the cluster of RAY_ADDRESS, or over this machine's CPUs or GPUs
     workers: PositiveInt | None = None  # with --ray, at a time; null = one on every GPU, or every CPU with device cpu
 

@@ -187,8 +187,8 @@ def place_training(offer: Offer, train: TrainOptions, unit: int = 1, most: int |
 def place_networks(offer: Offer, device: Device, workers: int | None, command: str) -> WorkPlan:
     """Processes that each hold networks and compute on a part of the input: latents, upscaling, evaluation.
 
-    `device`: `auto` = a GPU for each; on a machine without any, CPUs; `mps`: Apple's, on request. `workers`: at a time, None = one on every GPU,
-    or every CPU where the device is the CPU. Raises UsageError where none could ever start.
+    `device`: `auto` = a GPU for each; on a machine without any, CPUs. `mps` = Apple's GPU. `workers`: at a time, None =
+    one on every GPU, or every CPU where the device is the CPU. Raises UsageError where none could ever start.
     """
     if device == "mps":
         if not offer.local:
