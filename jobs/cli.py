@@ -34,6 +34,7 @@ COMMANDS = {
     "evaluate": ("jobs.evaluate", "metrics of a model, beside bicubic, on a dataset"),
     "upscale": ("jobs.upscale", "enlarge pictures"),
     "compare": ("jobs.compare", "the runs of an experiment side by side"),
+    "doctor": ("jobs.doctor", "what this machine, a place for results, MLflow and a cluster lack"),
     "submit": ("jobs.submit", "send a job file to a Ray cluster"),
 }
 
