@@ -72,9 +72,10 @@ def _run(argv: list[str]) -> int:
         request = parser.read(words)
     except SystemExit:  # --help was printed
         return DONE
+    results = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
         outcome: Outcome = command.run(request.options)
-    print(_json(outcome.values) if request.as_json else outcome)
+        print(_json(outcome.values) if request.as_json else outcome, file=results)
     return DONE if outcome.complete else FAILED
 
 
