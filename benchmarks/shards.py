@@ -128,7 +128,7 @@ def one_shard(workers: int, rounds: int) -> None:
         first = rates[name, workers][0] / rates[name, 1][0]
         print(f"{name:28}{one:10.1f}{several:12.1f}{ratios[name]:8.2f}{first:14.2f}")
     print(
-        f"limit {ONE_SHARD_LIMIT} for {SOURCES} sources on 2 workers; load of the machine {min(load):.1f} to {max(load):.1f}"
+        f"limit {ONE_SHARD_LIMIT} for {SOURCES} sources on 2 workers; load average {min(load):.1f} to {max(load):.1f}"
     )
     result = {
         "workers": workers,

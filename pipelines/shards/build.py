@@ -34,7 +34,7 @@ __all__ = ["FromSources", "ShardDraft", "ShardWork"]
 logger = logging.getLogger(__name__)
 ATTEMPTS = f"{STATE}/attempts"
 _LIVES = 2  # a source that kills so many processes is left out
-_DECODING = 0.13  # of a source's time: reading, decoding, choosing crops; the rest is shared among its pieces
+_DECODING = 2  # samples that take the time of reading and decoding their source, which each of its pieces does again
 
 
 class ShardWork(Protocol):
@@ -147,15 +147,16 @@ class _Piece(NamedTuple):
 
 
 def _cuts(sources: tuple[Source, ...], recipe: Recipe, cpus: int) -> list[int]:
-    """In how many pieces each source is made: the last ones, too few for all CPUs, in several.
-
-    Of these as few as the shortest time takes, for every piece decodes its source again.
-    """
+    """In how many pieces each source is made: the last ones, too few for all CPUs, in as many as take least time."""
     last = len(sources) % cpus
-    time = lambda cut: math.ceil(last * cut / cpus) * (_DECODING + (1 - _DECODING) / cut)
-    cut = min(range(1, cpus + 1), key=time)
-    samples = (recipe.crop.per_source * recipe.variants_of(source.path) for source in sources[len(sources) - last :])
-    return [1] * (len(sources) - last) + [min(cut, most) for most in samples]
+
+    def cut(source: Source) -> int:
+        samples = recipe.crop.per_source * recipe.variants_of(source.path)
+        time = lambda pieces: math.ceil(last * pieces / cpus) * (_DECODING + math.ceil(samples / pieces))
+        return min(range(1, min(samples, cpus) + 1), key=time)
+
+    whole = len(sources) - last
+    return [1] * whole + [cut(source) for source in sources[whole:]]
 
 
 @contextmanager
