@@ -1,7 +1,7 @@
 """The pieces of one shard on several CPUs at a time: nested Ray tasks whose results come back in order.
 
-Processes and not threads, because a sixteenth of the work holds Python's lock; tasks of Ray and not processes of our
-own, because the CPUs may be on other nodes, and Ray ends them with the job.
+Processes and not threads, because a fifth of the work holds Python's lock; tasks of Ray and not processes of our own,
+because the CPUs may be on other nodes, and because Ray ends its processes with the job.
 """
 
 from collections import deque
@@ -37,7 +37,7 @@ def in_order(
     import ray
     from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError
 
-    run = ray.remote(num_cpus=1, max_retries=_RETRIES)(_run)
+    run = ray.remote(num_cpus=1, max_retries=_RETRIES)(_made)
     rest = iter(pieces)
     begun: deque[tuple[Any, Piece, bool]] = deque()  # its task, the piece, whether that task is of `guarded`
     while True:
@@ -69,7 +69,7 @@ def in_order(
         yield result
 
 
-def _run(function: Callable[[Piece], Result], piece: Piece) -> Result | DeeDSRError:
+def _made(function: Callable[[Piece], Result], piece: Piece) -> Result | DeeDSRError:
     prepare_worker()
     try:
         return function(piece)
