@@ -38,7 +38,7 @@ def build_missing(
 ) -> Iterator[Built]:
     """Builds every shard that is not there; yields each as it is committed, in any order.
 
-    `workers`: tasks at a time, None for every CPU that the memory does for. `actors`: tasks run in actors of this
+    `workers`: CPUs in use at a time, None for every one that the memory does for. `actors`: tasks run in actors of this
     plan, which keep their copy of `work`, because it is slow to set up.
     """
     count = parts.missing_shards
@@ -54,10 +54,13 @@ def build_missing(
         logger.info("shards: %s", plan)
     per_row = min(max(count // (parallel * _ROWS_PER_WORKER), 1), _MAX_SHARDS_PER_ROW)
     rows = [
-        {"part": name, "shards": shards[start : start + per_row]}
+        {"part": name, "shards": shards[start : start + per_row], "cpus": 1}
         for name, shards in parts.missing
         for start in range(0, len(shards), per_row)
     ]
+    if actors is None and count < parallel:  # a row is a shard then
+        for row, cpus in zip(rows, _shares(_sizes(parts), parallel), strict=True):
+            row["cpus"] = cpus
     items = data.from_items(rows, override_num_blocks=len(rows))
     if actors is None:
         built = items.flat_map(
@@ -86,11 +89,26 @@ def build_missing(
         ) from error
 
 
+def _sizes(parts: PlanParts) -> list[int]:
+    """Sources of each missing shard; 1 where it is made of a shard."""
+    plans = ((read_part(parts.folder, name), shards) for name, shards in parts.missing)
+    return [max(1, len(part[number].sources)) for part, shards in plans for number in shards]
+
+
+def _shares(sizes: list[int], cpus: int) -> list[int]:
+    """CPUs for each of as many shards, or fewer: one more for the slowest, until there are none."""
+    shares = [1] * len(sizes)
+    for _ in range(cpus - len(sizes)):
+        slowest = max(range(len(sizes)), key=lambda shard: sizes[shard] / shares[shard])
+        shares[slowest] += 1
+    return shares
+
+
 def _task(row: dict[str, Any], folder: Storage, work: ShardWork, out: Storage) -> Iterator[dict[str, Any]]:
     started = time.time()
     plans = read_part(folder, row["part"])
     for number in row["shards"]:
-        yield _build(plans[number], work, out) | {"started": started}
+        yield _build(plans[number], work, out, row["cpus"]) | {"started": started}
 
 
 class _Actor:
@@ -103,11 +121,11 @@ class _Actor:
         return self._task(row)
 
 
-def _build(plan: ShardPlan, work: ShardWork, out: Storage) -> dict[str, Any]:
+def _build(plan: ShardPlan, work: ShardWork, out: Storage, cpus: int) -> dict[str, Any]:
     summary: dict[str, Any] = {"id": plan.id, "sources": len(plan.sources), "hash": "", "bytes": 0, "samples": 0}
     try:
         # A user's mistake travels as a value: as an exception it would come back wrapped in Ray's traceback.
-        record = work.build(plan, out)
+        record = work.build(plan, out, cpus)
     except DeeDSRError as error:
         return summary | {"error": str(error), "usage": isinstance(error, UsageError)}
     hash, size = record_key(record)

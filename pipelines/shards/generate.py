@@ -54,7 +54,7 @@ def generate(
     """Makes or completes the dataset `out` of the pictures in `sources` (see `list_sources`).
 
     `pairs`: places of their real LR partners (see `list_pairs`); then nothing is degraded.
-    `workers`: tasks at a time, None for every CPU of the cluster. Shards whose sources, recipe and algorithm are as
+    `workers`: CPUs in use at a time, None for all of the cluster's. Shards whose sources, recipe and algorithm are as
     before are reused. Raises UsageError for sources or a place that cannot be used, DeeDSRError if the work failed;
     what was committed stays, and the same call continues from there.
     """

@@ -140,7 +140,7 @@ class FromPixels:
     def _networks(self) -> "Networks":
         return Networks.load(self.base, self.learner, self.source, self.device)
 
-    def build(self, plan: ShardPlan, out: Storage) -> ShardRecord:
+    def build(self, plan: ShardPlan, out: Storage, cpus: int = 1) -> ShardRecord:
         with shard_draft(plan, LATENTS_COLUMNS) as draft, ThreadPoolExecutor(1) as reader:
             samples = self._pairs(plan)
             batches = iter(lambda: tuple(islice(samples, self.batch_size)), ())
