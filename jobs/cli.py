@@ -20,6 +20,7 @@ from typing import Any
 from deedsr.errors import DeeDSRError, UsageError
 from jobs.command import Command, Outcome
 from jobs.options import CommandParser
+from pipelines.machine import cache_folder
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 
@@ -57,6 +58,8 @@ def set_up_process() -> None:
     for layer in ("deedsr", "pipelines", "jobs"):
         logging.getLogger(layer).setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Libraries cache there too: where there is no home that can be written, not in it.
+    os.environ["XDG_CACHE_HOME"] = str(cache_folder())
 
 
 def _run(argv: list[str]) -> int:

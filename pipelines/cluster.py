@@ -2,9 +2,11 @@
 
 import logging
 import os
+import secrets
 import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 from collections import Counter
@@ -27,6 +29,7 @@ __all__ = [
     "is_local",
     "nodes",
     "offer",
+    "require_docstrings",
     "scratch",
     "this_machine",
     "wait_for",
@@ -36,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 # The object store only passes plans, summaries and metrics; Ray's default is a third of the memory.
 _OBJECT_STORE = 256 << 20
+_ANSWER_SECONDS = 10.0  # that a cluster is given to answer, in which a head can come back
 _POLL_SECONDS = 1.0
 _LINE_SECONDS = 30.0  # between two lines on what is waited for
 
@@ -45,6 +49,7 @@ def connect() -> None:
 
     Raises UsageError if `RAY_ADDRESS` names a cluster that does not answer, DeeDSRError if none starts here.
     """
+    require_docstrings()
     # Read by Ray at import and by the processes it starts: no telemetry, and no remark on machines without GPU.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -54,6 +59,14 @@ def connect() -> None:
         return
     with _own_answer_to_sigterm():
         _connect(os.environ.get("RAY_ADDRESS"))
+
+
+def require_docstrings() -> None:
+    """Refuses an interpreter without docstrings, which Ray's modules change while they are imported."""
+    if sys.flags.optimize > 1:
+        raise UsageError(
+            "Ray does not run without docstrings, which PYTHONOPTIMIZE=2 (python -OO) removes: unset it, or set it to 1"
+        )
 
 
 @contextmanager
@@ -69,8 +82,12 @@ def _own_answer_to_sigterm() -> Iterator[None]:
 
 def _connect(address: str | None) -> None:
     import ray
+    from ray._private.services import canonicalize_bootstrap_address
 
-    if not address:
+    if not address or address == "local":
+        # A token of its own: Ray would keep one in the home folder, which not every container has.
+        if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         try:
             # "local" never joins a cluster that somebody else runs on this machine.
             ray.init(
@@ -83,16 +100,35 @@ def _connect(address: str | None) -> None:
                 log_to_driver=False,
             )
         except Exception as error:  # Ray has no narrower class for a start that timed out
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DeeDSRError(
-                f"Ray did not start on this machine: {reason} If the machine is very busy, run the command again later"
-            ) from error
+            reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+            late = "timed out" in reason or "timeout" in reason.lower()
+            remedy = "; on a very busy machine run the command again later" if late else ""
+            raise DeeDSRError(f"Ray did not start on this machine: {reason}{remedy}") from error
         return
+    silence = UsageError(f"no Ray cluster answers at RAY_ADDRESS={address}: start it, or unset RAY_ADDRESS")
     try:
+        place = address.partition("://")[2] or canonicalize_bootstrap_address(address)
+        if place is None or not _answers(place):
+            raise silence
         # What workers log stays in Ray's files, as on one machine: what a user should see comes through the command.
         ray.init(address=address, logging_level="WARNING", log_to_driver=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UsageError(f"no Ray cluster answers at RAY_ADDRESS={address}: start it, or unset RAY_ADDRESS") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise silence from error
+
+
+def _answers(address: str) -> bool:
+    """Whether a gRPC server answers at HOST:PORT; Ray itself would try for minutes."""
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+
+    channel = init_grpc_channel(address)
+    try:
+        grpc.channel_ready_future(channel).result(timeout=_ANSWER_SECONDS)
+    except grpc.FutureTimeoutError:
+        return False
+    finally:
+        channel.close()
+    return True
 
 
 def data() -> Any:

@@ -1,10 +1,11 @@
-"""What this machine lets a process use: CPUs, memory, shared memory, GPUs, locks. The only module that asks the system,
-and the only one that uses what some systems lack.
+"""What this machine lets a process use: CPUs, memory, shared memory, GPUs, locks, a cache. The only module that asks
+the system, and the only one that uses what some systems lack.
 
 A container, a batch system or `taskset` may allow less than the hardware has; what they allow is what counts.
 `DEEDSR_CPUS` sets the number of CPUs by hand: to leave some to other work, or to try out another machine.
 """
 
+import contextlib
 import math
 import os
 import shutil
@@ -18,7 +19,16 @@ from typing import IO, Any
 
 from deedsr.errors import UsageError
 
-__all__ = ["Limits", "Machine", "allowed_cpus", "control_group_limits", "gpus", "lock", "this_machine"]
+__all__ = [
+    "Limits",
+    "Machine",
+    "allowed_cpus",
+    "cache_folder",
+    "control_group_limits",
+    "gpus",
+    "lock",
+    "this_machine",
+]
 
 CPUS_VARIABLE = "DEEDSR_CPUS"
 
@@ -94,6 +104,25 @@ def lock(file: IO[Any], wait: bool = True) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def cache_folder() -> Path:
+    """Folder of what can be made or fetched again: `$XDG_CACHE_HOME`, else `~/.cache`.
+
+    Below the temporary folder where there is no home that can be written, as in containers under a numeric user.
+    """
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given)
+    with contextlib.suppress(OSError, RuntimeError):  # the latter: the user has no home at all
+        folder = Path.home() / ".cache"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    user = os.getuid() if hasattr(os, "getuid") else 0  # Windows has none
+    folder = Path(tempfile.gettempdir()) / f"deedsr-{user}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    # Somebody else's folder of this name is not trusted.
+    return folder if folder.stat().st_uid == user else Path(tempfile.mkdtemp(prefix="deedsr-"))
 
 
 def _wanted_cpus() -> int | None:

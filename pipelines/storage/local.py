@@ -6,19 +6,17 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
 from deedsr.errors import DeeDSRError
-from pipelines import machine
 from pipelines.storage.errors import Conflict, explained
 from pipelines.storage.interface import ANYTHING, Entry, Expected, Storage, Upload
+from pipelines.storage.lock import PARTIAL, locked
 
-__all__ = ["PARTIAL", "LocalStorage"]
-
-PARTIAL = ".partial"  # suffix of a file whose writing has not ended
+__all__ = ["LocalStorage"]
 
 
 class LocalStorage(Storage):
@@ -81,7 +79,7 @@ class LocalStorage(Storage):
                         file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
-                with nullcontext() if expected is ANYTHING else _locked(target.parent):
+                with nullcontext() if expected is ANYTHING else locked(target.parent / f".lock{PARTIAL}"):
                     present = _modified(target)
                     if expected is not ANYTHING and expected != present:
                         raise Conflict(str(target))
@@ -166,27 +164,3 @@ def _modified(target: Path) -> str | None:
         return str(target.stat().st_mtime_ns)
     except FileNotFoundError:
         return None
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time, on any node that mounts the folder."""
-    path = folder / f".lock{PARTIAL}"
-    while True:
-        with path.open("ab") as file:
-            machine.lock(file)
-            if not _is_at(path, file):  # who had the lock before has removed it: to lock that one excludes nobody
-                continue
-            try:
-                yield
-            finally:
-                with suppress(PermissionError):  # Windows removes no open file
-                    path.unlink()
-            return
-
-
-def _is_at(path: Path, file: BinaryIO) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False

@@ -1,7 +1,6 @@
 """Whole folders between the local file system and any storage."""
 
 import hashlib
-import os
 import shutil
 import uuid
 from collections.abc import Iterable
@@ -10,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from deedsr.errors import UsageError
-from pipelines.storage.local import PARTIAL, LocalStorage
+from pipelines import machine
+from pipelines.storage.local import LocalStorage
 from pipelines.storage.location import open_storage
+from pipelines.storage.lock import PARTIAL
 from pipelines.storage.s3 import TRANSFERS
 
 __all__ = ["localize", "publish"]
@@ -35,7 +36,7 @@ def localize(uri: str | Path, without: str = "") -> Path:
     if not entries:
         raise UsageError(f"there is nothing below {storage.uri}")
     name = hashlib.sha256(repr((storage.uri, [tuple(entry) for entry in entries])).encode()).hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deedsr"
+    cache = machine.cache_folder() / "deedsr"
     target = cache / name
     if target.is_dir():
         return target

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from deedsr.errors import UsageError
+from pipelines import machine
 from pipelines.storage import Storage
 from pipelines.tracking.run import Run
 from pipelines.tracking.store import connect, masked_uri, tracking_uri
@@ -129,7 +130,7 @@ def fetch(version: Version) -> Path:
     from mlflow.exceptions import MlflowException
 
     uri = tracking_uri()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deedsr"
+    cache = machine.cache_folder() / "deedsr"
     target = cache / hashlib.sha256(repr((uri, version)).encode()).hexdigest()
     if target.is_dir():
         return target

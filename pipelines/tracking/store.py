@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import socket
+import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,21 +81,30 @@ def connect(uri: str) -> "MlflowClient":
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
+    from pipelines.tracking import sqlite
+
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     remedy = "start the server or set MLFLOW_TRACKING_URI to a store that can be reached"
-    if uri.startswith("sqlite:///"):
-        folder = Path(_sqlite_path(uri)).parent
-        remedy = f"{folder} must be a folder that you may write; or set MLFLOW_TRACKING_URI to another store"
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
     try:
+        if uri.startswith("sqlite:///"):
+            store = Path(_sqlite_path(uri))
+            remedy = _sqlite_remedy(store)
+            store.parent.mkdir(parents=True, exist_ok=True)
+            sqlite.prepare(store)
         with _few_retries():
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
-    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
+    except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError, ImportError) as error:
         raise StoreAway(f"the MLflow store {masked_uri(uri)} cannot be used ({cause(error)}): {remedy}") from error
     return client
+
+
+def _sqlite_remedy(store: Path) -> str:
+    place = next(folder for folder in store.parents if folder.exists())
+    if place.is_dir() and os.access(place, os.W_OK) and os.access(store if store.exists() else place, os.W_OK):
+        return "if the file is no store of MLflow, move it away; or set MLFLOW_TRACKING_URI to another store"
+    return f"{store.parent} must be a folder that you may write; or set MLFLOW_TRACKING_URI to another store"
 
 
 def cause(error: BaseException) -> str:
@@ -110,14 +120,14 @@ def _sqlite_path(uri: str) -> str:
 
 @contextlib.contextmanager
 def _few_retries() -> Iterator[None]:
-    """MLflow retries a dead server for minutes; the first contact should answer at once or say so."""
-    name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
-    before = os.environ.get(name)
-    os.environ.setdefault(name, "1")
+    """MLflow retries a dead server for minutes; the first contact should answer soon or say so."""
+    wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+    added = [name for name in wanted if name not in os.environ]
+    os.environ.update({name: wanted[name] for name in added})
     try:
         yield
     finally:
-        if before is None:
+        for name in added:
             os.environ.pop(name, None)
 
 

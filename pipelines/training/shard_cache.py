@@ -34,8 +34,8 @@ _BUSY_SECONDS = 0.5  # before looking again at a shard that another worker fetch
 
 
 def default_folder() -> Path:
-    """Below `$XDG_CACHE_HOME`, else `~/.cache`: one for all workers and runs of a user on a node."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deedsr" / "shards"
+    """Below `machine.cache_folder()`: one for all workers and runs of a user on a node."""
+    return machine.cache_folder() / "deedsr" / "shards"
 
 
 class _Remote(NamedTuple):

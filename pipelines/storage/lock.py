@@ -1,0 +1,39 @@
+"""A lock between processes, on any node that mounts the folder."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from pipelines import machine
+
+__all__ = ["PARTIAL", "locked"]
+
+PARTIAL = ".partial"  # suffix of a file or folder whose writing has not ended; listings leave it out
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time. `path`: the lock file, made where it is missing and removed on leaving.
+
+    The lock ends with the process that holds it, however that ends.
+    """
+    while True:
+        with path.open("ab") as file:
+            machine.lock(file)
+            if not _is_at(path, file):  # who had the lock before has removed it: to lock that one excludes nobody
+                continue
+            try:
+                yield
+            finally:
+                with suppress(PermissionError):  # Windows removes no open file
+                    path.unlink()
+            return
+
+
+def _is_at(path: Path, file: BinaryIO) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,121 @@
+"""Creates an SQLite store of MLflow, or migrates one to the installed MLflow, in one process at a time.
+
+MLflow itself does both in place and without a lock, so that processes which start together, or one that is killed,
+leave a store that nothing can open again.
+"""
+
+import functools
+import os
+import sqlite3
+import uuid
+from contextlib import closing
+from pathlib import Path
+
+from pipelines.storage.lock import PARTIAL, locked
+from pipelines.tracking.store import StoreAway
+
+
+def prepare(path: Path) -> None:
+    """Brings the store at `path` to the schema of the installed MLflow; other processes wait meanwhile.
+
+    A new store appears under its name when it is whole. An older one is migrated as a copy, which replaces the
+    original in one transaction. One that was left half-made by a killed process, and holds no run, is made again.
+
+    Raises StoreAway where a store that holds runs cannot be completed, OSError or sqlite3.Error where the file cannot
+    be read or its folder not be written.
+    """
+    if _version(path) == _newest():
+        return
+    with locked(path.with_name(f".{path.name}.lock{PARTIAL}")):
+        if _version(path) == _newest():  # another process has made it meanwhile
+            return
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL}")
+        try:
+            if _holds_runs(path):
+                _migrate(path, partial)
+            else:
+                _create(partial)
+                partial.replace(path)
+        finally:
+            for file in path.parent.glob(f"{partial.name}*"):  # with its journal
+                file.unlink(missing_ok=True)
+
+
+def _create(path: Path) -> None:
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    # With MLflow's default experiment, which processes that start together would otherwise each try to add.
+    store = SqlAlchemyStore(f"sqlite:///{path}", (path.parent / "mlartifacts").as_uri())
+    store.engine.dispose()
+
+
+def _migrate(path: Path, partial: Path) -> None:
+    from alembic.util.exc import CommandError
+    from mlflow.store.db.utils import _upgrade_db, create_sqlalchemy_engine
+    from sqlalchemy.exc import SQLAlchemyError
+
+    with closing(sqlite3.connect(path)) as original:
+        while True:
+            before = original.execute("PRAGMA data_version").fetchone()
+            with closing(sqlite3.connect(partial)) as copy:
+                original.backup(copy)
+                for name in _tables(copy):
+                    if name.startswith("_alembic_tmp_"):  # a migration that was interrupted left it
+                        copy.execute(f"DROP TABLE {name}")
+                copy.commit()
+            engine = create_sqlalchemy_engine(f"sqlite:///{partial}")
+            try:
+                _upgrade_db(engine)
+            except CommandError as error:  # a revision that this MLflow does not know
+                raise StoreAway(
+                    f"the MLflow store {path} was written by a newer MLflow than the installed one ({error}): install "
+                    "that one, or set MLFLOW_TRACKING_URI to another store"
+                ) from error
+            except SQLAlchemyError as error:
+                raise StoreAway(
+                    f"the MLflow store {path} is half-made: a process that created or migrated it was interrupted. "
+                    "Move it away, and a new one is made; or set MLFLOW_TRACKING_URI to another store"
+                ) from error
+            finally:
+                engine.dispose()
+            if original.execute("PRAGMA data_version").fetchone() == before:  # else somebody has written to it
+                break
+        with closing(sqlite3.connect(partial)) as copy:
+            copy.backup(original)
+
+
+def _version(path: Path) -> str | None:
+    """Revision of the schema; None where there is no store, or one whose making was interrupted."""
+    if not path.exists():
+        return None
+    with closing(_read(path)) as store:
+        if "alembic_version" not in _tables(store):
+            return None
+        rows = store.execute("SELECT version_num FROM alembic_version").fetchall()
+    return rows[0][0] if len(rows) == 1 else None
+
+
+def _holds_runs(path: Path) -> bool:
+    if not path.exists():
+        return False
+    with closing(_read(path)) as store:
+        held = _tables(store) & {"runs", "experiments", "registered_models"}
+        default = {"experiments": 1}  # MLflow's own
+        return any(store.execute(f"SELECT count(*) FROM {t}").fetchone()[0] > default.get(t, 0) for t in held)
+
+
+def _tables(store: sqlite3.Connection) -> set[str]:
+    return {name for (name,) in store.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+
+
+def _read(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=60)
+
+
+@functools.cache
+def _newest() -> str | None:
+    """Revision of the schema that the installed MLflow reads."""
+    import mlflow.store.db_migrations
+    from alembic.script import ScriptDirectory
+
+    return ScriptDirectory(os.path.dirname(mlflow.store.db_migrations.__file__)).get_current_head()

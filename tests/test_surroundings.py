@@ -1,0 +1,80 @@
+"""Commands where the surroundings are not what they mostly are: no home, a cluster that does not answer, -OO."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from jobs import cli
+from pipelines import machine
+
+CONNECT = """
+from jobs import cli
+cli.set_up_process()
+from pipelines import cluster
+cluster.connect()
+import ray
+print(ray.get(ray.remote(lambda: __import__("pipelines.machine").machine.cache_folder()).remote()))
+"""
+
+
+def python(*words: str, **variables: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
+    return subprocess.run(
+        [sys.executable, *words], env=environment | variables, capture_output=True, text=True, timeout=200
+    )
+
+
+@pytest.fixture
+def mute():
+    """The address of a server that takes connections and says nothing."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(16)
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.fixture
+def nobody() -> str:
+    """An address that refuses connections."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_ray_and_caches_work_where_no_home_can_be_written(tmp_path):
+    ran = python("-c", CONNECT, HOME="/proc/nobody", TMPDIR=str(tmp_path))
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == f"{tmp_path}/deedsr-{os.getuid()}"
+
+
+def test_a_cache_folder_of_another_user_is_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "/proc/nobody")
+    (tmp_path / f"deedsr-{os.getuid() + 1}").mkdir()
+    monkeypatch.setattr("os.getuid", lambda uid=os.getuid(): uid + 1)
+    assert machine.cache_folder() != tmp_path / f"deedsr-{os.getuid()}"
+
+
+@pytest.mark.parametrize("silence", ["mute", "nobody"])
+def test_a_cluster_that_does_not_answer_is_one_error(silence, request, photos, tmp_path):
+    address = request.getfixturevalue(silence)
+    words = ["-m", "deedsr", "shards", "--source", str(photos), "--out", str(tmp_path / "out"), "--tracking", "false"]
+    ran = python(*words, RAY_ADDRESS=address, HOME=str(tmp_path))
+    assert ran.returncode == 2, ran.stderr
+    assert f"no Ray cluster answers at RAY_ADDRESS={address}: start it" in ran.stderr
+
+
+def test_a_dashboard_that_takes_connections_and_says_nothing_is_one_error(mute, capsys):
+    assert cli.main(["submit", "jobs/shards.yaml", "--address", f"http://{mute}"]) == 1
+    assert f"no Ray dashboard answers at http://{mute}" in capsys.readouterr().err
+
+
+def test_an_interpreter_without_docstrings_is_refused_with_the_reason(photos, tmp_path):
+    words = ["-m", "deedsr", "shards", "--source", str(photos), "--out", str(tmp_path / "out"), "--tracking", "false"]
+    ran = python(*words, PYTHONOPTIMIZE="2", HOME=str(tmp_path))
+    assert ran.returncode == 2, ran.stderr
+    assert "PYTHONOPTIMIZE=2" in ran.stderr
