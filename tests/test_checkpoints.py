@@ -64,7 +64,6 @@ def test_a_record_that_cannot_be_read_is_skipped_with_a_warning(tmp_path, caplog
 
 
 def test_s3_that_is_away_delays_the_checkpoint_and_not_the_training(through, bucket, monkeypatch, tmp_path):  # noqa: F811
-    monkeypatch.setattr(s3_module, "_ATTEMPTS", 1)
     away = threading.Event()
     proxy = through(lambda number: "reset" if away.is_set() else None)
     out = open_storage(f"{bucket}/{tmp_path.name}")

@@ -158,17 +158,17 @@ def test_a_server_without_conditional_puts_is_asked_what_is_there(through, bucke
 
 def test_an_answer_that_never_comes_ends_in_one_clear_error(through, bucket, tmp_path, monkeypatch):
     monkeypatch.setattr(s3_module, "_READ_SECONDS", 0.2)
-    monkeypatch.setattr(s3_module, "_ATTEMPTS", 2)
+    monkeypatch.setenv("DEEDSR_STORAGE_SECONDS", "1")
     proxy = through(1.0, ("slow",), slow=30)
     with pytest.raises(DeeDSRError, match=f"cannot read {bucket}/x: the S3 endpoint does not answer"):
         open_storage(bucket).read("x")
-    assert proxy.requests == 2
+    assert proxy.requests >= 2
 
 
 def test_an_upload_that_fails_leaves_no_parts(through, bucket, tmp_path, monkeypatch):
     (tmp_path / "large").write_bytes(pattern(20 << 20))
     storage = open_storage(f"{bucket}/{tmp_path.name}")
-    monkeypatch.setattr(s3_module, "_ATTEMPTS", 1)
+    monkeypatch.setenv("DEEDSR_STORAGE_SECONDS", "0")
     proxy = through({2: "500"}.get)
     with pytest.raises(DeeDSRError):
         storage.write("large", tmp_path / "large")

@@ -77,7 +77,7 @@ def test_a_store_of_an_older_mlflow_is_migrated_with_its_runs(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["mlflow.db"]
 
 
-def test_a_store_that_was_left_half_made_is_made_again_where_it_holds_no_run(tmp_path):
+def test_a_store_that_was_left_half_made_is_made_again_where_it_holds_nothing(tmp_path):
     path = tmp_path / "mlflow.db"
     script = ScriptDirectory.from_config(_get_alembic_config(""))
     at_revision(path, [revision.revision for revision in script.walk_revisions()][-3])

@@ -8,13 +8,31 @@ from typing import Any
 
 from deedsr.errors import DeeDSRError, UsageError
 
-__all__ = ["Conflict", "explained"]
+__all__ = ["Away", "Conflict", "Faulty", "Full", "Refused", "explained"]
 
+_FULL = ("QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "InsufficientStorage", "507")
+_FAULTY = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHOSTDOWN, errno.ENOTCONN)
 _NO_PERMISSION = ("AccessDenied", "403", "Forbidden", "AllAccessDisabled")
 _WRONG_KEYS = (
     *("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"),
     *("InvalidClientTokenId", "AuthFailure", "TokenRefreshRequired"),
 )
+
+
+class Away(DeeDSRError):
+    """S3 did not answer, or not usefully, for as long as it is waited for."""
+
+
+class Full(DeeDSRError):
+    """No space is left."""
+
+
+class Refused(UsageError):
+    """A right is missing."""
+
+
+class Faulty(DeeDSRError):
+    """A file system failed, as one of a network does while its server is away, or damaged what it was given."""
 
 
 class Conflict(DeeDSRError):
@@ -46,13 +64,15 @@ def explained(verb: str, uri: str) -> Iterator[None]:
 
 def _explain_file_system(verb: str, uri: str, error: Any) -> DeeDSRError:
     if isinstance(error, PermissionError):
-        return UsageError(f"no permission to {verb} {uri}")
+        return Refused(f"no permission to {verb} {uri}")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DeeDSRError(f"cannot write {uri}: no space left; free some and run the same command again")
+        return Full(f"cannot write {uri}: no space left; free some and run the same command again")
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
         return UsageError(f"cannot {verb} {uri}: part of that path is a file, not a directory")
     if error.errno == errno.EROFS:
-        return UsageError(f"cannot {verb} {uri}: that file system is read-only")
+        return Refused(f"cannot {verb} {uri}: that file system is read-only")
+    if error.errno in _FAULTY:
+        return Faulty(f"cannot {verb} {uri}: {error.strerror}")
     return DeeDSRError(f"cannot {verb} {uri}: {error.strerror or error}")
 
 
@@ -84,21 +104,22 @@ def _explain_s3(verb: str, uri: str, error: Exception) -> Exception | None:
         if code in ("PreconditionFailed", "412"):
             return Conflict(uri)
         if code in _NO_PERMISSION:
-            return UsageError(f"no permission to {verb} {uri}: these AWS credentials may not do that")
+            return Refused(f"no permission to {verb} {uri}: these AWS credentials may not do that")
         if code in _WRONG_KEYS:
             return UsageError(f"cannot {verb} {uri}: the AWS credentials are not valid ({code})")
-        return DeeDSRError(f"cannot {verb} {uri}: S3 answered {code}")
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        if code in _FULL or status == 507:
+            return Full(f"cannot {verb} {uri}: no space left in the bucket ({code})")
+        return (Away if status >= 500 or status == 429 else DeeDSRError)(f"cannot {verb} {uri}: S3 answered {code}")
     if isinstance(error, NoCredentialsError | PartialCredentialsError | ProfileNotFound):
         remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
         return UsageError(f"cannot {verb} {uri}: no AWS credentials found; {remedy}")
     if isinstance(error, NoRegionError):
         return UsageError(f"cannot {verb} {uri}: no AWS region; set AWS_REGION")
     if isinstance(error, ReadTimeoutError | ConnectTimeoutError):
-        return DeeDSRError(
-            f"cannot {verb} {uri}: the S3 endpoint does not answer; check AWS_ENDPOINT_URL and the network"
-        )
+        return Away(f"cannot {verb} {uri}: the S3 endpoint does not answer; check AWS_ENDPOINT_URL and the network")
     if isinstance(error, ConnectionError | HTTPClientError):
-        return DeeDSRError(f"cannot {verb} {uri}: no connection to the S3 endpoint; check AWS_ENDPOINT_URL")
+        return Away(f"cannot {verb} {uri}: no connection to the S3 endpoint; check AWS_ENDPOINT_URL")
     if isinstance(error, BotoCoreError | Boto3Error):
         return DeeDSRError(f"cannot {verb} {uri}: {_without_secrets(str(error))}")
     if isinstance(error, ValueError) and any(word in str(error) for word in ("endpoint", "URL")):

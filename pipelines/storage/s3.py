@@ -2,32 +2,39 @@
 
 Uploads carry a checksum that S3 verifies, and whole reads are verified against it (boto3's CRC; for a server that lacks
 it, AWS_REQUEST_CHECKSUM_CALCULATION=when_required and AWS_RESPONSE_CHECKSUM_VALIDATION=when_required turn it off).
+A request that fails is tried again for as long as `pipelines.storage.waiting` says.
 S3 has no checksum of a part of an object: what `read_range` and `open` return is guarded by TCP and TLS only.
 """
 
 import functools
 import io
 import os
+import sys
 import threading
 import time
 import uuid
 import zlib
 from base64 import b64decode
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import urlsplit
 
 from deedsr.errors import DeeDSRError
 from pipelines.storage.errors import Conflict, explained
 from pipelines.storage.interface import ANYTHING, Entry, Expected, Storage, Upload
+from pipelines.storage.waiting import Wait
 
 __all__ = ["TRANSFERS", "S3Storage"]
 
 TRANSFERS = 16  # objects in flight at a time: an S3 request is mostly waiting
-_ATTEMPTS = 10
-_CONNECT_SECONDS, _READ_SECONDS = 10, 60  # without an answer for so long, a request is tried again
+_ATTEMPTS = 10  # to read an object that arrives damaged or is replaced meanwhile
+_CONNECT_SECONDS, _READ_SECONDS = 10, 30  # without an answer for so long, a request is tried again
+_ONE_PUT = 8 << 20  # bytes; what is larger is uploaded in parts, since S3 takes 5 GB in one
 _PIECE = 64 << 10  # bytes of a body taken at a time: no more is lost where it breaks
 _READ_AHEAD = 4 << 20
 _DELETED_AT_ONCE = 1000  # S3's limit
@@ -105,7 +112,8 @@ class S3Storage(Storage):
         """
         from botocore.exceptions import ClientError, FlexibleChecksumError, HTTPClientError, IncompleteReadError
 
-        place, crc, expected_crc, failures = begin, 0, None, 0
+        place, crc, expected_crc = begin, 0, None
+        wait: Wait | None = None
         with explained("read", f"{self.uri}/{path}"):
             while True:
                 options = {"IfMatch": f'"{version}"'} if version else {}
@@ -123,14 +131,16 @@ class S3Storage(Storage):
                 end = place + response["ContentLength"]
                 try:
                     while piece := response["Body"].read(_PIECE):
-                        failures = 0
+                        wait = None
                         place += len(piece)
                         crc = zlib.crc32(piece, crc)
                         yield piece
-                except (HTTPClientError, IncompleteReadError):
-                    failures += 1
-                    if failures == _ATTEMPTS:
+                except (HTTPClientError, IncompleteReadError) as error:
+                    wait = wait or Wait()
+                    pause = wait.pause(f"cannot read {self.uri}/{path}: {type(error).__name__}")
+                    if pause is None:
                         raise
+                    time.sleep(pause)
                     continue
                 except FlexibleChecksumError:
                     raise _Damaged(f"{self.uri}/{path}") from None
@@ -143,10 +153,22 @@ class S3Storage(Storage):
         with explained("write", f"{self.uri}/{path}"):
             if expected is not ANYTHING:
                 return self._write_if(path, data, expected)
-            if not isinstance(data, Path):
+            size = data.stat().st_size if isinstance(data, Path) else len(data)
+            if size <= _ONE_PUT:
                 return self._put(path, data)
-            self._client.upload_file(str(data), self.bucket, self._key(path))  # in parts, aborted when one fails
+            self._upload(path, data)
         return self.stat(path).version
+
+    def _upload(self, path: str, data: bytes | Path) -> None:
+        """In parts, aborted when one fails."""
+        from boto3.s3.transfer import TransferConfig
+        from s3transfer.manager import TransferManager
+
+        with (
+            data.open("rb") if isinstance(data, Path) else io.BytesIO(data) as body,
+            TransferManager(self._client, TransferConfig(), executor_cls=_Threads) as manager,
+        ):
+            manager.upload(body, self.bucket, self._key(path)).result()
 
     def _put(self, path: str, data: bytes | Path, **options: Any) -> str:
         with data.open("rb") if isinstance(data, Path) else io.BytesIO(data) as body:
@@ -238,6 +260,13 @@ class S3Storage(Storage):
                     raise
 
 
+class _Threads(ThreadPoolExecutor):
+    """Threads that wait no longer than whoever gave them their work (`pipelines.storage.waiting.within`)."""
+
+    def submit(self, call: Any, /, *values: Any, **named: Any) -> Any:
+        return super().submit(copy_context().run, call, *values, **named)
+
+
 class _ObjectFile(io.RawIOBase):
     """One version of an object as an unbuffered file."""
 
@@ -298,10 +327,30 @@ def _s3_client(environment: tuple[tuple[str, str], ...]) -> Any:
     from botocore.config import Config
 
     config = Config(
-        retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
+        retries={"mode": "standard", "total_max_attempts": 1},  # botocore counts attempts: `_Retries` has the time
         connect_timeout=_CONNECT_SECONDS,
         read_timeout=_READ_SECONDS,
         max_pool_connections=2 * TRANSFERS,
         region_name=os.environ.get("AWS_REGION"),  # boto3 itself only reads AWS_DEFAULT_REGION
     )
-    return boto3.session.Session().client("s3", config=config)
+    client = boto3.session.Session().client("s3", config=config)
+    client.meta.events.register("needs-retry.s3", _Retries())
+    return client
+
+
+class _Retries:
+    """Botocore's handler of failed requests: tries again what botocore counts as transient, for as long as `Wait`."""
+
+    def __init__(self) -> None:
+        from botocore.retries.standard import RetryEventAdapter, StandardRetryConditions
+
+        self._context_of = RetryEventAdapter().create_retry_context
+        self._transient = StandardRetryConditions(max_attempts=sys.maxsize)
+
+    def __call__(self, **event: Any) -> float | None:
+        context = self._context_of(**event)
+        if not self._transient.is_retryable(context):
+            return None
+        failure = context.get_error_code() or type(event["caught_exception"]).__name__
+        wait = context.request_context.setdefault("deedsr-wait", Wait())
+        return wait.pause(f"S3 at {urlsplit(event['endpoint'].host).hostname} fails ({failure})")

@@ -7,7 +7,6 @@ leave a store that nothing can open again.
 import functools
 import os
 import sqlite3
-import uuid
 from contextlib import closing
 from pathlib import Path
 
@@ -19,9 +18,9 @@ def prepare(path: Path) -> None:
     """Brings the store at `path` to the schema of the installed MLflow; other processes wait meanwhile.
 
     A new store appears under its name when it is whole. An older one is migrated as a copy, which replaces the
-    original in one transaction. One that was left half-made by a killed process, and holds no run, is made again.
+    original in one transaction. One that was left half-made by a killed process, and holds nothing, is made again.
 
-    Raises StoreAway where a store that holds runs cannot be completed, OSError or sqlite3.Error where the file cannot
+    Raises StoreAway where a store that holds something cannot be completed, OSError or sqlite3.Error where the file cannot
     be read or its folder not be written.
     """
     if _version(path) == _newest():
@@ -29,16 +28,21 @@ def prepare(path: Path) -> None:
     with locked(path.with_name(f".{path.name}.lock{PARTIAL}")):
         if _version(path) == _newest():  # another process has made it meanwhile
             return
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL}")
+        partial = path.with_name(f".{path.name}.new{PARTIAL}")
+        _remove(partial)  # of a process that was killed
         try:
-            if _holds_runs(path):
+            if _holds_anything(path):
                 _migrate(path, partial)
             else:
                 _create(partial)
                 partial.replace(path)
         finally:
-            for file in path.parent.glob(f"{partial.name}*"):  # with its journal
-                file.unlink(missing_ok=True)
+            _remove(partial)
+
+
+def _remove(partial: Path) -> None:
+    for suffix in ("", "-journal"):
+        partial.with_name(partial.name + suffix).unlink(missing_ok=True)
 
 
 def _create(path: Path) -> None:
@@ -95,13 +99,17 @@ def _version(path: Path) -> str | None:
     return rows[0][0] if len(rows) == 1 else None
 
 
-def _holds_runs(path: Path) -> bool:
+def _holds_anything(path: Path) -> bool:
     if not path.exists():
         return False
     with closing(_read(path)) as store:
-        held = _tables(store) & {"runs", "experiments", "registered_models"}
-        default = {"experiments": 1}  # MLflow's own
-        return any(store.execute(f"SELECT count(*) FROM {t}").fetchone()[0] > default.get(t, 0) for t in held)
+        tables = _tables(store)
+        own = {"runs": "1", "registered_models": "1", "experiments": "experiment_id <> 0"}  # 0 is MLflow's default
+        return any(
+            store.execute(f"SELECT 1 FROM {table} WHERE {condition} LIMIT 1").fetchone()
+            for table, condition in own.items()
+            if table in tables
+        )
 
 
 def _tables(store: sqlite3.Connection) -> set[str]:

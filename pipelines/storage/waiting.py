@@ -1,0 +1,94 @@
+"""How long work waits for storage that is away, full or closed to it: by time, and the same everywhere.
+
+`DEEDSR_STORAGE_SECONDS` (600) is for how long, from the first failure on. A wait is logged every half minute, and ends
+when the command is asked to end.
+"""
+
+import logging
+import math
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar
+
+from deedsr.errors import UsageError
+from pipelines.storage.errors import Faulty, Full, Refused
+
+__all__ = ["Wait", "interrupted", "limit", "patiently", "within"]
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+VARIABLE = "DEEDSR_STORAGE_SECONDS"
+_SECONDS = 600.0
+_LINE_SECONDS = 30.0
+_UNSAID_SECONDS = 5.0  # requests to a busy S3 fail now and then: what is over so soon is not logged
+_LONGEST_PAUSE = 10.0
+
+interrupted = threading.Event()  # the command was asked to end: nothing is waited for any more
+_bounds: ContextVar[tuple[float, threading.Event]] = ContextVar("bounds", default=(math.inf, interrupted))
+
+
+def limit() -> float:
+    """Seconds that a failure of storage may last. Raises UsageError if the variable holds none."""
+    text = os.environ.get(VARIABLE) or str(_SECONDS)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not seconds >= 0:
+        raise UsageError(f"{VARIABLE} must be a number of seconds, 0 or more, got {text!r}")
+    return min(seconds, _bounds.get()[0])
+
+
+@contextmanager
+def within(seconds: float = math.inf, over: threading.Event | None = None) -> Iterator[None]:
+    """Inside it, this thread waits for `seconds` at most, and no longer than until `over` is set."""
+    before = _bounds.get()
+    token = _bounds.set((min(seconds, before[0]), over or before[1]))
+    try:
+        yield
+    finally:
+        _bounds.reset(token)
+
+
+class Wait:
+    """Attempts of one thing, from its first failure on. `say` gets the lines; `at_once`: the first failure's, too."""
+
+    def __init__(self, say: Callable[[str], object] = logger.warning, at_once: bool = False):
+        self.over = _bounds.get()[1]
+        self._limit, self._say = limit(), say
+        self._began = time.monotonic()
+        self._next_line = self._began + (0 if at_once else _UNSAID_SECONDS)
+        self._longest = 0.1
+
+    def pause(self, failure: object) -> float | None:
+        """Seconds until the next attempt; None where there is to be none."""
+        now = time.monotonic()
+        left = self._limit - (now - self._began)
+        if left <= 0 or self.over.is_set() or interrupted.is_set():
+            return None
+        if now >= self._next_line:
+            self._next_line = now + _LINE_SECONDS
+            self._say(f"{failure}; tried again for {left:.0f} s more ({VARIABLE})")
+        self._longest = min(2 * self._longest, _LONGEST_PAUSE)
+        return min(self._longest * random.uniform(0.5, 1), left)
+
+
+def patiently(call: Callable[[], Result], say: Callable[[str], object] = logger.warning) -> Result:
+    """What `call` returns, tried again while a disk is full, a right is missing or a file system fails.
+
+    What S3 does not answer is waited for request by request, inside of it (`pipelines.storage.s3`).
+    """
+    wait: Wait | None = None
+    while True:
+        try:
+            return call()
+        except (Full, Refused, Faulty) as error:
+            wait = wait or Wait(say, at_once=True)
+            pause = wait.pause(error)
+            if pause is None or wait.over.wait(pause):
+                raise
