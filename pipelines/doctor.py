@@ -129,7 +129,7 @@ def _plans(here: machine.Machine) -> Iterator[Check]:
 
 
 def _disks(out: str | None) -> Iterator[Check]:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = machine.cache_folder()
     places = {"temporary files": Path(tempfile.gettempdir()), "cache": cache}
     if not out or "://" not in out:
         places["results"] = Path(out or ".").absolute()

@@ -11,7 +11,6 @@ from test_faults import small_disk, through  # noqa: F401
 
 from deedsr.errors import DeeDSRError
 from pipelines.storage import open_storage
-from pipelines.storage import s3 as s3_module
 from pipelines.training import checkpoint
 from pipelines.training.checkpoint import Checkpoint, Keep, Writer
 

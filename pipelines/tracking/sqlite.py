@@ -20,8 +20,8 @@ def prepare(path: Path) -> None:
     A new store appears under its name when it is whole. An older one is migrated as a copy, which replaces the
     original in one transaction. One that was left half-made by a killed process, and holds nothing, is made again.
 
-    Raises StoreAway where a store that holds something cannot be completed, OSError or sqlite3.Error where the file cannot
-    be read or its folder not be written.
+    Raises StoreAway where a store that holds something cannot be completed, OSError or sqlite3.Error where the file
+    cannot be read or its folder not be written.
     """
     if _version(path) == _newest():
         return
