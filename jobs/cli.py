@@ -21,6 +21,7 @@ from deedsr.errors import DeeDSRError, UsageError
 from jobs.command import Command, Outcome
 from jobs.options import CommandParser
 from pipelines.machine import cache_folder
+from pipelines.storage import waiting
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 
@@ -57,9 +58,15 @@ def set_up_process() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     for layer in ("deedsr", "pipelines", "jobs"):
         logging.getLogger(layer).setLevel(logging.INFO)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _interrupt)
     # Libraries cache there too: where there is no home that can be written, not in it.
     os.environ["XDG_CACHE_HOME"] = str(cache_folder())
+
+
+def _interrupt(number: int, frame: object) -> None:
+    waiting.interrupted.set()  # threads that wait for storage end with the command
+    raise KeyboardInterrupt
 
 
 def _run(argv: list[str]) -> int:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from deedsr.errors import DeeDSRError, UsageError
 from jobs.command import Command, Outcome
 from jobs.job_file import JobFile, load_job_file
-from pipelines.cluster import require_docstrings
+from pipelines.cluster import dashboard
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
-ANSWER_SECONDS = 10.0  # that a dashboard is given to answer
 
 
 @dataclasses.dataclass
@@ -70,14 +69,12 @@ def connect(address: str) -> "JobSubmissionClient":
     """A client of the cluster's Jobs API; DeeDSRError when nobody answers or the token is refused."""
     import requests
 
-    require_docstrings()
-    from ray.job_submission import JobSubmissionClient
-
     try:
-        requests.head(address, timeout=ANSWER_SECONDS)  # the client itself waits for ever
-        return JobSubmissionClient(address)
+        return dashboard(address)
     except (ConnectionError, requests.ConnectionError, requests.Timeout):
         raise DeeDSRError(f"no Ray dashboard answers at {address}; start the cluster or give --address") from None
+    except DeeDSRError:
+        raise
     except Exception as error:
         raise DeeDSRError(f"cannot use the cluster at {address}: {' '.join(str(error).split())}") from error
 

@@ -3,7 +3,6 @@
 import logging
 import os
 import secrets
-import shutil
 import signal
 import socket
 import sys
@@ -19,17 +18,17 @@ from urllib.parse import urlsplit
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines import autoscaler, machine
 from pipelines.placement import Nodes, Offer, TrainingPlan, WorkPlan
-from pipelines.storage import open_storage
+from pipelines.storage import open_storage, waiting
 
 __all__ = [
     "CannotHold",
     "arrow_filesystem",
     "connect",
+    "dashboard",
     "data",
     "is_local",
     "nodes",
     "offer",
-    "require_docstrings",
     "scratch",
     "this_machine",
     "wait_for",
@@ -131,6 +130,16 @@ def _answers(address: str) -> bool:
     return True
 
 
+def dashboard(address: str) -> Any:
+    """A client of the Jobs API at `address`, http(s)://HOST:PORT. Raises what Ray's client raises."""
+    require_docstrings()
+    import requests
+    from ray.job_submission import JobSubmissionClient
+
+    requests.head(address, timeout=_ANSWER_SECONDS)  # the client itself waits for ever
+    return JobSubmissionClient(address)
+
+
 def data() -> Any:
     """`ray.data` on the connected cluster, without its own progress bars and remarks: ours are shown instead."""
     connect()
@@ -225,12 +234,8 @@ def scratch(uri: str, name: str) -> Iterator[tuple[str, Any]]:
     try:
         yield path, filesystem
     finally:
-        local = storage.local_path("")
-        if local is not None:
-            shutil.rmtree(local, ignore_errors=True)
-        else:
-            for entry in list(storage.list()):
-                storage.delete(entry.path)
+        with waiting.cleaning(f"what Ray Train left in {storage.uri}"):
+            storage.delete_all()
 
 
 def arrow_filesystem(uri: str) -> tuple[str, Any]:

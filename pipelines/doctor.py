@@ -18,6 +18,7 @@ from pipelines import machine
 from pipelines.placement import Nodes, Offer, place_networks, place_shards, place_training
 from pipelines.storage import open_storage
 from pipelines.storage.errors import Conflict
+from pipelines.storage.waiting import within
 from pipelines.training.config import PRESETS, ContrastOptions, TrainOptions
 
 __all__ = ["Check", "examine"]
@@ -25,6 +26,7 @@ __all__ = ["Check", "examine"]
 GIB, MIB = 1 << 30, 1 << 20
 LIBRARIES = ("torch", "diffusers", "numpy", "pillow", "opencv-python-headless", "simplejpeg")
 PIPELINE = {"ray": "ray", "deepspeed": "deepspeed", "webdataset": "webdataset", "mlflow": "mlflow", "boto3": "boto3"}
+_STORAGE_SECONDS = 30.0  # that a place for results is given to answer
 _LEAST_DISK, _LEAST_SHARED = 5 * GIB, 64 * MIB
 
 
@@ -156,7 +158,8 @@ def _storage(out: str) -> Iterator[Check]:
     done = ""
     try:
         storage = open_storage(out)
-        storage.require_writable()
+        with within(_STORAGE_SECONDS):
+            storage.require_writable()
         done = "write"
         before = storage.write(name, b"first", expected=None)
         done = "conditional put"
@@ -223,9 +226,9 @@ def _cluster(address: str | None) -> Iterator[Check]:
 
 
 def _reach(address: str) -> str:
-    from ray.job_submission import JobSubmissionClient
+    from pipelines.cluster import dashboard
 
-    return f"{address}: {len(JobSubmissionClient(address).list_jobs())} jobs listed"
+    return f"{address}: {len(dashboard(address).list_jobs())} jobs listed"
 
 
 def _said(error: BaseException) -> str:

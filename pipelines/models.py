@@ -17,10 +17,20 @@ if TYPE_CHECKING:
 
 
 def _local(name: str | Path) -> Path | str:
-    """A URI becomes a local folder, without the checkpoints of the training that wrote it; whatever else stays."""
+    """A URI becomes a local folder; whatever else stays."""
     if str(name).startswith("models:"):
         return _registered(str(name))
-    return localize(name, without="checkpoints") if "://" in str(name) else name
+    return localize(name, _is_of_model) if "://" in str(name) else name
+
+
+def _is_of_model(path: str) -> bool:
+    """Whether an object belongs to a model or base: not to the training that wrote it, or to parts that are not used."""
+    from deedsr.sampling.model_folder import PARTS
+    from deedsr.sampling.weights import NAME
+
+    folder, _, file = path.rpartition("/")
+    is_weights = file.startswith(NAME) and file.endswith(".safetensors")
+    return folder in ("", *PARTS) and (is_weights or file.endswith((".json", ".md")) or file.startswith("LICENSE"))
 
 
 def _registered(name: str) -> Path:
@@ -28,7 +38,7 @@ def _registered(name: str) -> Path:
     from pipelines.tracking import registry
 
     version = registry.find(name)
-    folder = localize(version.source, without="checkpoints") if _is_place(version.source) else registry.fetch(version)
+    folder = localize(version.source, _is_of_model) if _is_place(version.source) else registry.fetch(version)
     if version.weights is not None and registry.weights_digest(open_storage(str(folder))) != version.weights:
         raise UsageError(
             f"the weights of {version.uri} are gone: a later training wrote others to {version.source}. "

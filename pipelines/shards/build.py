@@ -28,6 +28,7 @@ from pipelines.shards.record import COLUMNS, ShardRecord, table_of, tar_name, wr
 from pipelines.shards.samples import Draft, Drafts, Share, rejection, samples_of
 from pipelines.shards.sources import Source, is_table, read_source
 from pipelines.storage import Storage
+from pipelines.storage.errors import explained
 
 __all__ = ["FromSources", "ShardDraft", "ShardWork"]
 
@@ -82,7 +83,7 @@ class ShardDraft:
 @contextmanager
 def shard_draft(plan: ShardPlan, columns: pa.Schema = COLUMNS) -> Iterator[ShardDraft]:
     prepare_worker()
-    with tempfile.NamedTemporaryFile(prefix="deedsr-", suffix=".tar") as file:
+    with tempfile.NamedTemporaryFile(prefix="deedsr-", suffix=".tar") as file, explained("write", file.name):
         yield ShardDraft(plan, file, columns)
 
 

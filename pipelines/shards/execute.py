@@ -14,6 +14,7 @@ from pipelines.shards.plan import ShardPlan
 from pipelines.shards.record import record_key
 from pipelines.shards.run import PlanParts, read_part
 from pipelines.storage import Storage
+from pipelines.storage.waiting import patiently
 
 __all__ = ["Built", "build_missing"]
 
@@ -125,7 +126,7 @@ def _build(plan: ShardPlan, work: ShardWork, out: Storage, cpus: int) -> dict[st
     summary: dict[str, Any] = {"id": plan.id, "sources": len(plan.sources), "hash": "", "bytes": 0, "samples": 0}
     try:
         # A user's mistake travels as a value: as an exception it would come back wrapped in Ray's traceback.
-        record = work.build(plan, out, cpus)
+        record = patiently(lambda: work.build(plan, out, cpus))
     except DeeDSRError as error:
         return summary | {"error": str(error), "usage": isinstance(error, UsageError)}
     hash, size = record_key(record)

@@ -4,26 +4,28 @@ Workers read the plan from there, a part at a time, so that neither the driver n
 """
 
 import json
+import logging
 import os
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 
 from deedsr.dataset.manifest import STATE
 from deedsr.errors import DeeDSRError
 from pipelines.shards.plan import ShardPlan
 from pipelines.shards.record import Inventory
-from pipelines.storage import Storage
+from pipelines.storage import Storage, waiting
 
 __all__ = ["DEAD_AFTER", "PlanParts", "live_runs", "read_part", "running"]
 
+logger = logging.getLogger(__name__)
 RUNS = f"{STATE}/runs"
 _CLAIM = "claim.json"
-_HEARTBEAT = 60.0  # seconds
+_HEARTBEAT = 30.0  # seconds
 DEAD_AFTER = timedelta(minutes=10)  # without a sign of life
 _SHARDS_PER_PART = 64
 
@@ -39,9 +41,12 @@ def running(out: Storage) -> Iterator[Storage]:
     over = threading.Event()
 
     def beat() -> None:
-        while not over.wait(_HEARTBEAT):
-            with suppress(DeeDSRError):  # a storage that fails for a moment: the next beat tells again
-                claim()
+        with waiting.within(over=over):
+            while not over.wait(_HEARTBEAT):
+                try:
+                    claim()
+                except DeeDSRError as error:  # workers wait too, where nobody hears them
+                    logger.warning("%s; the work waits, for %.0f s at most", error, waiting.limit())
 
     heart = threading.Thread(target=beat, daemon=True)
     heart.start()
@@ -50,7 +55,8 @@ def running(out: Storage) -> Iterator[Storage]:
     finally:
         over.set()
         heart.join()
-        out.delete_many([entry.path for entry in out.list(name)])
+        with waiting.cleaning(f"what this run left in {folder.uri}"):
+            out.delete_many([entry.path for entry in out.list(name)])
 
 
 def live_runs(out: Storage) -> list[str]:

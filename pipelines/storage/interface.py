@@ -89,6 +89,10 @@ class Storage(ABC):
         """Removes objects, on S3 a thousand with each request."""
 
     @abstractmethod
+    def delete_all(self) -> None:
+        """Removes everything below this location, with unfinished writes and the marks of empty folders."""
+
+    @abstractmethod
     def child(self, path: str) -> "Storage":
         """The storage below the folder `path`."""
 

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
@@ -116,6 +116,10 @@ class LocalStorage(Storage):
     def delete_many(self, paths: Iterable[str]) -> None:
         for path in paths:
             self.delete(path)
+
+    def delete_all(self) -> None:
+        with explained("delete", self.uri), suppress(FileNotFoundError):
+            shutil.rmtree(self.directory)
 
     def child(self, path: str) -> Storage:
         return LocalStorage(self.directory / path)

@@ -14,18 +14,21 @@ PARTIAL = ".partial"  # suffix of a file or folder whose writing has not ended; 
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process at a time. `path`: the lock file, made where it is missing and removed on leaving.
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """One process at a time; False for another one that does not `wait`.
 
-    The lock ends with the process that holds it, however that ends.
+    `path`: the lock file, made where it is missing and removed on leaving. The lock ends with the process that holds
+    it, however that ends.
     """
     while True:
         with path.open("ab") as file:
-            machine.lock(file)
+            if not machine.lock(file, wait):
+                yield False
+                return
             if not _is_at(path, file):  # who had the lock before has removed it: to lock that one excludes nobody
                 continue
             try:
-                yield
+                yield True
             finally:
                 with suppress(PermissionError):  # Windows removes no open file
                     path.unlink()

@@ -18,14 +18,13 @@ from base64 import b64decode
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from datetime import datetime
+from datetime import datetime, timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
-from deedsr.errors import DeeDSRError
-from pipelines.storage.errors import Conflict, explained
+from pipelines.storage.errors import Conflict, Faulty, explained
 from pipelines.storage.interface import ANYTHING, Entry, Expected, Storage, Upload
 from pipelines.storage.waiting import Wait
 
@@ -63,15 +62,18 @@ class S3Storage(Storage):
         return key[len(self.prefix) + 1 if self.prefix else 0 :]
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
+        for item in self._items(prefix):
+            if not item["Key"].endswith("/"):  # the empty objects by which consoles show folders
+                yield Entry(self._path(item["Key"]), item["Size"], item["ETag"].strip('"'))
+
+    def _items(self, prefix: str) -> Iterator[dict[str, Any]]:
         folder = self._key(prefix.strip("/")).strip("/")
         pages = self._client.get_paginator("list_objects_v2").paginate(
             Bucket=self.bucket, Prefix=f"{folder}/" if folder else ""
         )
         with explained("list", self.uri):
             for page in pages:
-                for item in page.get("Contents", ()):
-                    if not item["Key"].endswith("/"):  # the empty objects by which consoles show folders
-                        yield Entry(self._path(item["Key"]), item["Size"], item["ETag"].strip('"'))
+                yield from page.get("Contents", ())
 
     def read(self, path: str) -> bytes:
         buffer = io.BytesIO()
@@ -230,6 +232,10 @@ class S3Storage(Storage):
             for failed in answer.get("Errors", ()):
                 self.delete(self._path(failed["Key"]))  # tried again, or explained
 
+    def delete_all(self) -> None:
+        self.delete_many(self._path(item["Key"]) for item in self._items(""))
+        self.abort_uploads(timedelta(0))
+
     def child(self, path: str) -> Storage:
         return S3Storage(self.bucket, self._key(path))
 
@@ -305,7 +311,7 @@ class _ObjectFile(io.RawIOBase):
         return bytes(data[: self.readinto(data)])
 
 
-class _Damaged(DeeDSRError):
+class _Damaged(Faulty):
     def __init__(self, uri: str):
         super().__init__(f"{uri} arrived damaged: its checksum is another")
 

@@ -2,29 +2,32 @@
 
 import hashlib
 import shutil
-import uuid
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from deedsr.errors import UsageError
 from pipelines import machine
+from pipelines.storage.errors import explained
 from pipelines.storage.local import LocalStorage
 from pipelines.storage.location import open_storage
-from pipelines.storage.lock import PARTIAL
+from pipelines.storage.lock import PARTIAL, locked
 from pipelines.storage.s3 import TRANSFERS
 
-__all__ = ["localize", "publish"]
+__all__ = ["kept", "localize", "publish"]
+
+_ABANDONED_SECONDS = 86400.0
 
 
-def localize(uri: str | Path, without: str = "") -> Path:
+def localize(uri: str | Path, wanted: Callable[[str], bool] = lambda path: True) -> Path:
     """A local directory with what lies at `uri`: the directory itself, or an S3 prefix downloaded once.
 
-    `without`: a folder below it that is not downloaded.
+    `wanted`: whether the object at a path below it is downloaded.
 
-    Downloads are kept under `$XDG_CACHE_HOME/deedsr` (else `~/.cache/deedsr`) by location and ETags, so that changed
-    objects get another directory. Raises UsageError if there is nothing at `uri`.
+    Downloads are kept under `machine.cache_folder()` by location and ETags, so that changed objects get another
+    directory. Raises UsageError if there is nothing at `uri`.
     """
     storage = open_storage(uri)
     local = storage.local_path("")
@@ -32,24 +35,46 @@ def localize(uri: str | Path, without: str = "") -> Path:
         if not local.is_dir():
             raise UsageError(f"{storage.uri} is not a directory" if local.exists() else f"{storage.uri} does not exist")
         return local
-    entries = [entry for entry in storage.list() if not (without and entry.path.startswith(f"{without}/"))]
+    entries = [entry for entry in storage.list() if wanted(entry.path)]
     if not entries:
         raise UsageError(f"there is nothing below {storage.uri}")
     name = hashlib.sha256(repr((storage.uri, [tuple(entry) for entry in entries])).encode()).hexdigest()
+    return kept(name, lambda folder: _each(lambda entry: storage.download(entry.path, folder / entry.path), entries))
+
+
+def kept(name: str, fill: Callable[[Path], object]) -> Path:
+    """The folder `name` of this node's cache; `fill` makes it in one process, while others that want it wait."""
     cache = machine.cache_folder() / "deedsr"
     target = cache / name
     if target.is_dir():
         return target
-    partial = cache / f"{name}.{uuid.uuid4().hex[:12]}{PARTIAL}"
-    try:
-        _each(lambda entry: storage.download(entry.path, partial / entry.path), entries)
-        partial.rename(target)
-    except OSError:
-        if not target.is_dir():  # else another process was faster, with the same content
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with explained("write", str(target)):
+        cache.mkdir(parents=True, exist_ok=True)
+        with locked(cache / f"{name}.lock"):
+            if target.is_dir():  # another process has made it meanwhile
+                return target
+            _remove_abandoned(cache)
+            partial = cache / f"{name}{PARTIAL}"
+            try:
+                partial.mkdir()
+                fill(partial)
+                partial.rename(target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Removes what killed processes were downloading, for whom nobody holds the lock any more."""
+    for partial in cache.glob(f"*{PARTIAL}"):
+        name = partial.name.removesuffix(PARTIAL)
+        if "." in name:  # an earlier version's, which took no lock
+            if time.time() - partial.stat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(partial, ignore_errors=True)
+            continue
+        with locked(cache / f"{name}.lock", wait=False) as mine:
+            if mine:
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 def publish(folder: Path, uri: str | Path) -> None:

@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
 
-from deedsr.errors import UsageError
+from deedsr.errors import DeeDSRError, UsageError
 from pipelines.storage.errors import Faulty, Full, Refused
 
-__all__ = ["Wait", "interrupted", "limit", "patiently", "within"]
+__all__ = ["Wait", "cleaning", "interrupted", "limit", "patiently", "within"]
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -27,6 +27,7 @@ _SECONDS = 600.0
 _LINE_SECONDS = 30.0
 _UNSAID_SECONDS = 5.0  # requests to a busy S3 fail now and then: what is over so soon is not logged
 _LONGEST_PAUSE = 10.0
+_CLEANING_SECONDS = 10.0
 
 interrupted = threading.Event()  # the command was asked to end: nothing is waited for any more
 _bounds: ContextVar[tuple[float, threading.Event]] = ContextVar("bounds", default=(math.inf, interrupted))
@@ -53,6 +54,16 @@ def within(seconds: float = math.inf, over: threading.Event | None = None) -> It
         yield
     finally:
         _bounds.reset(token)
+
+
+@contextmanager
+def cleaning(what: str) -> Iterator[None]:
+    """For tidying up at the end: short, and a failure is logged, so that it hides no other."""
+    try:
+        with within(_CLEANING_SECONDS):
+            yield
+    except DeeDSRError as error:
+        logger.warning("%s stays: %s", what, error)
 
 
 class Wait:

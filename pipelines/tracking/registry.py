@@ -8,15 +8,13 @@ artifacts. The SHA-256 of the weights stands in the version's tags.
 import hashlib
 import os
 import re
-import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from deedsr.errors import UsageError
-from pipelines import machine
 from pipelines.storage import Storage
+from pipelines.storage.transfer import kept
 from pipelines.tracking.run import Run
 from pipelines.tracking.store import connect, masked_uri, tracking_uri
 
@@ -125,23 +123,18 @@ def _there(client: "MlflowClient", model: str) -> str:
 
 
 def fetch(version: Version) -> Path:
-    """A model among MLflow's artifacts, downloaded once into `$XDG_CACHE_HOME/deedsr` (else `~/.cache/deedsr`)."""
+    """A model among MLflow's artifacts, downloaded once by each node (`pipelines.storage.transfer.kept`)."""
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
     uri = tracking_uri()
-    cache = machine.cache_folder() / "deedsr"
-    target = cache / hashlib.sha256(repr((uri, version)).encode()).hexdigest()
-    if target.is_dir():
-        return target
-    partial = cache / f"{target.name}.{uuid.uuid4().hex[:12]}.partial"
-    partial.mkdir(parents=True)
+
+    def download(folder: Path) -> None:
+        got = Path(download_artifacts(artifact_uri=version.source, dst_path=str(folder), tracking_uri=uri))
+        for part in [] if got == folder else list(got.iterdir()):  # it comes in a folder of its own
+            part.rename(folder / part.name)
+
     try:
-        got = download_artifacts(artifact_uri=version.source, dst_path=str(partial), tracking_uri=uri)
-        Path(got).rename(target)
+        return kept(hashlib.sha256(repr((uri, version)).encode()).hexdigest(), download)
     except (MlflowException, OSError) as error:
-        if not target.is_dir():  # else another process was faster, with the same content
-            raise UsageError(f"{version.uri} lies at {masked_uri(version.source)}, which did not give it") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return target
+        raise UsageError(f"{version.uri} lies at {masked_uri(version.source)}, which did not give it") from error

@@ -9,7 +9,7 @@ from typing import Any
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines import cluster
 from pipelines.placement import Device, place_networks
-from pipelines.storage import Storage, open_storage
+from pipelines.storage import Storage, open_storage, waiting
 from pipelines.upscaling.sources import Source
 from pipelines.upscaling.work import Done, Upscaler
 
@@ -87,6 +87,7 @@ def _remove_parts(out: Storage, targets: set[str]) -> None:
     """Removes what killed workers had begun to write; on S3 nothing is seen of it."""
     if out.local_path("") is None:
         return
-    for upload in out.abandoned_uploads(timedelta(0)):
-        if upload.path in targets:
-            out.abort(upload)
+    with waiting.cleaning(f"what killed workers began in {out.uri}"):
+        for upload in out.abandoned_uploads(timedelta(0)):
+            if upload.path in targets:
+                out.abort(upload)

@@ -13,6 +13,7 @@ from deedsr import __version__
 from deedsr.errors import DeeDSRError
 from pipelines.models import load_pipeline, part_digest, resolve_base, resolve_model
 from pipelines.storage import Storage
+from pipelines.storage.waiting import patiently
 from pipelines.upscaling.encoding import LOSSY, encode, format_of, holds_deep, require_fit
 from pipelines.upscaling.metadata import exif_of_result, mark_of
 from pipelines.upscaling.picture import Picture, read_picture
@@ -84,7 +85,7 @@ class Upscaler:
         height, width = enlarged.pixels_HWC.shape[:2]
         file = encode(enlarged, exif_of_result(picture.exif, width, height, mark), format, self.quality)
         try:
-            self.out.write(source.target, file)
+            patiently(lambda: self.out.write(source.target, file))
         except DeeDSRError as error:
             self.out.require_writable(len(file))
             return done(reason=str(error))
