@@ -24,7 +24,7 @@ def _local(name: str | Path) -> Path | str:
 
 
 def _is_of_model(path: str) -> bool:
-    """Whether an object belongs to a model or base: not to the training that wrote it, or to parts that are not used."""
+    """Whether an object belongs to a model or base, and not to the training that wrote it or to unused parts."""
     from deedsr.sampling.model_folder import PARTS
     from deedsr.sampling.weights import NAME
 

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import subprocess
 import threading
 import time
 
@@ -21,7 +22,7 @@ def tensors(step: int, values: int = 1000) -> checkpoint.Tensors:
 
 def save(out, keep: Keep, *checkpoints: Checkpoint) -> list[int]:
     """Steps that stay."""
-    with Writer(out, keep, 0) as writer:
+    with Writer(out, keep) as writer:
         for one in checkpoints:
             writer.start(one, tensors(one.step))
         writer.wait()
@@ -66,13 +67,13 @@ def test_s3_that_is_away_delays_the_checkpoint_and_not_the_training(through, buc
     away = threading.Event()
     proxy = through(lambda number: "reset" if away.is_set() else None)
     out = open_storage(f"{bucket}/{tmp_path.name}")
-    with Writer(out, Keep(2), 60) as writer:
+    with Writer(out, Keep(2)) as writer:
         writer.start(Checkpoint(1, 8, 0.1), tensors(1))
         writer.wait()
         away.set()
         writer.start(Checkpoint(2, 16, 0.1), tensors(2))
         until(lambda: proxy.injected["reset"] >= 2)
-        writer.check()  # no error as long as it is tried again
+        assert writer.failure is None  # as long as it is tried again
         away.clear()
         writer.start(Checkpoint(3, 24, 0.1), tensors(3))  # waits for the one before
         writer.wait()
@@ -82,19 +83,21 @@ def test_s3_that_is_away_delays_the_checkpoint_and_not_the_training(through, buc
     assert [c.step for c in checkpoint.committed(out)] == [2, 3]
 
 
-def test_a_full_disk_is_one_clear_error_nothing_counts_and_space_ends_it(small_disk):  # noqa: F811
+def test_a_full_disk_is_one_clear_error_nothing_counts_and_space_ends_it(small_disk, monkeypatch):  # noqa: F811
     out = open_storage(str(small_disk / "out"))
     save(out, Keep(2), Checkpoint(1, 8, 0.1))
     filler = small_disk / "filler"
     filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - (100 << 10)))
     large = tensors(2, 40_000)  # 160 kB a part
-    with Writer(out, Keep(2), 0.5) as writer:
+    monkeypatch.setenv("DEEDSR_STORAGE_SECONDS", "0.5")
+    with Writer(out, Keep(2)) as writer:
         writer.start(Checkpoint(2, 16, 0.1), large)
         with pytest.raises(DeeDSRError, match=r"the checkpoint of step 2 could not be written: .*no space left"):
             writer.wait()
     assert [c.step for c in checkpoint.committed(out)] == [1]
     assert not list((small_disk / "out/checkpoints").glob("step-00000002/*"))
-    with Writer(out, Keep(2), 60) as writer:
+    monkeypatch.delenv("DEEDSR_STORAGE_SECONDS")
+    with Writer(out, Keep(2)) as writer:
         writer.start(Checkpoint(2, 16, 0.1), large)
         time.sleep(0.5)
         filler.unlink()
@@ -105,7 +108,7 @@ def test_a_full_disk_is_one_clear_error_nothing_counts_and_space_ends_it(small_d
 def test_a_training_that_fails_does_not_wait_for_a_checkpoint_that_cannot_be_written(small_disk):  # noqa: F811
     out = open_storage(str(small_disk / "out"))
     (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - (100 << 10)))
-    writer = Writer(out, Keep(2), 3600)
+    writer = Writer(out, Keep(2))
 
     def training() -> None:
         with writer:
@@ -116,3 +119,35 @@ def test_a_training_that_fails_does_not_wait_for_a_checkpoint_that_cannot_be_wri
         training()
     until(lambda: writer._running.done())
     assert not checkpoint.committed(out)
+
+
+def test_a_full_disk_is_said_at_once_and_given_up_when_the_run_is_to_end(small_disk):  # noqa: F811
+    out = open_storage(str(small_disk / "out"))
+    (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - (100 << 10)))
+    said: list[str] = []
+    with Writer(out, Keep(2), said.append) as writer:
+        assert not writer.give_up()  # nothing failed
+        writer.start(Checkpoint(2, 16, 0.1), tensors(2, 40_000))
+        until(lambda: said)
+        assert "checkpoint of step 2" in said[0]
+        assert "no space left" in said[0]
+        assert writer.busy(0.1)
+        assert writer.give_up()
+        until(lambda: not writer.busy(0.1))
+        assert "no space left" in str(writer.failure)
+        with pytest.raises(DeeDSRError, match="the checkpoint of step 2 could not be written"):
+            writer.wait()
+
+
+def test_a_right_that_comes_back_ends_the_wait_for_it(small_disk):  # noqa: F811
+    out = open_storage(str(small_disk / "out"))
+    remount = lambda how: subprocess.run(["mount", "-o", f"remount,{how}", small_disk], check=True)
+    remount("ro")
+    said: list[str] = []
+    with Writer(out, Keep(2), said.append) as writer:
+        writer.start(Checkpoint(2, 16, 0.1), tensors(2))
+        until(lambda: said)
+        remount("rw")
+        writer.wait()
+    assert "read-only" in said[0]
+    assert [c.step for c in checkpoint.committed(out)] == [2]

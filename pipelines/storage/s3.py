@@ -139,10 +139,8 @@ class S3Storage(Storage):
                         yield piece
                 except (HTTPClientError, IncompleteReadError) as error:
                     wait = wait or Wait()
-                    pause = wait.pause(f"cannot read {self.uri}/{path}: {type(error).__name__}")
-                    if pause is None:
+                    if not wait.sleep(f"cannot read {self.uri}/{path} ({type(error).__name__})"):
                         raise
-                    time.sleep(pause)
                     continue
                 except FlexibleChecksumError:
                     raise _Damaged(f"{self.uri}/{path}") from None

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines.storage.errors import Faulty, Full, Refused
@@ -30,7 +30,16 @@ _LONGEST_PAUSE = 10.0
 _CLEANING_SECONDS = 10.0
 
 interrupted = threading.Event()  # the command was asked to end: nothing is waited for any more
-_bounds: ContextVar[tuple[float, threading.Event]] = ContextVar("bounds", default=(math.inf, interrupted))
+
+
+class _Bounds(NamedTuple):
+    seconds: float = math.inf
+    over: threading.Event = interrupted
+    say: Callable[[str], object] = logger.warning
+
+
+_UNBOUNDED = _Bounds()
+_bounds: ContextVar[_Bounds] = ContextVar("bounds", default=_UNBOUNDED)
 
 
 def limit() -> float:
@@ -42,14 +51,16 @@ def limit() -> float:
         seconds = math.nan
     if not seconds >= 0:
         raise UsageError(f"{VARIABLE} must be a number of seconds, 0 or more, got {text!r}")
-    return min(seconds, _bounds.get()[0])
+    return min(seconds, _bounds.get().seconds)
 
 
 @contextmanager
-def within(seconds: float = math.inf, over: threading.Event | None = None) -> Iterator[None]:
-    """Inside it, this thread waits for `seconds` at most, and no longer than until `over` is set."""
+def within(
+    seconds: float = math.inf, over: threading.Event | None = None, say: Callable[[str], object] | None = None
+) -> Iterator[None]:
+    """Inside it, this thread waits for `seconds` at most and no longer than until `over` is set; `say` gets the lines."""
     before = _bounds.get()
-    token = _bounds.set((min(seconds, before[0]), over or before[1]))
+    token = _bounds.set(_Bounds(min(seconds, before.seconds), over or before.over, say or before.say))
     try:
         yield
     finally:
@@ -67,11 +78,10 @@ def cleaning(what: str) -> Iterator[None]:
 
 
 class Wait:
-    """Attempts of one thing, from its first failure on. `say` gets the lines; `at_once`: the first failure's, too."""
+    """Attempts of one thing, from its first failure on. `at_once`: the first failure is logged, too."""
 
-    def __init__(self, say: Callable[[str], object] = logger.warning, at_once: bool = False):
-        self.over = _bounds.get()[1]
-        self._limit, self._say = limit(), say
+    def __init__(self, at_once: bool = False):
+        self._bounds, self._limit = _bounds.get(), limit()
         self._began = time.monotonic()
         self._next_line = self._began + (0 if at_once else _UNSAID_SECONDS)
         self._longest = 0.1
@@ -80,16 +90,21 @@ class Wait:
         """Seconds until the next attempt; None where there is to be none."""
         now = time.monotonic()
         left = self._limit - (now - self._began)
-        if left <= 0 or self.over.is_set() or interrupted.is_set():
+        if left <= 0 or self._bounds.over.is_set() or interrupted.is_set():
             return None
         if now >= self._next_line:
             self._next_line = now + _LINE_SECONDS
-            self._say(f"{failure}; tried again for {left:.0f} s more ({VARIABLE})")
+            self._bounds.say(f"{failure}; tried again for {left:.0f} s more ({VARIABLE})")
         self._longest = min(2 * self._longest, _LONGEST_PAUSE)
         return min(self._longest * random.uniform(0.5, 1), left)
 
+    def sleep(self, failure: object) -> bool:
+        """Sleeps until the next attempt; False where there is to be none."""
+        pause = self.pause(failure)
+        return pause is not None and not self._bounds.over.wait(pause)
 
-def patiently(call: Callable[[], Result], say: Callable[[str], object] = logger.warning) -> Result:
+
+def patiently(call: Callable[[], Result]) -> Result:
     """What `call` returns, tried again while a disk is full, a right is missing or a file system fails.
 
     What S3 does not answer is waited for request by request, inside of it (`pipelines.storage.s3`).
@@ -99,7 +114,6 @@ def patiently(call: Callable[[], Result], say: Callable[[str], object] = logger.
         try:
             return call()
         except (Full, Refused, Faulty) as error:
-            wait = wait or Wait(say, at_once=True)
-            pause = wait.pause(error)
-            if pause is None or wait.over.wait(pause):
+            wait = wait or Wait(at_once=True)
+            if not wait.sleep(error):
                 raise

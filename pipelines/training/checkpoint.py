@@ -11,8 +11,8 @@ import json
 import logging
 import math
 import threading
-import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Literal, Self
@@ -21,12 +21,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from deedsr.errors import DeeDSRError, UsageError
-from pipelines.storage import Storage
+from pipelines.storage import Storage, waiting
+from pipelines.storage.errors import Faulty
 
 logger = logging.getLogger(__name__)
 PARTS = ("trained", "optimizer", "state")
 RECORD = "checkpoint.json"
-LONGEST_WAIT = 30.0  # seconds between two attempts to write
 Tensors = dict[str, dict[str, Tensor]]  # by part, then by name
 
 
@@ -71,7 +71,7 @@ def write(out: Storage, checkpoint: Checkpoint, tensors: Tensors, keep: Keep) ->
         if whole and out.local_path(path) is not None:
             whole = hashlib.sha256(out.read(path)).hexdigest() == checkpoint.sha256[part]
         if not whole:
-            raise DeeDSRError(f"{out.uri}/{path} is not what was written: the disk or the network damages data")
+            raise Faulty(f"{out.uri}/{path} is not what was written: the disk or the network damages data")
         del data
     out.write(f"{checkpoint.folder}/{RECORD}", json.dumps(asdict(checkpoint)).encode())
     _drop_others(out, {c.folder for c in keep.kept(committed(out))}, checkpoint)
@@ -120,15 +120,17 @@ def _read(out: Storage, checkpoint: Checkpoint, part: str) -> dict[str, Tensor]:
 class Writer:
     """Writes checkpoints on a thread while training goes on, one at a time.
 
-    What fails is tried again for `retry_seconds`, waiting longer each time; then `start`, `check` or `wait` raises it.
-    Used as a context; leaving it by an exception gives up what is still tried.
+    What fails is tried again for as long as `pipelines.storage.waiting` says; then `start` or `wait` raises it, and
+    `failure` returns it. Used as a context; leaving it by an exception gives up what is still tried. `say` gets the
+    lines on what is waited for.
     """
 
-    def __init__(self, out: Storage, keep: Keep, retry_seconds: float):
-        self.out, self.keep, self.retry_seconds = out, keep, retry_seconds
+    def __init__(self, out: Storage, keep: Keep, say: Callable[[str], object] = logger.warning):
+        self.out, self.keep, self._say = out, keep, say
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future[None] | None = None
         self._given_up = threading.Event()
+        self.failing = False  # what is being written had to be tried again
 
     def start(self, checkpoint: Checkpoint, tensors: Tensors) -> None:
         """Begin to write, once the one before is committed.
@@ -138,35 +140,43 @@ class Writer:
         self.wait()
         self._running = self._pool.submit(self._persist, checkpoint, tensors)
 
-    def check(self) -> None:
-        """Raises the DeeDSRError of a checkpoint that could not be written; returns at once."""
-        if self._running is not None and self._running.done():
-            self.wait()
-
     def wait(self) -> None:
         """Until the last checkpoint is committed."""
         running, self._running = self._running, None
         if running is not None:
             running.result()
 
+    def busy(self, seconds: float) -> bool:
+        """Whether it still writes after so long."""
+        return self._running is not None and not wait([self._running], seconds).done
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why the last checkpoint was given up."""
+        return self._running.exception() if self._running is not None and self._running.done() else None
+
+    def give_up(self) -> bool:
+        """Ends the attempts of a checkpoint that could not be written so far; False where none failed."""
+        if self.failing:
+            self._given_up.set()
+        return self.failing
+
     def _persist(self, checkpoint: Checkpoint, tensors: Tensors) -> None:
-        began, pause = time.monotonic(), 1.0
-        while True:
-            try:
-                return write(self.out, checkpoint, tensors, self.keep)
-            except UsageError:
-                raise
-            except DeeDSRError as error:
-                left = self.retry_seconds - (time.monotonic() - began)
-                if left > 0:
-                    logger.warning("checkpoint of step %d: %s. Training goes on, trying again", checkpoint.step, error)
-                    if not self._given_up.wait(min(pause, left)):
-                        pause = min(2 * pause, LONGEST_WAIT)
-                        continue
-                if self.out.local_path("") is not None:  # of a full disk; elsewhere the next commit drops it
-                    with contextlib.suppress(DeeDSRError):
-                        self.out.delete_many([f"{checkpoint.folder}/{part}.safetensors" for part in PARTS])
-                raise DeeDSRError(f"the checkpoint of step {checkpoint.step} could not be written: {error}") from error
+        self.failing = False
+
+        def say(text: str) -> None:
+            self.failing = True
+            self._say(f"checkpoint of step {checkpoint.step}: {text}; training goes on until the next one is due")
+
+        try:
+            with waiting.within(over=self._given_up, say=say):
+                waiting.patiently(lambda: write(self.out, checkpoint, tensors, self.keep))
+        except DeeDSRError as error:
+            if self.out.local_path("") is not None:  # of a full disk; elsewhere the next commit drops it
+                with contextlib.suppress(DeeDSRError):
+                    self.out.delete_many([f"{checkpoint.folder}/{part}.safetensors" for part in PARTS])
+            kind = UsageError if isinstance(error, UsageError) else DeeDSRError
+            raise kind(f"the checkpoint of step {checkpoint.step} could not be written: {error}") from error
 
     def __enter__(self) -> Self:
         return self

@@ -32,7 +32,6 @@ class TrainOptions:
     keep_checkpoints: int = 2  # the newest stay
     best_metric: str | None = None  # a logged metric, such as loss (here: mean of 100 steps): the best one stays too
     best_mode: Literal["min", "max"] = "min"  # whether a lower best_metric is better
-    checkpoint_retry_seconds: float = 600.0  # a checkpoint that cannot be written is tried again for so long
     spike_sigma: float = 0.0  # a loss so many sigma above the last 100 is a spike; 0 = only NaN and infinity are
     on_spike: Literal["skip", "stop"] = "skip"  # a step with a spike, NaN or infinity is not taken, or ends the run
     hang_seconds: float = 60.0  # a worker without progress dies and is restarted; 0 = off
@@ -194,7 +193,8 @@ MAY_CHANGE = {
     "out", "experiment", "train.max_steps", "train.num_workers", "train.micro_batch_size", "train.zero_stage",
     "train.cpus_per_worker", "train.compute_threads", "train.gpus_per_worker", "train.checkpoint_every",
     "train.keep_checkpoints",
-    "train.log_every", "train.max_failures", "train.best_metric", "train.best_mode", "train.checkpoint_retry_seconds",
+    "train.log_every", "train.max_failures", "train.best_metric", "train.best_mode",
+    "train.checkpoint_retry_seconds",  # of runs of earlier versions
     "train.spike_sigma", "train.on_spike", "train.hang_seconds",
     "train.cache_gb", "train.loader_threads", "train.gradient_checkpointing", "train.exact_sums",
     "train.compile", "train.validate_every", "train.validation_samples", "train.validation_pictures",
@@ -243,7 +243,7 @@ def check(options: LearnerOptions | AdapterOptions) -> None:
         raise UsageError(f"train.lr must be a positive number, got {train.lr}")
     if not 0 <= train.ema_decay < 1:
         raise UsageError(f"train.ema_decay must be in [0, 1), got {train.ema_decay}")
-    not_negative = ("warmup_steps", "weight_decay", "clip_grad_norm", "checkpoint_retry_seconds", "spike_sigma",
+    not_negative = ("warmup_steps", "weight_decay", "clip_grad_norm", "spike_sigma",
                     "hang_seconds", "validate_every", "validation_pictures")  # fmt: skip
     for name in not_negative:
         if getattr(train, name) < 0:

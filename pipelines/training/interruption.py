@@ -40,6 +40,10 @@ class Untrainable(DeeDSRError):
     """The loss says that going on is of no use; starting the workers again is not either."""
 
 
+class Unwritable(DeeDSRError):
+    """Storage did not take a checkpoint or the model for as long as it is waited for, or until the run was to end."""
+
+
 def listen() -> None:
     """SIGTERM asks this worker to checkpoint; a second one ends it. Call it on the main thread."""
     before = signal.getsignal(signal.SIGTERM)

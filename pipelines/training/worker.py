@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deedsr.errors import DeeDSRError
 from pipelines.dataset import Dataset
-from pipelines.storage import Storage, open_storage, publish
+from pipelines.storage import Storage, open_storage, publish, waiting
+from pipelines.storage.errors import Away, Faulty, Full, Refused
 from pipelines.training import checkpoint, tracked
 from pipelines.training.config import (
     AdapterOptions,
@@ -25,7 +27,7 @@ from pipelines.training.config import (
 )
 from pipelines.training.engine import Engine, on_cpu
 from pipelines.training.incidents import MOST_IN_A_ROW, LossWindow, record
-from pipelines.training.interruption import Ended, Moved, Stop, Untrainable
+from pipelines.training.interruption import Ended, Moved, Stop, Untrainable, Unwritable
 from pipelines.training.loader import Batch, follow, micro_batches
 from pipelines.training.metrics import Meter
 from pipelines.training.order import SampleOrder
@@ -35,6 +37,7 @@ from pipelines.training.validation import Validation
 from pipelines.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
+POLL_SECONDS = 1.0  # between two looks at a checkpoint that is being written
 VALIDATION_SECONDS = 1800.0  # that a validation may take before a worker counts as hung
 
 
@@ -74,8 +77,9 @@ def train_worker(config: dict[str, Any]) -> str | None:
         run.take_up(tracked.unsent(open_storage(options.out)))
     try:
         device = ray.train.torch.get_device() if config["device"] == "cuda" else torch.device("cpu")
-        train(stage, options, dataset, device, run, config["progress"].tell.remote, asked)
-    except (Ended, Untrainable) as end:  # every worker has the same
+        progress = config["progress"]
+        train(stage, options, dataset, device, run, progress.tell.remote, asked, progress.say.remote)
+    except (Ended, Untrainable, Unwritable) as end:  # every worker has the same
         return str(end)
     finally:
         if run is not None and not run.close():
@@ -91,11 +95,13 @@ def train(
     run: Any | None,
     tell: Callable[[int, dict[str, float]], Any] = lambda step, values: None,
     asked: Callable[[], Stop] = lambda: Stop.NO,
+    say: Callable[[str], Any] = logger.warning,
 ) -> None:
     """Train `stage` from its last checkpoint to `train.max_steps`. Needs a process group; every worker calls it.
 
     Rank 0 logs to `run` and tells `tell` each logged step and its numbers. Once a worker is `asked` to stop, all of
-    them checkpoint after the same step and raise Moved or Ended. Raises Untrainable where the loss says so.
+    them checkpoint after the same step and raise Moved or Ended. Raises Untrainable where the loss says so, Unwritable
+    where storage takes no checkpoint; `say` gets a line every half minute while it is waited for.
     """
     plan = options.train
     out = open_storage(options.out)
@@ -103,7 +109,7 @@ def train(
     keep = checkpoint.Keep(plan.keep_checkpoints, plan.best_metric, plan.best_mode)
     with (
         Watchdog(plan.hang_seconds) as watchdog,
-        checkpoint.Writer(out, keep, plan.checkpoint_retry_seconds) as writer,
+        checkpoint.Writer(out, keep, say) as writer,
         ShardCache(int(plan.cache_gb * 1e9)) as shards,
     ):
         # 1. networks, and what an earlier part of this run left
@@ -164,7 +170,7 @@ def train(
                 if part < accumulation - 1:
                     engine.accumulate()
 
-            values, stop = _agreed(engine, numbers, asked())
+            values, stop = _agreed(engine, numbers, asked(), writer)
             meter.step(values, waited)
             objection = losses.objection(values["loss"])
             if not engine.step(lr, take=objection is None):
@@ -197,13 +203,11 @@ def train(
                 watchdog.patience(VALIDATION_SECONDS)
                 latest = latest | validation.measure(step, ema, run)
             watchdog.beat()
-            writer.check()
 
             if stop or step % plan.checkpoint_every == 0 or step == plan.max_steps:
-                watchdog.patience(plan.checkpoint_retry_seconds)
+                watchdog.patience(waiting.limit())
                 stalled = time.perf_counter()
-                writer.wait()
-                torch.distributed.barrier()  # here the others have patience to wait for rank 0, in a step not
+                _until_written(engine, writer, asked)  # here the others have patience to wait for rank 0, in a step not
                 tensors = _gathered(stage, engine, ema, losses)
                 metrics = {name: value for name, value in latest.items() if math.isfinite(value)}
                 saved = checkpoint.Checkpoint(
@@ -215,27 +219,58 @@ def train(
                 if rank == 0:
                     writer.start(saved, tensors)
                 if stop:
-                    writer.wait()
-                    torch.distributed.barrier()
+                    _until_written(engine, writer, asked)
                     raise Moved(step) if stop is Stop.MOVE else Ended(step)
                 watchdog.beat()
 
         # 4. the trained model
-        watchdog.patience(plan.checkpoint_retry_seconds)
-        writer.wait()
+        watchdog.patience(waiting.limit())
+        _until_written(engine, writer, asked)
+        lost: DeeDSRError | None = None
         if rank == 0:
             last = checkpoint.read_latest(out)
             assert last
-            _export(out, stage, *last, dataset)
-        torch.distributed.barrier()
+            try:
+                with waiting.within(say=say):
+                    waiting.patiently(lambda: _export(out, stage, *last, dataset))
+            except (Full, Refused, Faulty, Away) as error:
+                lost = error
+        if engine.sum(torch.tensor(float(lost is not None), device=device)):
+            raise Unwritable(f"the model could not be written: {lost}")
 
 
-def _agreed(engine: Engine, numbers: dict[str, Tensor], asked: Stop) -> tuple[dict[str, float], Stop]:
-    """Means over the workers, and what the workers do after this step; the same on every worker."""
+def _until_written(engine: Engine, writer: checkpoint.Writer, asked: Callable[[], Stop]) -> None:
+    """Waits until the last checkpoint is committed; every worker calls it, and all of them raise alike.
+
+    A checkpoint that storage does not take is given up when the run is to end.
+    """
+    while True:
+        busy = writer.busy(POLL_SECONDS)
+        given_up = busy and asked() is Stop.END and writer.give_up()
+        failure = writer.failure
+        state = engine.sum(torch.tensor([busy, given_up, failure is not None], dtype=torch.float32).to(engine.device))
+        busy, given_up, failed = state.tolist()
+        if failed or given_up:
+            raise Unwritable(str(failure or "ended before storage took the checkpoint"))
+        if not busy:
+            writer.wait()
+            return
+
+
+def _agreed(
+    engine: Engine, numbers: dict[str, Tensor], asked: Stop, writer: checkpoint.Writer
+) -> tuple[dict[str, float], Stop]:
+    """Means over the workers, and what the workers do after this step; the same on every worker.
+
+    All of them raise Unwritable where `writer` has given up.
+    """
     names = sorted(numbers)
     sums = torch.stack([numbers[name] for name in names])  # float64: in any order the same
-    asks = sums.new_tensor([asked is Stop.MOVE, asked is Stop.END])
-    *values, move, end = engine.sum(torch.cat([sums, asks])).tolist()
+    failure = writer.failure
+    asks = sums.new_tensor([asked is Stop.MOVE, asked is Stop.END, failure is not None])
+    *values, move, end, failed = engine.sum(torch.cat([sums, asks])).tolist()
+    if failed:
+        raise Unwritable(str(failure or "a checkpoint could not be written"))
     means = {name: value / engine.micro_batches for name, value in zip(names, values, strict=True)}
     return means, Stop.END if end else Stop.MOVE if move else Stop.NO
 
