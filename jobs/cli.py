@@ -35,6 +35,7 @@ COMMANDS = {
     "train adapter": ("jobs.train_adapter", "stage 2: the degradation-aware adapter around a frozen base"),
     "evaluate": ("jobs.evaluate", "metrics of a model, beside bicubic, on a dataset"),
     "upscale": ("jobs.upscale", "enlarge pictures"),
+    "export": ("jobs.export", "a trained model and its base in one folder"),
     "compare": ("jobs.compare", "the runs of an experiment side by side"),
     "doctor": ("jobs.doctor", "what this machine, a place for results, MLflow and a cluster lack"),
     "submit": ("jobs.submit", "send a job file to a Ray cluster"),

@@ -14,6 +14,7 @@ class EvaluateOptions(SamplingOptions):
     model: str  # what `train adapter` wrote: folder, URI or models:/NAME/VERSION; or tiny
     data: str  # degradation shards
     out: str  # where figures and pictures go: folder or s3://bucket/prefix
+    base: str | None = None  # where the model's base lies: folder, URI or hub id; null = where the model says
     metrics: str = "psnr,ssim,niqe"  # names, separated by commas
     split: Literal["validation", "train"] = "validation"  # which part of the dataset
     limit: PositiveInt | None = None  # at most so many pairs, evenly spread; null = all
@@ -28,6 +29,7 @@ def run(options: EvaluateOptions) -> Outcome:
         options.model,
         options.data,
         options.out,
+        base=options.base,
         metrics=[name.strip() for name in options.metrics.split(",") if name.strip()],
         split=options.split,
         limit=options.limit,

@@ -18,6 +18,7 @@ class UpscaleOptions(SamplingOptions):
     input: list[str]  # files, folders, URIs or patterns such as 's3://bucket/a/*.jpg'
     out: str  # where the results go: folder or s3://bucket/prefix
     model: str = "tiny"  # what `train adapter` wrote: folder, URI or models:/NAME/VERSION; or tiny
+    base: str | None = None  # where the model's base lies: folder, URI or hub id; null = where the model says
     format: Literal["png", "jpeg", "webp", "same"] = "png"  # of the results; same = as the input, PNG if it is another
     quality: PositiveInt = 95  # of JPEG and WebP, 1 to 100
     overwrite: bool = False  # make every result anew, and replace whatever lies in its place (never an input)
@@ -33,6 +34,7 @@ def run(options: UpscaleOptions) -> Outcome:
         options.input,
         options.out,
         model=options.model,
+        base=options.base,
         format=options.format,
         quality=options.quality,
         overwrite=options.overwrite,

@@ -49,6 +49,7 @@ def evaluate(
     data: str,
     out: str,
     *,
+    base: str | None = None,
     metrics: Sequence[str] = METRICS,
     split: str = "validation",
     limit: int | None = None,
@@ -71,6 +72,7 @@ def evaluate(
         model: `tiny`, or a model's folder, URI, hub id or `models:/NAME/VERSION`.
         data: a finished dataset of the model's scale.
         out: folder or S3 prefix.
+        base: where the model's base lies: folder, URI or hub id; None = where the model says.
         metrics: of METRICS. PSNR and SSIM are means over the samples, NIQE is one fit over the blocks of all.
         split: `train` or `validation`.
         limit: measure at most so many samples, evenly spread over the split.
@@ -106,11 +108,12 @@ def evaluate(
     }
     sampling = folder.sampling.override(**wanted)
     place_networks(cluster.this_machine(), device, 1, "evaluate")
-    pipeline = load_pipeline(model, device)
+    pipeline = load_pipeline(model, device, base)
     pipeline.set_progress_bar_config(disable=True)
 
     config = {
         "model": model,
+        "base": base,
         "data": data,
         "out": out,
         "metrics": list(metrics),

@@ -1,18 +1,19 @@
 """Models, bases and learners by name, folder, hub id, URI or MLflow version: where they are on this machine."""
 
-import hashlib
 import json
 import socket
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines.machine import this_machine
-from pipelines.storage import localize, open_storage
+from pipelines.storage import localize, open_storage, publish
 
 if TYPE_CHECKING:
     import torch
 
+    from deedsr.sampling.model_folder import ModelFolder
     from deedsr.sampling.pipeline import DeeDSRPipeline
 
 
@@ -107,19 +108,48 @@ def load_vae(base: str | Path, **options: Any) -> Any:
     return load_part(resolve_base(base), "vae", **options)
 
 
-def load_pipeline(model: str | Path, device: str = "auto") -> "DeeDSRPipeline":
+def base_of(model: "ModelFolder", base: str | None = None) -> Path:
+    """Local folder of a model's base: `base`, else the one that it names. Raises UsageError where it is another."""
+    name = base or model.base
+    # The package itself knows no object storage: a base there is fetched here.
+    return model.base_path(_local(name) if name and "://" in name else base)
+
+
+def load_pipeline(model: str | Path, device: str = "auto", base: str | None = None) -> "DeeDSRPipeline":
     """The pipeline of a model by name, folder, URI or hub id, on `device` (see `usable_device`).
 
-    Raises UsageError where the model or its base is missing or incomplete.
+    `base`: where its base lies, if not where the model says. Raises UsageError where the model or its base is missing,
+    incomplete, or the base another than it was trained on.
     """
     from deedsr.sampling.model_folder import ModelFolder
     from deedsr.sampling.pipeline import DeeDSRPipeline
 
     folder = resolve_model(model)
-    base = ModelFolder.read(folder).base
-    # The package itself knows no object storage: a base there is fetched here.
-    pipeline = DeeDSRPipeline.from_pretrained(folder, base=_local(base) if base and "://" in base else None)
+    pipeline = DeeDSRPipeline.from_pretrained(folder, base=base_of(ModelFolder.read(folder), base))
     return pipeline.to(usable_device(device))
+
+
+def export_pipeline(model: str, out: str, base: str | None = None, *, half: bool = False) -> dict[str, Any]:
+    """Writes model and base into the empty place `out`, as a pipeline that needs nothing else.
+
+    Returns `model` (its location), `bytes`, and `base`, the one that it was made with. Raises UsageError where `out`
+    holds something, or as `load_pipeline` does.
+    """
+    import torch
+
+    target = open_storage(out)
+    if next(iter(target.list()), None) is not None:
+        raise UsageError(f"--out {target.uri} holds something already: choose an empty place")
+    target.require_writable()
+    pipeline = load_pipeline(model, "cpu", base)
+    if half:
+        for network in (pipeline.vae, pipeline.unet, pipeline.adapter):
+            network.to(torch.float16)  # the learner's running statistics are not for half precision
+    with tempfile.TemporaryDirectory() as folder:
+        pipeline.save_pretrained(folder)
+        publish(Path(folder), target.uri)
+    size = sum(entry.size for entry in target.list())
+    return {"model": target.uri, "bytes": size, "base": pipeline.config["lineage"].get("base")}
 
 
 def usable_device(name: str) -> "torch.device":
@@ -153,15 +183,3 @@ def training_run(model: str | Path) -> str | None:
 
     record = find_folder(_local(model)) / "training.json"
     return json.loads(record.read_text()).get("run_id") if record.is_file() else None
-
-
-def part_digest(folder: Path) -> str:
-    """SHA-256, hexadecimal, over configuration and weights of one part of a model (`vae/`, `learner/`)."""
-    config = json.loads((folder / "config.json").read_text())
-    digest = hashlib.sha256()
-    # Without diffusers' own notes: which version wrote it, and where it was loaded from.
-    digest.update(json.dumps({k: v for k, v in config.items() if not k.startswith("_")}, sort_keys=True).encode())
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

@@ -55,8 +55,8 @@ def model_card(scale: int, sampling: Mapping[str, Any], lineage: Mapping[str, An
 
 
 def _named(base: str | None) -> str | None:
-    """A base's name for others: of a folder on somebody's machine its last part."""
-    return Path(base).name if base and Path(base).is_absolute() else base
+    """A base's name for others: without a revision, and of a folder on somebody's machine its last part."""
+    return Path(base).name if base and Path(base).is_absolute() else base and base.partition("@")[0]
 
 
 def _training_rows(training: Mapping[str, Any]) -> dict[str, Any]:

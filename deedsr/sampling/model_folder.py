@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deedsr.errors import UsageError
+from deedsr.sampling.digests import base_digest
 from deedsr.sampling.settings import SamplingSettings
 from deedsr.sampling.weights import NAME, find_variant
 
@@ -27,7 +28,7 @@ HUB_FILES = [
     *("model_index.json", "deedsr.json", "training.json", "README.md", "LICENSE*"),
     *(f"{part}/{name}" for part in PARTS for name in ("*.json", f"{NAME}.safetensors", f"{NAME}-*-of-*.safetensors")),
 ]
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")  # and a revision
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class ModelFolder:
         path: holds `learner/` and `adapter/`, and `vae/`, `unet/` and `scheduler/` where `base` is None.
         base: name, folder, URI or hub id of the base, as written.
         scale: enlargement factor.
+        base_digest: of the base that the model was trained on (`digests.base_digest`); None where it is not recorded.
         sampling: what the model recommends.
         lineage: `license`, `base` and `training` (what it was trained on, how, and its figures), as far as recorded.
     """
@@ -47,6 +49,7 @@ class ModelFolder:
     scale: int
     sampling: SamplingSettings
     lineage: Mapping[str, Any] = field(default_factory=dict)
+    base_digest: str | None = None
 
     @classmethod
     def read(cls, path: Path) -> "ModelFolder":
@@ -58,11 +61,11 @@ class ModelFolder:
                     f"{path} holds a {description.get('_class_name')}, not a DeeDSRPipeline: "
                     "it can be the --base of `deedsr train adapter`, which writes a model"
                 )
-            base, lineage = None, description.get("lineage") or {}
+            base, digest, lineage = None, None, description.get("lineage") or {}
         elif (path / "deedsr.json").is_file():
             description = _read_json(path / "deedsr.json")
             _require_format(path / "deedsr.json", description.get("format_version"))
-            base = description.get("base")
+            base, digest = description.get("base"), description.get("base_digest")
             if not isinstance(base, str):
                 raise UsageError(f"{path}/deedsr.json names no base")
             lineage = {name: description[name] for name in ("license", "base", "training") if name in description}
@@ -78,14 +81,29 @@ class ModelFolder:
             sampling = SamplingSettings.of(description.get("sampling") or {})
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from error
-        return cls(path, base, scale, sampling, lineage)
+        return cls(path, base, scale, sampling, lineage, digest)
 
-    def base_path(self) -> Path:
-        """Local folder of the base; a relative one is looked for in the model's own folder first."""
-        if self.base is None:
+    def base_path(self, given: str | Path | None = None) -> Path:
+        """Local folder of the base: `given`, else the one that the model names, a relative one in its own folder first.
+
+        Raises UsageError where there is none, or another than the model was trained on.
+        """
+        if given is not None:
+            path = find_base(given)
+        elif self.base is None:
             return self.path
-        beside = self.path / self.base
-        return find_base(beside if beside.is_dir() else self.base)
+        else:
+            beside = self.path / self.base
+            try:
+                path = find_base(beside if beside.is_dir() else self.base)
+            except UsageError as error:
+                raise UsageError(f"the base of {self.path} is not where it says: {error}. Give it: --base") from error
+        if self.base_digest not in (None, found := base_digest(path)):
+            raise UsageError(
+                f"{path} is not the base that {self.path} was trained on: its digest is {found:.12}, that one's was "
+                f"{self.base_digest:.12}. Give that one: --base"
+            )
+        return path
 
 
 def _require_format(file: Path, version: Any) -> None:
@@ -98,7 +116,8 @@ def _require_format(file: Path, version: Any) -> None:
 
 
 def find_folder(name: str | Path) -> Path:
-    """Local folder of a model or base: `tiny`, a folder, or a hub id (downloaded into the hub's cache).
+    """Local folder of a model or base: `tiny`, a folder, or a hub id, `NAME` or `NAME@REVISION` (downloaded into the
+    hub's cache).
 
     Raises UsageError where there is none.
     """
@@ -112,8 +131,8 @@ def find_folder(name: str | Path) -> Path:
         return path
     if path.exists():
         raise UsageError(f"{path} is a file: give the folder of a model")
-    if _HUB_ID.fullmatch(str(name)):
-        return _download(str(name))
+    if match := _HUB_ID.fullmatch(str(name)):
+        return _download(match[1], match[2])
     raise UsageError(f"there is no model folder {name}")
 
 
@@ -134,14 +153,23 @@ def find_base(name: str | Path) -> Path:
     return path
 
 
-def _download(hub_id: str) -> Path:
+def pinned_base(name: str, path: Path) -> str:
+    """A hub id with the revision that was downloaded to `path`; whatever else as it is."""
+    match = _HUB_ID.fullmatch(name)
+    if match is None or path.parent.name != "snapshots":
+        return name
+    return f"{match[1]}@{path.name}"
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
+        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=HUB_FILES))
         lacking = [part for part in PARTS if _lacks_weights(folder / part)]
         if lacking:  # there is only the half-precision variant
-            snapshot_download(hub_id, allow_patterns=[f"{part}/{NAME}.fp16*.safetensors" for part in lacking])
+            variants = [f"{part}/{NAME}.fp16*.safetensors" for part in lacking]
+            snapshot_download(hub_id, revision=revision, allow_patterns=variants)
         return folder
     except Exception as error:  # the hub's client raises a dozen kinds, of requests, httpx and its own
         raise UsageError(

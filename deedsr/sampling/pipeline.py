@@ -22,7 +22,7 @@ from deedsr.sampling.guidance import alpha_bar, clean_latent, guidance_strengths
 from deedsr.sampling.images import OUTPUT_TYPES, Picture, from_tensors, pad_reflect, to_tensors
 from deedsr.sampling.latents import decode_latents, downsampling_factor, encode_latents, enlarge_window
 from deedsr.sampling.model_card import copy_base_licence, write_card
-from deedsr.sampling.model_folder import BASE_PARTS, TRAINED_PARTS, ModelFolder, find_base, find_folder, load_part
+from deedsr.sampling.model_folder import BASE_PARTS, TRAINED_PARTS, ModelFolder, find_folder, load_part
 from deedsr.sampling.schedule import ddim, require_prediction, require_signal, usable_eta
 from deedsr.sampling.settings import SamplingSettings
 from deedsr.sampling.solvers import solver_for
@@ -86,7 +86,7 @@ class DeeDSRPipeline(DiffusionPipeline):
         Raises UsageError where the model or its base is missing, incomplete, or made for one another's likes.
         """
         folder = ModelFolder.read(find_folder(model))
-        base_path = folder.base_path() if base is None else find_base(base)
+        base_path = folder.base_path(base)
         parts = {name: options.pop(name) for name in BASE_PARTS + TRAINED_PARTS if name in options}
         for name in BASE_PARTS + TRAINED_PARTS:
             if name in parts:

@@ -20,9 +20,10 @@ from deedsr.dataset.codecs import decode_stored
 from deedsr.dataset.latents import EXTENSION, Latents, pack
 from deedsr.dataset.manifest import LatentsSource
 from deedsr.errors import DeeDSRError, UsageError
+from deedsr.sampling.digests import part_digest
 from pipelines import cluster
 from pipelines.dataset import Dataset
-from pipelines.models import load_vae, part_digest, resolve_base, resolve_learner, usable_device
+from pipelines.models import load_vae, resolve_base, resolve_learner, usable_device
 from pipelines.placement import Device, place_networks
 from pipelines.shards.build import shard_draft
 from pipelines.shards.derive import PLACES, Tars, rows_of

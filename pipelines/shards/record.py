@@ -2,6 +2,8 @@
 
 import io
 import json
+import logging
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +36,10 @@ LATENTS_COLUMNS = (
     .append(pa.field("latents_offset", pa.int64()))
     .append(pa.field("latents_size", pa.int64()))
 )
+logger = logging.getLogger(__name__)
 _FOLDER = f"{STATE}/shards"
 _ABOUT = b"deedsr"
+_NAME = re.compile(r"([0-9a-f]+)-([0-9a-f]+|none)-(\d+)\.arrow")  # plan, tar's SHA-256, bytes
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,10 @@ class Inventory:
             if not folder and name.endswith(".tar"):
                 tars[name] = entry.size
             elif folder == _FOLDER and name.endswith(".arrow"):
-                id, hash, size = name.removesuffix(".arrow").split("-")
-                records[id] = (hash, int(size))
+                if not (named := _NAME.fullmatch(name)):
+                    logger.warning("%s/%s is no record of a shard, and left alone", out.uri, entry.path)
+                    continue
+                records[named[1]] = (named[2], int(named[3]))
         return cls(tars, records)
 
     def holds(self, plan: ShardPlan) -> bool:

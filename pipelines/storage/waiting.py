@@ -58,7 +58,7 @@ def limit() -> float:
 def within(
     seconds: float = math.inf, over: threading.Event | None = None, say: Callable[[str], object] | None = None
 ) -> Iterator[None]:
-    """Inside it, this thread waits for `seconds` at most and no longer than until `over` is set; `say` gets the lines."""
+    """Inside it, this thread waits for `seconds` at most, and not beyond `over` being set; `say` gets the lines."""
     before = _bounds.get()
     token = _bounds.set(_Bounds(min(seconds, before.seconds), over or before.over, say or before.say))
     try:

@@ -16,7 +16,7 @@ from deedsr.errors import UsageError
 from pipelines.storage import Storage
 from pipelines.storage.transfer import kept
 from pipelines.tracking.run import Run
-from pipelines.tracking.store import connect, masked_uri, tracking_uri
+from pipelines.tracking.store import connect, masked_uri, quoted, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -66,7 +66,7 @@ def register(run: Run, name: str, out: Storage, tags: Mapping[str, str | None]) 
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    for known in client.search_model_versions(f"name = '{name}'"):
+    for known in client.search_model_versions(f"name = {quoted(name)}"):
         if (known.tags.get(WEIGHTS_TAG), known.tags.get(OUT_TAG)) == (weights, place):
             return str(known.version)
     source, folder = out.uri, out.local_path("")
@@ -101,7 +101,9 @@ def find(name: str) -> Version:
         if alias:
             found = client.get_model_version_by_alias(model, alias)
         elif version == "latest":
-            found = max(client.search_model_versions(f"name = '{model}'"), key=lambda v: int(v.version), default=None)
+            found = max(
+                client.search_model_versions(f"name = {quoted(model)}"), key=lambda v: int(v.version), default=None
+            )
         else:
             found = client.get_model_version(model, version)
     except MlflowException:
@@ -113,7 +115,7 @@ def find(name: str) -> Version:
 
 def _there(client: "MlflowClient", model: str) -> str:
     """What could have been meant."""
-    versions = sorted(int(v.version) for v in client.search_model_versions(f"name = '{model}'"))
+    versions = sorted(int(v.version) for v in client.search_model_versions(f"name = {quoted(model)}"))
     if versions:
         return f"{model} has the versions {', '.join(map(str, versions[-10:]))}"
     names = sorted(m.name for m in client.search_registered_models())

@@ -24,7 +24,7 @@ from pipelines.tracking.provenance import (
     param_text,
     plain,
 )
-from pipelines.tracking.store import StoreAway, cause, connect, experiment_id, masked_uri
+from pipelines.tracking.store import StoreAway, cause, connect, experiment_id, masked_uri, quoted
 from pipelines.tracking.store import tracking_uri as resolve_uri
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def find_run(experiment: str | None, tags: Mapping[str, str], tracking_uri: str 
         experiments = [found] if found else []
     if not experiments:
         return None
-    condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+    condition = " and ".join(f"tags.`{key}` = {quoted(value)}" for key, value in tags.items())
     runs = client.search_runs(
         [e.experiment_id for e in experiments], condition, order_by=["attributes.start_time DESC"], max_results=1
     )

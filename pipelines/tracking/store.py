@@ -114,6 +114,14 @@ def cause(error: BaseException) -> str:
     return masked_uri(str(error).strip().partition("\n")[0] or type(error).__name__)
 
 
+def quoted(value: str) -> str:
+    """A value in a condition of MLflow's searches, which have quotes of two kinds and no escapes."""
+    quotes = [quote for quote in ("'", '"') if quote not in value]
+    if not quotes:
+        raise UsageError(f"{value} has quotes of both kinds: MLflow cannot search for that name, choose another")
+    return f"{quotes[0]}{value}{quotes[0]}"
+
+
 def _sqlite_path(uri: str) -> str:
     return os.path.abspath(unquote(uri.removeprefix("sqlite:///")))
 

@@ -16,12 +16,13 @@ from deedsr.adapter.adapter import DegradationAwareAdapter, freeze
 from deedsr.dataset.keys import generator
 from deedsr.dataset.manifest import LatentsSource
 from deedsr.learner.resnet import DegradationLearner
+from deedsr.sampling.digests import base_digest, part_digest
 from deedsr.sampling.latents import downsampling_factor, encode_latents, enlarge
 from deedsr.sampling.model_card import copy_base_licence, write_card
 from deedsr.sampling.model_folder import FORMAT_VERSION, load_part
 from deedsr.sampling.schedule import ddim
 from pipelines.dataset import Dataset
-from pipelines.models import load_vae, part_digest, resolve_base, resolve_learner
+from pipelines.models import load_vae, resolve_base, resolve_learner, resolve_model
 from pipelines.training.config import AdapterOptions
 from pipelines.training.initial import initial_weights
 from pipelines.training.metrics import BUCKETS, by_timestep
@@ -45,6 +46,12 @@ class AdapterStage:
     def __init__(self, options: AdapterOptions, scale: int, latents: LatentsSource | None = None):
         """`latents`: the dataset holds latents made of these; then neither VAE nor learner is loaded to train."""
         self.options, self.scale, self.latents = options, scale, latents
+
+    def fetch(self) -> None:
+        resolve_base(self.options.base)
+        resolve_learner(self.options.learner)
+        if self.options.init is not None:
+            resolve_model(self.options.init)
 
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         base = resolve_base(self.options.base)
@@ -239,7 +246,8 @@ class AdapterStage:
         }
         lineage = {"base": self.options.base, "license": self.options.license, "training": training}
         made: dict[str, Any] = {"scale": self.scale, "sampling": self.options.sampling}
-        description = {"format_version": FORMAT_VERSION} | made | lineage
+        digest = base_digest(resolve_base(self.options.base))
+        description = {"format_version": FORMAT_VERSION} | made | lineage | {"base_digest": digest}
         (folder / "deedsr.json").write_text(json.dumps(description, indent=2))
         write_card(folder, **made, lineage=lineage)
         copy_base_licence(resolve_base(self.options.base), folder)

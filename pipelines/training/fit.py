@@ -65,21 +65,25 @@ def train_learner(options: LearnerOptions, *, progress: bool = True) -> TrainRes
 def train_adapter(options: AdapterOptions, *, progress: bool = True) -> TrainResult:
     """Stage 2; see `train_learner`."""
     from deedsr.sampling.base import check_base
+    from deedsr.sampling.digests import base_digest
+    from deedsr.sampling.model_folder import pinned_base
     from pipelines.models import resolve_base, resolve_learner, training_run
 
     options = _located(options)
     dataset = _open("adapter", options)
     base, learner = resolve_base(options.base), resolve_learner(options.learner)
     check_base(base, options.diffusion.max_timestep)
+    options = replace(options, base=pinned_base(options.base, base))  # one revision for all workers and continuations
     _require_latents_of(dataset, options, base, learner)
-    inputs = {"dataset": dataset.digest, "learner": _weights_digest(learner)} | _initial("adapter", options)
+    inputs = {"dataset": dataset.digest, "learner": _weights_digest(learner), "base": base_digest(base)}
+    inputs |= _initial("adapter", options)
     parents = {"learner": training_run(options.learner)}
     return _fit("adapter", options, dataset, 1, inputs, parents, progress)
 
 
 def _require_latents_of(dataset: Dataset, options: AdapterOptions, base: Path, learner: Path) -> None:
     """Refuse latents that other networks made than those that this training would use."""
-    from pipelines.models import part_digest
+    from deedsr.sampling.digests import part_digest
 
     made_of = dataset.manifest.latents
     if made_of is None:
@@ -354,8 +358,8 @@ def _refuse_differences(
     if record["stage"] != stage:
         raise UsageError(f"{where} the {record['stage']}, not of the {stage}: choose another --out")
     before, now = flatten(record["config"]), flatten(json.loads(json.dumps(resolved(options))))
-    # Data, learner and initial weights are compared by content: they may have moved.
-    same_by_content = MAY_CHANGE | {"data", "learner", "init"}
+    # Data, learner, base and initial weights are compared by content: they may have moved.
+    same_by_content = MAY_CHANGE | {"data", "learner", "init", "base"}
     # A training from before there was an option has its default.
     defaults = flatten(json.loads(json.dumps(resolved(type(options)()))))
     before = {key: value for key, value in defaults.items() if value != {}} | before
@@ -364,6 +368,10 @@ def _refuse_differences(
     )
     lines = [f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in differing]
     had = record["inputs"]
+    if "base" in inputs and "base" not in had:  # a training from before the digest was kept: by name
+        inputs = {name: digest for name, digest in inputs.items() if name != "base"}
+        name, given = before["base"].partition("@")[0], now["base"].partition("@")[0]
+        lines += [f"base was {name!r}, is {given!r}"] if name != given else []
     lines += [f"{k} was {had.get(k)}, is {inputs.get(k)}" for k in sorted(had | inputs) if had.get(k) != inputs.get(k)]
     if lines:
         raise UsageError(f"{where} another configuration: {'; '.join(lines)}. Choose another --out, or the old values")

@@ -28,6 +28,10 @@ class LearnerStage:
         self.options = options
         self.unit = options.contrast.batch_block
 
+    def fetch(self) -> None:
+        if self.options.init is not None:
+            resolve_learner(self.options.init)
+
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         torch.manual_seed(self.options.train.seed)
         self.learner = DegradationLearner(**learner_config(self.options.model)).to(device)

@@ -9,6 +9,7 @@ not be fetched because the disk is full, is read from the storage by range.
 import hashlib
 import logging
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ __all__ = ["ShardCache", "default_folder"]
 
 logger = logging.getLogger(__name__)
 _OPEN_FILES = 64
+_PARTIAL = re.compile(r"[0-9a-f]{64}-(\d+)\.partial")
 _FETCHES = 4  # at a time, by each worker
 _RETRY_SECONDS = 30.0  # after a fetch that failed
 _BUSY_SECONDS = 0.5  # before looking again at a shard that another worker fetches
@@ -154,8 +156,8 @@ class ShardCache:
         taken, removable = 0, []
         for file in self.folder.iterdir():
             with suppress(FileNotFoundError):
-                if file.suffix == ".partial" and not self._abandoned(file):
-                    taken += int(file.stem.rpartition("-")[2])
+                if (partial := _PARTIAL.fullmatch(file.name)) and not self._abandoned(file):
+                    taken += int(partial[1])
                 elif file.suffix == ".tar":
                     status = file.stat()
                     taken += status.st_size

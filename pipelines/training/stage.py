@@ -36,6 +36,9 @@ class Stage(Protocol):
     together: bool  # the variants of one content stay adjacent in the order of samples
     unit: int  # samples that must share a forward
 
+    def fetch(self) -> None:
+        """Bring what `build` reads to this node, which may take longer than a step."""
+
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """Make the networks from the options' seed; return the module whose parameters with gradients train."""
 

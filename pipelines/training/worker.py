@@ -67,6 +67,7 @@ def train_worker(config: dict[str, Any]) -> str | None:
         from pipelines.training.adapter_stage import AdapterStage
 
         stage = AdapterStage(options, dataset.scale, dataset.manifest.latents)
+    stage.fetch()  # before the watchdog counts, and once for all workers of a node
     rank = ray.train.get_context().get_world_rank()
     asked = Asked(config["progress"], rank)
     run = None

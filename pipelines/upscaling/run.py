@@ -33,6 +33,7 @@ def upscale(
     out: str,
     *,
     model: str = "tiny",
+    base: str | None = None,
     format: Format = "png",
     quality: int = 95,
     overwrite: bool = False,
@@ -50,6 +51,7 @@ def upscale(
         inputs: files, folders (searched through), glob patterns, S3 objects, prefixes and patterns.
         out: folder or S3 prefix.
         model: `tiny`, or a model's folder, URI, hub id or `models:/NAME/VERSION`.
+        base: where the model's base lies: folder, URI or hub id; None = where the model says.
         format: of the results; `same` = the input's own if that is PNG, JPEG or WebP, else PNG.
         quality: of JPEG and WebP, 1 to 100.
         overwrite: make every result anew and replace whatever lies in its place, inputs excepted. Otherwise a result
@@ -78,7 +80,7 @@ def upscale(
     settings = ModelFolder.read(resolve_model(model)).sampling.override(num_inference_steps=steps, **sampling)
     if not ray:
         place_networks(cluster.this_machine(), device, 1, "upscale")
-    work = Upscaler(model, model_digest(model), settings, seed, quality, overwrite, target, device)
+    work = Upscaler(model, model_digest(model, base), settings, seed, quality, overwrite, target, base, device)
     target.require_writable()
 
     reasons = conflicts(sources, target)

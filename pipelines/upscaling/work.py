@@ -11,7 +11,8 @@ import numpy as np
 
 from deedsr import __version__
 from deedsr.errors import DeeDSRError
-from pipelines.models import load_pipeline, part_digest, resolve_base, resolve_model
+from deedsr.sampling.digests import part_digest
+from pipelines.models import base_of, load_pipeline, resolve_model
 from pipelines.storage import Storage
 from pipelines.storage.waiting import patiently
 from pipelines.upscaling.encoding import LOSSY, encode, format_of, holds_deep, require_fit
@@ -58,6 +59,7 @@ class Upscaler:
     quality: int
     overwrite: bool
     out: Storage
+    base: str | None = None  # where the model's base lies, if not where it says
     device: str = "auto"  # see `pipelines.models.usable_device`
 
     def __call__(self, source: Source) -> Done:
@@ -121,9 +123,9 @@ class Upscaler:
 
     @cached_property
     def _pipeline(self) -> Any:
-        if model_digest(self.model) != self.digest:
+        if model_digest(self.model, self.base) != self.digest:
             raise DeeDSRError(f"the model {self.model} is another one here than when the command was given")
-        pipeline = load_pipeline(self.model, self.device)
+        pipeline = load_pipeline(self.model, self.device, self.base)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -144,15 +146,14 @@ class Upscaler:
         return result.images[0].cpu().numpy()
 
 
-def model_digest(model: str) -> str:
+def model_digest(model: str, base: str | None = None) -> str:
     """SHA-256 over everything of a model that a result depends on: networks, scheduler, scale."""
     description = _description(model)
-    name = description.base
-    base = resolve_base(name) if name and "://" in name else description.base_path()
+    folder = base_of(description, base)
     digest = hashlib.sha256(f"scale {description.scale}".encode())
-    for folder in (base / "vae", base / "unet", description.path / "learner", description.path / "adapter"):
-        digest.update(part_digest(folder).encode())
-    digest.update((base / "scheduler" / "scheduler_config.json").read_bytes())
+    for part in (folder / "vae", folder / "unet", description.path / "learner", description.path / "adapter"):
+        digest.update(part_digest(part).encode())
+    digest.update((folder / "scheduler" / "scheduler_config.json").read_bytes())
     return digest.hexdigest()
 
 
