@@ -253,4 +253,18 @@ def arrow_filesystem(uri: str) -> tuple[str, Any]:
         "scheme": endpoint.scheme or None,
         "allow_bucket_creation": False,
     }
-    return storage.uri.removeprefix("s3://"), fs.S3FileSystem(**{k: v for k, v in options.items() if v is not None})
+    return storage.uri.removeprefix("s3://"), _unmarked({k: v for k, v in options.items() if v is not None})
+
+
+def _unmarked(options: dict[str, Any]) -> Any:
+    """Pyarrow's S3 without the empty objects by which it shows folders, those above the one asked for included."""
+    from pyarrow import fs
+
+    class Unmarked(fs.S3FileSystem):
+        def create_dir(self, path: str, *, recursive: bool = True) -> None:
+            pass
+
+        def __reduce__(self) -> Any:
+            return _unmarked, (options,)
+
+    return Unmarked(**options)

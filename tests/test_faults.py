@@ -6,8 +6,11 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 import traceback
 import urllib.request
 from datetime import timedelta
@@ -20,8 +23,10 @@ import yaml
 from fault_proxy import FaultProxy
 
 from deedsr.errors import DeeDSRError, UsageError
+from pipelines.cluster import scratch
 from pipelines.dataset import Dataset
-from pipelines.storage import Conflict, localize, open_storage, publish
+from pipelines.shards.run import running
+from pipelines.storage import Conflict, localize, open_storage, publish, waiting
 from pipelines.storage import s3 as s3_module
 
 
@@ -163,6 +168,88 @@ def test_an_answer_that_never_comes_ends_in_one_clear_error(through, bucket, tmp
     with pytest.raises(DeeDSRError, match=f"cannot read {bucket}/x: the S3 endpoint does not answer"):
         open_storage(bucket).read("x")
     assert proxy.requests >= 2
+
+
+@pytest.mark.parametrize("fault", ["503", "reset"])
+def test_storage_that_refuses_at_once_is_waited_for_by_time(fault, through, bucket, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(waiting, "_LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(waiting, "_UNSAID_SECONDS", 0.3)
+    storage = open_storage(f"{bucket}/{tmp_path.name}")
+    storage.write("x", b"1")
+    proxy = through(lambda number: fault if number < 30 else None)
+    assert storage.read("x") == b"1"
+    assert proxy.injected[fault] == 30
+    said = [record.message for record in caplog.records if "DEEDSR_STORAGE_SECONDS" in record.message]
+    assert len(said) == 1  # a line every half minute
+    assert "S3 at 127.0.0.1 fails" in said[0]
+    monkeypatch.setenv("DEEDSR_STORAGE_SECONDS", "0.2")
+    through(lambda number: fault)
+    with pytest.raises(DeeDSRError, match="cannot read"):
+        storage.read("x")
+    monkeypatch.setenv("DEEDSR_STORAGE_SECONDS", "soon")
+    with pytest.raises(UsageError, match="DEEDSR_STORAGE_SECONDS must be a number of seconds, 0 or more, got 'soon'"):
+        storage.read("x")
+
+
+def test_a_command_that_is_asked_to_end_does_not_wait_for_storage(through, bucket, s3_server, tmp_path):
+    """Threads that download wait too, and would hold the process."""
+    open_storage(f"{bucket}/{tmp_path.name}").write("adapter/config.json", b"{}")
+    proxy = through(lambda number: "reset" if number else None)
+    words = ["export", f"{bucket}/{tmp_path.name}", "--out", str(tmp_path / "out")]
+    command = subprocess.Popen([sys.executable, "-m", "deedsr", *words], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while proxy.injected["reset"] < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    command.send_signal(signal.SIGTERM)
+    said = command.communicate(timeout=60)[1]
+    assert command.returncode == 130, said
+    assert "interrupted" in said
+
+
+def test_what_is_larger_than_one_put_takes_is_uploaded_in_parts(bucket, tmp_path):
+    """S3 takes 5 GB in one request; a part of a checkpoint may be more."""
+    storage = open_storage(f"{bucket}/{tmp_path.name}")
+    data = pattern(17 << 20)
+    version = storage.write("x", data)
+    assert version.endswith("-3")  # S3's version of an object of three parts
+    assert storage.read("x") == data
+    assert storage.stat("x").version == version
+
+
+def test_a_cleaning_that_fails_hides_no_cause(through, bucket, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("DEEDSR_STORAGE_SECONDS", "0")
+    out = open_storage(f"{bucket}/{tmp_path.name}")
+    away: list[bool] = []
+    through(lambda number: "reset" if away else None)
+
+    def fails() -> None:
+        away.append(True)
+        raise DeeDSRError("the cause")
+
+    for left in (running(out), scratch(out.uri, "_ray-1")):
+        away.clear()
+        with pytest.raises(DeeDSRError, match="the cause"), left:
+            fails()
+    assert "what this run left in" in caplog.text
+
+
+def test_several_processes_of_a_node_download_a_model_once(through, bucket, tmp_path):
+    storage = open_storage(f"{bucket}/{tmp_path.name}")
+    data = pattern(2 << 20)
+    storage.write("adapter/weights", data)
+    stale = tmp_path / "cache" / "deedsr" / f"{'0' * 64}.partial"
+    stale.mkdir(parents=True)  # of a process that was killed
+    (stale / "weights").write_bytes(b"half")
+    proxy = through(1.0, ("slow",), slow=0.3)
+    code = "import sys; from pipelines.storage import localize; print(localize(sys.argv[1]))"
+    words = [sys.executable, "-c", code, storage.uri]
+    processes = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    (folder,) = {process.communicate(timeout=120)[0].strip() for process in processes}
+    with open(f"{folder}/adapter/weights", "rb") as file:
+        assert file.read() == data
+    assert proxy.sent < 1.5 * len(data)
+    assert [path.name for path in stale.parent.iterdir()] == [folder.rpartition("/")[2]]
 
 
 def test_an_upload_that_fails_leaves_no_parts(through, bucket, tmp_path, monkeypatch):
@@ -356,3 +443,22 @@ def test_a_read_only_disk_is_told_before_the_work(small_disk):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     with pytest.raises(UsageError, match="read-only"):
         open_storage(small_disk / "out").require_writable()
+
+
+def test_a_shard_waits_for_a_disk_that_is_full(small_disk, photos, one_crop_recipe, monkeypatch):
+    from pipelines.shards.build import FromSources
+    from pipelines.shards.execute import _build
+    from pipelines.shards.plan import plan_shards
+    from pipelines.shards.sources import list_sources
+
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    plan = next(iter(plan_shards(list_sources([str(photos)]), one_crop_recipe)))
+    threading.Timer(1.0, filler.unlink).start()
+    built = _build(plan, FromSources(one_crop_recipe), open_storage(small_disk / "out"), 1)
+    assert built["error"] == ""
+    assert built["samples"] > 0
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    monkeypatch.setenv("DEEDSR_STORAGE_SECONDS", "0.3")
+    built = _build(plan, FromSources(one_crop_recipe), open_storage(small_disk / "other"), 1)
+    assert "no space left" in built["error"]

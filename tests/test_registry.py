@@ -14,6 +14,7 @@ from pipelines import tracking
 from pipelines.models import load_pipeline, pinned, resolve_learner, resolve_model, training_run
 from pipelines.storage import open_storage, publish
 from pipelines.tracking.registry import register
+from pipelines.training.config import LearnerOptions, check
 
 TINY = Path(str(files("deedsr") / "assets" / "tiny"))
 
@@ -106,3 +107,16 @@ def test_weights_in_a_bucket_stay_there(run, model, bucket, tmp_path, monkeypatc
     assert not MlflowClient(run.tracking_uri).list_artifacts(run.id, "model")
     assert (resolve_model("models:/sr/1") / "adapter" / "config.json").is_file()
     assert pinned("models:/sr/1") == f"{bucket}/registered"
+
+
+def test_a_name_with_quotes_is_registered_and_found_and_an_impossible_one_is_refused_before_the_work(run, model):
+    out = open_storage(str(model))
+    for name in ("it's", 'the "best"', "it's' or name != '"):
+        assert register(run, name, out, {}) == "1"
+        assert register(run, name, out, {}) == "1"
+        assert pinned(f"models:/{name}/latest") == str(model)
+    for name in ("a/b", "a:b", "", " ", 'it\'s "it"'):
+        with pytest.raises(UsageError, match="register_as must be a name"):
+            check(LearnerOptions(register_as=name))
+    with pytest.raises(UsageError, match="quotes of both kinds"):
+        pinned('models:/it\'s "it"/latest')

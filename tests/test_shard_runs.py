@@ -189,3 +189,14 @@ def test_a_sign_of_life_that_fails_is_tried_again(tmp_path, monkeypatch):
         while not claim.is_file() and time.monotonic() < deadline:
             time.sleep(0.02)
         assert len(run.live_runs(out)) == 1
+
+
+def test_files_of_others_beside_the_records_are_named_and_stop_nothing(tmp_path, caplog):
+    folder = tmp_path / "_state" / "shards"
+    folder.mkdir(parents=True)
+    record = f"{'a' * 64}-{'b' * 12}-10240.arrow"
+    foreign = [f"._{record}", "notes.arrow", f"{'a' * 64}-{'b' * 12}-10240 (copy).arrow", "a-b-c-d.arrow"]
+    for name in (record, *foreign):
+        (folder / name).write_bytes(b"")
+    assert Inventory.of(open_storage(tmp_path)).records == {"a" * 64: ("b" * 12, 10240)}
+    assert all(name in caplog.text for name in foreign)

@@ -257,3 +257,55 @@ def test_the_last_objects_of_a_folder_are_deleted_by_several_at_once(tmp_path):
         with ThreadPoolExecutor(8) as threads:
             list(threads.map(storage.delete, paths))
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_deleted_with_marks_and_unfinished_writes(storage):
+    storage.write("kept", b"1")
+    child = storage.child("a")
+    child.write("b/c", b"1")
+    if storage.local_path("") is None:
+        client, bucket, key = storage._client, storage.bucket, f"{storage.prefix}/a/"
+        for mark in (key, f"{key}b/"):  # as Ray Train leaves them
+            client.put_object(Bucket=bucket, Key=mark)
+        client.create_multipart_upload(Bucket=bucket, Key=f"{key}begun")
+        child.delete_all()
+        assert "Contents" not in client.list_objects_v2(Bucket=bucket, Prefix=key)
+    else:
+        child.delete_all()
+        assert not (storage.local_path("") / "a").exists()
+    child.delete_all()
+    assert not list(storage.uploads())
+    assert [entry.path for entry in storage.list()] == ["kept"]
+
+
+def test_what_ray_train_writes_leaves_nothing_in_a_bucket(bucket, tmp_path):
+    import boto3
+
+    from pipelines.cluster import scratch
+
+    place = f"{bucket}/{tmp_path.name}/runs/learner"
+    with scratch(place, "_ray-1") as (path, filesystem):
+        for one in (filesystem, pickle.loads(pickle.dumps(filesystem))):
+            one.create_dir(f"{path}/deedsr-learner", recursive=True)
+            with one.open_output_stream(f"{path}/deedsr-learner/.validate_storage_marker") as file:
+                file.write(b"1")
+            assert one.get_file_info(f"{path}/deedsr-learner/.validate_storage_marker").size == 1
+    listing = boto3.client("s3").list_objects_v2(Bucket=bucket.removeprefix("s3://"), Prefix=f"{tmp_path.name}/")
+    assert [item["Key"] for item in listing.get("Contents", ())] == []
+
+
+def test_what_a_training_left_beside_a_model_is_not_downloaded(bucket, tmp_path, monkeypatch):
+    from pipelines.models import resolve_learner, resolve_model
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    out = open_storage(f"{bucket}/{tmp_path.name}")
+    model = {"deedsr.json", "training.json", "LICENSE", "README.md", "learner/config.json", "adapter/config.json"}
+    model |= {f"{part}/diffusion_pytorch_model.safetensors" for part in ("learner", "adapter")}
+    left = {"checkpoints/step-00000100/trained.safetensors", "incidents/step-00000007-rank-0.safetensors"}
+    left |= {"_ray-1a2b3c4d/deedsr-learner/x.json", "pictures/validation/1.png", "unsent_metrics.jsonl"}
+    left |= {"text_encoder/model.safetensors", "v2-1_512-ema-pruned.safetensors"}
+    for path in model | left:
+        out.write(path, b"{}")
+    folder = resolve_model(out.uri)
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == model
+    assert resolve_learner(f"{out.uri}/learner").is_dir()

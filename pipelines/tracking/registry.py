@@ -101,9 +101,8 @@ def find(name: str) -> Version:
         if alias:
             found = client.get_model_version_by_alias(model, alias)
         elif version == "latest":
-            found = max(
-                client.search_model_versions(f"name = {quoted(model)}"), key=lambda v: int(v.version), default=None
-            )
+            versions = client.search_model_versions(f"name = {quoted(model)}")
+            found = max(versions, key=lambda v: int(v.version), default=None)
         else:
             found = client.get_model_version(model, version)
     except MlflowException:

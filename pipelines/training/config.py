@@ -270,6 +270,12 @@ def check(options: LearnerOptions | AdapterOptions) -> None:
         raise UsageError(
             "train.compile cannot see into zero_stage 3, which fetches weights as they are used: use 0 to 2"
         )
+    model = options.register_as
+    if model is not None and (not model.strip() or re.search(r"[/:]", model) or {"'", '"'} <= set(model)):
+        raise UsageError(
+            f"register_as must be a name that MLflow's registry takes, without / and :, and not with quotes of both "
+            f"kinds, or null, got {model!r}"
+        )
     worker_range(train.num_workers)
     if isinstance(options, LearnerOptions):
         contrast, group = options.contrast, options.model.norm_group

@@ -16,7 +16,7 @@ from deedsr.learner.pairs import quadrant_pair
 from deedsr.learner.resnet import DegradationLearner
 from pipelines.dataset import Dataset
 from pipelines.training.config import LearnerOptions
-from pipelines.training.initial import initial_weights, learner_config
+from pipelines.training.initial import initial_folder, initial_weights, learner_config
 from pipelines.training.stage import Workers, fresh, under
 
 
@@ -30,7 +30,7 @@ class LearnerStage:
 
     def fetch(self) -> None:
         if self.options.init is not None:
-            resolve_learner(self.options.init)
+            initial_folder(self.options.init, self.name)
 
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         torch.manual_seed(self.options.train.seed)

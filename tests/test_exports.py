@@ -1,0 +1,167 @@
+"""The base of a model: which one it is, where it lies, and both in one folder."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_networks import make_pipeline
+
+from deedsr.errors import UsageError
+from deedsr.sampling.digests import base_digest
+from deedsr.sampling.model_folder import find_base, pinned_base
+from deedsr.sampling.pipeline import DeeDSRPipeline
+from jobs import cli
+from pipelines.models import load_pipeline
+from pipelines.storage import open_storage, publish
+from pipelines.training.config import AdapterOptions, resolved
+from pipelines.upscaling import upscale
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What `deedsr train adapter` writes: `model/`, whose base lay in a folder that is gone; it lies in `base/` now."""
+    folder = tmp_path_factory.mktemp("trained")
+    pipe = make_pipeline("kl")
+    for part in ("vae", "unet", "scheduler"):
+        getattr(pipe, part).save_pretrained(folder / "base" / part)
+    for part in ("learner", "adapter"):
+        getattr(pipe, part).save_pretrained(folder / "model" / part)
+    description = {
+        "format_version": 1,
+        "base": str(folder / "gone"),
+        "scale": 4,
+        "sampling": {"num_inference_steps": 2},
+    }
+    description["base_digest"] = base_digest(folder / "base")
+    (folder / "model" / "deedsr.json").write_text(json.dumps(description))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other_base(trained, tmp_path_factory):
+    """A base of the same geometry with other weights."""
+    folder = tmp_path_factory.mktemp("other") / "base"
+    shutil.copytree(trained / "base", folder)
+    pipe = make_pipeline("kl")
+    with torch.no_grad():
+        pipe.unet.conv_out.bias += 1
+    pipe.unet.save_pretrained(folder / "unet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def picture(photos, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("picture") / "small.png"
+    Image.open(photos / "validation" / "Green-Maple.jpg").resize((24, 16), Image.Resampling.BOX).save(path)
+    return str(path)
+
+
+def test_a_model_takes_its_base_where_it_lies_and_no_other(trained, other_base, picture, tmp_path):
+    model, out = str(trained / "model"), str(tmp_path / "out")
+    assert not upscale([picture], out, model=model, base=str(trained / "base"), progress=False).failed
+    with pytest.raises(UsageError, match=r"base of .*/model is not where it says: .*gone.*--base"):
+        upscale([picture], out, model=model, progress=False)
+    with pytest.raises(UsageError, match=r"is not the base that .*/model was trained on"):
+        upscale([picture], out, model=model, base=str(other_base), progress=False)
+
+
+@pytest.mark.parametrize("command", ["upscale", "evaluate", "export"])
+def test_every_command_that_loads_a_model_takes_its_base(
+    command, trained, other_base, picture, small_dataset, tmp_path, capsys
+):
+    words = {
+        "upscale": [picture, "--model", str(trained / "model")],
+        "evaluate": ["--data", small_dataset, "--model", str(trained / "model"), "--limit", "1"],
+        "export": [str(trained / "model")],
+    }[command]
+    assert cli.main([command, *words, "--base", str(other_base), "--out", str(tmp_path / "out")]) == 2
+    assert "is not the base that" in capsys.readouterr().err
+
+
+def test_a_base_in_s3_is_the_same_base(trained, picture, bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    uri = f"{bucket}/{tmp_path.name}/base"
+    publish(trained / "base", uri)
+    open_storage(uri).write("text_encoder/model.safetensors", b"nothing that is used")
+    assert load_pipeline(str(trained / "model"), base=uri).scale == 4
+    assert not [*tmp_path.rglob("text_encoder")]
+
+
+def test_weights_that_are_not_loaded_and_notes_make_no_other_base(trained, tmp_path):
+    copy = tmp_path / "base"
+    shutil.copytree(trained / "base", copy)
+    (copy / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"a variant beside the full weights")
+    config = json.loads((copy / "unet" / "config.json").read_text())
+    (copy / "unet" / "config.json").write_text(json.dumps(config | {"_diffusers_version": "9.9"}))
+    assert base_digest(copy) == base_digest(trained / "base")
+
+
+def test_a_hub_id_is_kept_with_its_revision(trained, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    cache = tmp_path / "models--somebody--diffusion"
+    shutil.copytree(trained / "base", cache / "snapshots" / REVISION)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(REVISION)
+    name = pinned_base("somebody/diffusion", find_base("somebody/diffusion"))
+    assert name == f"somebody/diffusion@{REVISION}"
+    (cache / "refs" / "main").write_text("f" * 40)  # somebody else's push
+    assert find_base(name) == cache / "snapshots" / REVISION
+    assert pinned_base(name, find_base(name)) == name
+    assert pinned_base("tiny", find_base("tiny")) == "tiny"
+
+
+def test_a_training_continues_with_its_base_wherever_that_lies_and_refuses_another(
+    trained, other_base, small_dataset, tmp_path
+):
+    from pipelines.dataset import Dataset
+    from pipelines.training.fit import _weights_digest, train_adapter
+
+    out = tmp_path / "out"
+    learner = trained / "model" / "learner"
+    before = AdapterOptions(data=small_dataset, learner=str(learner), base="/mnt/then/base", out=str(out))
+    inputs = {"dataset": Dataset.open(small_dataset).digest, "learner": _weights_digest(learner)}
+    record = {"stage": "adapter", "config": resolved(before), "run_id": "0" * 32}
+
+    def refusal(base, inputs) -> str:
+        out.mkdir(exist_ok=True)
+        (out / "training.json").write_text(json.dumps(record | {"inputs": inputs}))
+        options = AdapterOptions(data=small_dataset, learner=str(learner), base=str(base), out=str(out))
+        options.train.lr = 0.5  # what ends the call also where the base is right
+        with pytest.raises(UsageError) as error:
+            train_adapter(options, progress=False)
+        return str(error.value)
+
+    known = inputs | {"base": base_digest(trained / "base")}
+    assert "base was" not in refusal(trained / "base", known)
+    assert f"base was {known['base']}, is {base_digest(other_base)}" in refusal(other_base, known)
+    # Of a record from before the digest was kept only the name is known.
+    assert "base was '/mnt/then/base', is " in refusal(other_base, inputs)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_an_exported_model_needs_nothing_else(half, trained, picture, tmp_path, capsys):
+    lr = np.array(Image.open(picture))
+    options = {"num_inference_steps": 2, "output_type": "np"}
+    pipe = DeeDSRPipeline.from_pretrained(trained / "model", base=trained / "base")
+    expected = pipe(lr, generator=torch.Generator().manual_seed(0), **options).images[0]
+    words = ["export", str(trained / "model"), "--base", str(trained / "base"), "--out", str(tmp_path / "whole")]
+    assert cli.main([*words, "--json", *(["--half"] if half else [])]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["model"] == str(tmp_path / "whole")
+    assert result["bytes"] == sum(path.stat().st_size for path in (tmp_path / "whole").rglob("*") if path.is_file())
+    alone = DeeDSRPipeline.from_pretrained(tmp_path / "whole")
+    assert alone.unet.dtype == torch.float32
+    found = alone(lr, generator=torch.Generator().manual_seed(0), **options).images[0]
+    assert np.abs(found - expected).max() <= (0.05 if half else 0)
+    weights = lambda place: sum(path.stat().st_size for path in (place / "unet").glob("*.safetensors"))
+    assert weights(tmp_path / "whole") < (0.7 if half else 1.1) * weights(trained / "base")
+    assert cli.main(words) == 2
+    assert "holds something already" in capsys.readouterr().err
