@@ -124,7 +124,7 @@ def part_digest(folder: Path) -> str:
     digest = hashlib.sha256()
     # Without diffusers' own notes: which version wrote it, and where it was loaded from.
     digest.update(json.dumps({k: v for k, v in config.items() if not k.startswith("_")}, sort_keys=True).encode())
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("[!.]*.safetensors")):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

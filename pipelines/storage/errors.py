@@ -10,6 +10,7 @@ from deedsr.errors import DeeDSRError, UsageError
 
 __all__ = ["Conflict", "explained"]
 
+_NO_SUCH_NAME = (errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR)  # nothing can be called so
 _NO_PERMISSION = ("AccessDenied", "403", "Forbidden", "AllAccessDisabled")
 _WRONG_KEYS = (
     *("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"),
@@ -37,8 +38,12 @@ def explained(verb: str, uri: str) -> Iterator[None]:
         raise
     except Exception as error:
         # Some errors of botocore are OSErrors as well, without a number.
-        file_system = isinstance(error, OSError) and error.errno is not None
-        reason = _explain_file_system(verb, uri, error) if file_system else _explain_s3(verb, uri, error)
+        if isinstance(error, OSError) and error.errno is not None:
+            if verb == "read" and error.errno in _NO_SUCH_NAME:
+                raise FileNotFoundError(error.errno, error.strerror, uri) from None
+            reason: Exception | None = _explain_file_system(verb, uri, error)
+        else:
+            reason = _explain_s3(verb, uri, error)
         if reason is None:
             raise
         raise reason from (None if _tells_secret(error) else error)

@@ -13,7 +13,7 @@ import time
 import uuid
 import zlib
 from base64 import b64decode
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -55,7 +55,7 @@ class S3Storage(Storage):
     def _path(self, key: str) -> str:
         return key[len(self.prefix) + 1 if self.prefix else 0 :]
 
-    def list(self, prefix: str = "") -> Iterator[Entry]:
+    def list(self, prefix: str = "", within: Callable[[str], bool] | None = None) -> Iterator[Entry]:
         folder = self._key(prefix.strip("/")).strip("/")
         pages = self._client.get_paginator("list_objects_v2").paginate(
             Bucket=self.bucket, Prefix=f"{folder}/" if folder else ""

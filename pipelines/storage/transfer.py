@@ -1,20 +1,24 @@
 """Whole folders between the local file system and any storage."""
 
 import hashlib
+import logging
 import os
 import shutil
 import uuid
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from deedsr.errors import UsageError
 from pipelines.storage.local import PARTIAL, LocalStorage
 from pipelines.storage.location import open_storage
+from pipelines.storage.names import makes_a_file
 from pipelines.storage.s3 import TRANSFERS
 
 __all__ = ["localize", "publish"]
+
+logger = logging.getLogger(__name__)
 
 
 def localize(uri: str | Path, without: str = "") -> Path:
@@ -23,7 +27,8 @@ def localize(uri: str | Path, without: str = "") -> Path:
     `without`: a folder below it that is not downloaded.
 
     Downloads are kept under `$XDG_CACHE_HOME/deedsr` (else `~/.cache/deedsr`) by location and ETags, so that changed
-    objects get another directory. Raises UsageError if there is nothing at `uri`.
+    objects get another directory. An object whose name is that of no file there (absolute, with `..`, too long, or a
+    folder's) is left out with a warning. Raises UsageError if there is nothing at `uri`.
     """
     storage = open_storage(uri)
     local = storage.local_path("")
@@ -40,8 +45,13 @@ def localize(uri: str | Path, without: str = "") -> Path:
     if target.is_dir():
         return target
     partial = cache / f"{name}.{uuid.uuid4().hex[:12]}{PARTIAL}"
+    folders = {str(parent) for entry in entries for parent in PurePosixPath(entry.path).parents}
+    files = [entry for entry in entries if makes_a_file(entry.path) and entry.path not in folders]
+    for entry in [entry for entry in entries if entry not in files]:
+        logger.warning("%s/%s is left out: no file can be called so here", storage.uri, entry.path)
+    place = LocalStorage(partial).local_path
     try:
-        _each(lambda entry: storage.download(entry.path, partial / entry.path), entries)
+        _each(lambda entry: storage.download(entry.path, place(entry.path)), files)
         partial.rename(target)
     except OSError:
         if not target.is_dir():  # else another process was faster, with the same content

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from deedsr.errors import UsageError
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 EXPERIMENTS = ("deedsr-shards", "deedsr-learner", "deedsr-adapter", "deedsr-evaluation")
+_SQLITE = re.compile(r"sqlite(\+pysqlite)?:///")
 SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
 
 
@@ -29,8 +30,8 @@ def tracking_uri(uri: str | None = None) -> str:
     SQLite paths come back absolute, so that a worker process with another working directory means the same file.
     """
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    if uri.startswith("sqlite:///"):
-        return f"sqlite:///{_sqlite_path(uri)}"
+    if path := sqlite_path(uri):
+        return sqlite_uri(path)
     if uri.partition("://")[0].partition("+")[0] not in SCHEMES:
         raise UsageError(
             f"MLFLOW_TRACKING_URI={masked_uri(uri)} names no MLflow store: it must begin with one of "
@@ -54,7 +55,7 @@ def require_shared_store(uri: str, nodes: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         UsageError: the store is a file and some alive node has another host name than this machine.
     """
-    if not uri.startswith(("sqlite:", "file:")):
+    if sqlite_path(uri) is None:
         return
     here = socket.gethostname()
     elsewhere = sorted({str(n["NodeManagerHostname"]) for n in nodes if n["Alive"]} - {here})
@@ -83,8 +84,8 @@ def connect(uri: str) -> "MlflowClient":
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     remedy = "start the server or set MLFLOW_TRACKING_URI to a store that can be reached"
-    if uri.startswith("sqlite:///"):
-        folder = Path(_sqlite_path(uri)).parent
+    if path := sqlite_path(uri):
+        folder = path.parent
         remedy = f"{folder} must be a folder that you may write; or set MLFLOW_TRACKING_URI to another store"
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
@@ -104,8 +105,17 @@ def cause(error: BaseException) -> str:
     return masked_uri(str(error).strip().partition("\n")[0] or type(error).__name__)
 
 
-def _sqlite_path(uri: str) -> str:
-    return os.path.abspath(unquote(uri.removeprefix("sqlite:///")))
+def sqlite_uri(path: Path) -> str:
+    """The store in a file."""
+    quoted = str(path).replace("%", "%25").replace("?", "%3F")
+    # MLflow makes the folder of what stands behind `sqlite:///` without unquoting it; with the driver's name, none.
+    return f"sqlite:///{path}" if quoted == str(path) else f"sqlite+pysqlite:///{quoted}"
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The file of an SQLite store, None for any other store."""
+    match = _SQLITE.match(uri)
+    return Path(os.path.abspath(unquote(uri[match.end() :]))) if match else None
 
 
 @contextlib.contextmanager
@@ -126,8 +136,10 @@ def experiment_id(client: "MlflowClient", uri: str, name: str) -> str:
     from mlflow.exceptions import MlflowException
 
     location = None  # a server decides itself
-    if uri.startswith("sqlite:///"):
-        location = (Path(_sqlite_path(uri)).parent / "mlartifacts" / name).as_uri()
+    if path := sqlite_path(uri):
+        # One folder, whatever the name is: the separators in it are written as %2F.
+        folder = quote(name, safe=" ") if name.strip(".") else name.replace(".", "%2E")
+        location = (path.parent / "mlartifacts" / folder).as_uri()
     if client.get_experiment_by_name(name) is None:
         # Another process may create it in the same moment.
         with contextlib.suppress(MlflowException):

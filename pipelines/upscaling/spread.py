@@ -1,5 +1,6 @@
 """Upscaling on a cluster with Ray Data: a row is a few pictures, an actor keeps the model for all of its rows."""
 
+import posixpath
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines import cluster
 from pipelines.storage import Storage, open_storage
+from pipelines.storage.local import begun_name
 from pipelines.upscaling.sources import Source
 from pipelines.upscaling.work import Done, Upscaler
 
@@ -79,6 +81,7 @@ def _remove_parts(out: Storage, targets: set[str]) -> None:
     """Removes what killed workers had begun to write; on S3 nothing is seen of it."""
     if out.local_path("") is None:
         return
+    begun = {posixpath.join(posixpath.dirname(path), begun_name(posixpath.basename(path))) for path in targets}
     for upload in out.abandoned_uploads(timedelta(0)):
-        if upload.path in targets:
+        if upload.path in begun:
             out.abort(upload)
