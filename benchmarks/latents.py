@@ -24,6 +24,7 @@ import torch
 from benchmarks.loader import make_shards
 from deedsr.dataset.worker import prepare_worker
 from pipelines.dataset import Dataset
+from pipelines.machine import allowed_cpus
 from pipelines.shards.latents import make_latents
 from pipelines.training.adapter_stage import AdapterStage
 from pipelines.training.config import (
@@ -95,7 +96,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         data = {"pixels": options.shards or make_shards(Path(work) / "pixels", "deedsr"), "latents": f"{work}/latents"}
         make_latents(data["pixels"], "tiny", "tiny", data["latents"], progress=False)
         size = {name: sum(shard.bytes for shard in Dataset.open(uri).manifest.shards) for name, uri in data.items()}
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        os.sched_setaffinity(0, {max(allowed_cpus())})
         torch.set_num_threads(1)
         prepare_worker()
         arms = {name: Arm(uri, "tiny") for name, uri in data.items()}

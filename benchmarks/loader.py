@@ -29,6 +29,7 @@ import psutil
 
 from deedsr.dataset.codecs import decode_stored
 from deedsr.dataset.worker import prepare_worker
+from pipelines.machine import allowed_cpus
 
 BATCH, WARM_UP = 8, 40
 SHARD = {"min_sources": 1, "target_sources": 2, "max_sources": 3}
@@ -162,7 +163,7 @@ def main() -> None:
         os._exit(0)  # without waiting for what was read ahead
     with tempfile.TemporaryDirectory() as work:
         shards = options.shards or make_shards(Path(work) / "shards", options.recipe)
-        both = os.sched_getaffinity(0)
+        both = allowed_cpus()
         rates: dict[str, list[tuple[float, float]]] = {arm: [] for arm in ARMS}
         for _ in range(options.rounds):
             for arm, measured in rates.items():

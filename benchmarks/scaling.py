@@ -49,7 +49,7 @@ def with_shards_of(recipe: Recipe, sources: int) -> Recipe:
 class EmptySamples:
     """Shard work without pictures."""
 
-    def build(self, plan: ShardPlan, out: Storage) -> ShardRecord:
+    def build(self, plan: ShardPlan, out: Storage, cpus: int = 1) -> ShardRecord:
         with shard_draft(plan) as draft:
             for source in plan.sources:
                 draft.sources.append((source.path, plan.id))

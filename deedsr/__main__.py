@@ -8,7 +8,11 @@ def main() -> None:
     from jobs import cli
 
     cli.set_up_process()
-    sys.exit(cli.main())
+    code = cli.main()
+    # Ray's threads go on printing what workers write, until the process ends: stdout holds the result alone.
+    sys.stdout.flush()
+    sys.stdout = sys.stderr
+    sys.exit(code)
 
 
 if __name__ == "__main__":

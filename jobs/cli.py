@@ -35,6 +35,7 @@ COMMANDS = {
     "evaluate": ("jobs.evaluate", "metrics of a model, beside bicubic, on a dataset"),
     "upscale": ("jobs.upscale", "enlarge pictures"),
     "compare": ("jobs.compare", "the runs of an experiment side by side"),
+    "doctor": ("jobs.doctor", "what this machine, a place for results, MLflow and a cluster lack"),
     "submit": ("jobs.submit", "send a job file to a Ray cluster"),
 }
 
@@ -75,9 +76,10 @@ def _run(argv: list[str]) -> int:
         request = parser.read(words)
     except SystemExit:  # --help was printed
         return DONE
+    results = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
         outcome: Outcome = command.run(request.options)
-    print(_json(outcome.values) if request.as_json else outcome)
+        print(_json(outcome.values) if request.as_json else outcome, file=results)
     return DONE if outcome.complete else FAILED
 
 

@@ -29,7 +29,7 @@ class DemoOptions:
     out: str = "demo"  # folder of everything the demo makes
     learner_steps: PositiveInt = 150  # optimizer steps of stage 1
     adapter_steps: PositiveInt = 200  # optimizer steps of stage 2
-    workers: PositiveInt | None = None  # null = every core of this machine
+    workers: PositiveInt | None = None  # that make shards; null = every core of this machine
 
 
 @dataclasses.dataclass
@@ -50,6 +50,7 @@ def run(options: DemoOptions) -> Outcome:
         raise UsageError(f"{out} is a file: give a folder with --out")
     out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MLFLOW_TRACKING_URI", sqlite_uri(out / "mlflow.db"))
+    os.environ.pop("RAY_ADDRESS", None)  # this machine alone: its files are here
     began = time.perf_counter()
     chain = Chain(out, options)
     shards = chain.shards()
@@ -132,10 +133,7 @@ class Chain:
         )
 
     def _training(self, max_steps: int) -> list[str]:
-        workers = self.options.workers or max(1, len(os.sched_getaffinity(0)))
-        # Data parallel over a power of two, which divides the batch.
-        workers = 1 << (min(workers, 4).bit_length() - 1)
-        return ["--preset", "tiny", "--train.max_steps", str(max_steps), "--train.num_workers", str(workers)]
+        return ["--preset", "tiny", "--train.max_steps", str(max_steps)]
 
     def learner(self) -> dict[str, Any]:
         words = ["train", "learner", "--data", str(self.out / "shards"), "--out", str(self.out / "learner")]
@@ -195,6 +193,7 @@ class Chain:
 
         from pipelines import report, tracking
         from pipelines.dataset import Dataset
+        from pipelines.machine import this_machine
         from pipelines.tracking.provenance import library_versions
 
         dataset = Dataset.open(str(self.out / "shards"))
@@ -227,7 +226,7 @@ class Chain:
                 samples=[report.ShardSample(s.key, s.lr, s.hr, s.info["degradation"]) for s in samples],
                 pictures=self._pictures(),
                 versions=library_versions(),
-                machine={"CPU cores": str(len(os.sched_getaffinity(0))), "system": platform.platform(terse=True)},
+                machine={"CPU cores": str(this_machine().cpus), "system": platform.platform(terse=True)},
                 links=[
                     report.Link("Upscaled pictures", "upscaled/"),
                     report.Link("Evaluated pairs", "evaluation/"),

@@ -17,6 +17,7 @@ class EvaluateOptions(SamplingOptions):
     metrics: str = "psnr,ssim,niqe"  # names, separated by commas
     split: Literal["validation", "train"] = "validation"  # which part of the dataset
     limit: PositiveInt | None = None  # at most so many pairs, evenly spread; null = all
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto = a CUDA GPU if there is one, on a cluster always
     experiment: str = "deedsr-evaluation"  # MLflow experiment
 
 
@@ -30,6 +31,7 @@ def run(options: EvaluateOptions) -> Outcome:
         metrics=[name.strip() for name in options.metrics.split(",") if name.strip()],
         split=options.split,
         limit=options.limit,
+        device=options.device,
         experiment=options.experiment,
         **options.sampling(),
     )

@@ -24,7 +24,8 @@ class LatentsOptions:
     learner: str | None = None  # output of `deedsr train learner`; null = keep the LR images instead of vectors
     precision: Literal["fp32", "bf16"] = "fp32"  # in which the VAE computes; bf16 is for GPUs
     batch_size: PositiveInt = 8  # images encoded together
-    workers: PositiveInt | None = None  # at a time; null = one on every GPU of the cluster, or every CPU if it has none
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto = a CUDA GPU where there is one, and on a cluster always
+    workers: PositiveInt | None = None  # at a time; null = one on every GPU, or every CPU with device cpu
     tracking: bool = True  # log an MLflow run
     experiment: str = "deedsr-latents"  # MLflow experiment
 
@@ -46,6 +47,7 @@ def _make(options: LatentsOptions) -> "ShardsResult":
         precision=options.precision,
         batch_size=options.batch_size,
         workers=options.workers,
+        device=options.device,
     )
 
 

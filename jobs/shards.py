@@ -31,7 +31,7 @@ class ShardsOptions:
     hr_from: str | None = None  # dataset whose HR images are degraded anew
     join: str | None = None  # dataset made by --hr-from, to be written with its HR
     recipe: str = "deedsr"  # deedsr, realesrgan, light, medium, heavy, demo or a YAML file
-    workers: PositiveInt | None = None  # tasks at a time; null = every CPU of the cluster
+    workers: PositiveInt | None = None  # CPUs in use at a time; null = every one of the cluster
     plan: bool = False  # make nothing: say how much it would be and how long it would take, from a short measured probe
     nodes: PositiveInt = 1  # plan: machines
     cores: PositiveInt | None = None  # plan: of each machine; null = as many as this one has

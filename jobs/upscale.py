@@ -21,8 +21,9 @@ class UpscaleOptions(SamplingOptions):
     format: Literal["png", "jpeg", "webp", "same"] = "png"  # of the results; same = as the input, PNG if it is another
     quality: PositiveInt = 95  # of JPEG and WebP, 1 to 100
     overwrite: bool = False  # make every result anew, and replace whatever lies in its place (never an input)
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto = a CUDA GPU if there is one, on a cluster always
     ray: bool = False  # spread the pictures over the cluster of RAY_ADDRESS, or over this machine's CPUs or GPUs
-    workers: PositiveInt | None = None  # with --ray, at a time; null = one on every GPU, or every CPU if there is none
+    workers: PositiveInt | None = None  # with --ray, at a time; null = one on every GPU, or every CPU with device cpu
 
 
 def run(options: UpscaleOptions) -> Outcome:
@@ -37,6 +38,7 @@ def run(options: UpscaleOptions) -> Outcome:
         overwrite=options.overwrite,
         ray=options.ray,
         workers=options.workers,
+        device=options.device,
         **options.sampling(),
     )
     return Outcome(dataclasses.asdict(result), complete=not result.failed)

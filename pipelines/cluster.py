@@ -6,18 +6,38 @@ import shutil
 import signal
 import socket
 import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
 from deedsr.errors import DeeDSRError, UsageError
+from pipelines import autoscaler, machine
+from pipelines.placement import Nodes, Offer, TrainingPlan, WorkPlan
 from pipelines.storage import open_storage
 
-__all__ = ["arrow_filesystem", "connect", "data", "is_local", "nodes", "resources", "scratch"]
+__all__ = [
+    "CannotHold",
+    "arrow_filesystem",
+    "connect",
+    "data",
+    "is_local",
+    "nodes",
+    "offer",
+    "scratch",
+    "this_machine",
+    "wait_for",
+]
+
+logger = logging.getLogger(__name__)
 
 # The object store only passes plans, summaries and metrics; Ray's default is a third of the memory.
 _OBJECT_STORE = 256 << 20
+_POLL_SECONDS = 1.0
+_LINE_SECONDS = 30.0  # between two lines on what is waited for
 
 
 def connect() -> None:
@@ -55,6 +75,8 @@ def _connect(address: str | None) -> None:
             # "local" never joins a cluster that somebody else runs on this machine.
             ray.init(
                 address="local",
+                num_cpus=machine.this_machine().cpus,
+                num_gpus=machine.gpus(),
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE,
                 logging_level="ERROR",
@@ -67,7 +89,8 @@ def _connect(address: str | None) -> None:
             ) from error
         return
     try:
-        ray.init(address=address, logging_level="WARNING")
+        # What workers log stays in Ray's files, as on one machine: what a user should see comes through the command.
+        ray.init(address=address, logging_level="WARNING", log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UsageError(f"no Ray cluster answers at RAY_ADDRESS={address}: start it, or unset RAY_ADDRESS") from error
 
@@ -91,11 +114,65 @@ def nodes() -> list[dict[str, Any]]:
     return ray.nodes()
 
 
-def resources() -> dict[str, float]:
-    """Everything the connected cluster has, by Ray's names: `CPU`, `GPU`, `memory` in bytes, ..."""
+def offer() -> Offer:
+    """What the connected cluster has, and what its autoscaler may add."""
+    shapes = Counter(
+        (node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)) for node in nodes() if node["Alive"]
+    )
+    there = tuple(Nodes(cpus, gpus, count) for (cpus, gpus), count in shapes.items())
+    if is_local():
+        here = machine.this_machine()
+        return Offer(there, local=True, memory=here.memory, shared_memory=here.shared_memory)
+    growth = autoscaler.growth()
+    return Offer(there, growth, answers=growth is None and autoscaler.answers())
+
+
+def this_machine() -> Offer:
+    """What this machine offers to a command that computes by itself, without Ray."""
+    here = machine.this_machine()
+    return Offer((Nodes(here.cpus, machine.gpus()),), local=True, memory=here.memory)
+
+
+class CannotHold(UsageError):
+    """The cluster has not what a plan needs, and its autoscaler cannot add it."""
+
+
+def wait_for(plan: TrainingPlan | WorkPlan, without: str) -> None:
+    """Waits until the connected cluster can hold the first workers of `plan`; an autoscaler starts nodes for them.
+
+    `without`: the option that would do without GPUs, for the line that is logged every half minute. Raises CannotHold
+    where the cluster has not enough, and nothing can add it.
+    """
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    there = offer()
+    if there.local:
+        return
+    group = placement_group([plan.bundle] * plan.fewest)
+    fits = replace(there, growth=()).holds(plan.cpus, plan.gpus) >= plan.fewest  # once other work has ended
+    began = said = time.monotonic()
+    try:
+        while not group.wait(_POLL_SECONDS):
+            if not fits and autoscaler.refuses(group):
+                raise CannotHold(f"this cluster cannot hold {_words(plan)}: {_state(plan, without)}")
+            now = time.monotonic()
+            if now - said >= _LINE_SECONDS:
+                said = now
+                logger.info("waiting %.0f s for %s: %s", now - began, _words(plan), _state(plan, without))
+    finally:
+        remove_placement_group(group)
+
+
+def _words(plan: TrainingPlan | WorkPlan) -> str:
+    return f"{plan.fewest} x {{{', '.join(f'{kind} {amount:g}' for kind, amount in plan.bundle.items())}}}"
+
+
+def _state(plan: TrainingPlan | WorkPlan, without: str) -> str:
     import ray
 
-    return ray.cluster_resources()
+    free = ray.available_resources()
+    there = "free: " + ", ".join(f"{free.get(kind, 0):g} {kind}" for kind in plan.bundle)
+    return "; ".join(filter(None, [there, autoscaler.coming(), without if plan.gpus else ""]))
 
 
 def is_local() -> bool:

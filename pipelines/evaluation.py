@@ -20,9 +20,10 @@ from deedsr.dataset.keys import generator
 from deedsr.errors import UsageError
 from deedsr.metrics import niqe_features, niqe_of_features, psnr_y, ssim_y
 from deedsr.metrics.niqe import BLOCK
-from pipelines import tracking
+from pipelines import cluster, tracking
 from pipelines.dataset import Dataset
 from pipelines.models import load_pipeline, resolve_model, training_run
+from pipelines.placement import Device, place_networks
 from pipelines.storage import open_storage
 from pipelines.strips import strip
 
@@ -60,6 +61,7 @@ def evaluate(
     tile: int | None = None,
     degradation_per_tile: bool | None = None,
     seed: int = 0,
+    device: Device = "auto",
     experiment: str = "deedsr-evaluation",
     progress: bool = True,
 ) -> EvaluationResult:
@@ -75,6 +77,7 @@ def evaluate(
         steps, noise_guidance, noise_guidance_share, eta, color_fix, solver, tile, degradation_per_tile: as for
             `DeeDSRPipeline`; None = the model's own.
         seed: with a sample's key it decides that sample's noise, whatever else is measured.
+        device: `auto` = a GPU where this machine has one; `cpu`; `cuda`.
         experiment: of MLflow.
         progress: show a progress bar on stderr.
 
@@ -102,7 +105,8 @@ def evaluate(
         "degradation_per_tile": degradation_per_tile,
     }
     sampling = folder.sampling.override(**wanted)
-    pipeline = load_pipeline(model)
+    place_networks(cluster.this_machine(), device, 1, "evaluate")
+    pipeline = load_pipeline(model, device)
     pipeline.set_progress_bar_config(disable=True)
 
     config = {

@@ -2,13 +2,17 @@
 
 import hashlib
 import json
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deedsr.errors import UsageError
+from deedsr.errors import DeeDSRError, UsageError
+from pipelines.machine import this_machine
 from pipelines.storage import localize, open_storage
 
 if TYPE_CHECKING:
+    import torch
+
     from deedsr.sampling.pipeline import DeeDSRPipeline
 
 
@@ -93,13 +97,11 @@ def load_vae(base: str | Path, **options: Any) -> Any:
     return load_part(resolve_base(base), "vae", **options)
 
 
-def load_pipeline(model: str | Path) -> "DeeDSRPipeline":
-    """The pipeline of a model by name, folder, URI or hub id, on this machine's GPU if it has one.
+def load_pipeline(model: str | Path, device: str = "auto") -> "DeeDSRPipeline":
+    """The pipeline of a model by name, folder, URI or hub id, on `device` (see `usable_device`).
 
     Raises UsageError where the model or its base is missing or incomplete.
     """
-    import torch
-
     from deedsr.sampling.model_folder import ModelFolder
     from deedsr.sampling.pipeline import DeeDSRPipeline
 
@@ -107,7 +109,32 @@ def load_pipeline(model: str | Path) -> "DeeDSRPipeline":
     base = ModelFolder.read(folder).base
     # The package itself knows no object storage: a base there is fetched here.
     pipeline = DeeDSRPipeline.from_pretrained(folder, base=_local(base) if base and "://" in base else None)
-    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    return pipeline.to(usable_device(device))
+
+
+def usable_device(name: str) -> "torch.device":
+    """The device `cpu`, `cuda` or `mps`; `auto` = the CUDA GPU that torch can use here, else the CPU.
+
+    On the CPU torch's threads are kept to the CPUs that this process may use. Raises DeeDSRError where torch cannot use
+    what `cuda` or `mps` promises.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        raise DeeDSRError(
+            f"torch {torch.__version__} ({built}) can use no GPU on {socket.gethostname()}: check the driver there "
+            "(nvidia-smi) and its torch, or compute on the CPU instead"
+        )
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise DeeDSRError(
+            f"torch {torch.__version__} has no MPS on {socket.gethostname()}: it is for Macs with Apple's GPU"
+        )
+    if name == "cpu":
+        torch.set_num_threads(min(torch.get_num_threads(), this_machine().cpus))
+    return torch.device(name)
 
 
 def training_run(model: str | Path) -> str | None:

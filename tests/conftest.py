@@ -12,7 +12,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["DEEDSR_CPUS"] = "2"  # the tests ask for what they need, whatever the machine has
+os.environ.pop("RAY_ADDRESS", None)
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray's workers find the test modules whose functions they run.
@@ -24,6 +25,13 @@ import pytest
 import torch
 
 from deedsr.degradation.recipe import Recipe
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides GPUs, but from the tests that are marked so: they run by themselves, with `pytest -m gpu`."""
+    if config.getoption("-m") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["DS_ACCELERATOR"] = "cpu"
 
 
 @pytest.fixture(scope="session")

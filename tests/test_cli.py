@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from typing import Literal
 
 import pytest
@@ -264,6 +265,13 @@ def command(monkeypatch):
 
     monkeypatch.setattr("jobs.options.trailing_comments", lambda kind: {})
     return install
+
+
+def test_what_is_printed_after_the_result_goes_to_stderr():
+    """Ray prints what workers of a cluster wrote until this process ends."""
+    late = "import atexit, sys, deedsr.__main__; atexit.register(print, 'late'); sys.argv[1:] = ['--version']"
+    done = subprocess.run([sys.executable, "-c", f"{late}; deedsr.__main__.main()"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{version('deedsr')}\n", "late\n")
 
 
 def test_stdout_holds_the_result_alone_readable_or_as_one_json_line(capsys, command):

@@ -14,8 +14,9 @@ from fault_proxy import FaultProxy
 
 from deedsr.errors import UsageError
 from pipelines.dataset import Dataset
+from pipelines.placement import Nodes, Offer, place_training
 from pipelines.storage import open_storage, publish
-from pipelines.training.config import LearnerOptions, TrainOptions, check, loader_threads
+from pipelines.training.config import LearnerOptions, TrainOptions, check
 from pipelines.training.loader import follow, micro_batches
 from pipelines.training.order import SampleOrder
 from pipelines.training.shard_cache import ShardCache
@@ -199,8 +200,10 @@ def test_batches_come_in_order_for_any_number_of_threads(small_dataset, tmp_path
 
 
 def test_impossible_sizes_are_refused_and_the_default_is_two_threads():
-    assert loader_threads(TrainOptions()) == 2
-    assert loader_threads(TrainOptions(cpus_per_worker=8)) == 8
+    offer = Offer((Nodes(32),), local=True)
+    for cpus, threads in ((1, 2), (6, 6), (32, 8)):
+        assert place_training(offer, TrainOptions(num_workers=1, cpus_per_worker=cpus)).loader_threads == threads
+    assert place_training(offer, TrainOptions(loader_threads=12)).loader_threads == 12
     for change in ({"cache_gb": -1}, {"loader_threads": 0}):
         with pytest.raises(UsageError, match="train.cache_gb must be 0 or more and train.loader_threads 1 or more"):
             check(LearnerOptions(train=TrainOptions(global_batch_size=96, **change)))

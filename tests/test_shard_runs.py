@@ -15,8 +15,10 @@ from deedsr.errors import DatasetNotCommitted, DeeDSRError
 from pipelines.dataset import Dataset
 from pipelines.shards import collect_garbage, estimate, generate, run, verify
 from pipelines.shards.build import FromSources
+from pipelines.shards.estimate import _Count
 from pipelines.shards.generate import run_job
 from pipelines.shards.plan import plan_shards
+from pipelines.shards.record import Inventory
 from pipelines.shards.samples import samples_of
 from pipelines.shards.sources import list_sources
 from pipelines.storage import open_storage
@@ -124,11 +126,11 @@ def test_of_two_runs_with_different_recipes_the_second_to_end_stops_and_leaves_t
     assert (again.digest, again.written) == (first.digest, 0)
 
 
-def deadly(source, data, lr_data, recipe):
+def deadly(source, data, lr_data, recipe, share):
     """Samples as always, but for a picture that kills whoever reads it, as a broken decoder would."""
     if "deadly" in source.path:
         os.kill(os.getpid(), signal.SIGKILL)
-    return samples_of(source, data, lr_data, recipe)
+    return samples_of(source, data, lr_data, recipe, share)
 
 
 def test_a_source_that_kills_its_worker_is_left_out_and_the_rest_goes_on(photos, few, tmp_path):
@@ -158,6 +160,19 @@ def test_a_plan_counts_exactly_and_estimates_from_a_probe(photos, few, tmp_path)
     assert planned.cost == pytest.approx(8 * planned.hours, abs=0.01)
     rest = estimate(source, str(tmp_path / "out"), few, progress=False)
     assert (rest.shards, rest.shards_to_make, rest.samples, rest.hours) == (result.shards, 0, 0, 0)
+
+
+def test_a_plan_takes_no_less_time_than_the_largest_shard_does_unless_shards_are_few(photos, small_recipe):
+    sizes = {"min_sources": 1, "target_sources": 3, "max_sources": 9}
+    recipe = Recipe.model_validate(small_recipe.model_dump(mode="json") | {"shard": sizes})
+    plans = list(plan_shards(list_sources([str(photos)]), recipe))
+    count = _Count()
+    sources = list(count.missing(plans, Inventory({}, {})))
+    largest = max(len(plan.sources) for plan in plans)
+    assert largest * len(plans) > 1.5 * len(sources)
+    assert count.sources_of_a_core(1) == len(sources)
+    assert count.sources_of_a_core(len(plans)) == largest
+    assert count.sources_of_a_core(100) < 1
 
 
 def test_a_sign_of_life_that_fails_is_tried_again(tmp_path, monkeypatch):

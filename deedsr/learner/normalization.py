@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from deedsr.precision import wide
+
 MOMENTUM = 0.1  # of the running statistics, as in torch.nn.BatchNorm2d
 
 
@@ -17,7 +19,7 @@ class FullPrecisionBuffers(nn.Module):
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in before.items():
-            if self._buffers[name].dtype != buffer.dtype:
+            if buffer is not None and self._buffers[name].dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(self._buffers[name].device)
         return self
 
@@ -37,8 +39,8 @@ class GroupedBatchNorm2d(FullPrecisionBuffers):
 
     running_mean: torch.Tensor
     running_var: torch.Tensor
-    # fp64, so that the order of sums leaves no trace
-    pending: torch.Tensor  # (2 C + 1): sum of group means, sum of group variances, number of groups
+    # (2 C + 1): sum of group means, sum of group variances, number of groups; made by the first forward that collects
+    pending: torch.Tensor | None
 
     def __init__(self, channels: int, norm_group: int = 0, eps: float = 1e-5):
         super().__init__()
@@ -47,7 +49,7 @@ class GroupedBatchNorm2d(FullPrecisionBuffers):
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
-        self.register_buffer("pending", torch.zeros(2 * channels + 1, dtype=torch.float64), persistent=False)
+        self.register_buffer("pending", None, persistent=False)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weight.float(), self.bias.float()
@@ -63,8 +65,14 @@ class GroupedBatchNorm2d(FullPrecisionBuffers):
             # With momentum 1 batch_norm leaves this group's mean and unbiased variance in the two tensors.
             normalised.append(F.batch_norm(x, mean, var, weight, bias, True, 1.0, self.eps))
             if torch.is_grad_enabled():
-                self.pending += torch.cat([mean, var, mean.new_ones(1)])
+                self.pending = self.sums() + torch.cat([mean, var, mean.new_ones(1)])
         return torch.cat(normalised) if len(normalised) > 1 else normalised[0]
+
+    def sums(self) -> torch.Tensor:
+        """What was collected since the last commit, fp64, so that the order of sums leaves no trace."""
+        if self.pending is not None:
+            return self.pending
+        return wide(self.running_mean.new_zeros(2 * len(self.running_mean) + 1))
 
 
 def normalizations(module: nn.Module) -> list[GroupedBatchNorm2d]:
@@ -73,7 +81,7 @@ def normalizations(module: nn.Module) -> list[GroupedBatchNorm2d]:
 
 def pending_statistics(module: nn.Module) -> torch.Tensor:
     """What the module's normalisations collected since the last commit, fp64 (N,): to be summed over the workers."""
-    return torch.cat([norm.pending for norm in normalizations(module)] or [torch.zeros(0, dtype=torch.float64)])
+    return torch.cat([norm.sums() for norm in normalizations(module)] or [torch.zeros(0, dtype=torch.float64)])
 
 
 @torch.no_grad()
@@ -83,16 +91,16 @@ def commit_statistics(module: nn.Module, reduced: torch.Tensor) -> None:
     `reduced` is `pending_statistics(module)` summed over the workers.
     """
     norms = normalizations(module)
-    for norm, sums in zip(norms, reduced.split([len(n.pending) for n in norms]), strict=True):
+    for norm, sums in zip(norms, reduced.split([len(n.sums()) for n in norms]), strict=True):
         groups = sums[-1]
         if groups > 0:
             mean, var = (sums[:-1] / groups).chunk(2)
             norm.running_mean.lerp_(mean.to(norm.running_mean), MOMENTUM)
             norm.running_var.lerp_(var.to(norm.running_var), MOMENTUM)
-        norm.pending.zero_()
+        norm.pending = None
 
 
 def drop_statistics(module: nn.Module) -> None:
     """Forget what was collected for an optimizer step that was not taken."""
     for norm in normalizations(module):
-        norm.pending.zero_()
+        norm.pending = None

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deedsr.learner.normalization import GroupedBatchNorm2d
 from deedsr.learner.statistics import PictureStatistics
+from deedsr.precision import wide
 
 # Noise and compression move a pixel by a few hundredths; this brings the high-pass copy to the range of the RGB.
 HIGH_PASS_GAIN = 8.0
@@ -66,7 +67,7 @@ class ExactLinear(nn.Linear):
     loaded from a file lies elsewhere than one that was trained."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x.double(), self.weight.double(), self.bias.double()).to(x.dtype)
+        return F.linear(wide(x), wide(self.weight), wide(self.bias)).to(x.dtype)
 
 
 class StatisticsNetwork(nn.Module):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch.nn.functional import conv2d, pad
 
+from deedsr.precision import wide
 from deedsr.sampling.images import strips
 
 COLOR_FIXES = ("none", "adain", "wavelet")
@@ -38,8 +39,8 @@ def _moments(parts: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]
     """Mean and standard deviation of each channel over all parts."""
     each = [(x.shape[2] * x.shape[3], x.mean((2, 3), keepdim=True), x.var((2, 3), keepdim=True)) for x in parts]
     total = sum(count for count, _, _ in each)
-    mean = sum(count / total * one.double() for count, one, _ in each)
-    squares = sum((count - 1) * of.double() + count * (one - mean) ** 2 for count, one, of in each)
+    mean = sum(count / total * wide(one) for count, one, _ in each)
+    squares = sum((count - 1) * wide(of) + count * (one - mean) ** 2 for count, one, of in each)
     kind = each[0][1].dtype
     return mean.to(kind), ((squares / (total - 1)).to(kind) + 1e-5).sqrt()
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 import multiprocessing
 import tempfile
 from collections.abc import Callable, Iterator
@@ -9,8 +10,9 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 
@@ -19,10 +21,12 @@ from deedsr.dataset.pictures import RejectedImage
 from deedsr.dataset.tar import TarWriter
 from deedsr.dataset.worker import prepare_worker
 from deedsr.degradation.recipe import Recipe
+from deedsr.errors import DeeDSRError
+from pipelines.shards.pieces import in_order
 from pipelines.shards.plan import ShardPlan
 from pipelines.shards.record import COLUMNS, ShardRecord, table_of, tar_name, write_record
-from pipelines.shards.samples import Draft, Drafts, samples_of
-from pipelines.shards.sources import Source, read_source
+from pipelines.shards.samples import Draft, Drafts, Share, rejection, samples_of
+from pipelines.shards.sources import Source, is_table, read_source
 from pipelines.storage import Storage
 
 __all__ = ["FromSources", "ShardDraft", "ShardWork"]
@@ -30,13 +34,17 @@ __all__ = ["FromSources", "ShardDraft", "ShardWork"]
 logger = logging.getLogger(__name__)
 ATTEMPTS = f"{STATE}/attempts"
 _LIVES = 2  # a source that kills so many processes is left out
+_DECODING = 2  # samples that take the time of reading and decoding their source, which each of its pieces does again
 
 
 class ShardWork(Protocol):
     """What turns plans into shards. Pickles: it travels to the workers."""
 
-    def build(self, plan: ShardPlan, out: Storage) -> ShardRecord:
-        """Writes the tar of a plan, then its record. Equal plan, equal bytes, wherever and whenever."""
+    def build(self, plan: ShardPlan, out: Storage, cpus: int = 1) -> ShardRecord:
+        """Writes the tar of a plan, then its record. Equal plan, equal bytes, wherever and whenever.
+
+        `cpus`: those of the cluster that the work may use at a time; it may leave them.
+        """
 
 
 class ShardDraft:
@@ -78,7 +86,7 @@ def shard_draft(plan: ShardPlan, columns: pa.Schema = COLUMNS) -> Iterator[Shard
         yield ShardDraft(plan, file, columns)
 
 
-MakeSamples = Callable[[Source, bytes, bytes | None, Recipe], Drafts]
+MakeSamples = Callable[[Source, bytes, bytes | None, Recipe, Share], Drafts]
 
 
 @dataclass(frozen=True)
@@ -88,42 +96,87 @@ class FromSources:
     recipe: Recipe
     samples: MakeSamples = samples_of
 
-    def build(self, plan: ShardPlan, out: Storage) -> ShardRecord:
-        attempt = f"{ATTEMPTS}/{plan.id}"
-        tried = out.exists(attempt)
-        if not tried:
-            out.write(attempt, b"")
-        with shard_draft(plan) as draft, _guarded(self.samples) if tried else nullcontext(self.samples) as make:
-            for source in plan.sources:
-                drafts = _drafts(source, self.recipe, make)
+    def build(self, plan: ShardPlan, out: Storage, cpus: int = 1) -> ShardRecord:
+        cuts = _cuts(plan.sources, self.recipe, cpus)
+        pieces = (
+            _Piece(source, Share(number, cut), _read(source) if cpus > 1 and is_table(source.uri) else None)
+            for source, cut in zip(plan.sources, cuts, strict=True)
+            for number in range(cut)
+        )
+        with shard_draft(plan) as draft, self._each(pieces, plan, out, cpus) as each:
+            for source, cut in zip(plan.sources, cuts, strict=True):
+                drafts = _joined(source, list(islice(each, cut)))
                 draft.sources.append((source.path, drafts.sha256))
                 draft.rejected += drafts.rejected
                 for sample in drafts.samples:
                     draft.add(sample, source.uri)
             record = draft.commit(out)
-        out.delete(attempt)
+        out.delete(f"{ATTEMPTS}/{plan.id}")
         return record
+
+    @contextmanager
+    def _each(self, pieces: Iterator["_Piece"], plan: ShardPlan, out: Storage, cpus: int) -> Iterator[Iterator[Drafts]]:
+        """What each piece gives."""
+        if cpus > 1:  # each in another process than this one
+            yield in_order(self._make, pieces, cpus, guarded=self._make_guarded)
+            return
+        attempt = f"{ATTEMPTS}/{plan.id}"
+        tried = out.exists(attempt)
+        if not tried:
+            out.write(attempt, b"")
+        with _guarded(self.samples) if tried else nullcontext(self.samples) as samples:
+            yield (_drafts(piece, self.recipe, samples) for piece in pieces)
+
+    def _make(self, piece: "_Piece") -> Drafts:
+        return _drafts(piece, self.recipe, self.samples)
+
+    def _make_guarded(self, piece: "_Piece") -> Drafts:
+        with _guarded(self.samples) as samples:
+            return _drafts(piece, self.recipe, samples)
+
+
+Content = tuple[bytes, bytes | None] | RejectedImage
+
+
+class _Piece(NamedTuple):
+    """A share of a source. `content`: what it holds, if it has been read."""
+
+    source: Source
+    share: Share
+    content: Content | None
+
+
+def _cuts(sources: tuple[Source, ...], recipe: Recipe, cpus: int) -> list[int]:
+    """In how many pieces each source is made: the last ones, too few for all CPUs, in as many as take least time."""
+    last = len(sources) % cpus
+
+    def cut(source: Source) -> int:
+        samples = recipe.crop.per_source * recipe.variants_of(source.path)
+        time = lambda pieces: math.ceil(last * pieces / cpus) * (_DECODING + math.ceil(samples / pieces))
+        return min(range(1, min(samples, cpus) + 1), key=time)
+
+    whole = len(sources) - last
+    return [1] * whole + [cut(source) for source in sources[whole:]]
 
 
 @contextmanager
 def _guarded(samples: MakeSamples) -> Iterator[MakeSamples]:
-    """`samples` in a process of its own, for a shard whose worker has died before, maybe of one of its sources.
+    """`samples` in a process of its own, for sources of which one may have killed a worker.
 
     Only the death of that process counts against a source: whoever kills workers from outside harms none.
     """
     pool: ProcessPoolExecutor | None = None
 
-    def make(source: Source, data: bytes, lr_data: bytes | None, recipe: Recipe) -> Drafts:
+    def make(source: Source, data: bytes, lr_data: bytes | None, recipe: Recipe, share: Share) -> Drafts:
         nonlocal pool
         for _ in range(_LIVES):
             pool = pool or ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=prepare_worker)
             try:
-                return pool.submit(samples, source, data, lr_data, recipe).result()
+                return pool.submit(samples, source, data, lr_data, recipe, share).result()
             except BrokenProcessPool:
                 pool = None
         logger.warning("source %s kills the process that reads it: left out", source.uri)
-        reason = {"kind": "source", "root": source.root, "source": source.path, "reason": "kills its worker"}
-        return Drafts(hashlib.sha256(data).hexdigest(), [], [reason])
+        return Drafts(hashlib.sha256(data).hexdigest(), [], [rejection(source, "kills its worker")])
 
     try:
         yield make
@@ -132,7 +185,15 @@ def _guarded(samples: MakeSamples) -> Iterator[MakeSamples]:
             pool.shutdown()
 
 
-def _drafts(source: Source, recipe: Recipe, make: MakeSamples) -> Drafts:
+def _drafts(piece: _Piece, recipe: Recipe, make: MakeSamples) -> Drafts:
+    source, share, content = piece
+    content = content or _read(source)
+    if isinstance(content, RejectedImage):
+        return Drafts(None, [], [rejection(source, str(content))])
+    return make(source, *content, recipe, share)
+
+
+def _read(source: Source) -> Content:
     try:
         if source.duplicate:
             raise RejectedImage("the same content as an earlier source")
@@ -141,10 +202,18 @@ def _drafts(source: Source, recipe: Recipe, make: MakeSamples) -> Drafts:
         except UnicodeEncodeError:
             raise RejectedImage("file name is not valid UTF-8") from None
         try:
-            data, lr_data = read_source(source)
+            return read_source(source)
         except FileNotFoundError:
             raise RejectedImage("no such file") from None
-        return make(source, data, lr_data, recipe)
     except RejectedImage as reason:
-        rejection = {"kind": "source", "root": source.root, "source": source.path, "reason": str(reason)}
-        return Drafts(None, [], [rejection])
+        return reason
+
+
+def _joined(source: Source, shares: list[Drafts]) -> Drafts:
+    """A source's drafts from those of its shares, of which one that rejects the source decides."""
+    for drafts in shares:
+        if any(row["kind"] == "source" for row in drafts.rejected):
+            return drafts
+        if drafts.sha256 != shares[0].sha256:
+            raise DeeDSRError(f"{source.uri} changed while it was read: run the same command again")
+    return shares[0]._replace(samples=[sample for drafts in shares for sample in drafts.samples])

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, groupby
 from typing import Any, BinaryIO
 
 import pyarrow.parquet
@@ -10,6 +11,7 @@ from deedsr.dataset.codecs import decode_stored
 from deedsr.degradation.recipe import Recipe
 from deedsr.errors import DeeDSRError
 from pipelines.shards.build import shard_draft
+from pipelines.shards.pieces import in_order
 from pipelines.shards.plan import ShardPlan
 from pipelines.shards.record import ShardRecord
 from pipelines.shards.samples import Crop, Draft, degraded
@@ -17,6 +19,7 @@ from pipelines.storage import Storage
 
 __all__ = ["FromHR", "Joined"]
 
+_PIECES_PER_CPU = 8  # of a shard
 # What a row says that the place in the new shard decides.
 PLACES = ("split", "shard", "hr_shard", "hr_offset", "hr_size", "lr_offset", "lr_size", "json_offset", "json_size")
 
@@ -32,22 +35,45 @@ class FromHR:
     hr: Storage
     index: str
 
-    def build(self, plan: ShardPlan, out: Storage) -> ShardRecord:
+    def build(self, plan: ShardPlan, out: Storage, cpus: int = 1) -> ShardRecord:
+        rows: dict[str, dict[str, Any]] = {}
+        for row in rows_of(plan.origin, self.hr, self.index):
+            rows.setdefault(row["content"], row)  # its variants hold the same HR
+        wanted = [(row, variant) for row in rows.values() for variant in range(self.recipe.variants_of(row["source"]))]
         with shard_draft(plan) as draft, Tars(self.hr) as tars:
-            done: set[str] = set()
-            for row in rows_of(plan.origin, self.hr, self.index):
-                if row["content"] in done:  # its variants hold the same HR
-                    continue
-                done.add(row["content"])
-                place = [row[name] for name in ("top", "left", "height", "width")]
-                crop = Crop(
-                    row["content"], row["root"], row["source"], row["source_sha256"], place, row["flip"], row["rotate"]
-                )
-                hr = _decoded(tars.read(row["hr_shard"], row["hr_offset"], row["hr_size"]), row, self.hr)
-                where = {name: row[name] for name in ("hr_shard", "hr_ext", "hr_offset", "hr_size")}
-                for sample in degraded(crop, hr, self.recipe):
-                    draft.add(Draft(sample.members, sample.row | where), row["source_uri"])
+            if cpus == 1:
+                samples = self._samples(wanted, tars)
+            else:
+                samples = chain.from_iterable(in_order(self._make, _pieces(wanted, cpus), cpus))
+            for sample, uri in samples:
+                draft.add(sample, uri)
             return draft.commit(out)
+
+    def _make(self, wanted: list["Wanted"]) -> list[tuple[Draft, str]]:
+        with Tars(self.hr) as tars:
+            return list(self._samples(wanted, tars))
+
+    def _samples(self, wanted: list["Wanted"], tars: "Tars") -> Iterator[tuple[Draft, str]]:
+        """Each with where its source lies."""
+        for _, group in groupby(wanted, key=lambda sample: sample[0]["content"]):
+            variants = list(group)
+            row = variants[0][0]
+            place = [row[name] for name in ("top", "left", "height", "width")]
+            crop = Crop(
+                row["content"], row["root"], row["source"], row["source_sha256"], place, row["flip"], row["rotate"]
+            )
+            hr = _decoded(tars.read(row["hr_shard"], row["hr_offset"], row["hr_size"]), row, self.hr)
+            where = {name: row[name] for name in ("hr_shard", "hr_ext", "hr_offset", "hr_size")}
+            for sample in degraded(crop, hr, self.recipe, (variant for _, variant in variants)):
+                yield Draft(sample.members, sample.row | where), row["source_uri"]
+
+
+Wanted = tuple[dict[str, Any], int]  # a row with the HR, and one of its variants
+
+
+def _pieces(wanted: list[Wanted], cpus: int) -> Iterator[list[Wanted]]:
+    size = -(-len(wanted) // (cpus * _PIECES_PER_CPU))
+    return (wanted[start : start + size] for start in range(0, len(wanted), size))
 
 
 @dataclass(frozen=True)
@@ -58,7 +84,7 @@ class Joined:
     index: str  # path of the `samples.parquet` of `lr`
     hr: Storage
 
-    def build(self, plan: ShardPlan, out: Storage) -> ShardRecord:
+    def build(self, plan: ShardPlan, out: Storage, cpus: int = 1) -> ShardRecord:
         with shard_draft(plan) as draft, Tars(self.hr) as hrs, Tars(self.lr) as lrs:
             for row in rows_of(plan.origin, self.lr, self.index):
                 members = {"hr": hrs.read(row["hr_shard"], row["hr_offset"], row["hr_size"])}

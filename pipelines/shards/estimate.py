@@ -2,7 +2,6 @@
 
 import heapq
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from tqdm import tqdm
 from deedsr.dataset.keys import generator
 from deedsr.dataset.pictures import RejectedImage
 from deedsr.degradation.recipe import Recipe
+from pipelines.machine import this_machine
 from pipelines.shards.plan import ShardPlan, plan_shards
 from pipelines.shards.record import Inventory
 from pipelines.shards.samples import samples_of
@@ -77,8 +77,8 @@ def estimate(
     variance = sum((n - mean) ** 2 for n in probe.samples) / max(1, each - 1)
     samples = mean * count.sources_to_make
     per_second = sum(probe.samples) / probe.seconds if probe.seconds else 0.0
-    cores = cores or os.cpu_count() or 1
-    seconds = probe.seconds / each * count.sources_to_make / (cores * nodes * (EFFICIENCY if cores * nodes > 1 else 1))
+    cores = cores or this_machine().cpus
+    seconds = probe.seconds / each * count.sources_of_a_core(cores * nodes)
     return Estimate(
         sources=count.sources,
         shards=count.shards,
@@ -99,6 +99,7 @@ def estimate(
 class _Count:
     def __init__(self) -> None:
         self.sources = self.shards = self.shards_to_make = self.sources_to_make = self.bytes = 0
+        self.largest = 0  # sources of a shard to make
 
     def missing(self, plans: Iterable[ShardPlan], inventory: Inventory) -> Iterator[Source]:
         """The sources whose shards are not there."""
@@ -108,8 +109,14 @@ class _Count:
             if not inventory.holds(plan):
                 self.shards_to_make += 1
                 self.sources_to_make += len(plan.sources)
+                self.largest = max(self.largest, len(plan.sources))
                 self.bytes += sum(source.size for source in plan.sources)
                 yield from plan.sources
+
+    def sources_of_a_core(self, cores: int) -> float:
+        """How many the busiest core makes. It shares a shard with others only if there are more cores than shards."""
+        equal = self.sources_to_make / (cores * (EFFICIENCY if cores > 1 else 1))
+        return equal if self.shards_to_make < cores else max(equal, self.largest)
 
 
 def _ticked(plans: Iterable[ShardPlan], bar: tqdm) -> Iterator[ShardPlan]:

@@ -1,5 +1,6 @@
 """Builds shards on the cluster with Ray Data: a row is a handful of shards of one part of the plan."""
 
+import logging
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -7,13 +8,16 @@ from typing import Any, NamedTuple
 
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines import cluster
+from pipelines.placement import WorkPlan, place_shards
 from pipelines.shards.build import ShardWork
 from pipelines.shards.plan import ShardPlan
 from pipelines.shards.record import record_key
 from pipelines.shards.run import PlanParts, read_part
 from pipelines.storage import Storage
 
-__all__ = ["Actors", "Built", "build_missing"]
+__all__ = ["Built", "build_missing"]
+
+logger = logging.getLogger(__name__)
 
 _MAX_SHARDS_PER_ROW = 8
 _ROWS_PER_WORKER = 16  # enough that the last row does not keep one worker busy for long
@@ -29,20 +33,13 @@ class Built(NamedTuple):
     started: float  # seconds since the epoch
 
 
-class Actors(NamedTuple):
-    """What each of the processes holds that stay for all their shards, because the work is slow to set up."""
-
-    cpus: float
-    gpus: float
-
-
 def build_missing(
-    parts: PlanParts, work: ShardWork, out: Storage, workers: int | None, actors: Actors | None = None
+    parts: PlanParts, work: ShardWork, out: Storage, workers: int | None, actors: WorkPlan | None = None
 ) -> Iterator[Built]:
     """Builds every shard that is not there; yields each as it is committed, in any order.
 
-    `workers`: tasks at a time, None for every CPU of the cluster. `actors`: tasks run in as many actors, which keep
-    their copy of `work`.
+    `workers`: CPUs in use at a time, None for every one that the memory does for. `actors`: tasks run in actors of this
+    plan, which keep their copy of `work`, because it is slow to set up.
     """
     count = parts.missing_shards
     if not count:
@@ -50,19 +47,27 @@ def build_missing(
     data = cluster.data()
     from ray.exceptions import RayError
 
-    parallel = workers or max(1, int(cluster.resources().get("CPU", 1)))
+    offer = cluster.offer()
+    plan = actors or place_shards(offer, workers)
+    parallel = plan.workers
+    if actors is None:
+        logger.info("shards: %s", plan)
     per_row = min(max(count // (parallel * _ROWS_PER_WORKER), 1), _MAX_SHARDS_PER_ROW)
     rows = [
-        {"part": name, "shards": shards[start : start + per_row]}
+        {"part": name, "shards": shards[start : start + per_row], "cpus": 1}
         for name, shards in parts.missing
         for start in range(0, len(shards), per_row)
     ]
+    if actors is None and count < parallel:  # a row is a shard then
+        for row, cpus in zip(rows, _shares(_sizes(parts), parallel), strict=True):
+            row["cpus"] = cpus
     items = data.from_items(rows, override_num_blocks=len(rows))
     if actors is None:
         built = items.flat_map(
             partial(_task, folder=parts.folder, work=work, out=out),
             num_cpus=1,
-            compute=data.TaskPoolStrategy(size=workers and min(workers, len(rows))),
+            # On a cluster that grows, what its autoscaler adds takes part.
+            compute=data.TaskPoolStrategy(size=min(parallel, len(rows)) if workers or offer.local else None),
         )
     else:
         built = items.flat_map(
@@ -84,11 +89,26 @@ def build_missing(
         ) from error
 
 
+def _sizes(parts: PlanParts) -> list[int]:
+    """Sources of each missing shard; 1 where it is made of a shard."""
+    plans = ((read_part(parts.folder, name), shards) for name, shards in parts.missing)
+    return [max(1, len(part[number].sources)) for part, shards in plans for number in shards]
+
+
+def _shares(sizes: list[int], cpus: int) -> list[int]:
+    """CPUs for each of as many shards, or fewer: one more for the slowest, until there are none."""
+    shares = [1] * len(sizes)
+    for _ in range(cpus - len(sizes)):
+        slowest = max(range(len(sizes)), key=lambda shard: sizes[shard] / shares[shard])
+        shares[slowest] += 1
+    return shares
+
+
 def _task(row: dict[str, Any], folder: Storage, work: ShardWork, out: Storage) -> Iterator[dict[str, Any]]:
     started = time.time()
     plans = read_part(folder, row["part"])
     for number in row["shards"]:
-        yield _build(plans[number], work, out) | {"started": started}
+        yield _build(plans[number], work, out, row["cpus"]) | {"started": started}
 
 
 class _Actor:
@@ -101,11 +121,11 @@ class _Actor:
         return self._task(row)
 
 
-def _build(plan: ShardPlan, work: ShardWork, out: Storage) -> dict[str, Any]:
+def _build(plan: ShardPlan, work: ShardWork, out: Storage, cpus: int) -> dict[str, Any]:
     summary: dict[str, Any] = {"id": plan.id, "sources": len(plan.sources), "hash": "", "bytes": 0, "samples": 0}
     try:
         # A user's mistake travels as a value: as an exception it would come back wrapped in Ray's traceback.
-        record = work.build(plan, out)
+        record = work.build(plan, out, cpus)
     except DeeDSRError as error:
         return summary | {"error": str(error), "usage": isinstance(error, UsageError)}
     hash, size = record_key(record)

@@ -12,11 +12,12 @@ from deedsr.dataset.manifest import MANIFEST, REJECTED, SAMPLES, HRSource, Laten
 from deedsr.degradation.recipe import Recipe
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines.dataset import Dataset
+from pipelines.placement import WorkPlan
 from pipelines.shards.assemble import Inherited, assemble, records_of
 from pipelines.shards.build import FromSources, ShardWork
 from pipelines.shards.derive import FromHR, Joined
 from pipelines.shards.duplicates import mark_duplicates
-from pipelines.shards.execute import Actors, build_missing
+from pipelines.shards.execute import build_missing
 from pipelines.shards.plan import ShardPlan, derived_plan, plan_shards
 from pipelines.shards.record import Inventory
 from pipelines.shards.run import PlanParts, running
@@ -53,7 +54,7 @@ def generate(
     """Makes or completes the dataset `out` of the pictures in `sources` (see `list_sources`).
 
     `pairs`: places of their real LR partners (see `list_pairs`); then nothing is degraded.
-    `workers`: tasks at a time, None for every CPU of the cluster. Shards whose sources, recipe and algorithm are as
+    `workers`: CPUs in use at a time, None for all of the cluster's. Shards whose sources, recipe and algorithm are as
     before are reused. Raises UsageError for sources or a place that cannot be used, DeeDSRError if the work failed;
     what was committed stays, and the same call continues from there.
     """
@@ -111,7 +112,7 @@ def run_job(
     hr_from: HRSource | None = None,
     inherited: Inherited | None = None,
     latents: LatentsSource | None = None,
-    actors: Actors | None = None,
+    actors: WorkPlan | None = None,
 ) -> ShardsResult:
     """Makes the shards that `plans()` gives and `out` does not hold, and the dataset of all of them."""
     begin = time.time()

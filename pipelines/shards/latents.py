@@ -5,6 +5,7 @@ which load the networks once, on a GPU each where the cluster has some.
 """
 
 import json
+import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -21,10 +22,10 @@ from deedsr.dataset.manifest import LatentsSource
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines import cluster
 from pipelines.dataset import Dataset
-from pipelines.models import load_vae, part_digest, resolve_base, resolve_learner
+from pipelines.models import load_vae, part_digest, resolve_base, resolve_learner, usable_device
+from pipelines.placement import Device, place_networks
 from pipelines.shards.build import shard_draft
 from pipelines.shards.derive import PLACES, Tars, rows_of
-from pipelines.shards.execute import Actors
 from pipelines.shards.generate import ShardsResult, index_of, inherited_from, relative_place, run_job
 from pipelines.shards.plan import ShardPlan, derived_plan
 from pipelines.shards.record import LATENTS_COLUMNS, ShardRecord
@@ -36,9 +37,9 @@ if TYPE_CHECKING:
 
 __all__ = ["latents_source", "make_latents"]
 
+logger = logging.getLogger(__name__)
 Precision = Literal["fp32", "bf16"]
 _VERSION = 1  # of what a shard of latents holds: another one is other work
-_CPUS_OF_ACTOR = 0.5  # an actor for every CPU leaves room for the tasks that feed them
 
 
 def make_latents(
@@ -50,14 +51,15 @@ def make_latents(
     precision: Precision = "fp32",
     batch_size: int = 8,
     workers: int | None = None,
+    device: Device = "auto",
     progress: bool = True,
 ) -> ShardsResult:
     """Makes or completes the dataset `out`: latents of the dataset `data` by the VAE of `base`, and the vectors of
     `learner`; without one the LR images are kept instead.
 
-    `workers`: actors at a time, None for every GPU of the cluster, or every CPU if it has none. Shards of the same
-    pixels and networks are reused. Raises UsageError for what cannot be used, DeeDSRError if the work failed; what was
-    committed stays, and the same call continues from there.
+    `workers`: actors at a time, None = on every GPU, or every CPU where the device is the CPU. `device`: see
+    `pipelines.placement.place_networks`. Shards of the same pixels and networks are reused. Raises UsageError for what
+    cannot be used, DeeDSRError if the work failed; what was committed stays, and the same call continues from there.
     """
     dataset = Dataset.open(data).require_pixels("--data")
     storage = open_storage(out)
@@ -70,17 +72,20 @@ def make_latents(
     )  # fmt: skip
     storage.require_writable()
     cluster.connect()
-    gpus = int(cluster.resources().get("GPU", 0))
+    plan = place_networks(cluster.offer(), device, workers, "latents")
+    logger.info("latents: %s", plan)
+    cluster.wait_for(plan, "--device cpu encodes on CPUs")
+    work = replace(work, device=plan.device)
     return run_job(
         lambda: (derived_plan(shard, work.name) for shard in dataset.manifest.shards),
         work,
         storage,
         dataset.recipe,
-        workers or gpus or None,
+        plan.workers,
         progress,
         inherited=inherited_from(dataset),
         latents=replace(source, uri=relative_place(dataset.uri, storage.uri)),
-        actors=Actors(1.0, 1.0) if gpus else Actors(_CPUS_OF_ACTOR, 0.0),
+        actors=plan,
     )
 
 
@@ -124,6 +129,7 @@ class FromPixels:
     learner: str | None
     scale: int
     batch_size: int
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
@@ -132,9 +138,9 @@ class FromPixels:
 
     @cached_property
     def _networks(self) -> "Networks":
-        return Networks.load(self.base, self.learner, self.source)
+        return Networks.load(self.base, self.learner, self.source, self.device)
 
-    def build(self, plan: ShardPlan, out: Storage) -> ShardRecord:
+    def build(self, plan: ShardPlan, out: Storage, cpus: int = 1) -> ShardRecord:
         with shard_draft(plan, LATENTS_COLUMNS) as draft, ThreadPoolExecutor(1) as reader:
             samples = self._pairs(plan)
             batches = iter(lambda: tuple(islice(samples, self.batch_size)), ())
@@ -178,14 +184,14 @@ class Networks:
     device: "torch.device"
 
     @classmethod
-    def load(cls, base: str, learner: str | None, source: LatentsSource) -> "Networks":
+    def load(cls, base: str, learner: str | None, source: LatentsSource, device_type: str) -> "Networks":
         """Raises DeeDSRError if what is found here is not what `source` says."""
         import torch
 
         from deedsr.adapter.adapter import freeze
         from deedsr.learner.resnet import DegradationLearner
 
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = usable_device(device_type)
         if device.type == "cpu":
             torch.set_num_threads(1)  # there is an actor for each CPU
         folder = resolve_base(base)

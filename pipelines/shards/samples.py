@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from math import isnan
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from deedsr.degradation.draws import scalar_parameters
 from deedsr.degradation.recipe import Recipe
 from pipelines.shards.sources import Source
 
-__all__ = ["Crop", "Draft", "Drafts", "degraded", "samples_of"]
+__all__ = ["WHOLE", "Crop", "Draft", "Drafts", "Share", "degraded", "rejection", "samples_of"]
 
 Row = dict[str, Any]
 _TURNS = {90: cv2.ROTATE_90_COUNTERCLOCKWISE, 180: cv2.ROTATE_180, 270: cv2.ROTATE_90_CLOCKWISE}
@@ -52,24 +53,42 @@ class Drafts(NamedTuple):
     rejected: list[Row]
 
 
-def samples_of(source: Source, data: bytes, lr_data: bytes | None, recipe: Recipe) -> Drafts:
-    """Every sample of one source; never raises for what `data` is."""
+class Share(NamedTuple):
+    """One of `of` equal ranges of a source's samples, in their order."""
+
+    number: int
+    of: int
+
+    def range(self, samples: int) -> range:
+        return range(samples * self.number // self.of, samples * (self.number + 1) // self.of)
+
+
+WHOLE = Share(0, 1)
+
+
+def samples_of(source: Source, data: bytes, lr_data: bytes | None, recipe: Recipe, share: Share = WHOLE) -> Drafts:
+    """A share of the samples of one source, and all that is rejected; never raises for what `data` is."""
     sha256 = hashlib.sha256(data).hexdigest()
-    rejection = {"kind": "source", "root": source.root, "source": source.path}
     rejected: list[Row] = []
     samples: list[Draft] = []
     try:
-        for crop, pixels, lr in _crops(source, sha256, data, lr_data, recipe, rejected):
-            samples += _stored(crop, pixels, lr, recipe)
+        for crop, pixels, lr, variants in _crops(source, sha256, data, lr_data, recipe, share, rejected):
+            samples += _stored(crop, pixels, lr, recipe, variants)
     except RejectedImage as reason:
-        return Drafts(sha256, [], [rejection | {"reason": str(reason)}])
+        return Drafts(sha256, [], [rejection(source, str(reason))])
     return Drafts(sha256, samples, rejected)
 
 
+def rejection(source: Source, reason: str) -> Row:
+    """The line of `rejected.jsonl` for a whole source."""
+    return {"kind": "source", "root": source.root, "source": source.path, "reason": reason}
+
+
 def _crops(
-    source: Source, sha256: str, data: bytes, lr_data: bytes | None, recipe: Recipe, rejected: list[Row]
-) -> Iterator[tuple[Crop, np.ndarray, np.ndarray | None]]:
-    """The crops of a source as turned, each with its real LR partner if it has one; `rejected` gets the smooth ones."""
+    source: Source, sha256: str, data: bytes, lr_data: bytes | None, recipe: Recipe, share: Share, rejected: list[Row]
+) -> Iterator[tuple[Crop, np.ndarray, np.ndarray | None, list[int]]]:
+    """The crops of a share as turned, each with its real LR partner if it has one, and with its variants in the share;
+    `rejected` gets the smooth ones of the source."""
     rng = generator("crops", recipe.seed, source.root, source.path)
     image = decode(data, source.path, recipe.alpha)
     partner = None
@@ -80,11 +99,16 @@ def _crops(
             raise RejectedImage("the LR partner is not HR size / scale")
     places, smooth = choose_crops(image, recipe.crop, rng)
     for place in smooth:
-        rejection = {"kind": "crop", "root": source.root, "source": source.path, "reason": "too little texture"}
-        rejected.append(rejection | {"crop": _corners(place)})
-    for place in places:
+        row = rejection(source, "too little texture") | {"kind": "crop", "crop": _corners(place)}
+        rejected.append(row)
+    each = 1 if partner is not None else recipe.variants_of(source.path)
+    shared = groupby(share.range(len(places) * each), key=lambda sample: sample // each)
+    variants = {number: [sample % each for sample in samples] for number, samples in shared}
+    for number, place in enumerate(places):
         flip = bool(rng.random() < recipe.flip)
         rotate = 90 * int(rng.integers(1, 4)) if recipe.rotate and rng.random() < recipe.rotate else 0
+        if number not in variants:
+            continue
         lr = None
         if partner is not None:
             s = recipe.scale
@@ -92,7 +116,7 @@ def _crops(
             lr = _turned(cut(partner, CropPlace(place.top // s, place.left // s, place.size // s)), flip, rotate)
         content = content_key(source.root, source.path, place.top, place.left)
         crop = Crop(content, source.root, source.path, sha256, _corners(place), flip, rotate)
-        yield crop, _turned(cut(image, place), flip, rotate), lr
+        yield crop, _turned(cut(image, place), flip, rotate), lr, variants[number]
 
 
 def _turned(pixels: np.ndarray, flip: bool, rotate: int) -> np.ndarray:
@@ -105,22 +129,24 @@ def _corners(place: CropPlace) -> list[int]:
     return [place.top, place.left, place.size, place.size]
 
 
-def _stored(crop: Crop, pixels: np.ndarray, lr: np.ndarray | None, recipe: Recipe) -> Iterator[Draft]:
-    """The samples of one crop, HR included."""
+def _stored(
+    crop: Crop, pixels: np.ndarray, lr: np.ndarray | None, recipe: Recipe, variants: Iterable[int]
+) -> Iterator[Draft]:
+    """Samples of one crop, HR included."""
     formats = recipe.formats
     stored = encode(pixels, formats.hr, formats.hr_quality)
     if lr is not None:
         drafts: Iterable[Draft] = [_paired(crop, lr, recipe)]
     else:
         # The LR is made from the HR as stored, so that the pair is true to itself and replays from the tar.
-        drafts = degraded(crop, decode_stored(stored) if formats.hr == "jpeg" else pixels, recipe)
+        drafts = degraded(crop, decode_stored(stored) if formats.hr == "jpeg" else pixels, recipe, variants)
     for draft in drafts:
         yield Draft({"hr": stored, **draft.members}, draft.row | {"hr_ext": EXTENSIONS[formats.hr]})
 
 
-def degraded(crop: Crop, hr: np.ndarray, recipe: Recipe) -> Iterator[Draft]:
-    """The samples of one crop without their HR: every variant with its own degradation of `hr`, the HR as stored."""
-    for variant in range(recipe.variants_of(crop.path)):
+def degraded(crop: Crop, hr: np.ndarray, recipe: Recipe, variants: Iterable[int]) -> Iterator[Draft]:
+    """Samples of one crop without their HR: each variant with its own degradation of `hr`, the HR as stored."""
+    for variant in variants:
         assignment = assign_degradation(recipe, crop.content, variant, (hr.shape[0], hr.shape[1]))
         lr = degrade(hr, assignment.draws)
         yield _draft(crop, variant, lr, recipe, assignment._asdict())

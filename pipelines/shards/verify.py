@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from deedsr.degradation.chain import degrade
 from deedsr.degradation.recipe import Recipe
 from deedsr.errors import DeeDSRError
 from pipelines.dataset import Dataset
+from pipelines.machine import this_machine
 from pipelines.shards.derive import Tars
 from pipelines.storage import Storage
 
@@ -67,7 +67,7 @@ def verify(uri: str, replay: int = 0, progress: bool = True) -> VerifyResult:
         return _check_shard(shard, rows, dataset)
 
     with (
-        ThreadPoolExecutor(os.cpu_count()) as threads,
+        ThreadPoolExecutor(this_machine().cpus) as threads,
         tqdm(total=manifest.samples, unit="sample", desc="verify", disable=not progress) as bar,
     ):
         for shard, (good, found) in zip(manifest.shards, threads.map(check, manifest.shards), strict=True):
@@ -77,7 +77,7 @@ def verify(uri: str, replay: int = 0, progress: bool = True) -> VerifyResult:
     replayed = 0
     if replay and index is not None and index.num_rows:
         rows = sorted({int(row) for row in np.linspace(0, index.num_rows - 1, min(replay, index.num_rows))})
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
+        with ThreadPoolExecutor(this_machine().cpus) as threads:
             found_again = list(threads.map(lambda row: _replay(dataset, index, row), rows))
         replayed = sum(problem is None for problem in found_again)
         problems += [problem for problem in found_again if problem]

@@ -1,7 +1,6 @@
 """Objects that are files below a directory."""
 
 import errno
-import fcntl
 import logging
 import os
 import shutil
@@ -9,12 +8,13 @@ import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
 from deedsr.errors import DeeDSRError
+from pipelines import machine
 from pipelines.storage.errors import Conflict, explained
 from pipelines.storage.interface import ANYTHING, Entry, Expected, Storage, Upload
 from pipelines.storage.names import LONGEST_PART, leads_out
@@ -79,7 +79,7 @@ class LocalStorage(Storage):
     def open(self, path: str) -> BinaryIO:
         place = self._place(path)
         with explained("read", str(place)):
-            return open(place, "rb", opener=_regular)
+            return open(place, "rb", opener=machine.opened_file)
 
     def write(self, path: str, data: bytes | Path, *, expected: Expected = ANYTHING) -> str:
         target = self._place(path)
@@ -195,18 +195,9 @@ def _is_folder(item: os.DirEntry[str]) -> bool:
 def _entry(place: str | Path, path: str) -> Entry:
     """Without a version where it cannot be read: whoever reads it is told."""
     status = os.stat(place)
-    if stat.S_ISREG(status.st_mode) and os.access(place, os.R_OK, effective_ids=True):
+    if stat.S_ISREG(status.st_mode) and machine.may_read(place):
         return Entry(path, status.st_size, str(status.st_mtime_ns))
     return Entry(path, 0, "")
-
-
-def _regular(path: str, flags: int) -> int:
-    """Opens a file; a pipe would wait for a writer for ever."""
-    descriptor = os.open(path, flags | os.O_NONBLOCK)
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return descriptor
-    os.close(descriptor)
-    raise FileNotFoundError(errno.ENOENT, "Not a regular file", path)
 
 
 def _modified(target: Path) -> str | None:
@@ -222,13 +213,14 @@ def _locked(folder: Path) -> Iterator[None]:
     path = folder / f".lock{PARTIAL}"
     while True:
         with path.open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            machine.lock(file)
             if not _is_at(path, file):  # who had the lock before has removed it: to lock that one excludes nobody
                 continue
             try:
                 yield
             finally:
-                path.unlink()
+                with suppress(PermissionError):  # Windows removes no open file
+                    path.unlink()
             return
 
 

@@ -1,16 +1,28 @@
 """What Ray Train sets up in its workers' processes, and what it knows of their nodes."""
 
+import os
 from functools import cached_property
 from typing import Any
 
+import psutil
 import ray
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 
+from pipelines.models import usable_device
 from pipelines.training.interruption import Stop, listen, terminated
 
 
 class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        device = "cuda" if backend_config.backend == "nccl" else "cpu"
+        worker_group.execute(use_device, device)
+        addresses = worker_group.execute(ray.util.get_node_ip_address)
+        if len(set(addresses)) > 1:  # workers of one node connect through any interface, loopback included
+            for rank, address in enumerate(addresses):
+                worker_group.execute_single(rank, use_interface_of, address)
+        super().on_start(worker_group, backend_config)
+
     def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
         super().on_training_start(worker_group, backend_config)
         worker_group.execute(listen)  # runs on the workers' main threads, the only place for it
@@ -22,6 +34,26 @@ class ListeningTorchConfig(TorchConfig):
     @property
     def backend_cls(self) -> Any:
         return _Backend
+
+
+def use_device(device: str) -> None:
+    """Makes DeepSpeed use `device`, too. Raises DeeDSRError where torch cannot use the GPU that Ray gave."""
+    os.environ["DS_ACCELERATOR"] = device
+    usable_device(device)
+
+
+def use_interface_of(address: str) -> None:
+    """Makes gloo and NCCL of this process use the network interface that has `address`, the one Ray uses on this node.
+
+    By default gloo listens at the address that the host's name resolves to: 127.0.1.1 by Debian's /etc/hosts, 127.0.0.1
+    for a name that does not resolve, and no other node can connect. Variables that the user has set stay. Nothing is
+    set if no interface has the address, as behind address translation.
+    """
+    names = [name for name, held in psutil.net_if_addrs().items() if address in (entry.address for entry in held)]
+    if names:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
+        # "=": not a prefix. A further address has a label (eth0:1), which NCCL does not know.
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "=" + names[0].split(":")[0])
 
 
 class OneMachineTrainer(TorchTrainer):

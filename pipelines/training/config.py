@@ -23,7 +23,7 @@ class TrainOptions:
     max_steps: int = 1000  # optimizer steps in all
     global_batch_size: int = 32  # samples per optimizer step, over all workers and accumulation
     micro_batch_size: int | None = None  # samples per forward on one worker; null = all it gets
-    num_workers: int | str = 1  # a number, or a range such as 1..4 (elastic)
+    num_workers: int | str = "auto"  # auto = the most that the batch divides over; a number; a range such as 1..4
     zero_stage: Literal[0, 1, 2, 3] = 0  # DeepSpeed ZeRO
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 keeps fp32 master weights (needs zero_stage 1, 2 or 3)
     exact_sums: bool = True  # gradients add up in float64: the same on any number of workers, for 8 bytes a weight
@@ -37,7 +37,7 @@ class TrainOptions:
     on_spike: Literal["skip", "stop"] = "skip"  # a step with a spike, NaN or infinity is not taken, or ends the run
     hang_seconds: float = 60.0  # a worker without progress dies and is restarted; 0 = off
     cache_gb: float = 20.0  # of remote shards that a node keeps copies of, fetched ahead of need; 0 = none
-    loader_threads: int | None = None  # that read and decode, for each worker; null = cpus_per_worker, 2 at least
+    loader_threads: int | None = None  # that read and decode, for each worker; null = cpus_per_worker, 2 to 8
     log_every: int = 10  # optimizer steps between points of the curves
     validate_every: int = 0  # optimizer steps between validations; 0 = off
     validation_samples: int = 32  # pairs of the validation split, always the same
@@ -46,8 +46,9 @@ class TrainOptions:
     compile: bool = False  # by torch.compile: minutes at every start, then faster steps; not with zero_stage 3
     ema_decay: float = 0.0  # averaged weights are the ones exported; 0 = off
     max_failures: int = 3  # restarts of the worker group before the run gives up; -1 = never
-    cpus_per_worker: float = 1.0  # also the compute threads of a worker
-    gpus_per_worker: float | None = None  # null = 1 where the cluster has GPUs, else 0
+    cpus_per_worker: float | None = None  # reserved for a worker; null = all that there are for it
+    compute_threads: int | None = None  # on CPUs, of each worker; null = 1 with exact_sums, else cpus_per_worker
+    gpus_per_worker: float | None = None  # 0 or 1; null = 1, and 0 on a single machine without a GPU
 
 
 @dataclass
@@ -191,7 +192,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 # What may change between the first command and a continuation of it.
 MAY_CHANGE = {
     "out", "experiment", "train.max_steps", "train.num_workers", "train.micro_batch_size", "train.zero_stage",
-    "train.cpus_per_worker", "train.gpus_per_worker", "train.checkpoint_every", "train.keep_checkpoints",
+    "train.cpus_per_worker", "train.compute_threads", "train.gpus_per_worker", "train.checkpoint_every",
+    "train.keep_checkpoints",
     "train.log_every", "train.max_failures", "train.best_metric", "train.best_mode", "train.checkpoint_retry_seconds",
     "train.spike_sigma", "train.on_spike", "train.hang_seconds",
     "train.cache_gb", "train.loader_threads", "train.gradient_checkpointing", "train.exact_sums",
@@ -211,12 +213,16 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def worker_range(num_workers: int | str) -> tuple[int, int]:
-    """(fewest, most) workers of `4` or `1..4`."""
+def worker_range(num_workers: int | str) -> tuple[int, int] | None:
+    """(fewest, most) workers of `4` or `1..4`; None for `auto`, which placement decides."""
+    if num_workers == "auto":
+        return None
     match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", str(num_workers))
     low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= low <= high:
-        raise UsageError(f"train.num_workers must be a number such as 2 or a range such as 1..4, got {num_workers!r}")
+        raise UsageError(
+            f"train.num_workers must be auto, a number such as 2 or a range such as 1..4, got {num_workers!r}"
+        )
     return low, high
 
 
@@ -249,8 +255,15 @@ def check(options: LearnerOptions | AdapterOptions) -> None:
             "train.cache_gb must be 0 or more and train.loader_threads 1 or more or null, got "
             f"{train.cache_gb} and {train.loader_threads}"
         )
-    if train.cpus_per_worker <= 0:
+    if train.cpus_per_worker is not None and train.cpus_per_worker <= 0:
         raise UsageError(f"train.cpus_per_worker must be above 0, got {train.cpus_per_worker}")
+    if train.compute_threads is not None and train.compute_threads < 1:
+        raise UsageError(f"train.compute_threads must be 1 or more, or null, got {train.compute_threads}")
+    if train.gpus_per_worker not in (None, 0, 1):
+        raise UsageError(
+            f"train.gpus_per_worker must be 0 or 1, got {train.gpus_per_worker:g}: a worker is one process with one "
+            "device, and NCCL refuses two processes on one GPU; use more or fewer workers with --train.num_workers"
+        )
     if train.precision == "bf16" and train.zero_stage == 0:
         raise UsageError("train.precision bf16 needs train.zero_stage 1, 2 or 3, which keep fp32 master weights; got 0")
     if train.compile and train.zero_stage == 3:
@@ -290,11 +303,6 @@ def check(options: LearnerOptions | AdapterOptions) -> None:
         raise UsageError(f"diffusion.max_timestep must be 1 or more, got {diffusion.max_timestep}")
     if not 0 <= diffusion.noise_guidance <= 1 or diffusion.snr_gamma < 0:
         raise UsageError("diffusion.noise_guidance must be in [0, 1] and diffusion.snr_gamma 0 or more")
-
-
-def loader_threads(train: TrainOptions) -> int:
-    """Threads of a worker that read and decode. At least two: one that waits for storage delays no other sample."""
-    return train.loader_threads or max(2, int(train.cpus_per_worker))
 
 
 def micro_batch(train: TrainOptions, world_size: int, unit: int = 1) -> tuple[int, int]:

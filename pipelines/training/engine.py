@@ -30,10 +30,10 @@ class Engine:
         accumulation: int,
         optimizer_state: dict[str, Tensor] | None = None,
     ):
-        deepspeed = _import_deepspeed()
         self.stage = options.zero_stage
         self.named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         parameters = [p for _, p in self.named]
+        deepspeed = _import_deepspeed(parameters[0].device)
         optimizer: SGD | AdamW
         if options.optimizer == "sgd":
             optimizer = SGD(parameters, options.lr, momentum=0.9, weight_decay=options.weight_decay)
@@ -245,11 +245,11 @@ def _shape(p: nn.Parameter) -> torch.Size:
     return getattr(p, "ds_shape", p.shape)
 
 
-def _import_deepspeed() -> Any:
+def _import_deepspeed(device: torch.device) -> Any:
     import deepspeed
 
     deepspeed.logger.setLevel("WARNING")
-    if not torch.cuda.is_available():
+    if device.type == "cpu":
         # DeepSpeed would compile its shared-memory collectives at every start (45 s); gloo needs none of it.
         compatible = getattr(deepspeed.ops, "__compatible_ops__", {})
         if "deepspeed_shm_comm" in compatible:

@@ -16,12 +16,14 @@ from typing import Any, TypeVar
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines import cluster, tracking
 from pipelines.dataset import Dataset
+from pipelines.placement import TrainingPlan, place_training
 from pipelines.storage import Storage, open_storage
 from pipelines.training import checkpoint, tracked
 from pipelines.training.config import (
     MAY_CHANGE,
     AdapterOptions,
     LearnerOptions,
+    TrainOptions,
     check,
     flatten,
     micro_batch,
@@ -143,9 +145,9 @@ def _fit(
     parents: dict[str, str | None],
     progress: bool,
 ) -> TrainResult:
-    fewest, most = worker_range(options.train.num_workers)
-    for workers in range(fewest, most + 1):  # an elastic run may come to have any number between
-        micro_batch(options.train, workers, unit)
+    if given := worker_range(options.train.num_workers):
+        for workers in range(given[0], given[1] + 1):  # an elastic run may come to have any number between
+            micro_batch(options.train, workers, unit)
     out = open_storage(options.out)
     record = _read_record(out)
     if record:
@@ -161,8 +163,8 @@ def _fit(
     # Its imports and a new store take as long as the start of Ray's processes. A continuation does without the store.
     with nullcontext() if record else _beside(lambda: tracking.connect(uri)):
         cluster.connect()
-    cluster_nodes = cluster.nodes()
-    tracking.require_shared_store(uri, cluster_nodes)
+    tracking.require_shared_store(uri, cluster.nodes())
+    plan = _placed(stage, options.train, unit)
     if record is None:  # a run that is continued has these tags
         made = {"shards": dataset.order_digest} | ({"latents": dataset.digest} if dataset.manifest.latents else {})
         for kind, digest in made.items():
@@ -181,12 +183,28 @@ def _fit(
     ) as run:
         record = {"stage": stage, "config": resolved(options), "inputs": inputs, "run_id": run.id}
         out.write(RECORD, json.dumps(record, indent=1).encode())
-        _run_ray_train(stage, options, run.id, uri, (fewest, most), progress)
+        _run_ray_train(stage, options, run.id, uri, plan, progress)
         last = checkpoint.committed(out)[-1]
         record |= {"exported": last.step}
         out.write(RECORD, json.dumps(record, indent=1).encode())
         _conclude(run, options, out, record, last)
     return _result(run.id, out, last)
+
+
+def _placed(stage: str, train: TrainOptions, unit: int) -> TrainingPlan:
+    """Where the training runs, once the cluster has room for it."""
+    most: int | None = None
+    while True:
+        plan = place_training(cluster.offer(), train, unit, most)
+        logger.info("train %s: %s", stage, plan)
+        try:
+            cluster.wait_for(plan, "--train.gpus_per_worker 0 trains on CPUs")
+        except cluster.CannotHold:
+            if train.num_workers != "auto" or plan.fewest == 1:
+                raise
+            most = plan.fewest - 1
+        else:
+            return plan
 
 
 @contextmanager
@@ -234,7 +252,7 @@ def _run_ray_train(
     options: LearnerOptions | AdapterOptions,
     run_id: str,
     tracking_uri: str,
-    workers: tuple[int, int],
+    plan: TrainingPlan,
     progress: bool,
 ) -> None:
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_SECONDS))
@@ -247,16 +265,7 @@ def _run_ray_train(
     from pipelines.training.backend import ListeningTorchConfig, OneMachineTrainer
     from pipelines.training.worker import train_worker
 
-    resources = cluster.resources()
-    gpus = options.train.gpus_per_worker
-    if gpus is None:
-        gpus = 1.0 if resources.get("GPU") else 0.0
-    cpus = options.train.cpus_per_worker
-    if local and workers[0] * cpus > resources.get("CPU", 0):
-        raise UsageError(
-            f"train.num_workers {options.train.num_workers} with train.cpus_per_worker {cpus:g} needs "
-            f"{workers[0] * cpus:g} CPUs, this machine has {resources.get('CPU', 0):g}: ask for fewer"
-        )
+    placed = replace(options, train=replace(options.train, loader_threads=plan.loader_threads))
     # Ray Train keeps its own records per attempt; ours are the checkpoints in --out, so these are dropped again.
     done = checkpoint.committed(open_storage(options.out))
     with (
@@ -267,17 +276,18 @@ def _run_ray_train(
             train_worker,
             train_loop_config={
                 "stage": stage,
-                "options": asdict(options),
+                "options": asdict(placed),
                 "run_id": run_id,
                 "tracking_uri": tracking_uri,
-                "threads": max(1, int(cpus)),
+                "device": plan.device,
+                "threads": plan.threads,
                 "progress": bar,
             },
-            torch_config=ListeningTorchConfig(backend="nccl" if gpus else "gloo"),
+            torch_config=ListeningTorchConfig(backend=plan.backend),
             scaling_config=ScalingConfig(
-                num_workers=workers[0] if workers[0] == workers[1] else workers,
-                use_gpu=bool(gpus),
-                resources_per_worker={"CPU": cpus} | ({"GPU": gpus} if gpus else {}),
+                num_workers=plan.workers[0] if plan.workers[0] == plan.workers[1] else plan.workers,
+                use_gpu=bool(plan.gpus),
+                resources_per_worker=plan.bundle,
             ),
             run_config=RunConfig(
                 name=f"deedsr-{stage}",
@@ -325,7 +335,8 @@ def _explained(stage: str, error: Exception) -> DeeDSRError:
     """The first cause that a user can act on, else the last line of what the worker said."""
     seen: BaseException | None = error
     while seen is not None:
-        for inner in (seen, *getattr(seen, "worker_failures", {}).values()):
+        at_start = getattr(seen, "controller_failure", None)
+        for inner in (seen, at_start, *getattr(seen, "worker_failures", {}).values()):
             cause = getattr(inner, "cause", None) or inner
             if isinstance(cause, DeeDSRError):
                 return cause

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Mapping
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -79,8 +80,6 @@ class Meter:
 
 
 def _memory(device: torch.device) -> dict[str, float]:
-    import psutil  # DeepSpeed brings it
-
     memory = {"memory/rss_mib": psutil.Process().memory_info().rss / MIB}
     if device.type == "cuda":
         memory["memory/gpu_allocated_mib"] = torch.cuda.memory_allocated(device) / MIB

@@ -6,7 +6,6 @@ a dead process left half-written never counts. Nothing waits for a copy: what is
 not be fetched because the disk is full, is read from the storage by range.
 """
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple, Self
 
 from deedsr.dataset.manifest import Manifest, ShardEntry
 from deedsr.errors import DeeDSRError
+from pipelines import machine
 from pipelines.dataset import Shards
 from pipelines.storage import Storage
 from pipelines.storage.errors import explained
@@ -228,9 +228,4 @@ def _require_whole(file: Path, entry: ShardEntry) -> None:
 def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
     """Whether this thread has the lock now, which its process loses at the latest with its life."""
     with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            mine = True
-        except BlockingIOError:
-            mine = False
-        yield mine
+        yield machine.lock(file, wait)

@@ -21,7 +21,6 @@ from pipelines.training.config import (
     TrainOptions,
     from_resolved,
     learning_rate,
-    loader_threads,
     micro_batch,
 )
 from pipelines.training.engine import Engine, on_cpu
@@ -40,7 +39,8 @@ VALIDATION_SECONDS = 1800.0  # that a validation may take before a worker counts
 
 
 def train_worker(config: dict[str, Any]) -> str | None:
-    """Ray Train's loop of one worker. `config`: `stage`, `options`, `run_id`, `tracking_uri`, `threads`, `progress`.
+    """Ray Train's loop of one worker. `config`: `stage`, `options`, `run_id`, `tracking_uri`, `device`, `threads`,
+    `progress`.
 
     Returns what is to be told the user instead where starting the workers again would be of no use.
     """
@@ -73,7 +73,8 @@ def train_worker(config: dict[str, Any]) -> str | None:
         run = tracking.open_run(config["tracking_uri"], config["run_id"])
         run.take_up(tracked.unsent(open_storage(options.out)))
     try:
-        train(stage, options, dataset, ray.train.torch.get_device(), run, config["progress"].tell.remote, asked)
+        device = ray.train.torch.get_device() if config["device"] == "cuda" else torch.device("cpu")
+        train(stage, options, dataset, device, run, config["progress"].tell.remote, asked)
     except (Ended, Untrainable) as end:  # every worker has the same
         return str(end)
     finally:
@@ -142,7 +143,7 @@ def train(
             micro=micro,
             world_size=world_size,
             rank=rank,
-            threads=loader_threads(plan),
+            threads=plan.loader_threads or 2,
             at=follow(shards, order, index),
         )
 

@@ -7,7 +7,9 @@ from typing import Any
 from tqdm import tqdm
 
 from deedsr.errors import UsageError
+from pipelines import cluster
 from pipelines.models import pinned, resolve_model
+from pipelines.placement import Device, place_networks
 from pipelines.storage import open_storage
 from pipelines.upscaling.encoding import Format
 from pipelines.upscaling.sources import conflicts, find_sources
@@ -36,6 +38,7 @@ def upscale(
     overwrite: bool = False,
     ray: bool = False,
     workers: int | None = None,
+    device: Device = "auto",
     seed: int = 0,
     progress: bool = True,
     steps: int | None = None,
@@ -53,7 +56,8 @@ def upscale(
             of the same picture, model and settings is reused, another result of this command is replaced, and a
             picture whose place is taken by anything else is in `failed`.
         ray: spread the pictures over the cluster that `RAY_ADDRESS` names, else over this machine.
-        workers: with `ray`, pictures at a time; None = one on every GPU of the cluster, or every CPU if it has none.
+        workers: with `ray`, pictures at a time; None = one on every GPU, or every CPU where the device is the CPU.
+        device: `auto` = a GPU where this machine has one, and on a cluster always; `cpu`; `cuda`.
         seed: of every picture's noise, so that a picture comes out the same alone and among others.
         progress: show a progress bar on stderr.
         steps: sampling steps.
@@ -72,14 +76,16 @@ def upscale(
     sources = find_sources(inputs, target, format)
     model = pinned(model)
     settings = ModelFolder.read(resolve_model(model)).sampling.override(num_inference_steps=steps, **sampling)
-    work = Upscaler(model, model_digest(model), settings, seed, quality, overwrite, target)
+    if not ray:
+        place_networks(cluster.this_machine(), device, 1, "upscale")
+    work = Upscaler(model, model_digest(model), settings, seed, quality, overwrite, target, device)
     target.require_writable()
 
     reasons = conflicts(sources, target)
     given = [source for source in sources if source.uri not in reasons]
     outcomes = {}
     with tqdm(total=len(given), desc="upscale", unit="picture", disable=not progress) as bar:
-        for done in spread(work, given, workers) if ray else map(work, given):
+        for done in spread(work, given, workers, device) if ray else map(work, given):
             outcomes[done.input] = done
             bar.update()
 

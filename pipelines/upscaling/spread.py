@@ -1,12 +1,15 @@
 """Upscaling on a cluster with Ray Data: a row is a few pictures, an actor keeps the model for all of its rows."""
 
+import logging
 import posixpath
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines import cluster
+from pipelines.placement import Device, place_networks
 from pipelines.storage import Storage, open_storage
 from pipelines.storage.local import begun_name
 from pipelines.upscaling.sources import Source
@@ -14,31 +17,36 @@ from pipelines.upscaling.work import Done, Upscaler
 
 __all__ = ["spread"]
 
-_CPUS_OF_ACTOR = 0.5  # an actor for every CPU leaves room for the tasks that feed them
+logger = logging.getLogger(__name__)
+
 _MAX_PICTURES_PER_ROW = 8
 _ROWS_PER_WORKER = 32  # enough that the last row does not keep one worker busy for long
 
 
-def spread(work: Upscaler, sources: list[Source], workers: int | None) -> Iterator[Done]:
+def spread(work: Upscaler, sources: list[Source], workers: int | None, device: Device) -> Iterator[Done]:
     """What comes of each picture, in any order; what a killed worker had is done again by another.
 
-    `workers`: actors at a time, None for every GPU of the cluster, or every CPU if it has none.
+    `workers`: actors at a time, None = on every GPU, or every CPU where the device is the CPU. `device`: see
+    `pipelines.placement.place_networks`.
     """
     if not sources:
         return
     data = cluster.data()
     from ray.exceptions import RayError
 
-    gpus, cpus = (int(cluster.resources().get(kind, 0)) for kind in ("GPU", "CPU"))
-    parallel = min(workers or gpus or max(cpus, 1), len(sources))
+    plan = place_networks(cluster.offer(), device, workers, "upscale")
+    parallel = min(plan.workers, len(sources))
+    logger.info("upscale: %s", replace(plan, workers=parallel))
+    cluster.wait_for(plan, "--device cpu upscales on CPUs")
+    work = replace(work, device=plan.device)
     per_row = min(max(len(sources) // (parallel * _ROWS_PER_WORKER), 1), _MAX_PICTURES_PER_ROW)
     places = [[source.storage.uri, source.path, source.target] for source in sources]
     rows = [{"sources": places[start : start + per_row]} for start in range(0, len(places), per_row)]
     done = data.from_items(rows, override_num_blocks=len(rows)).flat_map(
         _Actor,
         fn_constructor_kwargs={"work": work},
-        num_cpus=_CPUS_OF_ACTOR,
-        num_gpus=1.0 if gpus else 0.0,
+        num_cpus=plan.cpus,
+        num_gpus=plan.gpus,
         compute=data.ActorPoolStrategy(min_size=1, max_size=parallel, initial_size=parallel),
     )
     try:
@@ -62,7 +70,7 @@ class _Actor:
         from deedsr.dataset.worker import prepare_worker
 
         prepare_worker()
-        if not torch.cuda.is_available():
+        if work.device == "cpu":
             torch.set_num_threads(1)  # there is an actor for each CPU
         self._work = work
 

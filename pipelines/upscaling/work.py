@@ -57,6 +57,7 @@ class Upscaler:
     quality: int
     overwrite: bool
     out: Storage
+    device: str = "auto"  # see `pipelines.models.usable_device`
 
     def __call__(self, source: Source) -> Done:
         """Raises DeeDSRError for what would fail with every other picture as well: the model, a full disk."""
@@ -121,7 +122,7 @@ class Upscaler:
     def _pipeline(self) -> Any:
         if model_digest(self.model) != self.digest:
             raise DeeDSRError(f"the model {self.model} is another one here than when the command was given")
-        pipeline = load_pipeline(self.model)
+        pipeline = load_pipeline(self.model, self.device)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 

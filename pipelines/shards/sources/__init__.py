@@ -4,5 +4,6 @@ from pipelines.shards.sources.listing import list_sources
 from pipelines.shards.sources.pairs import list_pairs
 from pipelines.shards.sources.reading import read_source
 from pipelines.shards.sources.source import Source
+from pipelines.shards.sources.tables import is_table
 
-__all__ = ["Source", "list_pairs", "list_sources", "read_source"]
+__all__ = ["Source", "is_table", "list_pairs", "list_sources", "read_source"]

@@ -1,0 +1,28 @@
+"""Look at everything that commands depend on: versions, devices, limits, plans, storage, MLflow, cluster.
+
+Each line says ok or what to do. It is what a bug report should hold: passwords, tokens and keys are left out. Exit
+code 1 where something is broken.
+"""
+
+import dataclasses
+
+from jobs.command import Command, Outcome
+
+
+@dataclasses.dataclass
+class DoctorOptions:
+    out: str | None = None  # a place for results to try: folder or s3://bucket/prefix; null = the working directory
+    address: str | None = None  # of a Ray cluster's dashboard to try, such as http://127.0.0.1:8265
+
+
+def run(options: DoctorOptions) -> Outcome:
+    from pipelines.doctor import examine
+
+    checks = examine(options.out, options.address)
+    broken = [check.name for check in checks if not check.ok]
+    text = "\n".join([*map(str, checks), "", f"broken: {', '.join(broken)}" if broken else "nothing is broken"])
+    values = {"ok": not broken, "broken": broken, "checks": [dataclasses.asdict(check) for check in checks]}
+    return Outcome(values, text=text, complete=not broken)
+
+
+COMMAND = Command(DoctorOptions, run, example="deedsr doctor --out s3://bucket/runs --address http://127.0.0.1:8265")

@@ -1,0 +1,194 @@
+"""What this machine lets a process use: CPUs, memory, shared memory, GPUs, locks. The only module that asks the system,
+and the only one that uses what some systems lack.
+
+A container, a batch system or `taskset` may allow less than the hardware has; what they allow is what counts.
+`DEEDSR_CPUS` sets the number of CPUs by hand: to leave some to other work, or to try out another machine.
+"""
+
+import errno
+import math
+import os
+import shutil
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from deedsr.errors import UsageError
+
+__all__ = [
+    "Limits",
+    "Machine",
+    "allowed_cpus",
+    "control_group_limits",
+    "gpus",
+    "lock",
+    "may_read",
+    "opened_file",
+    "this_machine",
+]
+
+CPUS_VARIABLE = "DEEDSR_CPUS"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What may be used here. Sizes in bytes."""
+
+    cpus: int  # at least 1
+    memory: int
+    shared_memory: int  # free in /dev/shm, or in the temporary folder where the system has none
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the control groups of a process allow; None = no limit."""
+
+    cpus: float | None = None  # processor seconds per second
+    memory: int | None = None  # bytes
+
+
+def this_machine() -> Machine:
+    """Raises UsageError if `DEEDSR_CPUS` is not a whole number above 0."""
+    import psutil
+
+    limits = control_group_limits()
+    cpus = len(allowed_cpus())
+    if limits.cpus is not None:
+        cpus = min(cpus, max(1, math.floor(limits.cpus)))
+    memory = psutil.virtual_memory().total
+    shared = Path("/dev/shm")
+    return Machine(
+        cpus=_wanted_cpus() or cpus,
+        memory=min(memory, limits.memory or memory),
+        shared_memory=shutil.disk_usage(shared if shared.is_dir() else tempfile.gettempdir()).free,
+    )
+
+
+def allowed_cpus() -> set[int]:
+    """Numbers of the CPUs that this process may run on."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def gpus() -> int:
+    """GPUs that torch can use here; `CUDA_VISIBLE_DEVICES` counts."""
+    drivers = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # NVIDIA, Windows' subsystem for Linux, AMD
+    if sys.platform == "linux" and not any(map(os.path.exists, drivers)):
+        return 0  # without the seconds that torch takes to be imported
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def lock(file: IO[Any], wait: bool = True) -> bool:
+    """Takes the exclusive lock of an open file until that is closed; False if another has it and not `wait`."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        while True:
+            try:
+                file.seek(0)
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            except OSError:
+                if not wait:
+                    return False
+                time.sleep(0.05)
+            else:
+                return True
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
+
+
+def may_read(path: str | Path) -> bool:
+    """Whether this process may read a file."""
+    return os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
+def opened_file(path: str, flags: int) -> int:
+    """An opener of files alone: FileNotFoundError for a pipe, which would wait for a writer, or a device."""
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise FileNotFoundError(errno.ENOENT, "Not a regular file", path)
+
+
+def _wanted_cpus() -> int | None:
+    text = os.environ.get(CPUS_VARIABLE)
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"{CPUS_VARIABLE} must be a whole number of CPUs, 1 or more, got {text!r}")
+    return int(text)
+
+
+def control_group_limits(
+    membership: Path = Path("/proc/self/cgroup"), hierarchies: Path = Path("/sys/fs/cgroup")
+) -> Limits:
+    """Limits of the control groups (v2, v1 or both at once) that this process and their ancestors are in.
+
+    Args:
+        membership: which groups: lines `ID:CONTROLLERS:PATH`, where v2's line is `0::PATH`.
+        hierarchies: folder in which the hierarchies are mounted.
+    """
+    cpus: list[float] = []
+    memory: list[int] = []
+    for line in _text(membership).splitlines():
+        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        if not controllers:
+            for root in (hierarchies, hierarchies / "unified"):
+                for group in _ancestry(root, path):
+                    quota, _, period = _text(group / "cpu.max").partition(" ")
+                    cpus += _quotient(quota, period)
+                    memory += _bytes(_text(group / "memory.max"))
+        elif "cpu" in controllers.split(","):
+            for group in _ancestry(_mount(hierarchies, controllers, "cpu"), path):
+                cpus += _quotient(_text(group / "cpu.cfs_quota_us"), _text(group / "cpu.cfs_period_us"))
+        elif "memory" in controllers.split(","):
+            for group in _ancestry(_mount(hierarchies, controllers, "memory"), path):
+                memory += _bytes(_text(group / "memory.limit_in_bytes"))
+    return Limits(min(cpus, default=None), min(memory, default=None))
+
+
+def _mount(hierarchies: Path, controllers: str, controller: str) -> Path:
+    """Mount point of a v1 hierarchy: named after all of its controllers, or after one of them by a link."""
+    together = hierarchies / controllers
+    return together if together.is_dir() else hierarchies / controller
+
+
+def _ancestry(root: Path, path: str) -> Iterator[Path]:
+    """The groups from `root` down to `path`, as far as they are visible: a container sees its own as the root."""
+    yield root
+    for part in PurePosixPath(path.lstrip("/")).parts:
+        root = root / part
+        if part == ".." or not root.is_dir():
+            return
+        yield root
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _quotient(quota: str, period: str) -> list[float]:
+    """CPUs of a quota and its period in microseconds; none for `max`, -1 and what is no number."""
+    if not (quota.isdecimal() and period.isdecimal() and int(period)):
+        return []
+    return [int(quota) / int(period)]
+
+
+def _bytes(text: str) -> list[int]:
+    """A memory limit; `max` and v1's largest number of pages are none."""
+    return [int(text)] if text.isdecimal() and int(text) < 1 << 62 else []
