@@ -6,6 +6,7 @@ failed, or part of it; 2 the command or its configuration is wrong; 130 interrup
 
 import contextlib
 import importlib
+import io
 import json
 import logging
 import os
@@ -55,7 +56,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def set_up_process() -> None:
-    """Settings of a process that is one command: logs to stderr, SIGTERM ends it as Ctrl-C does."""
+    """Settings of a process that is one command: logs to stderr, SIGTERM ends it as Ctrl-C does, and what a terminal
+    cannot show (a file's name need not be Unicode) is written as an escape."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     for layer in ("deedsr", "pipelines", "jobs"):
         logging.getLogger(layer).setLevel(logging.INFO)

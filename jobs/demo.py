@@ -43,11 +43,13 @@ class Timed:
 
 
 def run(options: DemoOptions) -> Outcome:
+    from pipelines.tracking.store import sqlite_uri
+
     out = Path(options.out).resolve()
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file: give a folder with --out")
     out.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{out / 'mlflow.db'}")
+    os.environ.setdefault("MLFLOW_TRACKING_URI", sqlite_uri(out / "mlflow.db"))
     os.environ.pop("RAY_ADDRESS", None)  # this machine alone: its files are here
     began = time.perf_counter()
     chain = Chain(out, options)

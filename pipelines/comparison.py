@@ -4,7 +4,6 @@ Runs are put together by what they read: the figures of two datasets (or of two 
 chart. Shards runs are the exception, since every one of them makes a dataset: they form one group.
 """
 
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from pipelines.page import data_uri, duration_text, metric_text, read_picture, w
 from pipelines.tracking import EXPERIMENTS, connect, masked_uri
 from pipelines.tracking import tracking_uri as resolve_uri
 from pipelines.tracking.provenance import COMMIT_TAG, CONFIG_TAG, DIGEST_TAG, PARENT_TAG
+from pipelines.tracking.store import sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -69,10 +69,10 @@ def compare(
         UsageError: no store, no such experiment (the message lists those there are), or no run in it.
     """
     uri = resolve_uri(tracking_uri)
-    if uri.startswith("sqlite:///") and not os.path.exists(uri.removeprefix("sqlite:///")):
+    if (path := sqlite_path(uri)) and not path.exists():
         # Connecting would make an empty store here, which helps nobody who stands in the wrong folder.
         raise UsageError(
-            f"there is no MLflow store at {uri.removeprefix('sqlite:///')}: go to the folder in which the runs were "
+            f"there is no MLflow store at {path}: go to the folder in which the runs were "
             "made, or set MLFLOW_TRACKING_URI"
         )
     client = connect(uri)

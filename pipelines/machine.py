@@ -6,9 +6,11 @@ A container, a batch system or `taskset` may allow less than the hardware has; w
 """
 
 import contextlib
+import errno
 import math
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -27,6 +29,8 @@ __all__ = [
     "control_group_limits",
     "gpus",
     "lock",
+    "may_read",
+    "opened_file",
     "this_machine",
 ]
 
@@ -123,6 +127,20 @@ def cache_folder() -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     # Somebody else's folder of this name is not trusted.
     return folder if folder.stat().st_uid == user else Path(tempfile.mkdtemp(prefix="deedsr-"))
+
+
+def may_read(path: str | Path) -> bool:
+    """Whether this process may read a file."""
+    return os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
+def opened_file(path: str, flags: int) -> int:
+    """An opener of files alone: FileNotFoundError for a pipe, which would wait for a writer, or a device."""
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise FileNotFoundError(errno.ENOENT, "Not a regular file", path)
 
 
 def _wanted_cpus() -> int | None:

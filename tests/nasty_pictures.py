@@ -1,15 +1,41 @@
 """Picture files as the world has them, good and bad, each with what must come of it."""
 
-import io
 import struct
 import zlib
-from importlib.resources import files
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageCms
-
-__all__ = ["ADOBE_RGB", "PHOTO", "Case", "cases", "encoded", "png", "tiff"]
+from picture_files import (
+    ADOBE_CHRM,
+    ADOBE_RGB,
+    ALPHA,
+    BLACK_INK,
+    DEEP,
+    GREY,
+    LINEAR,
+    LINEAR_GREY,
+    PHOTO,
+    SRGB,
+    SRGB_CHRM,
+    chrm,
+    chunk,
+    cicp,
+    colour_exif,
+    encoded,
+    exif,
+    from_adobe_rgb,
+    from_black_ink,
+    from_display_p3,
+    from_linear,
+    gama,
+    iccp,
+    over_white,
+    png,
+    rgb,
+    srgb_levels,
+    tiff,
+)
+from PIL import Image
 
 BROKEN = "truncated or broken image"
 FOREIGN = "not a JPEG, PNG, WebP or TIFF image"
@@ -17,6 +43,7 @@ MISNAMED = "content does not match the file's extension"
 PIXELS = "too many pixels"
 BOMB = "decompression bomb"
 UNSUPPORTED = "unsupported pixel format"
+COLOURS = "unsupported colour space"
 
 
 class Case(NamedTuple):
@@ -24,157 +51,6 @@ class Case(NamedTuple):
     data: bytes
     expected: str | np.ndarray  # the reason of its rejection, or its pixels
     tolerance: float = 0  # mean distance of the pixels, levels
-
-
-with Image.open(str(files("deedsr") / "assets/photos/train/Snow-Trees.jpg")) as _photo:
-    PHOTO = np.asarray(_photo.crop((400, 300, 592, 460)))  # (160, 192, 3)
-GREY = np.asarray(Image.fromarray(PHOTO).convert("L"))
-ALPHA = np.tile(np.linspace(0, 255, 192).astype(np.uint8), (160, 1))
-DEEP = PHOTO.astype(np.uint16) * 257 + np.random.default_rng(0).integers(-128, 129, PHOTO.shape)
-DEEP = np.clip(DEEP, 0, 65535).astype(np.uint16)
-
-
-def encoded(image, format: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, format, **options)
-    return buffer.getvalue()
-
-
-def rgb(grey: np.ndarray) -> np.ndarray:
-    return np.stack([grey] * 3, -1)
-
-
-def over_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    opacity = alpha[..., None] / 255
-    return np.rint(colour * opacity + 255 * (1 - opacity)).astype(np.uint8)
-
-
-# PNG and TIFF by hand: what Pillow does not write
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def png(pixels: np.ndarray, *chunks: bytes, interlaced: bool = False) -> bytes:
-    """uint8 or uint16 (H, W, 1 to 4)."""
-    height, width, channels = pixels.shape
-    colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
-    passes = [(0, 0, 1, 1)]
-    if interlaced:  # Adam7: first row, first column, steps
-        passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
-    raw = b"".join(
-        b"\0" + row.tobytes()
-        for top, left, down, right in passes
-        for row in pixels.astype(pixels.dtype.newbyteorder(">"))[top::down, left::right]
-    )
-    header = struct.pack(">IIBBBBB", width, height, pixels.itemsize * 8, colour_type, 0, 0, interlaced)
-    body = [chunk(b"IHDR", header), *chunks, chunk(b"IDAT", zlib.compress(raw)), chunk(b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
-
-
-def tiff(pixels: np.ndarray, photometric: int, big_endian: bool = False, planar: bool = False, **tags: int) -> bytes:
-    """One uncompressed strip (or one for each plane) of uint8, uint16 or float32 (H, W, channels)."""
-    height, width, channels = pixels.shape
-    order = ">" if big_endian else "<"
-    stored = pixels.astype(pixels.dtype.newbyteorder(order))
-    raw = (stored.transpose(2, 0, 1) if planar else stored).tobytes()
-    strips = channels if planar else 1
-    fields = {
-        256: [tags.get("width", width)],
-        257: [tags.get("height", height)],
-        258: [pixels.itemsize * 8] * channels,
-        259: [1],
-        262: [photometric],
-        273: [0] * strips,
-        277: [channels],
-        278: [tags.get("height", height)],
-        279: [len(raw) // strips] * strips,
-        284: [1 + planar],
-        339: [3 if pixels.dtype.kind == "f" else 1] * channels,
-    }
-    fields |= {number: [tags[name]] for name, number in {"subfile": 254, "orientation": 274}.items() if name in tags}
-    fields |= {338: [tags["extra"]]} if "extra" in tags else {}
-    start = 14 + 12 * len(fields)  # of the values that don't fit into their entries
-    end = start + sum(4 * len(value) for value in fields.values() if len(value) > 1)
-    fields[273] = [end + plane * (len(raw) // strips) for plane in range(strips)]
-    entries, values = b"", b""
-    for tag, value in sorted(fields.items()):
-        packed = struct.pack(f"{order}{len(value)}I", *value)
-        entry = packed if len(value) == 1 else struct.pack(f"{order}I", start + len(values))
-        values += packed if len(value) > 1 else b""
-        entries += struct.pack(f"{order}HHI", tag, 4, len(value)) + entry
-    head = (b"MM\0*" if big_endian else b"II*\0") + struct.pack(f"{order}IH", 8, len(fields))
-    return head + entries + struct.pack(f"{order}I", 0) + values + raw
-
-
-# ICC profiles
-
-D50 = (0.9642, 1.0, 0.8249)
-ADOBE_XYZ = np.array([(0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457)])
-SRGB_XYZ = np.array([(0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.71410)])
-
-
-def xyz(*values: float) -> bytes:
-    return b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(value * 65536) for value in values))
-
-
-def gamma(exponent: float) -> bytes:
-    return b"para" + bytes(8) + struct.pack(">i", round(exponent * 65536))
-
-
-def icc(kind: bytes, space: bytes, connection: bytes, tags: dict[bytes, bytes]) -> bytes:
-    table, body, offset = b"", b"", 132 + 12 * len(tags)
-    for name, value in tags.items():
-        value += bytes(-len(value) % 4)
-        table += name + struct.pack(">II", offset + len(body), len(value))
-        body += value
-    size = struct.pack(">I", offset + len(body))
-    head = size + bytes(4) + bytes([4, 0, 0, 0]) + kind + space + connection + bytes(12) + b"acsp" + bytes(28)
-    return (head + xyz(*D50)[8:]).ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + body
-
-
-ADOBE_RGB = icc(
-    b"mntr",
-    b"RGB ",
-    b"XYZ ",
-    {b"wtpt": xyz(*D50)}
-    | {name: xyz(*row) for name, row in zip((b"rXYZ", b"gXYZ", b"bXYZ"), ADOBE_XYZ, strict=True)}
-    | {name: gamma(2.19921875) for name in (b"rTRC", b"gTRC", b"bTRC")},
-)
-LINEAR_GREY = icc(b"mntr", b"GRAY", b"XYZ ", {b"wtpt": xyz(*D50), b"kTRC": gamma(1.0)})
-# Lightness falls evenly with black ink, whatever the other inks.
-BLACK_INK = icc(
-    b"prtr",
-    b"CMYK",
-    b"Lab ",
-    {
-        b"wtpt": xyz(*D50),
-        b"A2B0": b"mft1\0\0\0\0\4\3\2\0"
-        + struct.pack(">9i", *(65536, 0, 0, 0, 65536, 0, 0, 0, 65536))
-        + bytes(range(256)) * 4
-        + bytes((255, 128, 128, 0, 128, 128)) * 8
-        + bytes(range(256)) * 3,
-    },
-)
-SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-
-
-def srgb_levels(linear: np.ndarray) -> np.ndarray:
-    linear = np.clip(linear, 0, 1)
-    return np.rint(255 * np.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear))
-
-
-def from_adobe_rgb(pixels: np.ndarray) -> np.ndarray:
-    return srgb_levels((pixels / 255.0) ** 2.19921875 @ ADOBE_XYZ @ np.linalg.inv(SRGB_XYZ))
-
-
-def from_black_ink(ink: np.ndarray) -> np.ndarray:
-    f = (100 * (1 - ink / 255) + 16) / 116
-    return rgb(srgb_levels(np.where(f > 6 / 29, f**3, 3 * (6 / 29) ** 2 * (f - 4 / 29))))
-
-
-# The files
 
 
 QUALITY = {"quality": 95, "subsampling": 0}
@@ -196,6 +72,8 @@ def jpegs() -> list[Case]:
     huge = whole[:frame] + struct.pack(">HH", 65000, 65000) + whole[frame + 4 :]
     scan = progressive.rindex(b"\xff\xda")
     many_scans = progressive[:scan] + progressive[scan:-2] * 1000 + b"\xff\xd9"
+    video = b"\0\0\0\x18ftypmp42" + b"\xff\xda" * 1000
+    apart = whole[: whole.rindex(b"\xff\xda")] + b"\xff\xda\0\x08\1\1\0\0\x3f\0" * 1000 + b"\xff\xd9"
     middle = len(whole) // 2
     second = Image.fromarray(PHOTO[::-1])
     mpo = encoded(Image.fromarray(PHOTO), "MPO", save_all=True, append_images=[second], **QUALITY)
@@ -220,7 +98,25 @@ def jpegs() -> list[Case]:
             Case(f"orientation {number}.jpg", encoded(PHOTO, "JPEG", exif=exif(number), **QUALITY), upright, 2)
             for number, upright in TURNED.items()
         ),
+        *(
+            Case(f"exif says {name}.jpg", encoded(PHOTO, "JPEG", exif=colour_exif(*says), **QUALITY), shown, 3)
+            for name, says, shown in (
+                ("adobe rgb", (2,), from_adobe_rgb(PHOTO)),
+                ("R03", (0xFFFF, "R03"), from_adobe_rgb(PHOTO)),
+                ("srgb", (1, "R98"), PHOTO),
+                ("nothing", (0xFFFF,), PHOTO),
+            )
+        ),
+        Case(
+            "exif says srgb, profile adobe rgb.jpg",
+            encoded(PHOTO, "JPEG", exif=colour_exif(1), icc_profile=ADOBE_RGB, **QUALITY),
+            from_adobe_rgb(PHOTO),
+            3,
+        ),
         Case("broken exif.jpg", bad_exif, PHOTO, 2),
+        Case("video behind.jpg", whole + video, PHOTO, 2),
+        Case("video behind progressive.jpg", progressive + video, PHOTO, 2),
+        Case("a thousand scans of one colour.jpg", apart, BOMB),
         Case("several pictures.jpg", mpo, PHOTO, 2),
         Case("bytes after the end.jpg", whole + b"camera" * 1000, PHOTO, 2),
         Case("bytes before the end.jpg", whole[:-2] + b"\0\0\0\0" + whole[-2:], PHOTO, 2),
@@ -245,12 +141,6 @@ def jpegs() -> list[Case]:
 def without_adobe(jpeg: bytes) -> bytes:
     marker = jpeg.index(b"\xff\xee")
     return jpeg[:marker] + jpeg[marker + 16 :]
-
-
-def exif(orientation: int) -> Image.Exif:
-    tags = Image.Exif()
-    tags[0x0112] = orientation
-    return tags
 
 
 TURNED = {
@@ -312,6 +202,20 @@ def pngs() -> list[Case]:
         Case("deep adobe rgb.png", png(DEEP, iccp(ADOBE_RGB)), from_adobe_rgb(PHOTO), 1),
         Case("srgb profile.png", encoded(PHOTO, "PNG", icc_profile=SRGB), PHOTO),
         Case("grey profile.png", png(GREY[..., None], iccp(LINEAR_GREY)), rgb(srgb_levels(GREY / 255)), 1),
+        Case("linear.png", png(LINEAR, gama(1)), PHOTO, 0.5),
+        Case("linear of 8 bits.png", png((LINEAR >> 8).astype(np.uint8), gama(1)), from_linear(LINEAR >> 8 << 8), 1),
+        Case("linear grey.png", png(GREY[..., None], gama(1)), rgb(from_linear(GREY)), 1),
+        Case("usual gamma.png", png(PHOTO, gama(1 / 2.2), chrm(*SRGB_CHRM)), PHOTO),
+        Case("gamma of 2.2 alone.png", png(PHOTO, gama(1 / 2.2)), PHOTO),
+        Case("adobe primaries.png", png(PHOTO, gama(256 / 563), chrm(*ADOBE_CHRM)), from_adobe_rgb(PHOTO), 1),
+        Case("srgb chunk beside gamma.png", png(PHOTO, gama(1), chunk(b"sRGB", b"\0")), PHOTO),
+        Case("profile beside gamma.png", png(PHOTO, iccp(ADOBE_RGB), gama(1)), from_adobe_rgb(PHOTO), 1),
+        Case("display p3.png", png(PHOTO, cicp(12, 13)), from_display_p3(PHOTO), 1),
+        Case("code points beside profile.png", png(PHOTO, iccp(ADOBE_RGB), cicp(1, 13)), PHOTO),
+        Case("gamma of nothing.png", png(PHOTO, chunk(b"gAMA", bytes(4)), chrm(*[0] * 8)), PHOTO),
+        Case("high dynamic range.png", png(DEEP, cicp(9, 16)), COLOURS),
+        Case("narrow range.png", png(PHOTO, cicp(1, 13, full=0)), COLOURS),
+        Case("bytes after the end.png", whole + b"x" * 1000, PHOTO),
         Case("turned.png", encoded(PHOTO, "PNG", exif=exif(6)), TURNED[6]),
         Case(
             "deep and turned.png", png(DEEP, chunk(b"eXIf", exif(6).tobytes()[6:])), np.rot90(np.rint(DEEP / 257), -1)
@@ -333,10 +237,6 @@ def pngs() -> list[Case]:
     ]
 
 
-def iccp(profile: bytes) -> bytes:
-    return chunk(b"iCCP", b"profile\0\0" + zlib.compress(profile))
-
-
 def animated(format: str) -> bytes:
     """Three frames, all lossless."""
     frames = [Image.fromarray(PHOTO[::-1]), Image.fromarray(PHOTO[:, ::-1])]
@@ -354,6 +254,7 @@ def webps() -> list[Case]:
         Case("lossy.webp", encoded(PHOTO, "WEBP", quality=95), PHOTO, 6),
         Case("lossless.webp", lossless, PHOTO),
         Case("alpha.webp", clear, over_white(PHOTO, ALPHA)),
+        Case("bytes after the end.webp", lossless + b"x" * 1000, PHOTO),
         Case("turned.webp", encoded(PHOTO, "WEBP", lossless=True, exif=exif(8)), TURNED[8]),
         Case("adobe rgb.webp", encoded(PHOTO, "WEBP", lossless=True, icc_profile=ADOBE_RGB), from_adobe_rgb(PHOTO), 1),
         Case("animated.webp", animated("WEBP"), PHOTO),
@@ -375,6 +276,8 @@ def tiffs() -> list[Case]:
     cmyk = Image.fromarray(np.dstack([255 - PHOTO, np.zeros_like(GREY)]), "CMYK")
     deep = np.rint(DEEP / 257)
     whole = tiff(PHOTO, 2)
+    table = [round(65535 * (level / 255) ** 2.19921875) for level in range(256)]
+    primaries = {318: ADOBE_CHRM[:2], 319: ADOBE_CHRM[2:], 301: table}
     deflated = encoded(photo, "TIFF", compression="tiff_adobe_deflate")
     return [
         Case("plain.tif", whole, PHOTO),
@@ -392,6 +295,8 @@ def tiffs() -> list[Case]:
         Case("cmyk.tif", encoded(cmyk, "TIFF"), PHOTO),
         Case("pages.tif", pages, PHOTO),
         Case("adobe rgb.tif", encoded(photo, "TIFF", icc_profile=ADOBE_RGB), from_adobe_rgb(PHOTO), 1),
+        Case("adobe primaries.tif", encoded(photo, "TIFF", tiffinfo=primaries), from_adobe_rgb(PHOTO), 1),
+        Case("usual primaries.tif", encoded(photo, "TIFF", tiffinfo={318: SRGB_CHRM[:2], 319: SRGB_CHRM[2:]}), PHOTO),
         Case("deep.tif", tiff(DEEP, 2), deep),
         Case("deep big endian.tif", tiff(DEEP, 2, big_endian=True), deep),
         Case("deep and turned.tif", tiff(DEEP, 2, orientation=8), np.rot90(deep, 1)),

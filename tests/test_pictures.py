@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from nasty_pictures import PHOTO, cases, encoded, png, tiff
+from nasty_pictures import cases
+from picture_files import PHOTO, encoded, png, tiff
 from PIL import Image
 
 from deedsr.dataset.pictures import RejectedImage, decode
@@ -25,6 +26,7 @@ REASONS = {
     "too many pixels",
     "decompression bomb",
     "unsupported pixel format",
+    "unsupported colour space",
     "truncated or broken image",
     "has transparency",
 }
@@ -63,6 +65,15 @@ def test_the_extension_is_only_held_against_a_file_if_it_names_another_of_the_fo
     for name in ("photo.jpg", "photo.JFIF", "photo.png.webp", "a/photo.tif"):
         with pytest.raises(RejectedImage, match="content does not match"):
             decode(data, name)
+
+
+def test_adobe_rgb_of_a_camera_is_that_of_a_profile():
+    shown = {case.name: decode(case.data).astype(int) for case in CASES if "exif says" in case.name}
+    profile, plain = (decode(next(c.data for c in CASES if c.name == f"{n}.jpg")) for n in ("adobe rgb", "baseline"))
+    for name in ("adobe rgb", "R03", "srgb, profile adobe rgb"):
+        assert np.abs(shown[f"exif says {name}.jpg"] - profile).max() <= 1
+    for name in ("srgb", "nothing"):
+        assert np.array_equal(shown[f"exif says {name}.jpg"], plain)
 
 
 def test_a_program_that_lifts_pillows_limit_does_not_lift_ours(monkeypatch):

@@ -17,7 +17,7 @@ from small_networks import SCHEDULE, make_pipeline
 from deedsr.errors import UsageError
 from deedsr.sampling.color_fix import COLOR_FIXES, fix_color
 from deedsr.sampling.guidance import clean_latent, guidance_strengths, model_output
-from deedsr.sampling.images import pad_reflect
+from deedsr.sampling.images import pad_reflect, to_tensors
 from deedsr.sampling.latents import decode_latents, encode_latents, enlarge
 from deedsr.sampling.pipeline import DeeDSRPipeline
 from deedsr.sampling.settings import SamplingSettings
@@ -209,6 +209,21 @@ def test_pil_arrays_and_tensors_are_the_same_picture_and_pixels_are_rounded(pipe
         np.testing.assert_array_equal(rounded, (floats[0] * 255).round().permute(1, 2, 0))
     arrays = pipe(crop, generator=seeded(), output_type="np").images
     np.testing.assert_allclose(arrays, floats.permute(0, 2, 3, 1))
+
+
+def test_deep_and_transparent_images_are_seen_as_they_are_shown(lr):
+    deep = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    [tensor] = to_tensors(Image.fromarray(deep))
+    np.testing.assert_allclose(tensor, np.broadcast_to(deep / 65535, (3, 8, 8)), atol=1e-6)
+    hole = Image.fromarray(np.dstack([lr, np.where(lr[..., :1] > 99, 255, 0)]).astype(np.uint8))
+    palette = hole.convert("RGB").quantize(8)
+    palette.info["transparency"] = 3
+    for image in (hole, palette):
+        shown = np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")))
+        np.testing.assert_array_equal(to_tensors(image)[0], to_tensors(shown[..., :3])[0])
+    for mode in ("I", "F"):
+        with pytest.raises(ValueError, match="have no known range"):
+            to_tensors(Image.new(mode, (8, 8)))
 
 
 def test_latents_are_what_the_decoder_makes_the_picture_of(pipe, lr):

@@ -17,6 +17,7 @@ from mlflow import MlflowClient
 
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines import tracking
+from pipelines.comparison import compare
 from pipelines.tracking import DatasetInput
 
 DIGEST = "0123456789abcdef" * 4
@@ -258,11 +259,44 @@ def test_without_a_setting_the_store_is_a_file_in_the_working_directory(tmp_path
         tracking.tracking_uri()
 
 
+@pytest.mark.parametrize("name", ["what? now", "a%20b", "100%", "[x] #1 é"])
+def test_a_working_directory_of_any_name_has_its_own_store(store, name, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = tmp_path / name
+    folder.mkdir()
+    shutil.copy(store.removeprefix("sqlite:///"), folder / "mlflow.db")
+    monkeypatch.chdir(folder)
+    uri = tracking.tracking_uri()
+    assert tracking.tracking_uri(uri) == uri
+    with pytest.raises(UsageError, match="is a file on"):
+        tracking.require_shared_store(uri, [{"NodeManagerHostname": "elsewhere", "Alive": True}])
+    with start(uri) as run:
+        run.log_metrics({"loss": 1.0}, 1)
+        run.log_text("said", "said.txt")
+    again = tracking.connect(uri)
+    assert again.get_run(run.id).data.metrics == {"loss": 1.0}
+    assert artifact(again, run, "said.txt", tmp_path).read_text() == "said"
+    assert [run["name"] for run in compare().runs] == ["run"]
+    assert sorted(os.listdir(folder)) == ["mlartifacts", "mlflow.db"]
+    assert sorted(os.listdir(tmp_path)) == sorted([name, "said.txt"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=f"there is no MLflow store at {tmp_path}/mlflow.db"):
+        compare()
+
+
 def test_artifacts_lie_beside_an_sqlite_store(store, client):
     run = start(store)
     run.finish()
     beside = Path(store.removeprefix("sqlite:///")).parent / "mlartifacts" / "deedsr-learner" / run.id
     assert (beside / "artifacts" / "config.yaml").is_file()
+
+
+def test_the_name_of_an_experiment_makes_no_path(store, client):
+    folder = Path(store.removeprefix("sqlite:///")).parent / "mlartifacts"
+    for name in ("../../up", "/etc/x", ".."):
+        location = client.get_experiment(tracking.store.experiment_id(client, store, name)).artifact_location
+        assert location.startswith(f"{folder.as_uri()}/")
+        assert ".." not in location.removeprefix(folder.as_uri()).split("/")
 
 
 def test_a_store_that_does_not_answer_is_one_clear_error_without_its_password(tmp_path):

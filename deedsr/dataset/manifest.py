@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -26,6 +27,7 @@ SAMPLES = "samples.parquet"
 REJECTED = "rejected.jsonl"
 STATE = "_state"  # folder of what only generation needs
 FORMAT_VERSION = 2
+_NAME, _SHA256 = re.compile(r"\w[\w.-]*"), re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -124,11 +126,24 @@ class Manifest:
             latents = content.setdefault("latents", None)  # manifests of earlier releases are silent about it
             content["latents"] = latents and LatentsSource(**latents)
             manifest = cls(**{field.name: content[field.name] for field in fields(cls)})
+            _require_plain(manifest)
         except (ValueError, KeyError, TypeError) as error:
             raise DeeDSRError(f"{uri} is not a manifest of a dataset ({type(error).__name__}: {error})") from error
         if manifest.digest != dataset_digest(shard.sha256 for shard in manifest.shards):
             raise DeeDSRError(f"{uri} was altered: its digest does not follow from its shards; generate it again")
         return manifest
+
+
+def _require_plain(manifest: Manifest) -> None:
+    """Names and hashes become paths of whoever reads the dataset: none may lead elsewhere."""
+    for name in (*(shard.name for shard in manifest.shards), *manifest.files):
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no name of a file beside it")
+    if not all(isinstance(number, int) for shard in manifest.shards for number in (shard.samples, shard.bytes)):
+        raise ValueError("a shard's samples or bytes are no number")
+    for sha256 in (*(shard.sha256 for shard in manifest.shards), *manifest.files.values()):
+        if not _SHA256.fullmatch(sha256):
+            raise ValueError(f"{sha256!r} is no SHA-256")
 
 
 def dataset_digest(shard_hashes: Iterable[str]) -> str:

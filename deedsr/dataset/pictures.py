@@ -12,19 +12,20 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import PLANAR_CONFIGURATION, TiffImageFile
 
-__all__ = ["MAX_PIXELS", "RejectedImage", "Stored", "decode", "read_stored", "to_srgb", "upright"]
+from deedsr.dataset.colour import PNG_CHUNKS, ColourSpace, shallow, space_of, to_srgb
+
+__all__ = ["MAX_PIXELS", "RejectedImage", "Stored", "decode", "read_stored", "upright"]
 
 MAX_PIXELS = 2**29 // 3  # 179 megapixels: 512 MiB as RGB; read from the header, before any pixel has a place
-MAX_SCANS = 200  # of a progressive JPEG, which has about ten; each pass over an empty scan costs as much as a full one
+MAX_SCANS = 200  # of a JPEG; a progressive one has about ten. Each pass over an empty scan costs as much as a full one
 
 _SIGNATURES = {
     "JPEG": re.compile(rb"\xff\xd8\xff"),
@@ -43,9 +44,8 @@ _EXTENSIONS = {
     "tif": "TIFF",
     "tiff": "TIFF",
 }
-_ORIENTATION, _SUBFILE_TYPE, _BITS, _PHOTOMETRIC, _EXTRA_SAMPLES = 274, 254, 258, 262, 338  # TIFF's and EXIF's tags
-
-_EIGHT_OF_SIXTEEN = ((np.arange(2**16) + 128) // 257).astype(np.uint8)  # 65535 / 257 = 255, rounded
+_SUBFILE_TYPE, _BITS, _PHOTOMETRIC, _EXTRA_SAMPLES = 254, 258, 262, 338  # TIFF's tags
+_MARKER = re.compile(rb"\xff([^\0\xd0-\xd7\xff])")  # of JPEG; in a scan, 0 is a stuffed byte and the others restarts
 
 _BROKEN = "truncated or broken image"
 _UNSUPPORTED = "unsupported pixel format"
@@ -62,31 +62,35 @@ class RejectedImage(Exception):
 
 
 class Stored(NamedTuple):
-    """Pixels as stored, uint8 or uint16."""
+    """Pixels as stored, uint8 or uint16, and what the file says of them."""
 
     colour: np.ndarray  # (H, W) grey, (H, W, 3) RGB, (H, W, 4) amounts of CMYK ink
     alpha: np.ndarray | None  # (H, W), not premultiplied
+    space: ColourSpace
     orientation: int  # EXIF's, 1 to 8
-    profile: bytes | None  # ICC
+    exif: Image.Exif  # empty where it cannot be read
 
 
 def decode(data: bytes, name: str = "", alpha: Literal["composite", "reject"] = "composite") -> np.ndarray:
     """Decodes a JPEG, PNG, WebP or TIFF file to uint8 sRGB (height, width, 3), upright by its EXIF orientation.
 
-    16 bits are rounded to 8; an ICC profile is converted from, a broken one ignored as browsers do; the first of
-    several pictures (pages, frames, MPO) is taken. `name`: the file's, whose extension must not claim another of the
-    four formats. `alpha`: what happens to a picture that is not wholly opaque; it is laid over white, the page it is
-    mostly seen on, or rejected. Raises RejectedImage, and nothing else but MemoryError, for whatever else `data` are.
+    16 bits become 8. The colours that the file says it has (`colour.py`) are converted to sRGB; a broken profile is
+    ignored as browsers do. The first of several pictures (pages, frames, MPO) is taken. `name`: the file's, whose
+    extension must not claim another of the four formats. `alpha`: what happens to a picture that is not wholly opaque;
+    it is laid over white, the page it is mostly seen on, or rejected. Raises RejectedImage, and nothing else but
+    MemoryError, for whatever else `data` are.
     """
     stored = read_stored(data, name)
+    if not stored.space.known:
+        raise RejectedImage("unsupported colour space")
     with _told():
         return _finish(stored, alpha)
 
 
-def read_stored(data: bytes, name: str = "", deep: bool = False, others: bool = False) -> Stored:
+def read_stored(data: bytes, name: str = "", others: bool = False) -> Stored:
     """Reads a JPEG, PNG, WebP or TIFF file as `decode` does, up to its stored pixels.
 
-    `deep`: 16 bits stay 16. `others`: BMP, GIF, PPM, JPEG 2000 and AVIF are read as well. Raises as `decode`.
+    `others`: BMP, GIF, PPM, JPEG 2000 and AVIF are read as well. Raises as `decode`.
     """
     if not data:
         raise RejectedImage("empty file")
@@ -96,8 +100,7 @@ def read_stored(data: bytes, name: str = "", deep: bool = False, others: bool = 
     if format and _EXTENSIONS.get(name.rpartition(".")[2].lower() if "." in name else "", format) != format:
         raise RejectedImage("content does not match the file's extension")
     with _told():
-        stored = _read(data, format)
-        return stored if deep else _shallow(stored)
+        return _read(data, format)
 
 
 @contextmanager
@@ -120,36 +123,38 @@ def _told() -> Iterator[None]:
 
 def _finish(picture: Stored, alpha: str) -> np.ndarray:
     """uint8 sRGB (H, W, 3), opaque and upright."""
-    rgb = to_srgb(picture.colour, picture.profile)
-    if picture.alpha is not None and picture.alpha.min() < 255:
-        if alpha == "reject":
-            raise RejectedImage("has transparency")
-        rgb = _over_white(rgb, picture.alpha)
+    rgb = to_srgb(picture.colour, picture.space.profile)
+    if picture.alpha is not None:
+        opacity = picture.alpha if picture.alpha.dtype == np.uint8 else shallow(picture.alpha)
+        if opacity.min() < 255:
+            if alpha == "reject":
+                raise RejectedImage("has transparency")
+            rgb = _over_white(rgb, opacity)
     return upright(rgb, picture.orientation)
 
 
 def _read(data: bytes, format: str | None) -> Stored:
     if format == "WEBP" and data[12:16] == b"VP8X":  # Pillow would allocate the canvas before it tells the size
         _check_size(int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1)
-    if format == "PNG":
-        _check_chunks(data)
+    chunks = _chunks(data) if format == "PNG" else {}
     image = _opened(data, format)
     _check_size(*image.size)
-    profile = image.info.get("icc_profile")
-    profile = profile if isinstance(profile, bytes) else None  # a TIFF may call anything its profile
-    orientation = _orientation(image)
+    exif = _exif(image)
+    orientation = int(exif.get(ExifTags.Base.Orientation, 1))
     if format == "JPEG":
-        return Stored(_jpeg(data, image), None, orientation, profile)
-    if isinstance(image, TiffImageFile):
-        orientation = 1  # both decoders turn the pixels of a TIFF by themselves
-        if int(image.tag_v2.get(_SUBFILE_TYPE, 0)) & 1:
-            # The first page is a preview: a camera's raw file, whose picture is not pixels yet.
-            raise RejectedImage(_UNSUPPORTED)
-    colour, alpha = _sixteen_bits(data, image) if _depth(data, image) == 16 else _eight_bits(image)
-    return Stored(colour, alpha, orientation, profile)
+        colour, alpha = _jpeg(data, image), None
+    else:
+        if isinstance(image, TiffImageFile):
+            orientation = 1  # both decoders turn the pixels of a TIFF by themselves
+            if int(image.tag_v2.get(_SUBFILE_TYPE, 0)) & 1:
+                # The first page is a preview: a camera's raw file, whose picture is not pixels yet.
+                raise RejectedImage(_UNSUPPORTED)
+        colour, alpha = _sixteen_bits(data, image) if _depth(data, image) == 16 else _eight_bits(image)
+    model = "GRAY" if colour.ndim == 2 else "RGB" if colour.shape[2] == 3 else "CMYK"
+    return Stored(colour, alpha, space_of(data, image, exif, chunks, model), orientation, exif)
 
 
-def _opened(data: bytes, format: str | None) -> Image.Image:
+def _opened(data: bytes, format: str | None) -> ImageFile.ImageFile:
     if format is None:
         return Image.open(io.BytesIO(data), formats=_OTHERS)
     try:
@@ -158,23 +163,18 @@ def _opened(data: bytes, format: str | None) -> Image.Image:
         raise RejectedImage(_BROKEN) from None
 
 
-def _shallow(stored: Stored) -> Stored:
-    if stored.colour.dtype == np.uint8:
-        return stored
-    alpha = None if stored.alpha is None else _EIGHT_OF_SIXTEEN[stored.alpha]
-    return stored._replace(colour=_EIGHT_OF_SIXTEEN[stored.colour], alpha=alpha)
-
-
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise RejectedImage("too many pixels")
 
 
-def _check_chunks(data: bytes) -> None:
-    """Pillow reads pixels past wrong checksums and does not miss the end: a PNG's chunks are checked here.
+def _chunks(data: bytes) -> dict[bytes, bytes]:
+    """What a PNG says of its colours, by kind of chunk.
 
-    Only those that a PNG marks as critical by a capital letter: a damaged comment costs no picture.
+    Pillow reads pixels past wrong checksums and does not miss the end: a PNG's chunks are checked here. Only those that
+    a PNG marks as critical by a capital letter: a damaged comment costs no picture.
     """
+    found: dict[bytes, bytes] = {}
     offset, kind = 8, b""
     while kind != b"IEND":
         length, kind = int.from_bytes(data[offset : offset + 4]), data[offset + 4 : offset + 8]
@@ -183,17 +183,22 @@ def _check_chunks(data: bytes) -> None:
             kind[:1].isupper() and zlib.crc32(memoryview(data)[offset + 4 : end]) != int.from_bytes(data[end : end + 4])
         ):
             raise RejectedImage(_BROKEN)
+        if kind in PNG_CHUNKS:
+            found.setdefault(kind, data[offset + 8 : end])
         offset = end + 4
+    return found
 
 
-def _orientation(image: Image.Image) -> int:
+def _exif(image: ImageFile.ImageFile) -> Image.Exif:
     try:
-        return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # EXIF that can't be read says nothing about the pixels
-        return 1
+        exif = image.getexif()
+        int(exif.get(ExifTags.Base.Orientation, 1))
+        return exif
+    except Exception:  # of another program: struct.error, SyntaxError, ValueError, KeyError ...; it says nothing
+        return Image.Exif()
 
 
-def _depth(data: bytes, image: Image.Image) -> int:
+def _depth(data: bytes, image: ImageFile.ImageFile) -> int:
     """Bits of a channel that need more than Pillow's 8: 16, else 8."""
     if isinstance(image, TiffImageFile):
         bits = image.tag_v2.get(_BITS, (1,))
@@ -205,18 +210,29 @@ def _depth(data: bytes, image: Image.Image) -> int:
             raise RejectedImage(_UNSUPPORTED)
         # Pillow divides by a premultiplied alpha and knows CMYK, OpenCV does neither: there the upper 8 bits must do.
         return 8 if associated or image.mode == "CMYK" else 16
-    if image.format in _OTHERS:
-        return 16 if image.mode.startswith("I") else 8
-    return data[24] if image.format == "PNG" else 8  # of the header chunk, always the first
+    if image.format == "PNG":
+        return data[24]  # of the header chunk, always the first
+    if image.format in ("PPM", "JPEG2000") and image.mode == "RGB":
+        return 16 if _highest(data, image) > 255 else 8
+    return 16 if image.mode.startswith("I") else 8
 
 
-def _jpeg(data: bytes, image: Image.Image) -> np.ndarray:
+def _highest(data: bytes, image: ImageFile.ImageFile) -> int:
+    """The highest value that the numbers of a PPM or JPEG 2000 can have."""
+    if image.format == "PPM":
+        arguments = image.tile[0][3]
+        return int(arguments[1]) if isinstance(arguments, tuple) and len(arguments) > 1 else 255
+    size = data.index(b"\xff\x4f\xff\x51")  # begin of the code stream
+    return int(2 ** ((data[size + 42] & 127) + 1) - 1)
+
+
+def _jpeg(data: bytes, image: ImageFile.ImageFile) -> np.ndarray:
     """The hot path, the same pixels as Pillow's and OpenCV's.
 
     Those two accept a JPEG that ends early or is damaged in the middle as long as an end marker follows, and fill the
     rest with grey; simplejpeg tells.
     """
-    if "progressive" in image.info and data.count(b"\xff\xda") > MAX_SCANS:
+    if _scans(data) > MAX_SCANS:
         raise RejectedImage("decompression bomb")
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
@@ -236,8 +252,19 @@ def _jpeg(data: bytes, image: Image.Image) -> np.ndarray:
     return pixels
 
 
-def _sixteen_bits(data: bytes, image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
+def _scans(data: bytes) -> int:
+    """Scans of a JPEG up to its end; behind it, phones put a video or a second picture."""
+    scans, offset = 0, 2
+    while (found := _MARKER.search(data, offset)) and (marker := found[1][0]) != 0xD9:
+        scans += marker == 0xDA
+        segment = found.end()
+        offset = segment + (int.from_bytes(data[segment : segment + 2]) if marker not in (0x01, 0xD8) else 0)
+    return scans
+
+
+def _sixteen_bits(data: bytes, image: ImageFile.ImageFile) -> tuple[np.ndarray, np.ndarray | None]:
     """Grey from Pillow; colour from OpenCV, as Pillow has only its upper 8 bits, after Pillow found the file whole."""
+    highest = _highest(data, image) if image.format in ("PPM", "JPEG2000") else 65535
     image.load()
     if image.mode.startswith("I"):
         deep = np.asarray(image)
@@ -251,64 +278,27 @@ def _sixteen_bits(data: bytes, image: Image.Image) -> tuple[np.ndarray, np.ndarr
         return deep, alpha
     stored = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if stored is None or stored.dtype != np.uint16 or stored.ndim != 3 or stored.shape[1::-1] != image.size:
+        if image.format in _OTHERS:  # OpenCV has not all of their variants
+            return _eight_bits(image)
         raise RejectedImage(_UNSUPPORTED)
+    if highest < 65535:
+        stored = ((stored.astype(np.uint32) * 65535 + highest // 2) // highest).astype(np.uint16)
     transparent = image.has_transparency_data and stored.shape[2] == 4
-    return stored[..., 2::-1], stored[..., 3] if transparent else None
+    # OpenCV has colours for grey with alpha: 4 is the colour type of that in a PNG's header.
+    colour = stored[..., 0] if image.format == "PNG" and data[25] == 4 else stored[..., 2::-1]
+    return colour, stored[..., 3] if transparent else None
 
 
-def _eight_bits(image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
+def _eight_bits(image: ImageFile.ImageFile) -> tuple[np.ndarray, np.ndarray | None]:
     grey = image.mode in ("1", "L", "LA")
     if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBX", "RGBA", "CMYK", "YCbCr"):
         raise RejectedImage(_UNSUPPORTED)
     if image.has_transparency_data:
         rgba = np.asarray(image if image.mode == "RGBA" else image.convert("RGBA"))
         return rgba[..., 0] if grey else rgba[..., :3], rgba[..., 3]
-    if image.mode not in ("L", "RGB", "CMYK"):  # Pillow would copy what needs no conversion
-        image = image.convert("L" if grey else "RGB")
-    return np.asarray(image), None
-
-
-def to_srgb(colour: np.ndarray, profile: bytes | None) -> np.ndarray:
-    """Stored colour of 8 bits as uint8 RGB (H, W, 3), contiguous; a profile that is broken or of other channels is
-    ignored."""
-    mode = "L" if colour.ndim == 2 else "RGB" if colour.shape[2] == 3 else "CMYK"
-    transform = _transform(profile, mode) if profile else None
-    if transform is None and mode == "RGB":
-        return np.ascontiguousarray(colour)
-    rgb = np.empty((*colour.shape[:2], 3), np.uint8)
-    rows = max(1, 2**20 // colour.shape[1])  # Pillow's copies of a strip stay small
-    for top in range(0, len(colour), rows):
-        strip = Image.fromarray(np.ascontiguousarray(colour[top : top + rows]), mode)
-        rgb[top : top + rows] = strip.convert("RGB") if transform is None else transform.apply(strip)
-    return rgb
-
-
-@lru_cache(maxsize=16)  # a folder has the profiles of a few cameras and programs
-def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From a profile to sRGB, or None if pixels are to stay as they are: sRGB itself, broken, or of other channels.
-
-    Relative colorimetric with black point compensation: a colour that sRGB has stays what it is, and the darkest ink
-    is black. (Perceptual tables squeeze every colour, each maker's in its own way, to make room for those it hasn't.)
-    """
-    try:
-        transform = ImageCms.buildTransform(
-            ImageCms.getOpenProfile(io.BytesIO(profile)),
-            ImageCms.createProfile("sRGB"),
-            mode,
-            "RGB",
-            ImageCms.Intent.RELATIVE_COLORIMETRIC,
-            ImageCms.Flags.BLACKPOINTCOMPENSATION,
-        )
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return None
-    if mode == "CMYK":
-        return transform
-    # The profiles named sRGB differ by a level; most pictures have one, and must not pay for a conversion to nothing.
-    levels = np.append(np.arange(0, 255, 8), 255).astype(np.uint8)
-    lattice = levels[None] if mode == "L" else np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 33, 3)
-    before = Image.fromarray(lattice, mode)
-    moved = np.asarray(transform.apply(before)).astype(int) - np.asarray(before.convert("RGB"))
-    return None if np.abs(moved).max() <= 1 else transform
+    if image.mode in ("L", "RGB", "CMYK"):  # Pillow would copy what needs no conversion
+        return np.asarray(image), None
+    return np.asarray(image.convert("L" if grey else "RGB")), None
 
 
 def _over_white(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ __all__ = ["base_digest", "part_digest"]
 
 def part_digest(folder: Path) -> str:
     """SHA-256, hexadecimal, over configuration and weights of one part of a model (`vae/`, `learner/`)."""
-    return _digest(folder, sorted(folder.glob("*.safetensors")))
+    return _digest(folder, sorted(folder.glob("[!.]*.safetensors")))
 
 
 def base_digest(path: Path) -> str:

@@ -18,7 +18,8 @@ def to_tensors(pictures: Picture | list[Picture]) -> list[torch.Tensor]:
     """RGB tensors (3, H, W) in [0, 1], float32, of one picture or several.
 
     A picture is a PIL image, a uint8 array (H, W, 3) or a floating-point tensor (3, H, W) in [0, 1]; an array or
-    tensor of four dimensions and a list are several pictures. Raises ValueError for anything else.
+    tensor of four dimensions and a list are several pictures. A transparent image is laid over white, 16-bit grey
+    keeps its bits. Raises ValueError for anything else.
     """
     if isinstance(pictures, np.ndarray | torch.Tensor) and pictures.ndim == 4:
         pictures = list(pictures)
@@ -30,6 +31,13 @@ def to_tensors(pictures: Picture | list[Picture]) -> list[torch.Tensor]:
 
 def _to_tensor(picture: Picture) -> torch.Tensor:
     if isinstance(picture, Image.Image):
+        if picture.mode.startswith("I;16"):
+            grey = torch.from_numpy(np.asarray(picture).astype(np.float32) / 65535)
+            return grey.expand(3, *grey.shape).contiguous()
+        if picture.mode in ("I", "F"):  # Pillow would cut off all above 255
+            raise ValueError(f"PIL images of mode {picture.mode} have no known range: convert it to L, I;16 or RGB")
+        if picture.has_transparency_data:
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
         picture = np.array(picture.convert("RGB"))
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or picture.size == 0:

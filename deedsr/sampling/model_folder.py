@@ -6,6 +6,7 @@ Weights are read from safetensors only.
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -126,7 +127,7 @@ def find_folder(name: str | Path) -> Path:
         if not path.is_dir():
             raise UsageError(f"this installation of deedsr is without the model tiny ({path}): install it again")
         return path
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         return path
     if path.exists():
@@ -179,7 +180,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
 
 
 def _lacks_weights(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and not any(folder.glob("*.safetensors"))
+    return (folder / "config.json").is_file() and not any(folder.glob("[!.]*.safetensors"))
 
 
 def read_config(path: Path, part: str) -> dict[str, Any]:
@@ -192,7 +193,7 @@ def read_config(path: Path, part: str) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_bytes())  # with whatever byte order mark an editor has put there
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):

@@ -12,6 +12,7 @@ __all__ = ["Away", "Conflict", "Faulty", "Full", "Refused", "explained"]
 
 _FULL = ("QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "InsufficientStorage", "507")
 _FAULTY = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHOSTDOWN, errno.ENOTCONN)
+_NO_SUCH_NAME = (errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR)  # nothing can be called so
 _NO_PERMISSION = ("AccessDenied", "403", "Forbidden", "AllAccessDisabled")
 _WRONG_KEYS = (
     *("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"),
@@ -55,8 +56,12 @@ def explained(verb: str, uri: str) -> Iterator[None]:
         raise
     except Exception as error:
         # Some errors of botocore are OSErrors as well, without a number.
-        file_system = isinstance(error, OSError) and error.errno is not None
-        reason = _explain_file_system(verb, uri, error) if file_system else _explain_s3(verb, uri, error)
+        if isinstance(error, OSError) and error.errno is not None:
+            if verb == "read" and error.errno in _NO_SUCH_NAME:
+                raise FileNotFoundError(error.errno, error.strerror, uri) from None
+            reason: Exception | None = _explain_file_system(verb, uri, error)
+        else:
+            reason = _explain_s3(verb, uri, error)
         if reason is None:
             raise
         raise reason from (None if _tells_secret(error) else error)

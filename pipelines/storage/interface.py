@@ -2,7 +2,7 @@
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
@@ -40,8 +40,12 @@ class Storage(ABC):
     uri: str
 
     @abstractmethod
-    def list(self, prefix: str = "") -> Iterator[Entry]:
-        """Every object below the folder `prefix`, recursive, sorted by path; nothing if there is no such folder."""
+    def list(self, prefix: str = "", within: Callable[[str], bool] | None = None) -> Iterator[Entry]:
+        """Every object below the folder `prefix`, recursive, sorted by path; nothing if there is no such folder.
+
+        `within`: folders, by their path, for which it is false may be left out. A folder below it that cannot be
+        listed is left out with a warning.
+        """
 
     @abstractmethod
     def read(self, path: str) -> bytes:

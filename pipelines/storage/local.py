@@ -1,22 +1,29 @@
 """Objects that are files below a directory."""
 
 import errno
+import logging
 import os
 import shutil
+import stat
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
 from deedsr.errors import DeeDSRError
+from pipelines import machine
 from pipelines.storage.errors import Conflict, explained
 from pipelines.storage.interface import ANYTHING, Entry, Expected, Storage, Upload
 from pipelines.storage.lock import PARTIAL, locked
+from pipelines.storage.names import LONGEST_PART, leads_out
 
-__all__ = ["LocalStorage"]
+__all__ = ["LocalStorage", "begun_name"]
+
+logger = logging.getLogger(__name__)
+_ID = 12  # hexadecimal digits in the name of such a file
 
 
 class LocalStorage(Storage):
@@ -24,48 +31,59 @@ class LocalStorage(Storage):
         self.directory = Path(os.path.abspath(directory))
         self.uri = str(self.directory)
 
-    def list(self, prefix: str = "") -> Iterator[Entry]:
-        yield from self._walk(prefix.strip("/"), ())
+    def list(self, prefix: str = "", within: Callable[[str], bool] | None = None) -> Iterator[Entry]:
+        yield from self._walk(prefix.strip("/"), (), within)
 
-    def _walk(self, folder: str, above: tuple[str, ...]) -> Iterator[Entry]:
+    def _walk(self, folder: str, above: tuple[str, ...], within: Callable[[str], bool] | None) -> Iterator[Entry]:
         """In the order of whole paths, although only one folder's names are held."""
-        here = self.directory / folder
+        here = self._place(folder)
         identity = os.path.realpath(here)
         if identity in above:  # a symbolic link to one of its own parents
             return
         try:
             with explained("list", str(here)):
-                found = sorted(os.scandir(here), key=lambda item: os.fsencode(item.name + "/" * item.is_dir()))
+                found = sorted(os.scandir(here), key=lambda item: os.fsencode(item.name + "/" * _is_folder(item)))
         except FileNotFoundError:
+            return
+        except DeeDSRError as error:
+            if not above:
+                raise
+            logger.warning("%s; it is left out", error)
             return
         for item in found:
             path = f"{folder}/{item.name}" if folder else item.name
-            if item.is_dir():
-                yield from self._walk(path, (*above, identity))
+            if _is_folder(item):
+                if within is None or within(path):
+                    yield from self._walk(path, (*above, identity), within)
             elif not item.name.endswith(PARTIAL):
                 try:
-                    status = item.stat()
-                except OSError:  # a dangling link: reading it will say so
+                    yield _entry(item.path, path)
+                except OSError:  # a link that leads nowhere
                     yield Entry(path, 0, "")
-                else:
-                    yield Entry(path, status.st_size, str(status.st_mtime_ns))
+
+    def _place(self, path: str) -> Path:
+        """Where an object lies. Raises DeeDSRError for a name that is none of this directory."""
+        if leads_out(path):
+            raise DeeDSRError(f"{path!r} is no name below {self.directory}: it leads out of that folder")
+        return self.directory / path
 
     def read(self, path: str) -> bytes:
-        with explained("read", str(self.directory / path)):
-            return (self.directory / path).read_bytes()
+        with self.open(path) as file, explained("read", str(self.directory / path)):
+            return file.read()
 
     def read_range(self, path: str, offset: int, size: int) -> bytes:
-        with explained("read", str(self.directory / path)), (self.directory / path).open("rb") as file:
+        with self.open(path) as file, explained("read", str(self.directory / path)):
             file.seek(offset)
             return file.read(size)
 
     def open(self, path: str) -> BinaryIO:
-        with explained("read", str(self.directory / path)):
-            return (self.directory / path).open("rb")
+        place = self._place(path)
+        with explained("read", str(place)):
+            return open(place, "rb", opener=machine.opened_file)
 
     def write(self, path: str, data: bytes | Path, *, expected: Expected = ANYTHING) -> str:
-        target = self.directory / path
-        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}{PARTIAL}")
+        target = self._place(path)
+        partial = target.with_name(f".{begun_name(target.name)}.{uuid.uuid4().hex[:_ID]}{PARTIAL}")
         with explained("write", str(target)):
             if expected not in (ANYTHING, None) and expected != _modified(target):
                 raise Conflict(str(target))  # before anything is made
@@ -93,15 +111,16 @@ class LocalStorage(Storage):
                 partial.unlink(missing_ok=True)
 
     def stat(self, path: str) -> Entry:
-        with explained("read", str(self.directory / path)):
-            status = (self.directory / path).stat()
-        return Entry(path, status.st_size, str(status.st_mtime_ns))
+        place = self._place(path)
+        with explained("read", str(place)):
+            return _entry(place, path)
 
     def delete(self, path: str) -> None:
-        with explained("delete", str(self.directory / path)):
-            (self.directory / path).unlink(missing_ok=True)
+        place = self._place(path)
+        with explained("delete", str(place)):
+            place.unlink(missing_ok=True)
             # As on S3, a folder is gone with its last object.
-            for folder in (self.directory / path).parents:
+            for folder in place.parents:
                 if folder == self.directory:
                     break
                 try:
@@ -122,15 +141,16 @@ class LocalStorage(Storage):
             shutil.rmtree(self.directory)
 
     def child(self, path: str) -> Storage:
-        return LocalStorage(self.directory / path)
+        return LocalStorage(self._place(path))
 
     def download(self, path: str, target: Path) -> None:
-        with explained("read", str(self.directory / path)):
+        with self.open(path) as file, explained("write", str(target)):
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.directory / path, target)
+            with target.open("wb") as copy:
+                shutil.copyfileobj(file, copy, 1 << 20)
 
     def local_path(self, path: str) -> Path:
-        return self.directory / path
+        return self._place(path)
 
     def require_writable(self, needed_bytes: int | None = None) -> None:
         folder = self.directory
@@ -161,6 +181,27 @@ class LocalStorage(Storage):
 
     def abort(self, upload: Upload) -> None:
         self.delete(upload.id)
+
+
+def begun_name(name: str) -> str:
+    """The part of a name that is in that of the file while it is written, which is longer."""
+    room = LONGEST_PART - len(f"..{PARTIAL}") - _ID
+    return name if len(os.fsencode(name)) <= room else os.fsencode(name)[:room].decode(errors="ignore")
+
+
+def _is_folder(item: os.DirEntry[str]) -> bool:
+    try:
+        return item.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _entry(place: str | Path, path: str) -> Entry:
+    """Without a version where it cannot be read: whoever reads it is told."""
+    status = os.stat(place)
+    if stat.S_ISREG(status.st_mode) and machine.may_read(place):
+        return Entry(path, status.st_size, str(status.st_mtime_ns))
+    return Entry(path, 0, "")
 
 
 def _modified(target: Path) -> str | None:

@@ -1,5 +1,6 @@
 """From a location that a user writes to its storage."""
 
+import os
 import re
 from pathlib import Path
 from urllib.parse import unquote
@@ -19,7 +20,7 @@ def open_storage(uri: str | Path) -> Storage:
     if not text:
         raise UsageError("an empty location: give s3://bucket/prefix, file:///dir or a path")
     if scheme is None:
-        return LocalStorage(Path(text).expanduser())
+        return LocalStorage(Path(os.path.expanduser(text)))  # `~nobody.jpg` is a name, and to Path an error
     rest = text[scheme.end() :]
     if scheme[1].lower() == "file":
         host, slash, path = rest.partition("/")

@@ -15,7 +15,7 @@ import time
 import uuid
 import zlib
 from base64 import b64decode
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from datetime import datetime, timedelta
@@ -61,7 +61,7 @@ class S3Storage(Storage):
     def _path(self, key: str) -> str:
         return key[len(self.prefix) + 1 if self.prefix else 0 :]
 
-    def list(self, prefix: str = "") -> Iterator[Entry]:
+    def list(self, prefix: str = "", within: Callable[[str], bool] | None = None) -> Iterator[Entry]:
         for item in self._items(prefix):
             if not item["Key"].endswith("/"):  # the empty objects by which consoles show folders
                 yield Entry(self._path(item["Key"]), item["Size"], item["ETag"].strip('"'))

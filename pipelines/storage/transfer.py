@@ -1,11 +1,12 @@
 """Whole folders between the local file system and any storage."""
 
 import hashlib
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from deedsr.errors import UsageError
@@ -14,11 +15,14 @@ from pipelines.storage.errors import explained
 from pipelines.storage.local import LocalStorage
 from pipelines.storage.location import open_storage
 from pipelines.storage.lock import PARTIAL, locked
+from pipelines.storage.names import makes_a_file
 from pipelines.storage.s3 import TRANSFERS
 
 __all__ = ["kept", "localize", "publish"]
 
 _ABANDONED_SECONDS = 86400.0
+
+logger = logging.getLogger(__name__)
 
 
 def localize(uri: str | Path, wanted: Callable[[str], bool] = lambda path: True) -> Path:
@@ -27,7 +31,8 @@ def localize(uri: str | Path, wanted: Callable[[str], bool] = lambda path: True)
     `wanted`: whether the object at a path below it is downloaded.
 
     Downloads are kept under `machine.cache_folder()` by location and ETags, so that changed objects get another
-    directory. Raises UsageError if there is nothing at `uri`.
+    directory. An object whose name is that of no file there (absolute, with `..`, too long, or a folder's) is left out
+    with a warning. Raises UsageError if there is nothing at `uri`.
     """
     storage = open_storage(uri)
     local = storage.local_path("")
@@ -39,7 +44,16 @@ def localize(uri: str | Path, wanted: Callable[[str], bool] = lambda path: True)
     if not entries:
         raise UsageError(f"there is nothing below {storage.uri}")
     name = hashlib.sha256(repr((storage.uri, [tuple(entry) for entry in entries])).encode()).hexdigest()
-    return kept(name, lambda folder: _each(lambda entry: storage.download(entry.path, folder / entry.path), entries))
+    folders = {str(parent) for entry in entries for parent in PurePosixPath(entry.path).parents}
+    files = [entry for entry in entries if makes_a_file(entry.path) and entry.path not in folders]
+    for entry in [entry for entry in entries if entry not in files]:
+        logger.warning("%s/%s is left out: no file can be called so here", storage.uri, entry.path)
+
+    def download(folder: Path) -> None:
+        place = LocalStorage(folder).local_path
+        _each(lambda entry: storage.download(entry.path, place(entry.path)), files)
+
+    return kept(name, download)
 
 
 def kept(name: str, fill: Callable[[Path], object]) -> Path:

@@ -6,17 +6,16 @@ artifacts. The SHA-256 of the weights stands in the version's tags.
 """
 
 import hashlib
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from deedsr.errors import UsageError
-from pipelines.storage import Storage
+from pipelines.storage import Storage, is_hidden
 from pipelines.storage.transfer import kept
 from pipelines.tracking.run import Run
-from pipelines.tracking.store import connect, masked_uri, quoted, tracking_uri
+from pipelines.tracking.store import connect, masked_uri, quoted, sqlite_path, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -45,7 +44,7 @@ def weights_digest(storage: Storage) -> str:
     digest = hashlib.sha256()
     for part in PARTS:
         for entry in storage.list(f"{part}/"):
-            if entry.path.endswith(".safetensors"):
+            if entry.path.endswith(".safetensors") and not is_hidden(entry.path):
                 digest.update(entry.path.encode())
                 with storage.open(entry.path) as file:
                     while block := file.read(1 << 20):
@@ -94,8 +93,8 @@ def find(name: str) -> Version:
         raise UsageError(f"a registered model is models:/NAME/VERSION or models:/NAME@ALIAS, got {name}")
     model, version, alias = match.groups()
     uri = tracking_uri()
-    if uri.startswith("sqlite:///") and not os.path.exists(uri.removeprefix("sqlite:///")):
-        raise UsageError(f"{name} is looked for in {uri}, which does not exist: set MLFLOW_TRACKING_URI")
+    if (path := sqlite_path(uri)) and not path.exists():
+        raise UsageError(f"{name} is looked for in {path}, which does not exist: set MLFLOW_TRACKING_URI")
     client = connect(uri)
     try:
         if alias:

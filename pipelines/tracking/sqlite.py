@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 from pipelines.storage.lock import PARTIAL, locked
-from pipelines.tracking.store import StoreAway
+from pipelines.tracking.store import StoreAway, sqlite_uri
 
 
 def prepare(path: Path) -> None:
@@ -49,7 +49,7 @@ def _create(path: Path) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     # With MLflow's default experiment, which processes that start together would otherwise each try to add.
-    store = SqlAlchemyStore(f"sqlite:///{path}", (path.parent / "mlartifacts").as_uri())
+    store = SqlAlchemyStore(sqlite_uri(path), (path.parent / "mlartifacts").as_uri())
     store.engine.dispose()
 
 
@@ -67,7 +67,7 @@ def _migrate(path: Path, partial: Path) -> None:
                     if name.startswith("_alembic_tmp_"):  # a migration that was interrupted left it
                         copy.execute(f"DROP TABLE {name}")
                 copy.commit()
-            engine = create_sqlalchemy_engine(f"sqlite:///{partial}")
+            engine = create_sqlalchemy_engine(sqlite_uri(partial))
             try:
                 _upgrade_db(engine)
             except CommandError as error:  # a revision that this MLflow does not know

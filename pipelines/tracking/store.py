@@ -9,7 +9,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from deedsr.errors import UsageError
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 EXPERIMENTS = ("deedsr-shards", "deedsr-learner", "deedsr-adapter", "deedsr-evaluation")
+_SQLITE = re.compile(r"sqlite(\+pysqlite)?:///")
 SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
 
 
@@ -30,8 +31,8 @@ def tracking_uri(uri: str | None = None) -> str:
     SQLite paths come back absolute, so that a worker process with another working directory means the same file.
     """
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    if uri.startswith("sqlite:///"):
-        return f"sqlite:///{_sqlite_path(uri)}"
+    if path := sqlite_path(uri):
+        return sqlite_uri(path)
     if uri.partition("://")[0].partition("+")[0] not in SCHEMES:
         raise UsageError(
             f"MLFLOW_TRACKING_URI={masked_uri(uri)} names no MLflow store: it must begin with one of "
@@ -55,7 +56,7 @@ def require_shared_store(uri: str, nodes: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         UsageError: the store is a file and some alive node has another host name than this machine.
     """
-    if not uri.startswith(("sqlite:", "file:")):
+    if sqlite_path(uri) is None:
         return
     here = socket.gethostname()
     elsewhere = sorted({str(n["NodeManagerHostname"]) for n in nodes if n["Alive"]} - {here})
@@ -87,8 +88,7 @@ def connect(uri: str) -> "MlflowClient":
         logging.getLogger(name).setLevel(logging.WARNING)
     remedy = "start the server or set MLFLOW_TRACKING_URI to a store that can be reached"
     try:
-        if uri.startswith("sqlite:///"):
-            store = Path(_sqlite_path(uri))
+        if store := sqlite_path(uri):
             remedy = _sqlite_remedy(store)
             store.parent.mkdir(parents=True, exist_ok=True)
             sqlite.prepare(store)
@@ -116,14 +116,23 @@ def cause(error: BaseException) -> str:
 
 def quoted(value: str) -> str:
     """A value in a condition of MLflow's searches, which have quotes of two kinds and no escapes."""
-    quotes = [quote for quote in ("'", '"') if quote not in value]
+    quotes = [mark for mark in ("'", '"') if mark not in value]
     if not quotes:
         raise UsageError(f"{value} has quotes of both kinds: MLflow cannot search for that name, choose another")
     return f"{quotes[0]}{value}{quotes[0]}"
 
 
-def _sqlite_path(uri: str) -> str:
-    return os.path.abspath(unquote(uri.removeprefix("sqlite:///")))
+def sqlite_uri(path: Path) -> str:
+    """The store in a file."""
+    quoted = str(path).replace("%", "%25").replace("?", "%3F")
+    # MLflow makes the folder of what stands behind `sqlite:///` without unquoting it; with the driver's name, none.
+    return f"sqlite:///{path}" if quoted == str(path) else f"sqlite+pysqlite:///{quoted}"
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The file of an SQLite store, None for any other store."""
+    match = _SQLITE.match(uri)
+    return Path(os.path.abspath(unquote(uri[match.end() :]))) if match else None
 
 
 @contextlib.contextmanager
@@ -144,8 +153,10 @@ def experiment_id(client: "MlflowClient", uri: str, name: str) -> str:
     from mlflow.exceptions import MlflowException
 
     location = None  # a server decides itself
-    if uri.startswith("sqlite:///"):
-        location = (Path(_sqlite_path(uri)).parent / "mlartifacts" / name).as_uri()
+    if path := sqlite_path(uri):
+        # One folder, whatever the name is: the separators in it are written as %2F.
+        folder = quote(name, safe=" ") if name.strip(".") else name.replace(".", "%2E")
+        location = (path.parent / "mlartifacts" / folder).as_uri()
     if client.get_experiment_by_name(name) is None:
         # Another process may create it in the same moment.
         with contextlib.suppress(MlflowException):

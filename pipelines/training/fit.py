@@ -388,7 +388,7 @@ def _weights_digest(folder: Path) -> str:
     import hashlib
 
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("[!.]*.safetensors")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -3,12 +3,13 @@
 import io
 import struct
 import zlib
+from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
 from PIL import Image
 
-from deedsr.dataset.pictures import to_srgb
+from deedsr.dataset.colour import to_srgb
 from deedsr.errors import DeeDSRError
 from pipelines.upscaling.picture import Picture
 
@@ -35,6 +36,8 @@ def require_fit(picture: Picture, format: str, scale: int) -> None:
     """Raises DeeDSRError before the work where the format could not hold the result."""
     if format == "jpeg" and not picture.opaque:
         raise DeeDSRError("it has transparency, which JPEG cannot keep: choose --format png or webp")
+    if format != "png" and not picture.space.known:
+        raise DeeDSRError(f"no profile that {format} could keep says what its colours are: choose --format png")
     side = scale * max(picture.pixels_HWC.shape[:2])
     if side > _LARGEST_SIDE[format]:
         raise DeeDSRError(
@@ -43,13 +46,13 @@ def require_fit(picture: Picture, format: str, scale: int) -> None:
 
 
 def encode(picture: Picture, exif: bytes, format: str, quality: int) -> bytes:
-    """A file with the picture's pixels and profile; `exif` as in PNG's chunk, `quality` of JPEG and WebP."""
+    """A file with the picture's pixels and colour space; `exif` as in PNG's chunk, `quality` of JPEG and WebP."""
     pixels_HWC = picture.pixels_HWC
     if format == "jpeg" and picture.alpha is not None:
         pixels_HWC = pixels_HWC[..., :-1]
     if pixels_HWC.dtype == np.uint16:
-        return _deep_png(pixels_HWC, picture.profile, exif)
-    profile = picture.profile
+        return _with_chunks(_deep_png(pixels_HWC, picture.space.profile, exif), picture.space.chunks)
+    profile = picture.space.profile
     if format == "webp" and picture.grey and profile:  # WebP has no grey, and its profile would not fit
         level_HW1 = to_srgb(np.ascontiguousarray(pixels_HWC[..., 0]), profile)[..., :1]
         pixels_HWC, profile = np.concatenate([level_HW1, pixels_HWC[..., 1:]], -1), None
@@ -62,7 +65,7 @@ def encode(picture: Picture, exif: bytes, format: str, quality: int) -> bytes:
         options = {"quality": quality}
     file = io.BytesIO()
     image.save(file, format, icc_profile=profile, exif=b"Exif\0\0" + exif, **options)
-    return file.getvalue()
+    return _with_chunks(file.getvalue(), picture.space.chunks) if format == "png" else file.getvalue()
 
 
 def _deep_png(pixels_HWC: np.ndarray, profile: bytes | None, exif: bytes) -> bytes:
@@ -76,6 +79,13 @@ def _deep_png(pixels_HWC: np.ndarray, profile: bytes | None, exif: bytes) -> byt
     if profile:
         chunks.append((b"iCCP", b"ICC Profile\0\0" + zlib.compress(profile)))
     chunks += [(b"eXIf", exif), (b"IDAT", zlib.compress(np.hstack([up, rows - above]).tobytes())), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
-    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, data) for kind, data in chunks)
+
+
+def _with_chunks(png: bytes, chunks: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """The chunks behind the header, in front of palette and pixels as they must be."""
+    return png[:33] + b"".join(_chunk(kind, data) for kind, data in chunks) + png[33:]
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

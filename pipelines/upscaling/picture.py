@@ -3,14 +3,14 @@
 Array shapes: H W pixels, C channels: 1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha.
 """
 
-import io
-import warnings
 from typing import NamedTuple
 
+import cv2
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image
 
-from deedsr.dataset.pictures import MAX_PIXELS, RejectedImage, Stored, decode, read_stored, upright
+from deedsr.dataset.colour import ColourSpace, to_srgb
+from deedsr.dataset.pictures import MAX_PIXELS, RejectedImage, read_stored, upright
 from deedsr.errors import DeeDSRError
 
 __all__ = ["Picture", "depth_of", "read_picture"]
@@ -24,7 +24,7 @@ _HINTS = {
 
 class Picture(NamedTuple):
     pixels_HWC: np.ndarray  # uint8 or uint16
-    profile: bytes | None  # ICC, of these channels
+    space: ColourSpace
     exif: Image.Exif
 
     @property
@@ -44,9 +44,27 @@ class Picture(NamedTuple):
     def opaque(self) -> bool:
         return self.alpha is None or bool((self.alpha == depth_of(self.pixels_HWC)).all())
 
+    @property
+    def neutral(self) -> bool:
+        """Whether it is grey, also where it is stored as RGB: no visible pixel has a colour.
+
+        By more than one level: grey that was compressed as WebP is off by that.
+        """
+        if self.grey:
+            return True
+        colour_HWC, alpha = self.pixels_HWC[..., :3], self.alpha
+        lowest, highest = colour_HWC.min(-1), colour_HWC.max(-1)
+        tinted = highest - lowest > (257 if self.deep else 1)
+        return not (tinted if alpha is None else tinted & (alpha > 0)).any()
+
     def rgb(self) -> np.ndarray:
-        """float32 (3, H, W) in [0, 1], what the networks see."""
+        """float32 (3, H, W) in [0, 1], what the networks see.
+
+        A wholly transparent pixel has the colour of the visible one next to it: its own would tint their edge.
+        """
         colour = self.pixels_HWC[..., :1] if self.grey else self.pixels_HWC[..., :3]
+        if self.alpha is not None:
+            colour = _bled(colour, self.alpha)
         scaled = colour.astype(np.float32) / np.float32(depth_of(colour))
         return np.ascontiguousarray(np.broadcast_to(scaled, (*scaled.shape[:2], 3)).transpose(2, 0, 1))
 
@@ -55,7 +73,7 @@ class Picture(NamedTuple):
 
         `deep`: 16 bits, else 8. Transparency is enlarged bicubically.
         """
-        channels = [(rgb_CHW * _LUMA).sum(0)] if self.grey else [*rgb_CHW]
+        channels = [(rgb_CHW * _LUMA).sum(0)] * (1 if self.grey else 3) if self.neutral else [*rgb_CHW]
         if self.alpha is not None:
             size = rgb_CHW.shape[:0:-1]
             alpha = Image.fromarray(self.alpha.astype(np.float32) / np.float32(depth_of(self.alpha)))
@@ -74,43 +92,29 @@ def depth_of(pixels: np.ndarray) -> int:
 def read_picture(data: bytes) -> Picture:
     """A picture file's first frame, upright. CMYK becomes sRGB. Raises DeeDSRError saying what is wrong with it."""
     try:
-        stored = read_stored(data, deep=True, others=True)
-        if stored.colour.ndim == 3 and stored.colour.shape[2] == 4:
-            stored = Stored(decode(data), None, 1, None)
+        stored = read_stored(data, others=True)
     except RejectedImage as rejection:
         raise DeeDSRError(f"{rejection}{_HINTS.get(str(rejection), '')}") from None
     except MemoryError:
         raise DeeDSRError("not enough memory to decode it: cut it into parts") from None
-    grey, exif = _about(data)
-    colour, profile = stored.colour, stored.profile
-    if colour.ndim == 3 and grey:
-        colour = colour[..., 0]
-    if profile and not _describes(profile, grey=colour.ndim == 2):
-        profile = None
-    channels = [colour[..., None] if colour.ndim == 2 else colour]
+    colour, space = stored.colour, stored.space
+    if colour.ndim == 3 and colour.shape[2] == 4:
+        colour, space = to_srgb(colour, space.profile), ColourSpace()
+    channels = [np.atleast_3d(colour)]
     if stored.alpha is not None:
         channels.append(stored.alpha[..., None])
     pixels_HWC = upright(np.ascontiguousarray(np.concatenate(channels, -1)), stored.orientation)
-    return Picture(np.atleast_3d(pixels_HWC), profile, exif)  # OpenCV drops a single channel
+    return Picture(np.atleast_3d(pixels_HWC), space, stored.exif)  # OpenCV drops a single channel
 
 
-def _about(data: bytes) -> tuple[bool, Image.Exif]:
-    """Whether a picture that was read before is grey, and its EXIF, empty where it cannot be read."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        image = Image.open(io.BytesIO(data))
-        # Pillow takes 16-bit grey with alpha for colours; a PNG's own type is in its header.
-        grey = data[25] in (0, 4) if image.format == "PNG" else image.mode in ("1", "L", "LA")
-        try:
-            return grey, image.getexif()
-        except Exception:  # EXIF of another program: struct.error, SyntaxError, ValueError, KeyError ...
-            return grey, Image.Exif()
-
-
-def _describes(profile: bytes, grey: bool) -> bool:
-    """Whether a profile is whole and of these channels."""
-    try:
-        space = ImageCms.getOpenProfile(io.BytesIO(profile)).profile.xcolor_space.strip()
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return False
-    return space == ("GRAY" if grey else "RGB")
+def _bled(colour_HWC: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Colours with those of wholly transparent pixels taken from the nearest visible one."""
+    hidden = alpha == 0
+    if not hidden.any() or hidden.all():
+        return colour_HWC
+    _, nearest = cv2.distanceTransformWithLabels(
+        hidden.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5, labelType=cv2.DIST_LABEL_PIXEL
+    )
+    by_label = np.empty((nearest.max() + 1, colour_HWC.shape[2]), colour_HWC.dtype)
+    by_label[nearest[~hidden]] = colour_HWC[~hidden]
+    return by_label[nearest]

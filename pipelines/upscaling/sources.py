@@ -1,13 +1,12 @@
 """Which pictures the inputs of a command name, and where their results go."""
 
-import glob
+import posixpath
 from collections.abc import Iterable, Iterator, Sequence
-from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import NamedTuple
 
 from deedsr.errors import UsageError
-from pipelines.storage import LocalStorage, Storage, open_storage
+from pipelines.storage import Storage, is_hidden, leads_out, open_storage, split_uri
+from pipelines.storage.patterns import matching, split_pattern
 from pipelines.upscaling.encoding import EXTENSIONS, Format
 
 __all__ = ["Source", "conflicts", "find_sources"]
@@ -34,7 +33,7 @@ def find_sources(inputs: Sequence[str], out: Storage, format: Format) -> list[So
     """Every picture of the inputs in their order, each once. Raises UsageError for an input that has none."""
     found: dict[str, Source] = {}
     for given in inputs:
-        places = list(_places(given, out))
+        places = [place for place in _places(given) if not _uri(*place[:2]).startswith(f"{out.uri.rstrip('/')}/")]
         if not places:
             raise UsageError(
                 f"{given} has no picture to upscale: give files, folders, glob patterns or URIs with "
@@ -47,12 +46,16 @@ def find_sources(inputs: Sequence[str], out: Storage, format: Format) -> list[So
 
 
 def conflicts(sources: Iterable[Source], out: Storage) -> dict[str, str]:
-    """Which sources must not be enlarged, by URI, and why: their results would replace an input or one another."""
+    """Which sources must not be enlarged, by URI, and why: their results would replace an input or one another, or lie
+    outside of `out`."""
     sources = list(sources)
     inputs = {_identity(source.storage, source.path): source.uri for source in sources}
     taken: dict[str, str] = {}
     found = {}
     for source in sources:
+        if leads_out(source.target):
+            found[source.uri] = f"its name {source.path} leads out of --out: give it another, or name it alone"
+            continue
         replaced = inputs.get(_identity(out, source.target))
         if replaced == source.uri:
             found[source.uri] = "its result would replace it: choose another --out"
@@ -78,61 +81,37 @@ def _identity(storage: Storage, path: str) -> str | tuple[int, int]:
     return _uri(storage, path)
 
 
-def _places(given: str, out: Storage) -> Iterator[tuple[Storage, str, str]]:
+def _places(given: str) -> Iterator[tuple[Storage, str, str]]:
     """(storage, path in it, the path that its result keeps) of an input's pictures."""
-    storage = open_storage(given)
-    if not isinstance(storage, LocalStorage):
-        yield from _in_bucket(storage, out)
-    elif storage.directory.is_dir():
-        yield from _below(storage, out)
-    elif storage.directory.is_file():
-        yield _file(storage.directory)
-    elif glob.has_magic(given):
-        matches = map(Path, sorted(glob.glob(str(storage.directory), recursive=True)))
-        yield from (_file(match) for match in matches if match.is_file() and _is_picture(match.name))
+    uri = open_storage(given).uri
+    folder, pattern = split_pattern(uri)
+    if pattern:
+        storage = open_storage(folder)
+        for entry in matching(storage, pattern):
+            if _is_picture(entry.path):
+                yield storage, entry.path, posixpath.basename(entry.path)
+    elif _is_file(uri):
+        place, path = split_uri(uri)
+        yield open_storage(place), path, posixpath.basename(path)
     else:
-        raise UsageError(f"{given} does not exist")
+        yield from _below(open_storage(uri))
 
 
-def _in_bucket(storage: Storage, out: Storage) -> Iterator[tuple[Storage, str, str]]:
-    bucket = storage.uri.split("/")[2]
-    if glob.has_magic(bucket):
-        raise UsageError(f"{storage.uri}: the name of a bucket cannot be a pattern")
-    folder, _, name = storage.uri.rpartition("/")
-    if folder != "s3:/" and open_storage(folder).exists(name):
-        yield open_storage(folder), name, name
-    elif glob.has_magic(storage.uri):
-        parts = storage.uri.split("/")
-        fixed = next(number for number, part in enumerate(parts) if glob.has_magic(part))
-        storage, pattern = open_storage("/".join(parts[:fixed])), parts[fixed:]
-        for entry in storage.list():
-            if _is_picture(entry.path) and _matches(entry.path.split("/"), pattern):
-                yield storage, entry.path, entry.path.rpartition("/")[2]
-    else:
-        yield from _below(storage, out)
+def _is_file(uri: str) -> bool:
+    local = open_storage(uri).local_path("")
+    if local is None:
+        bucket, key = split_uri(uri)
+        return bool(key) and open_storage(bucket).exists(key)
+    if not local.exists():
+        raise UsageError(f"{uri} does not exist")
+    return not local.is_dir()
 
 
-def _matches(parts: list[str], pattern: list[str]) -> bool:
-    """As `glob` matches files: `*` within one folder, `**` over any number of them."""
-    if not pattern or not parts:
-        return not pattern and not parts
-    if pattern == ["**"]:
-        return True
-    if pattern[0] == "**":
-        return any(_matches(parts[skipped:], pattern[1:]) for skipped in range(len(parts)))
-    return fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
-
-
-def _below(storage: Storage, out: Storage) -> Iterator[tuple[Storage, str, str]]:
-    """The pictures below a folder, without results of an earlier command."""
-    results = f"{out.uri.rstrip('/')}/"
+def _below(storage: Storage) -> Iterator[tuple[Storage, str, str]]:
+    """The pictures below a folder, without hidden ones."""
     for entry in storage.list():
-        if _is_picture(entry.path) and not _uri(storage, entry.path).startswith(results):
-            yield storage, entry.path, entry.path
-
-
-def _file(path: Path) -> tuple[Storage, str, str]:
-    return LocalStorage(path.parent), path.name, path.name
+        if _is_picture(entry.path) and not is_hidden(entry.path):
+            yield storage, entry.path, "/".join(part for part in entry.path.split("/") if part not in ("", "."))
 
 
 def _is_picture(path: str) -> bool:

@@ -1,6 +1,7 @@
 """Upscaling on a cluster with Ray Data: a row is a few pictures, an actor keeps the model for all of its rows."""
 
 import logging
+import posixpath
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -10,6 +11,7 @@ from deedsr.errors import DeeDSRError, UsageError
 from pipelines import cluster
 from pipelines.placement import Device, place_networks
 from pipelines.storage import Storage, open_storage, waiting
+from pipelines.storage.local import begun_name
 from pipelines.upscaling.sources import Source
 from pipelines.upscaling.work import Done, Upscaler
 
@@ -87,7 +89,8 @@ def _remove_parts(out: Storage, targets: set[str]) -> None:
     """Removes what killed workers had begun to write; on S3 nothing is seen of it."""
     if out.local_path("") is None:
         return
+    begun = {posixpath.join(posixpath.dirname(path), begun_name(posixpath.basename(path))) for path in targets}
     with waiting.cleaning(f"what killed workers began in {out.uri}"):
         for upload in out.abandoned_uploads(timedelta(0)):
-            if upload.path in targets:
+            if upload.path in begun:
                 out.abort(upload)

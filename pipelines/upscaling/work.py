@@ -167,4 +167,4 @@ def _read(source: Source) -> bytes:
     try:
         return source.storage.read(source.path)
     except FileNotFoundError:
-        raise DeeDSRError("it is gone") from None
+        raise DeeDSRError("there is no such file: it is gone, or a pipe, or a link that leads nowhere") from None

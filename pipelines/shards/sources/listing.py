@@ -1,22 +1,20 @@
 """From a `--source` to its pictures: the files it names, then what those that hold several pictures have inside."""
 
+import codecs
 import logging
 import os
 import posixpath
-import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from braceexpand import braceexpand
-
 from deedsr.errors import DeeDSRError, UsageError
-from pipelines.shards.sources.source import DECODED, Source, is_hidden, is_picture, split_uri
+from pipelines.shards.sources.source import DECODED, Source, is_picture
 from pipelines.shards.sources.tables import NoPictures, is_table, list_table
 from pipelines.shards.sources.tars import list_tar
-from pipelines.storage import Entry, Storage, open_storage
+from pipelines.storage import Entry, Storage, is_hidden, open_storage, split_uri
+from pipelines.storage.patterns import expanded, has_wildcard, matching, split_pattern
 
 __all__ = ["list_sources"]
 
@@ -24,13 +22,18 @@ logger = logging.getLogger(__name__)
 _THREADS = 16  # files looked into at a time
 _AHEAD = 64  # files listed before the contents of one are needed
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_BYTE_ORDER_MARKS = {  # what editors and shells of Windows begin a text with, the longer ones first
+    codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be",
+}  # fmt: skip
 
 
 def list_sources(uris: Sequence[str]) -> Iterator[Source]:
     """Every picture of every `--source`, in an order that follows from their names.
 
     A source is a folder or S3 prefix (recursive), a list file (.txt) with a path or URI a line, a tar, a Parquet table,
-    or a pattern (`*`, `?` and `[...]` within a name, `{a,b}` and `{000..127}` anywhere) of files. Tars and tables are
+    or a pattern of files (`*`, `?` and `[...]` within a name, `**` for any folders, `{a,b}` and `{000..127}`); what is
+    called like a pattern is itself. Tars and tables are
     looked into wherever they are found; a table that names pictures elsewhere only where it is itself named. In folders
     and tars, hidden files and those not called like a picture are none. Raises UsageError for a source that does not
     exist or holds no picture.
@@ -62,15 +65,14 @@ class _Files(NamedTuple):
 
 def _files(root: int, uri: str) -> _Files:
     storage = open_storage(uri)
+    folder, pattern = split_pattern(storage.uri)
+    if pattern and has_wildcard(pattern):
+        return _Files(_matching(root, uri, open_storage(folder), pattern), True)
+    if pattern:
+        return _Files(_stated(root, folder, [f"{folder.rstrip('/')}/{path}" for path in expanded(pattern)]), True)
     local = storage.local_path("")
-    if local is None or not local.exists():
-        if re.search(r"[*?[]", storage.uri):
-            return _Files(_matching(root, uri, storage.uri), True)
-        if "{" in storage.uri:
-            folder = _fixed_folder(storage.uri)
-            return _Files(_stated(root, folder, _expanded(storage.uri)), True)
     if local is None or not local.is_dir():
-        if uri.lower().endswith(".txt"):
+        if uri.lower().endswith(".txt") and (local is not None or not any(True for _ in storage.list())):
             return _Files(_list_file(root, uri), True)
         if uri.lower().endswith((".tar", ".parquet")) and (file := _single(root, storage.uri)):
             return _Files([file], True)
@@ -89,49 +91,32 @@ def _folder(root: int, storage: Storage) -> Iterator[Source]:
 
 
 def _holds_pictures(path: str) -> bool:
-    return is_picture(path) or (path.lower().endswith((".tar", ".parquet", *_COMPRESSED)) and not is_hidden(path))
+    return _named_as_pictures(path) and not is_hidden(path)
+
+
+def _named_as_pictures(path: str) -> bool:
+    return is_picture(path) or path.lower().endswith((".tar", ".parquet", *_COMPRESSED))
 
 
 def _file(root: int, storage: Storage, entry: Entry) -> Source:
-    return Source(root, entry.path, posixpath.join(storage.uri, entry.path), entry.size, entry.version)
+    return Source(root, entry.path, f"{storage.uri.rstrip('/')}/{entry.path}", entry.size, entry.version)
 
 
 def _single(root: int, uri: str) -> Source | None:
     folder, name = split_uri(uri)
-    storage = open_storage(folder)
     try:
-        return _file(root, storage, storage.stat(name))
+        entry = open_storage(folder).stat(name)
     except FileNotFoundError:
         return None  # or a prefix that is called so
+    return Source(root, posixpath.basename(name), uri, entry.size, entry.version)
 
 
-def _matching(root: int, uri: str, pattern: str) -> list[Source]:
-    """Files below the last folder before the first special character whose path matches."""
-    storage = open_storage(_fixed_folder(pattern))
-    wanted = [path[len(storage.uri.rstrip("/")) + 1 :].split("/") for path in _expanded(pattern)]
-    found = [
-        _file(root, storage, entry)
-        for entry in storage.list()
-        if _holds_pictures(entry.path) and any(_matches(entry.path.split("/"), parts) for parts in wanted)
-    ]
+def _matching(root: int, uri: str, storage: Storage, pattern: str) -> list[Source]:
+    """Files whose path below the last folder without a special character matches."""
+    found = [_file(root, storage, entry) for entry in matching(storage, pattern) if _named_as_pictures(entry.path)]
     if not found:
         raise UsageError(f"source {uri} matches no picture, tar or Parquet table")
     return found
-
-
-def _expanded(pattern: str) -> list[str]:
-    try:
-        return [*braceexpand(pattern)]
-    except ValueError as error:
-        raise UsageError(f"source {pattern} is not a pattern: {error}") from None
-
-
-def _matches(path: list[str], pattern: list[str]) -> bool:
-    return len(path) == len(pattern) and all(map(fnmatchcase, path, pattern))
-
-
-def _fixed_folder(pattern: str) -> str:
-    return split_uri(re.split(r"[*?[{]", pattern, maxsplit=1)[0])[0]
 
 
 def _list_file(root: int, uri: str) -> list[Source]:
@@ -139,20 +124,19 @@ def _list_file(root: int, uri: str) -> list[Source]:
 
     If one is absolute or leads out of that folder, every source is named by its part below the common folder of all.
     """
-    folder, name = split_uri(uri)
-    storage = open_storage(folder)
+    place, name = split_uri(uri)
+    storage = open_storage(posixpath.dirname(uri) or ".")
     try:
-        text = storage.read(name).decode()
+        lines = [line for line in _text(open_storage(place).read(name)) if line.strip()]
     except FileNotFoundError:
         raise UsageError(f"source {uri} does not exist") from None
     except (UnicodeDecodeError, DeeDSRError) as error:
         raise UsageError(f"source {uri} is not a list file with one path or URI a line ({error})") from None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise UsageError(f"source {uri} names no pictures: write one path or URI a line")
     absolute = [line.startswith("/") or "://" in line for line in lines]
     places = [
-        open_storage(line).uri if is_absolute else storage.child(line).uri
+        open_storage(line if is_absolute else f"{storage.uri}/{line}").uri
         for line, is_absolute in zip(lines, absolute, strict=True)
     ]
     if len({place.startswith("s3://") for place in places}) > 1:
@@ -162,6 +146,19 @@ def _list_file(root: int, uri: str) -> list[Source]:
     if any(absolute) or any(part[: len(common)] != common for part in parts):
         common = list(os.path.commonprefix([part[:-1] for part in parts]))
     return _stated(root, "/".join(common), places)
+
+
+def _text(data: bytes) -> list[str]:
+    """Lines; a name that is not UTF-8 is kept as its bytes, and rejected by itself later."""
+    for mark, encoding in _BYTE_ORDER_MARKS.items():
+        if data.startswith(mark):
+            text = data[len(mark) :].decode(encoding)
+            break
+    else:
+        if b"\0" in data:
+            raise DeeDSRError("it holds zero bytes")
+        text = data.decode(errors="surrogateescape")
+    return [line.removesuffix("\r") for line in text.split("\n")]  # `splitlines` would split names
 
 
 def _stated(root: int, folder: str, places: list[str]) -> list[Source]:
@@ -188,7 +185,9 @@ def _looked_into(files: _Files, unused: list[str]) -> Iterator[Source]:
         waiting: deque[Future[Iterable[Source]] | list[Source]] = deque()
         for file in files.files:
             container = file._replace(version=f"{file.size}-{file.version}", container=file.path)
-            if file.path.lower().endswith(".tar"):
+            if not file.version:  # missing, or not to be read: whoever reads it is told
+                waiting.append([file])
+            elif file.path.lower().endswith(".tar"):
                 waiting.append(threads.submit(list_tar, container))
             elif is_table(file.path):
                 waiting.append(threads.submit(list_table, container, follow=files.named))

@@ -1,9 +1,13 @@
 """From a source to its bytes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from deedsr.dataset.pictures import RejectedImage
-from pipelines.shards.sources.source import Source, split_uri
+from deedsr.errors import DeeDSRError
+from pipelines.shards.sources.source import Source
 from pipelines.shards.sources.tables import is_table, read_row
-from pipelines.storage import open_storage
+from pipelines.storage import open_storage, split_uri
 
 __all__ = ["read_source"]
 
@@ -15,7 +19,26 @@ def read_source(source: Source) -> tuple[bytes, bytes | None]:
     """
     if source.problem:
         raise RejectedImage(source.problem)
-    return _picture(source), _partner(source) if source.lr else None
+    with _permitted(known=bool(source.version)):
+        data = _picture(source)
+    with _permitted(known=not source.lr_version.endswith("-")):
+        return data, _partner(source) if source.lr else None
+
+
+@contextmanager
+def _permitted(known: bool) -> Iterator[None]:
+    """Within it, the error of a file that gave its listing no version is the reason of its rejection.
+
+    Others end the work: a storage that fails for a moment must not change the dataset.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except DeeDSRError:
+        if known:
+            raise
+        raise RejectedImage("no permission to read it") from None
 
 
 def _picture(source: Source) -> bytes:

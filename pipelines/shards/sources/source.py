@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-__all__ = ["DECODED", "Source", "is_hidden", "is_picture", "split_uri"]
+__all__ = ["DECODED", "Source", "is_picture"]
 
 DECODED = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
 # Formats that are not read are listed all the same: what was given and left out is recorded, with the reason.
@@ -36,15 +36,4 @@ class Source(NamedTuple):
 
 
 def is_picture(path: str) -> bool:
-    return path.lower().endswith(_PICTURES) and not is_hidden(path)
-
-
-def is_hidden(path: str) -> bool:
-    """Whether a part of the relative path is hidden: macOS's `._photo.jpg`, `.thumbnails/photo.png`."""
-    return any(part.startswith(".") and part.strip(".") for part in path.split("/"))
-
-
-def split_uri(uri: str) -> tuple[str, str]:
-    """Folder and name of one object."""
-    folder, _, name = uri.rpartition("/")
-    return folder or ("/" if uri.startswith("/") else "."), name
+    return path.lower().endswith(_PICTURES)

@@ -13,8 +13,8 @@ import pyarrow.parquet
 
 from deedsr.dataset.pictures import RejectedImage
 from deedsr.errors import UsageError
-from pipelines.shards.sources.source import Source, split_uri
-from pipelines.storage import open_storage
+from pipelines.shards.sources.source import Source
+from pipelines.storage import open_storage, split_uri
 
 __all__ = ["NoPictures", "is_table", "list_table", "read_row"]
 
@@ -104,7 +104,7 @@ def _row(table: Source, row: int) -> Source:
 
 
 def _named(table: Source, column: _Column) -> Iterator[Source]:
-    folder = split_uri(table.uri)[0]
+    folder = posixpath.dirname(table.uri)
     row = 0
     try:
         with _open(table.uri) as parquet:
@@ -120,6 +120,9 @@ def _named(table: Source, column: _Column) -> Iterator[Source]:
 def _target(source: Source, target: str | None, folder: str) -> Source:
     if not target or not target.strip():
         return source._replace(problem=_NO_IMAGE)
+    there = folder.startswith("s3://")  # a table of a bucket names nothing on this machine
+    if there and (target.startswith("/") or not target.startswith("s3://") and "://" in target):
+        return source._replace(problem=_NO_URI)
     try:
         uri = open_storage(target if "://" in target else posixpath.join(folder, target)).uri
     except UsageError:

@@ -4,8 +4,8 @@ import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from pipelines.shards.sources.source import Source, is_picture, split_uri
-from pipelines.storage import open_storage
+from pipelines.shards.sources.source import Source, is_picture
+from pipelines.storage import is_hidden, open_storage, split_uri
 
 __all__ = ["list_tar"]
 
@@ -27,7 +27,7 @@ def list_tar(tar: Source) -> list[Source]:
         folder, name = split_uri(tar.uri)
         with open_storage(folder).open(name) as file:
             for member in _members(file):
-                if not (member.isreg() and not member.issparse() and is_picture(member.name)):
+                if not member.isreg() or member.issparse() or not is_picture(member.name) or is_hidden(member.name):
                     continue
                 if member.name in last:
                     replaced = members[last[member.name]]

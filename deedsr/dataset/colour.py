@@ -1,0 +1,246 @@
+"""Which colours the numbers of a picture mean: what its file says of them, and the way to sRGB.
+
+A file says it by an ICC profile, or by numbers: a PNG's chunks, a TIFF's tags, EXIF's colour space, the header of an
+AVIF or a BMP. Numbers become a profile, so that one way leads to sRGB and every format of a result can keep them.
+"""
+
+import io
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from PIL import ExifTags, Image, ImageCms
+
+from deedsr.dataset.profiles import SRGB_CURVE, gamma_curve, grey_profile, rgb_profile, table_curve
+
+__all__ = ["PNG_CHUNKS", "ColourSpace", "shallow", "space_of", "to_srgb"]
+
+# Where a JPEG 2000 has its profile, with the size of the box, and an AVIF its code points: primaries and transfer.
+_COLR, _NCLX = (re.compile(p, re.DOTALL) for p in (rb"(....)colr\x02..", rb"colrnclx\0(.)\0(.)"))
+_HEAD = 1 << 16  # bytes of a file that hold its header
+PNG_CHUNKS = (b"cICP", b"sRGB", b"gAMA", b"cHRM", b"mDCV", b"cLLI")  # that say what colours are, besides the profile
+
+
+class ColourSpace(NamedTuple):
+    """`profile`: ICC, of the picture's channels, None for sRGB. `chunks`: kind and data of a PNG's own words.
+
+    `known`: False where neither sRGB nor a profile has these colours: brighter than white, or of unknown numbers.
+    """
+
+    profile: bytes | None = None
+    chunks: tuple[tuple[bytes, bytes], ...] = ()
+    known: bool = True
+
+
+def space_of(
+    data: bytes, image: Image.Image, exif: Image.Exif, chunks: Mapping[bytes, bytes], model: str
+) -> ColourSpace:
+    """The colours of an opened file. `model` of its channels: GRAY, RGB or CMYK; `chunks`: of a PNG."""
+    embedded = _embedded(data, image)
+    profile = embedded if embedded and _describes(embedded, model) else None
+    if model == "CMYK":
+        return ColourSpace(profile)
+    own = tuple((kind, chunks[kind]) for kind in PNG_CHUNKS if kind in chunks)
+    code_points = chunks.get(b"cICP")
+    if profile is None and image.format == "AVIF" and (nclx := _NCLX.search(data, 0, _HEAD)):
+        code_points = nclx[1] + nclx[2] + b"\0\1"
+    if code_points:
+        try:
+            return ColourSpace(_of_code_points(code_points, model), own)
+        except ValueError:
+            return ColourSpace(None, own or ((b"cICP", code_points),), known=False)
+    if profile is None and b"sRGB" not in chunks:
+        try:
+            profile = _of_numbers(image, exif, chunks, model)
+        except (ValueError, TypeError, ArithmeticError, struct.error):  # numbers that mean nothing say nothing
+            profile = None
+    return ColourSpace(profile, own)
+
+
+def _embedded(data: bytes, image: Image.Image) -> bytes | None:
+    """The ICC profile in a file, which Pillow does not look for in every format."""
+    if image.format == "BMP" and data[14:18] == struct.pack("<I", 124) and data[70:74] == b"DEBM":
+        start, size = struct.unpack_from("<II", data, 126)
+        return data[14 + start : 14 + start + size]
+    if image.format == "JPEG2000" and (box := _COLR.search(data, 0, _HEAD)):
+        return data[box.end() : box.start() + int.from_bytes(box[1])]
+    profile = image.info.get("icc_profile")
+    return profile if isinstance(profile, bytes) else None  # a TIFF may call anything its profile
+
+
+@lru_cache(maxsize=16)
+def _describes(profile: bytes, model: str) -> bool:
+    """Whether a profile is whole and of these channels."""
+    try:
+        return ImageCms.getOpenProfile(io.BytesIO(profile)).profile.xcolor_space.strip() == model
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return False
+
+
+# Numbers to a profile
+
+_SRGB = [Fraction(n) for n in ("0.3127", "0.3290", "0.64", "0.33", "0.30", "0.60", "0.15", "0.06")]
+_ADOBE_RGB = [*_SRGB[:4], Fraction("0.21"), Fraction("0.71"), *_SRGB[6:]]
+_ADOBE_GAMMA = Fraction(563, 256)
+_ENOUGH = Fraction(1, 200)  # two chromaticities, or two exponents, that differ by less are meant to be the same
+_EXPONENTS = (Fraction(1, 10), Fraction(10))
+
+# ITU-T H.273. Video's curves are taken for sRGB's, as browsers do.
+_PRIMARIES = {
+    1: _SRGB,
+    2: _SRGB,  # unspecified
+    4: [Fraction(n) for n in ("0.310", "0.316", "0.67", "0.33", "0.21", "0.71", "0.14", "0.08")],
+    5: [*_SRGB[:4], *(Fraction(n) for n in ("0.29", "0.60", "0.15", "0.06"))],
+    6: [*_SRGB[:2], *(Fraction(n) for n in ("0.630", "0.340", "0.310", "0.595", "0.155", "0.070"))],
+    9: [*_SRGB[:2], *(Fraction(n) for n in ("0.708", "0.292", "0.170", "0.797", "0.131", "0.046"))],
+    11: [Fraction(n) for n in ("0.314", "0.351", "0.680", "0.320", "0.265", "0.690", "0.150", "0.060")],
+    12: [*_SRGB[:2], *(Fraction(n) for n in ("0.680", "0.320", "0.265", "0.690", "0.150", "0.060"))],
+}
+_PRIMARIES[7] = _PRIMARIES[6]
+_EXPONENT_OF: dict[int, Fraction | None] = {4: Fraction("2.2"), 5: Fraction("2.8"), 8: Fraction(1)}
+_EXPONENT_OF |= dict.fromkeys((1, 2, 6, 13, 14, 15))
+
+
+def _of_code_points(cicp: bytes, model: str) -> bytes | None:
+    """Raises ValueError for colours of more than white, and for other numbers than those of full-range RGB."""
+    primaries, transfer, matrix, full_range = cicp
+    if matrix or full_range != 1 or primaries not in _PRIMARIES or transfer not in _EXPONENT_OF:
+        raise ValueError(cicp)
+    return _profile(_PRIMARIES[primaries], _EXPONENT_OF[transfer], model)
+
+
+def _of_numbers(image: Image.Image, exif: Image.Exif, chunks: Mapping[bytes, bytes], model: str) -> bytes | None:
+    if image.format == "PNG":
+        if not {b"gAMA", b"cHRM"} & chunks.keys():
+            return None
+        numbers = struct.unpack(">8I", chunks[b"cHRM"]) if b"cHRM" in chunks else ()
+        exponent = Fraction(10**5, *struct.unpack(">I", chunks[b"gAMA"])) if b"gAMA" in chunks else None
+        return _profile([Fraction(n, 10**5) for n in numbers] or _SRGB, exponent, model)
+    if image.format in ("JPEG", "MPO", "TIFF"):  # in others EXIF may be that of a picture they were converted from
+        return _of_exif(exif, model)
+    return None
+
+
+def _of_exif(exif: Image.Exif, model: str) -> bytes | None:
+    details = exif.get_ifd(ExifTags.IFD.Exif)
+    declared = details.get(ExifTags.Base.ColorSpace)
+    if declared == 1:
+        return None
+    if declared == 2 or exif.get_ifd(ExifTags.IFD.Interop).get(1) == "R03":  # what cameras call Adobe RGB
+        return _profile(_ADOBE_RGB, _ADOBE_GAMMA, model)
+    white, primaries, table = (
+        exif.get(tag)
+        for tag in (ExifTags.Base.WhitePoint, ExifTags.Base.PrimaryChromaticities, ExifTags.Base.TransferFunction)
+    )
+    if not primaries and not table:
+        return None
+    numbers = [Fraction(float(n)).limit_denominator(10**5) for n in (*(white or _SRGB[:2]), *(primaries or _SRGB[2:]))]
+    gamma = details.get(ExifTags.Base.Gamma)
+    exponent = Fraction(float(gamma)).limit_denominator(1000) if gamma else None
+    return _profile(numbers, exponent, model, table or ())
+
+
+def _profile(
+    numbers: Sequence[Fraction], exponent: Fraction | None, model: str, table: Sequence[int] = ()
+) -> bytes | None:
+    """`numbers`: x and y of white, red, green and blue. `exponent`: None for sRGB's curve. None where it is sRGB."""
+    if len(numbers) != 8 or (exponent is not None and not _EXPONENTS[0] <= exponent <= _EXPONENTS[1]):
+        raise ValueError("not the numbers of a colour space")
+    curve = SRGB_CURVE if exponent is None else gamma_curve(exponent)
+    curves = [curve] * 3
+    if table:
+        parts = 3 if len(table) % 3 == 0 else 1
+        size = len(table) // parts
+        curves = [table_curve(table[part * size : (part + 1) * size]) for part in range(parts)] * (3 // parts)
+    plain = not table and (exponent is None or _alike(exponent, Fraction("2.2")))
+    if plain and (model == "GRAY" or all(map(_alike, numbers, _SRGB))):
+        return None
+    if model == "GRAY":
+        return grey_profile(curves[0])
+    points = [(numbers[i], numbers[i + 1]) for i in range(0, 8, 2)]
+    return rgb_profile(points[0], points[1:], curves)
+
+
+def _alike(number: Fraction, other: Fraction) -> bool:
+    return abs(number - other) < _ENOUGH * max(Fraction(1), other)
+
+
+# A profile to sRGB
+
+
+def to_srgb(colour: np.ndarray, profile: bytes | None) -> np.ndarray:
+    """Stored colour, uint8 or uint16, as uint8 RGB (H, W, 3), contiguous.
+
+    A profile that is broken or of other channels is ignored. 16 bits are converted as both 8-bit neighbours, between
+    which they then lie: rounded before, the shadows of a linear picture would be a few steps.
+    """
+    mode = "L" if colour.ndim == 2 else "RGB" if colour.shape[2] == 3 else "CMYK"
+    transform = _transform(profile, mode) if profile else None
+    if colour.dtype == np.uint16 and transform is None:
+        colour = shallow(colour)
+    if transform is None and mode == "RGB":
+        return np.ascontiguousarray(colour)
+    rgb = np.empty((*colour.shape[:2], 3), np.uint8)
+    rows = max(1, 2**20 // colour.shape[1])  # Pillow's copies of a strip stay small
+    for top in range(0, len(colour), rows):
+        strip = np.ascontiguousarray(colour[top : top + rows])
+        if strip.dtype == np.uint16:
+            rgb[top : top + rows] = _between(strip, mode, transform)
+        else:
+            rgb[top : top + rows] = _converted(strip, mode, transform)
+    return rgb
+
+
+def shallow(deep: np.ndarray) -> np.ndarray:
+    """16 bits to 8: 65535 / 257 = 255, rounded."""
+    return _EIGHT_OF_SIXTEEN[deep]
+
+
+_EIGHT_OF_SIXTEEN = ((np.arange(2**16) + 128) // 257).astype(np.uint8)
+
+
+def _converted(strip: np.ndarray, mode: str, transform: ImageCms.ImageCmsTransform | None) -> np.ndarray:
+    image = Image.fromarray(strip, mode)
+    return np.asarray(image.convert("RGB") if transform is None else transform.apply(image))
+
+
+def _between(strip: np.ndarray, mode: str, transform: ImageCms.ImageCmsTransform | None) -> np.ndarray:
+    below = (strip // 257).astype(np.uint8)
+    share = (strip % 257).astype(np.uint32)  # of the way to the next level, of 257
+    if share.ndim == 2:
+        share = share[..., None]
+    low = _converted(below, mode, transform)
+    high = _converted(below + (below < 255), mode, transform)
+    return ((low * (257 - share) + high * share + 128) // 257).astype(np.uint8)
+
+
+@lru_cache(maxsize=16)  # a folder has the profiles of a few cameras and programs
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From a profile to sRGB, or None if pixels are to stay as they are: sRGB itself, broken, or of other channels.
+
+    Relative colorimetric with black point compensation: a colour that sRGB has stays what it is, and the darkest ink
+    is black. (Perceptual tables squeeze every colour, each maker's in its own way, to make room for those it hasn't.)
+    """
+    try:
+        transform = ImageCms.buildTransform(
+            ImageCms.getOpenProfile(io.BytesIO(profile)),
+            ImageCms.createProfile("sRGB"),
+            mode,
+            "RGB",
+            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None
+    if mode == "CMYK":
+        return transform
+    # The profiles named sRGB differ by a level; most pictures have one, and must not pay for a conversion to nothing.
+    levels = np.append(np.arange(0, 255, 8), 255).astype(np.uint8)
+    lattice = levels[None] if mode == "L" else np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 33, 3)
+    before = Image.fromarray(lattice, mode)
+    moved = np.asarray(transform.apply(before)).astype(int) - np.asarray(before.convert("RGB"))
+    return None if np.abs(moved).max() <= 1 else transform
