@@ -27,6 +27,7 @@ __all__ = [
     "dashboard",
     "data",
     "is_local",
+    "last_words",
     "nodes",
     "offer",
     "scratch",
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 _OBJECT_STORE = 256 << 20
 _ANSWER_SECONDS = 10.0  # that a cluster is given to answer, in which a head can come back
 _POLL_SECONDS = 1.0
+_kills = 0  # processes killed for want of memory before this one connected
 _LINE_SECONDS = 30.0  # between two lines on what is waited for
 
 
@@ -48,6 +50,8 @@ def connect() -> None:
 
     Raises UsageError if `RAY_ADDRESS` names a cluster that does not answer, DeeDSRError if none starts here.
     """
+    global _kills
+    _kills = machine.memory_kills()
     require_docstrings()
     # Read by Ray at import and by the processes it starts: no telemetry, and no remark on machines without GPU.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -58,6 +62,15 @@ def connect() -> None:
         return
     with _own_answer_to_sigterm():
         _connect(os.environ.get("RAY_ADDRESS"))
+
+
+def last_words(error: BaseException, less: str) -> str:
+    """What a failure of Ray's comes to: its last line, or that memory ran out; `less` says what would need less."""
+    text = str(error).strip()
+    if "OutOfMemoryError" in f"{type(error).__name__} {text}" or machine.memory_kills() > _kills:
+        limit = machine.this_machine().memory
+        return f"a worker was killed, because the work needed more than the {limit / 1e9:.1f} GB of memory here: {less}"
+    return text.splitlines()[-1] if text else type(error).__name__
 
 
 def require_docstrings() -> None:

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import math
 import os
+import re
 import shutil
 import stat
 import sys
@@ -30,6 +31,7 @@ __all__ = [
     "gpus",
     "lock",
     "may_read",
+    "memory_kills",
     "opened_file",
     "this_machine",
 ]
@@ -163,21 +165,42 @@ def control_group_limits(
     """
     cpus: list[float] = []
     memory: list[int] = []
+    for controllers, group in _groups(membership, hierarchies):
+        if not controllers:
+            quota, _, period = _text(group / "cpu.max").partition(" ")
+            cpus += _quotient(quota, period)
+            memory += _bytes(_text(group / "memory.max"))
+        elif "cpu" in controllers:
+            cpus += _quotient(_text(group / "cpu.cfs_quota_us"), _text(group / "cpu.cfs_period_us"))
+        elif "memory" in controllers:
+            memory += _bytes(_text(group / "memory.limit_in_bytes"))
+    return Limits(min(cpus, default=None), min(memory, default=None))
+
+
+def memory_kills(
+    membership: Path = Path("/proc/self/cgroup"), hierarchies: Path = Path("/sys/fs/cgroup"), proc: Path = Path("/proc")
+) -> int:
+    """How many processes the kernel has killed so far because memory ran out: in these control groups, or, where they
+    have no limit, on the whole machine."""
+    counts = [_text(proc / "vmstat")] if control_group_limits(membership, hierarchies).memory is None else []
+    for controllers, group in _groups(membership, hierarchies):
+        if not controllers or "memory" in controllers:
+            counts.append(_text(group / ("memory.oom_control" if controllers else "memory.events")))
+    return sum(int(count) for text in counts for count in re.findall(r"^oom_kill (\d+)$", text, re.MULTILINE))
+
+
+def _groups(membership: Path, hierarchies: Path) -> Iterator[tuple[list[str], Path]]:
+    """Controllers, none for v2, and folder of each group of this process and of their ancestors."""
     for line in _text(membership).splitlines():
         _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
         if not controllers:
-            for root in (hierarchies, hierarchies / "unified"):
-                for group in _ancestry(root, path):
-                    quota, _, period = _text(group / "cpu.max").partition(" ")
-                    cpus += _quotient(quota, period)
-                    memory += _bytes(_text(group / "memory.max"))
-        elif "cpu" in controllers.split(","):
-            for group in _ancestry(_mount(hierarchies, controllers, "cpu"), path):
-                cpus += _quotient(_text(group / "cpu.cfs_quota_us"), _text(group / "cpu.cfs_period_us"))
-        elif "memory" in controllers.split(","):
-            for group in _ancestry(_mount(hierarchies, controllers, "memory"), path):
-                memory += _bytes(_text(group / "memory.limit_in_bytes"))
-    return Limits(min(cpus, default=None), min(memory, default=None))
+            roots = [hierarchies, hierarchies / "unified"]
+        else:
+            known = [name for name in ("cpu", "memory") if name in controllers.split(",")]
+            roots = [_mount(hierarchies, controllers, known[0])] if known else []
+        for root in roots:
+            for group in _ancestry(root, path):
+                yield controllers.split(",") if controllers else [], group
 
 
 def _mount(hierarchies: Path, controllers: str, controller: str) -> Path:

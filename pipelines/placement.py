@@ -12,12 +12,23 @@ from typing import Literal
 from deedsr.errors import UsageError
 from pipelines.training.config import TrainOptions, micro_batch, worker_range
 
-__all__ = ["Device", "Nodes", "Offer", "TrainingPlan", "WorkPlan", "place_networks", "place_shards", "place_training"]
+__all__ = [
+    "NETWORK_WORKER",
+    "SHARD_WORKER",
+    "Device",
+    "Nodes",
+    "Offer",
+    "TrainingPlan",
+    "WorkPlan",
+    "place_networks",
+    "place_shards",
+    "place_training",
+]
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
-_SHARD_WORKER = 340_000_000  # bytes of a process that makes shards
-_NETWORK_WORKER = 1_500_000_000  # bytes of a process that computes networks of `tiny`'s size on a CPU
+SHARD_WORKER = 340_000_000  # bytes of a process that makes shards
+NETWORK_WORKER = 1_500_000_000  # bytes of a process that computes networks of `tiny`'s size on a CPU
 _MEMORY_SHARE = 0.6  # of a machine's memory that workers may take, by these sizes
 _NCCL_SHARED_MEMORY = 1 << 30  # bytes that NCCL's documentation asks for in containers
 _MOST_CPUS_BESIDE_GPU = 8  # more would only wait
@@ -195,7 +206,7 @@ def place_networks(offer: Offer, device: Device, workers: int | None, command: s
             raise UsageError(f"--device mps is for a single machine: leave it out to run `{command}` on {offer.name}")
         return WorkPlan(workers or 1, 0.5, device="mps")
     if device == "cpu" or (device == "auto" and offer.local and not offer.gpus):
-        most = offer.within_memory(max(1, offer.cpus), _NETWORK_WORKER)
+        most = offer.within_memory(max(1, offer.cpus), NETWORK_WORKER)
         if offer.growth == () and offer.cpus < 1:
             raise UsageError(f"{offer.name} has no CPU for {command}: start nodes with CPUs")
         # Half a CPU each: an actor for every CPU leaves room for the tasks that feed them.
@@ -209,7 +220,7 @@ def place_networks(offer: Offer, device: Device, workers: int | None, command: s
 
 def place_shards(offer: Offer, workers: int | None) -> WorkPlan:
     """Tasks of one CPU each that make shards. `workers`: at a time, None = every CPU that the memory does for."""
-    return WorkPlan(workers or offer.within_memory(max(1, offer.cpus), _SHARD_WORKER), 1.0)
+    return WorkPlan(workers or offer.within_memory(max(1, offer.cpus), SHARD_WORKER), 1.0)
 
 
 def _gpus_per_worker(offer: Offer, wanted: float | None) -> int:
@@ -223,7 +234,7 @@ def _most_workers(offer: Offer, train: TrainOptions, unit: int, gpus: int, most:
         limit = train.global_batch_size if offer.answers else max(1, offer.gpus)
     else:
         each = train.cpus_per_worker or 1
-        limit = offer.within_memory(max(1, offer.holds(each, 0)), _NETWORK_WORKER)
+        limit = offer.within_memory(max(1, offer.holds(each, 0)), NETWORK_WORKER)
     # Micro-batches that are given stay whole: rounding is then the same for any number of workers.
     parts = train.global_batch_size // min(train.micro_batch_size or 1, train.global_batch_size)
     for workers in range(min(limit, parts, most or parts), 0, -1):

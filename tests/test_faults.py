@@ -191,11 +191,11 @@ def test_storage_that_refuses_at_once_is_waited_for_by_time(fault, through, buck
         storage.read("x")
 
 
-def test_a_command_that_is_asked_to_end_does_not_wait_for_storage(through, bucket, s3_server, tmp_path):
+def test_a_command_that_is_asked_to_end_does_not_wait_for_storage(through, bucket, photos, tmp_path):
     """Threads that download wait too, and would hold the process."""
     open_storage(f"{bucket}/{tmp_path.name}").write("adapter/config.json", b"{}")
     proxy = through(lambda number: "reset" if number else None)
-    words = ["export", f"{bucket}/{tmp_path.name}", "--out", str(tmp_path / "out")]
+    words = ["upscale", str(photos / "validation"), "--model", f"{bucket}/{tmp_path.name}", "--out", str(tmp_path)]
     command = subprocess.Popen([sys.executable, "-m", "deedsr", *words], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while proxy.injected["reset"] < 3:
@@ -445,7 +445,7 @@ def test_a_read_only_disk_is_told_before_the_work(small_disk):
         open_storage(small_disk / "out").require_writable()
 
 
-def test_a_shard_waits_for_a_disk_that_is_full(small_disk, photos, one_crop_recipe, monkeypatch):
+def test_a_shard_waits_for_a_disk_that_is_full(small_disk, photos, one_crop_recipe, monkeypatch, caplog):
     from pipelines.shards.build import FromSources
     from pipelines.shards.execute import _build
     from pipelines.shards.plan import plan_shards
@@ -454,10 +454,19 @@ def test_a_shard_waits_for_a_disk_that_is_full(small_disk, photos, one_crop_reci
     filler = small_disk / "filler"
     filler.write_bytes(bytes(shutil.disk_usage(small_disk).free))
     plan = next(iter(plan_shards(list_sources([str(photos)]), one_crop_recipe)))
-    threading.Timer(1.0, filler.unlink).start()
+
+    def free_when_said() -> None:
+        deadline = time.monotonic() + 60
+        while "no space left" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.05)
+        filler.unlink()
+
+    thread = threading.Thread(target=free_when_said)
+    thread.start()
     built = _build(plan, FromSources(one_crop_recipe), open_storage(small_disk / "out"), 1)
     assert built["error"] == ""
     assert built["samples"] > 0
+    thread.join()
     filler.write_bytes(bytes(shutil.disk_usage(small_disk).free))
     monkeypatch.setenv("DEEDSR_STORAGE_SECONDS", "0.3")
     built = _build(plan, FromSources(one_crop_recipe), open_storage(small_disk / "other"), 1)

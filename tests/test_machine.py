@@ -10,7 +10,7 @@ import pytest
 
 from deedsr.errors import UsageError
 from pipelines import machine
-from pipelines.machine import Limits, control_group_limits, this_machine
+from pipelines.machine import Limits, Machine, control_group_limits, this_machine
 
 ROOT = Path(__file__).parent.parent
 
@@ -90,3 +90,35 @@ def test_nothing_else_asks_the_system_how_large_it_is():
     ]
     found = [f"{path.relative_to(ROOT)}" for path in product if asking.search(path.read_text())]
     assert found == ["pipelines/machine.py"]
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "expected"),
+    [
+        pytest.param("0::/a", {"memory.max": "9", "memory.events": "low 0\noom 3\noom_kill 2\noom_group_kill 1"}, 2,
+                     id="v2"),
+        pytest.param("4:memory:/docker/x", {"memory/memory.limit_in_bytes": "9",
+                     "memory/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 4"}, 4, id="v1"),
+        pytest.param("0::/", {"memory.max": "max", "memory.events": "oom_kill 0"}, 7, id="no limit: the whole machine"),
+        pytest.param("", {}, 7, id="no control groups"),
+    ],
+)  # fmt: skip
+def test_processes_that_were_killed_for_want_of_memory_are_counted(tmp_path, membership, files, expected):
+    (tmp_path / "cgroup").write_text(membership)
+    group(tmp_path / "fs", files)
+    group(tmp_path / "proc", {"vmstat": "nr_free_pages 5\noom_kill 7\nballoon_inflate 0"})
+    assert machine.memory_kills(tmp_path / "cgroup", tmp_path / "fs", tmp_path / "proc") == expected
+
+
+def test_a_worker_that_memory_killed_is_explained_by_the_limit_and_an_option(monkeypatch):
+    from ray.exceptions import ActorDiedError, OutOfMemoryError
+
+    from pipelines import cluster
+
+    less = "fewer --workers need less"
+    monkeypatch.setattr(machine, "this_machine", lambda: Machine(2, 1_500_000_000, 1 << 30))
+    assert cluster.last_words(ActorDiedError(), less) == str(ActorDiedError()).splitlines()[-1]
+    expected = f"a worker was killed, because the work needed more than the 1.5 GB of memory here: {less}"
+    assert cluster.last_words(OutOfMemoryError("Task was killed due to the node running low"), less) == expected
+    monkeypatch.setattr(cluster, "_kills", machine.memory_kills() - 1)  # one since this process connected
+    assert cluster.last_words(ActorDiedError(), less) == expected

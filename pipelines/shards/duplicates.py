@@ -101,7 +101,7 @@ def _hashed_by_ray(listing: IO[bytes], workers: int | None) -> Iterator[Row]:
                     raise (UsageError if row["usage"] else DeeDSRError)(row["error"])
                 yield row
     except RayError as error:
-        last = str(error).strip().splitlines()[-1]
+        last = cluster.last_words(error, "--workers with a smaller number needs less")
         raise DeeDSRError(f"looking for duplicates failed: {last}; run the same command again") from error
 
 

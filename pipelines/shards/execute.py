@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines import cluster
-from pipelines.placement import WorkPlan, place_shards
+from pipelines.placement import NETWORK_WORKER, SHARD_WORKER, WorkPlan, place_shards
 from pipelines.shards.build import ShardWork
 from pipelines.shards.plan import ShardPlan
 from pipelines.shards.record import record_key
@@ -84,7 +84,10 @@ def build_missing(
                 raise (UsageError if row["usage"] else DeeDSRError)(row["error"])
             yield Built(row["id"], (row["hash"], row["bytes"]), row["sources"], row["samples"], row["started"])
     except RayError as error:
-        last = str(error).strip().splitlines()[-1]
+        less, each = "fewer --workers need less", SHARD_WORKER
+        if actors is not None:
+            less, each = "fewer --workers or a smaller --batch-size need less", NETWORK_WORKER
+        last = cluster.last_words(error, f"{parallel} workers take about {parallel * each / 1e9:.1f} GB; {less}")
         raise DeeDSRError(
             f"making shards failed: {last}; run the same command again, it reuses what is done"
         ) from error

@@ -35,6 +35,10 @@ from pipelines.training.progress import progress_bar
 logger = logging.getLogger(__name__)
 Options = TypeVar("Options", LearnerOptions, AdapterOptions)
 RECORD = "training.json"  # what this --out is: stage, configuration, inputs, MLflow run
+_NEED_LESS = (
+    "fewer --train.num_workers, a smaller --train.micro_batch_size or --train.gradient_checkpointing need less "
+    "(the README has what each command takes)"
+)
 START_SECONDS = 20  # Ray's 60 are mostly spent waiting for a node that is lost; nothing is lost by asking again
 
 
@@ -345,7 +349,7 @@ def _explained(stage: str, error: Exception) -> DeeDSRError:
             if isinstance(cause, DeeDSRError):
                 return cause
         seen = seen.__cause__ or seen.__context__
-    last = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+    last = cluster.last_words(error, _NEED_LESS)
     return DeeDSRError(
         f"training the {stage} failed: {last}. What was checkpointed stays; the same command continues from there"
     )

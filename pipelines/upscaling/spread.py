@@ -9,7 +9,7 @@ from typing import Any
 
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines import cluster
-from pipelines.placement import Device, place_networks
+from pipelines.placement import NETWORK_WORKER, Device, place_networks
 from pipelines.storage import Storage, open_storage, waiting
 from pipelines.storage.local import begun_name
 from pipelines.upscaling.sources import Source
@@ -55,7 +55,9 @@ def spread(work: Upscaler, sources: list[Source], workers: int | None, device: D
                 raise (UsageError if row["usage"] else DeeDSRError)(row["error"])
             yield Done(*(row[name] for name in Done._fields))
     except RayError as error:
-        last = str(error).strip().splitlines()[-1]
+        less = "fewer --workers or a smaller --tile need less"
+        need = f"{parallel} workers take {parallel * NETWORK_WORKER / 1e9:.1f} GB with a model such as tiny"
+        last = cluster.last_words(error, f"{need}; {less}")
         raise DeeDSRError(
             f"upscaling on the cluster failed: {last}; run the same command again, it reuses what is done"
         ) from error
