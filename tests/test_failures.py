@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from fault_proxy import FaultProxy
+from test_faults import small_disk  # noqa: F401
 from test_training import adapter_options, base, learner_options, variants  # noqa: F401
-from training_process import Group, kill, run
+from training_process import Group, kill, run, run_script
 
 from pipelines.dataset import Dataset
 from pipelines.storage import open_storage, publish
 from pipelines.training import checkpoint
+from pipelines.training.config import resolved
 from pipelines.training.incidents import WINDOW, LossWindow
 from pipelines.training.order import SampleOrder
 
@@ -243,3 +245,40 @@ def test_a_training_whose_storage_is_away_for_a_minute_ends_as_an_undisturbed_on
     assert dict(group.curve()) == dict(undisturbed.curve())
     last = [checkpoint.committed(open_storage(str(out)))[-1] for out in (f"{remote}/out", undisturbed.folder)]
     assert last[0].sha256 == last[1].sha256
+
+
+ENDED = """
+import json, sys
+import torch
+from pipelines.dataset import Dataset
+from pipelines.training.config import LearnerOptions, from_resolved
+from pipelines.training.interruption import Stop, Unwritable
+from pipelines.training.learner_stage import LearnerStage
+from pipelines.training.worker import train
+
+options = from_resolved(LearnerOptions, json.loads(sys.argv[1]))
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+said = []
+asked = lambda: Stop.END if said else Stop.NO  # the user hears of it on rank 0 alone, and ends the run
+try:
+    train(LearnerStage(options), options, Dataset.open(options.data), torch.device("cpu"), None,
+          asked=asked, say=said.append)
+except Unwritable as error:
+    print(json.dumps([said[:1], str(error)]))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_a_training_says_that_the_disk_is_full_and_ends_on_all_workers_when_it_is_asked_to(
+    learner_options,  # noqa: F811
+    small_disk,  # noqa: F811
+    tmp_path,
+):
+    (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - (100 << 10)))
+    options = variants(learner_options, small_disk / "out", max_steps=50, checkpoint_every=2)
+    printed = run_script(ENDED, 2, [json.dumps(resolved(options))], tmp_path)
+    [said], error = json.loads(printed.splitlines()[-1])
+    assert "checkpoint of step 2" in said
+    assert "no space left" in said
+    assert "ended before storage took the checkpoint" in error or "no space left" in error
