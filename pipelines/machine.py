@@ -7,6 +7,7 @@ A container, a batch system or `taskset` may allow less than the hardware has; w
 import math
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +16,16 @@ from pathlib import Path, PurePosixPath
 
 from deedsr.errors import UsageError
 
-__all__ = ["Limits", "Machine", "allowed_cpus", "control_group_limits", "gpus", "this_machine"]
+__all__ = [
+    "Limits",
+    "Machine",
+    "allowed_cpus",
+    "control_group_limits",
+    "gpus",
+    "process_space",
+    "runs",
+    "this_machine",
+]
 
 CPUS_VARIABLE = "DEEDSR_CPUS"
 
@@ -67,6 +77,29 @@ def gpus() -> int:
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def process_space() -> str:
+    """Where a process id means one process: this boot of this machine, and in it this container."""
+    import psutil
+
+    try:
+        return f"{_text(Path('/proc/sys/kernel/random/boot_id'))} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"{socket.gethostname()} {psutil.boot_time():.0f}"
+
+
+def runs(pid: int, since: float) -> bool:
+    """Whether the process that had this id at a time (seconds since 1970) still runs, in this space of processes."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= since
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:  # it is there, and somebody else's
+        return True
 
 
 def _wanted_cpus() -> int | None:
