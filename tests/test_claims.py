@@ -7,8 +7,8 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
+import numpy as np
 import pytest
 from mlflow import MlflowClient
 from test_checkpoints import tensors
@@ -95,8 +95,8 @@ def test_a_dead_command_is_followed_by_the_next_one(tmp_path, claim, alive):
 
 
 def test_a_killed_command_of_this_machine_is_not_waited_for(tmp_path):
-    code = "import os, sys, signal; from pipelines.storage import open_storage; from pipelines.training.claim import held\n"
-    code += "held(open_storage(sys.argv[1])).__enter__(); os.kill(os.getpid(), signal.SIGKILL)"
+    code = "import os, sys, signal; from pipelines.training import claim; from pipelines.storage import open_storage; "
+    code += "claim.held(open_storage(sys.argv[1])).__enter__(); os.kill(os.getpid(), signal.SIGKILL)"
     killed = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
     assert os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT).si_status == signal.SIGKILL
     with held(open_storage(str(tmp_path))) as claim:  # nobody has waited for it: it is a zombie
@@ -144,7 +144,7 @@ def test_a_group_of_workers_that_was_replaced_commits_nothing_and_sends_nothing(
             with pytest.raises(Superseded, match="other workers train into"):
                 writer.wait()
             assert time.monotonic() - began < 30  # it is not tried again
-            old_run.log_picture("one", __import__("numpy").zeros((8, 8, 3), "uint8"))
+            old_run.log_picture("one", np.zeros((8, 8, 3), np.uint8))
             assert old_run.close()  # nothing is left that a later process would have to send
             assert store.steps(run.id) == [1, 2, 3, 4, 5]
 
