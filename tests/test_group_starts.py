@@ -2,7 +2,7 @@
 
 import os
 import signal
-import threading
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from pipelines.training.restarts import RestartPolicy
 
 @dataclass
 class BrokenStarts(ListeningTorchConfig):
-    """Rank 1 fails as `kinds` say, one at each start, instead of joining the process group."""
+    """Workers do as `kinds` say, one at each start, instead of joining the process group."""
 
     folder: str = ""
     kinds: tuple[str, ...] = ()
@@ -38,16 +38,22 @@ class BrokenBackend(backend._Backend):
         start = len(list(Path(backend_config.folder).iterdir()))
         (Path(backend_config.folder) / str(start)).touch()
         if start < len(backend_config.kinds):
-            worker_group.execute_single(1, break_process_group, backend_config.kinds[start])
+            worker_group.execute(break_process_group, backend_config.kinds[start])
         super().on_start(worker_group, backend_config)
 
 
 def break_process_group(kind: str) -> None:
-    def join(*_: Any, **__: Any) -> None:
-        if kind == "dies":
+    rank = ray.train.get_context().get_world_rank()
+    joined = ray_torch.dist.init_process_group
+
+    def join(**settings: Any) -> None:
+        if kind == "one dies" and rank == 0:
+            joined(**settings)  # waits for the other
+        if kind == "one dies":
             os.kill(os.getpid(), signal.SIGKILL)
-        if kind == "fails and dies":  # as one whose peer's node goes first
-            threading.Timer(1, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+        if kind == "one is cut off and dies" and rank == 1:
+            subprocess.Popen(["sh", "-c", f"sleep 3; kill -9 {os.getpid()}"], start_new_session=True)
+            os.kill(os.getpid(), signal.SIGSTOP)
         raise RuntimeError("connection closed by peer")
 
     ray_torch.dist.init_process_group = join
@@ -79,7 +85,7 @@ def progress(ray_cluster):
         yield progress
 
 
-@pytest.mark.parametrize("kind", ["fails and dies", "dies"])
+@pytest.mark.parametrize("kind", ["one dies", "one is cut off and dies"])
 def test_a_worker_that_dies_while_its_group_is_set_up_costs_another_start_and_no_failure(progress, tmp_path, kind):
     assert fit(progress, tmp_path, (kind,)) == 2
     assert len(list((tmp_path / "starts").iterdir())) == 2
@@ -87,7 +93,7 @@ def test_a_worker_that_dies_while_its_group_is_set_up_costs_another_start_and_no
 
 def test_a_group_that_cannot_be_set_up_with_all_workers_alive_is_not_tried_again(progress, tmp_path):
     with pytest.raises(TrainingFailedError, match="connection closed by peer"):
-        fit(progress, tmp_path, ("fails", "fails"))
+        fit(progress, tmp_path, ("all fail", "all fail"))
     assert len(list((tmp_path / "starts").iterdir())) == 1
 
 

@@ -16,7 +16,7 @@ from pipelines.models import usable_device
 from pipelines.training.interruption import Stop, listen, terminated
 from pipelines.training.restarts import RestartPolicy
 
-NODE_SECONDS = 120.0  # by then Ray knows of a node that is gone
+NODE_SECONDS = 90.0  # by then Ray knows of a node that is gone
 
 
 class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]

@@ -18,6 +18,7 @@ __all__ = ["WITHOUT_GPUS", "supervised"]
 logger = logging.getLogger(__name__)
 WITHOUT_GPUS = "--train.gpus_per_worker 0 trains on CPUs"
 _POLL_SECONDS = 0.5
+_ANSWER_SECONDS = 5.0
 
 
 def supervised(stage: str, trainer: Any, progress: Any, plan: TrainingPlan, claim: Claim) -> None:
@@ -63,7 +64,8 @@ def _awaited(
         if waiting:
             if interrupted.is_set():  # there is nobody to checkpoint
                 raise KeyboardInterrupt
-            waiting.say()
+            with suppress(Exception):  # while Ray's control plane is away there is nothing to say
+                waiting.say()
         if claim.lost:
             claim.check()
     return outcome.result()
@@ -78,7 +80,7 @@ def _ending_controller(progress: Any) -> Iterator[None]:
         import ray
 
         with suppress(Exception):  # it has ended by itself, or Ray is gone
-            controller, _ = ray.get(progress.group.remote(), timeout=_POLL_SECONDS)
+            controller, _ = ray.get(progress.group.remote(), timeout=_ANSWER_SECONDS)
             if controller is not None:
                 ray.kill(controller)
 
