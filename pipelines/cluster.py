@@ -21,6 +21,7 @@ from pipelines.storage import open_storage
 
 __all__ = [
     "CannotHold",
+    "Waiting",
     "arrow_filesystem",
     "connect",
     "data",
@@ -137,11 +138,26 @@ class CannotHold(UsageError):
     """The cluster has not what a plan needs, and its autoscaler cannot add it."""
 
 
+class Waiting:
+    """Says every half minute for what is waited. `without`: the option that would do without GPUs."""
+
+    def __init__(self, plan: TrainingPlan | WorkPlan, without: str):
+        self._plan, self._without = plan, without
+        self._began = self._said = time.monotonic()
+
+    def say(self) -> None:
+        """A line, if it is time for one."""
+        now = time.monotonic()
+        if now - self._said >= _LINE_SECONDS:
+            self._said = now
+            state = _state(self._plan, self._without)
+            logger.info("waiting %.0f s for %s: %s", now - self._began, _words(self._plan), state)
+
+
 def wait_for(plan: TrainingPlan | WorkPlan, without: str) -> None:
     """Waits until the connected cluster can hold the first workers of `plan`; an autoscaler starts nodes for them.
 
-    `without`: the option that would do without GPUs, for the line that is logged every half minute. Raises CannotHold
-    where the cluster has not enough, and nothing can add it.
+    `without`: see `Waiting`. Raises CannotHold where the cluster has not enough, and nothing can add it.
     """
     from ray.util.placement_group import placement_group, remove_placement_group
 
@@ -150,15 +166,12 @@ def wait_for(plan: TrainingPlan | WorkPlan, without: str) -> None:
         return
     group = placement_group([plan.bundle] * plan.fewest)
     fits = replace(there, growth=()).holds(plan.cpus, plan.gpus) >= plan.fewest  # once other work has ended
-    began = said = time.monotonic()
+    waiting = Waiting(plan, without)
     try:
         while not group.wait(_POLL_SECONDS):
             if not fits and autoscaler.refuses(group):
                 raise CannotHold(f"this cluster cannot hold {_words(plan)}: {_state(plan, without)}")
-            now = time.monotonic()
-            if now - said >= _LINE_SECONDS:
-                said = now
-                logger.info("waiting %.0f s for %s: %s", now - began, _words(plan), _state(plan, without))
+            waiting.say()
     finally:
         remove_placement_group(group)
 

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,6 +149,18 @@ def test_another_configuration_on_the_same_out_is_refused_by_name(learner, learn
 def test_a_training_of_the_other_stage_is_refused(learner, learner_options, adapter_options):
     with pytest.raises(UsageError, match="holds a training of the learner"):
         train_adapter(dataclasses.replace(adapter_options, out=learner_options.out), progress=False)
+
+
+def test_checkpoints_of_another_run_or_of_an_unknown_one_are_not_taken_up(learner, learner_options, tmp_path):
+    shutil.copytree(learner_options.out, tmp_path / "out")
+    options = dataclasses.replace(learner_options, out=str(tmp_path / "out"))
+    path = tmp_path / "out" / "training.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"run_id": "other"}))
+    with pytest.raises(UsageError, match=f"step-00000002 is of MLflow run {learner.run_id}, .* of other"):
+        train_learner(options, progress=False)
+    path.unlink()
+    with pytest.raises(UsageError, match="has checkpoints and no training.json"):
+        train_learner(options, progress=False)
 
 
 def test_missing_inputs_are_one_clear_error(learner_options, adapter_options, tmp_path):

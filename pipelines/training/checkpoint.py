@@ -2,7 +2,8 @@
 
 `OUT/checkpoints/step-00000100/` holds `trained.safetensors` (what trains), `optimizer.safetensors` (its moments),
 `state.safetensors` (queue, momentum encoder, averages, the loss window) and `checkpoint.json`, written last: step,
-samples seen, loss, metrics and the SHA-256 of each file. A folder without `checkpoint.json` does not count.
+samples seen, loss, metrics, the SHA-256 of each file, and the MLflow run and attempt that wrote it. A folder without
+`checkpoint.json` does not count.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import logging
 import math
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines.storage import Storage
+from pipelines.training.claim import Superseded
 
 logger = logging.getLogger(__name__)
 PARTS = ("trained", "optimizer", "state")
@@ -38,6 +41,8 @@ class Checkpoint:
     sha256: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)  # as logged last
     unsent: list[list] = field(default_factory=list)  # points of the curves that the MLflow store has not taken yet
+    run_id: str = ""  # MLflow run
+    attempt: int = 0  # of the claim on the place, see `claim.py`
 
     @property
     def folder(self) -> str:
@@ -59,9 +64,15 @@ class Keep:
         return [c for c in checkpoints if c is best or c in checkpoints[-self.last :]]
 
 
-def write(out: Storage, checkpoint: Checkpoint, tensors: Tensors, keep: Keep) -> None:
-    """Write, verify and commit; then drop what `keep` does not name and what earlier attempts left."""
+def write(
+    out: Storage, checkpoint: Checkpoint, tensors: Tensors, keep: Keep, check: Callable[[], object] = lambda: None
+) -> None:
+    """Write, verify and commit; then drop what `keep` does not name and what earlier attempts left.
+
+    `check` is called before each file, and raises Superseded where the place has become another's.
+    """
     for part in PARTS:
+        check()
         data = save(tensors[part])
         checkpoint.sha256[part] = hashlib.sha256(data).hexdigest()
         path = f"{checkpoint.folder}/{part}.safetensors"
@@ -73,6 +84,7 @@ def write(out: Storage, checkpoint: Checkpoint, tensors: Tensors, keep: Keep) ->
         if not whole:
             raise DeeDSRError(f"{out.uri}/{path} is not what was written: the disk or the network damages data")
         del data
+    check()
     out.write(f"{checkpoint.folder}/{RECORD}", json.dumps(asdict(checkpoint)).encode())
     _drop_others(out, {c.folder for c in keep.kept(committed(out))}, checkpoint)
 
@@ -121,11 +133,11 @@ class Writer:
     """Writes checkpoints on a thread while training goes on, one at a time.
 
     What fails is tried again for `retry_seconds`, waiting longer each time; then `start`, `check` or `wait` raises it.
-    Used as a context; leaving it by an exception gives up what is still tried.
+    Used as a context; leaving it by an exception gives up what is still tried. `check`: see `write`.
     """
 
-    def __init__(self, out: Storage, keep: Keep, retry_seconds: float):
-        self.out, self.keep, self.retry_seconds = out, keep, retry_seconds
+    def __init__(self, out: Storage, keep: Keep, retry_seconds: float, check: Callable[[], object] = lambda: None):
+        self.out, self.keep, self.retry_seconds, self._check = out, keep, retry_seconds, check
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future[None] | None = None
         self._given_up = threading.Event()
@@ -153,8 +165,8 @@ class Writer:
         began, pause = time.monotonic(), 1.0
         while True:
             try:
-                return write(self.out, checkpoint, tensors, self.keep)
-            except UsageError:
+                return write(self.out, checkpoint, tensors, self.keep, self._check)
+            except (UsageError, Superseded):
                 raise
             except DeeDSRError as error:
                 left = self.retry_seconds - (time.monotonic() - began)
@@ -165,6 +177,7 @@ class Writer:
                         continue
                 if self.out.local_path("") is not None:  # of a full disk; elsewhere the next commit drops it
                     with contextlib.suppress(DeeDSRError):
+                        self._check()
                         self.out.delete_many([f"{checkpoint.folder}/{part}.safetensors" for part in PARTS])
                 raise DeeDSRError(f"the checkpoint of step {checkpoint.step} could not be written: {error}") from error
 

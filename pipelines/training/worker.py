@@ -15,6 +15,7 @@ from torch import Tensor
 from pipelines.dataset import Dataset
 from pipelines.storage import Storage, open_storage, publish
 from pipelines.training import checkpoint, tracked
+from pipelines.training.claim import Claim, Superseded
 from pipelines.training.config import (
     AdapterOptions,
     LearnerOptions,
@@ -39,7 +40,7 @@ VALIDATION_SECONDS = 1800.0  # that a validation may take before a worker counts
 
 
 def train_worker(config: dict[str, Any]) -> str | None:
-    """Ray Train's loop of one worker. `config`: `stage`, `options`, `run_id`, `tracking_uri`, `device`, `threads`,
+    """Ray Train's loop of one worker. `config`: `stage`, `options`, `claim`, `tracking_uri`, `device`, `threads`,
     `progress`.
 
     Returns what is to be told the user instead where starting the workers again would be of no use.
@@ -66,15 +67,20 @@ def train_worker(config: dict[str, Any]) -> str | None:
         stage = AdapterStage(options, dataset.scale, dataset.manifest.latents)
     rank = ray.train.get_context().get_world_rank()
     asked = Asked(config["progress"], rank)
+    claim: Claim = config["claim"]
+    try:
+        claim.next_attempt() if rank == 0 else claim.check()
+    except Superseded as end:  # by another command: every worker finds the same
+        return str(end)
     run = None
     if rank == 0:
         from pipelines import tracking
 
-        run = tracking.open_run(config["tracking_uri"], config["run_id"])
+        run = tracking.open_run(config["tracking_uri"], claim.run_id, permit=claim.holds)
         run.take_up(tracked.unsent(open_storage(options.out)))
     try:
         device = ray.train.torch.get_device() if config["device"] == "cuda" else torch.device("cpu")
-        train(stage, options, dataset, device, run, config["progress"].tell.remote, asked)
+        train(stage, options, dataset, device, run, config["progress"].tell.remote, asked, claim)
     except (Ended, Untrainable) as end:  # every worker has the same
         return str(end)
     finally:
@@ -91,19 +97,23 @@ def train(
     run: Any | None,
     tell: Callable[[int, dict[str, float]], Any] = lambda step, values: None,
     asked: Callable[[], Stop] = lambda: Stop.NO,
+    claim: Claim | None = None,
 ) -> None:
     """Train `stage` from its last checkpoint to `train.max_steps`. Needs a process group; every worker calls it.
 
     Rank 0 logs to `run` and tells `tell` each logged step and its numbers. Once a worker is `asked` to stop, all of
-    them checkpoint after the same step and raise Moved or Ended. Raises Untrainable where the loss says so.
+    them checkpoint after the same step and raise Moved or Ended. Raises Untrainable where the loss says so. `claim`: of
+    these workers on `options.out`; rank 0 raises Superseded before it would write there when it is another's.
     """
     plan = options.train
     out = open_storage(options.out)
+    check = claim.check if claim else lambda: None
+    run_id, attempt = (claim.run_id, claim.attempt) if claim else ("", 0)
     index = dataset.index("train")
     keep = checkpoint.Keep(plan.keep_checkpoints, plan.best_metric, plan.best_mode)
     with (
         Watchdog(plan.hang_seconds) as watchdog,
-        checkpoint.Writer(out, keep, plan.checkpoint_retry_seconds) as writer,
+        checkpoint.Writer(out, keep, plan.checkpoint_retry_seconds, check) as writer,
         ShardCache(int(plan.cache_gb * 1e9)) as shards,
     ):
         # 1. networks, and what an earlier part of this run left
@@ -206,8 +216,9 @@ def train(
                 torch.distributed.barrier()  # here the others have patience to wait for rank 0, in a step not
                 tensors = _gathered(stage, engine, ema, losses)
                 metrics = {name: value for name, value in latest.items() if math.isfinite(value)}
+                metrics["loss"] = losses.mean
                 saved = checkpoint.Checkpoint(
-                    step, step * plan.global_batch_size, loss_value, metrics=metrics | {"loss": losses.mean}
+                    step, step * plan.global_batch_size, loss_value, metrics=metrics, run_id=run_id, attempt=attempt
                 )
                 if run is not None:
                     run.log_metrics({"checkpoint_stall_seconds": time.perf_counter() - stalled}, step)
@@ -226,6 +237,7 @@ def train(
         if rank == 0:
             last = checkpoint.read_latest(out)
             assert last
+            check()
             _export(out, stage, *last, dataset)
         torch.distributed.barrier()
 
