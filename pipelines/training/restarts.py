@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
@@ -18,7 +19,7 @@ __all__ = ["GroupWatch", "RestartPolicy"]
 
 _WITHOUT_WORKERS = {"INITIALIZING", "SCHEDULING", "RESCHEDULING", "RESTARTING", "RESIZING"}
 _PAUSE = 0.2  # seconds
-_LONGEST_REASON = 300  # characters
+_LONGEST_REASON = 200  # characters
 
 
 class RestartPolicy(DefaultFailurePolicy):
@@ -60,7 +61,9 @@ class GroupWatch(ControllerCallback):
 
 
 def _reason(error: TrainingFailedError) -> str:
-    """The last line of the first worker's error."""
-    failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
-    text = str(next(iter(failures.values()), error)).strip()
+    """Of all that the workers say what the rest follows from, else the last line of the first."""
+    failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
+    if any(isinstance(getattr(f, "health_check_failure", f), RayActorError) for f in failures):
+        return "the process or the node of one is gone"
+    text = str(next(iter(failures), error)).strip()
     return text.splitlines()[-1].strip()[:_LONGEST_REASON] if text else type(error).__name__
