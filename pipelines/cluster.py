@@ -25,6 +25,7 @@ __all__ = [
     "connect",
     "data",
     "is_local",
+    "is_named",
     "nodes",
     "offer",
     "scratch",
@@ -175,10 +176,15 @@ def _state(plan: TrainingPlan | WorkPlan, without: str) -> str:
     return "; ".join(filter(None, [there, autoscaler.coming(), without if plan.gpus else ""]))
 
 
+def is_named() -> bool:
+    """Whether `RAY_ADDRESS` names a cluster."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 def is_local() -> bool:
     """Whether the whole cluster is this machine and nothing joined it from outside."""
     hosts = {node["NodeManagerHostname"] for node in nodes() if node["Alive"]}
-    return not os.environ.get("RAY_ADDRESS") and hosts == {socket.gethostname()}
+    return not is_named() and hosts == {socket.gethostname()}
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """A Ray head as a child process, on loopback, in a temporary directory of its own."""
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -85,16 +86,27 @@ class Head:
             command, env=self.environment, stdout=self.log, stderr=self.log, cwd=self.folder, start_new_session=True
         )
 
+    def get(self, path: str) -> Any:
+        """The dashboard's answer as JSON."""
+        token = Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+        request = urllib.request.Request(f"{self.address}{path}", headers={"Authorization": f"Bearer {token}"})
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return json.load(answer)
+
     def wait_until_ready(self) -> None:
         """Until the dashboard knows of a node that can run jobs."""
         deadline = time.monotonic() + 120
-        token = Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
-        request = urllib.request.Request(f"{self.address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
         while time.monotonic() < deadline and self.process.poll() is None:
-            with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5):
+            with contextlib.suppress(OSError):
+                self.get("/api/jobs/")
                 return
             time.sleep(0.5)
         raise AssertionError((self.folder / "head.log").read_text())
+
+    def nodes(self, state: str) -> list[dict[str, float]]:
+        """Resources of the nodes beside the head that are `ALIVE`, or that are `DEAD`."""
+        nodes = self.get("/api/v0/nodes")["data"]["result"]["result"]
+        return [node["resources_total"] for node in nodes if node["state"] == state and not node["is_head_node"]]
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGTERM)
