@@ -22,7 +22,9 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
-_HEAD_ID = "f" * 51 + "00000"  # by which Ray's fake node provider knows the head
+# By which Ray's fake node provider knows the head.
+_HEAD_ID = "f" * 51 + "00000"
+_HEAD_TYPE = "ray.head.default"
 
 
 def free_ports(count: int) -> list[int]:
@@ -78,6 +80,7 @@ class Head:
                 "AUTOSCALER_UPDATE_INTERVAL_S": "1",
                 "RAY_FAKE_CLUSTER": "1",
                 "RAY_enable_autoscaler_v2": "1",
+                "RAY_NODE_TYPE_NAME": _HEAD_TYPE,
                 "RAY_CLOUD_INSTANCE_ID": _HEAD_ID,
                 "RAY_OVERRIDE_NODE_ID_FOR_TESTING": _HEAD_ID,
             }
@@ -161,12 +164,17 @@ def _autoscaling_config(
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
         },
-        "head_node_type": "head",
-        "available_node_types": {"head": {"resources": {"CPU": cpus}, "max_workers": 0, "node_config": {}}} | types,
+        "head_node_type": _HEAD_TYPE,
+        "available_node_types": {_HEAD_TYPE: {"resources": {"CPU": cpus}, "max_workers": 0, "node_config": {}}} | types,
         "max_workers": sum(most for most, _ in node_types.values()),
         "idle_timeout_minutes": idle_seconds / 60,
         "upscaling_speed": 10,
         "auth": {},
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        **{f"{who}setup_commands": [] for who in ("", "head_", "worker_")},
+        **{f"{who}_start_ray_commands": [] for who in ("head", "worker")},
+        "initialization_commands": [],
     }
 
 
