@@ -60,7 +60,8 @@ def job_of(name: str, place: str, head: Head, options: dict) -> dict:
         job["options"][key] = {**job["options"].get(key, {}), **value} if isinstance(value, dict) else value
     if "runtime_env" in job:
         job["runtime_env"]["env_vars"]["MLFLOW_TRACKING_URI"] = head.environment["MLFLOW_TRACKING_URI"]
-    return job | {"working_dir": str(ROOT)}
+    # Nodes of one machine share a session directory: each would unpack an upload over the one that the others work in.
+    return job | {"working_dir": None}
 
 
 def test_a_shards_job_makes_nodes_start_and_end(head, place, small_recipe, small_dataset):
