@@ -1,6 +1,7 @@
 """The Ray cluster that work runs on: the one `RAY_ADDRESS` names, as inside a submitted job, else one of our own."""
 
 import logging
+import math
 import os
 import shutil
 import signal
@@ -141,8 +142,8 @@ class CannotHold(UsageError):
 def wait_for(plan: TrainingPlan | WorkPlan, without: str) -> None:
     """Waits until the connected cluster can hold the first workers of `plan`; an autoscaler starts nodes for them.
 
-    `without`: the option that would do without GPUs, for the line that is logged every half minute. Raises CannotHold
-    where the cluster has not enough, and nothing can add it.
+    A line says what it waits for, at once and every half minute; `without`: the option that would do without GPUs.
+    Raises CannotHold where the cluster has not enough, and nothing can add it.
     """
     from ray.util.placement_group import placement_group, remove_placement_group
 
@@ -151,7 +152,7 @@ def wait_for(plan: TrainingPlan | WorkPlan, without: str) -> None:
         return
     group = placement_group([plan.bundle] * plan.fewest)
     fits = replace(there, growth=()).holds(plan.cpus, plan.gpus) >= plan.fewest  # once other work has ended
-    began = said = time.monotonic()
+    began, said = time.monotonic(), -math.inf
     try:
         while not group.wait(_POLL_SECONDS):
             if not fits and autoscaler.refuses(group):

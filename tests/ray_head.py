@@ -78,6 +78,7 @@ class Head:
             command.append(f"--autoscaling-config={config}")
             self.environment |= {
                 "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+                "CUDA_VISIBLE_DEVICES": "99",  # one that no machine has: nodes offer it, and torch cannot use it
                 "RAY_FAKE_CLUSTER": "1",
                 "RAY_enable_autoscaler_v2": "1",
                 "RAY_NODE_TYPE_NAME": _HEAD_TYPE,

@@ -76,6 +76,15 @@ def test_a_failed_job_is_exit_1_and_its_own_error_is_in_the_log(head):
     assert "Traceback" not in log
 
 
+def test_a_cluster_without_gpu_and_autoscaler_is_refused_at_once_naming_the_option(head, small_dataset):
+    options = {"model": "tiny", "data": small_dataset, "out": str(head.folder / "evaluation")}
+    job = {"command": "evaluate", "options": options, "working_dir": str(ROOT)}
+    code, _, log = head.submit(job, "--wait")
+    assert code == 1, log
+    assert "error: this cluster has no GPU and no autoscaler that could add one: --device cpu" in log
+    assert not (head.folder / "evaluation").exists()
+
+
 def test_without_the_token_nothing_is_accepted(head):
     wrong = head.folder / "wrong"
     wrong.write_text(secrets.token_hex(32))
