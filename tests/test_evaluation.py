@@ -194,7 +194,22 @@ def on_cluster(ray_cluster, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
 
 
-def test_a_cluster_computes_the_same_also_when_an_actor_is_killed(on_cluster, model, small_dataset, tmp_path):
+def assert_same(one: Path, other: Path) -> None:
+    one_results, other_results = (json.loads((out / "results.json").read_text()) for out in (one, other))
+    assert one_results["samples"] == other_results["samples"]
+    assert one_results["metrics"] == other_results["metrics"]
+    for sample in one_results["samples"]:
+        for name in sample["pictures"].values():
+            assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_a_cluster_computes_the_same(on_cluster, evaluated, model, small_dataset, tmp_path):
+    evaluate(model, small_dataset, str(tmp_path), limit=6, seed=3, device="cpu", progress=False)
+    assert_same(tmp_path, evaluated[0])
+
+
+@pytest.mark.soak
+def test_a_killed_actor_is_replaced_and_its_pairs_are_repeated(on_cluster, model, small_dataset, tmp_path):
     options = {"limit": 8, "steps": 20, "progress": False, "device": "cpu"}
     killed = []
 
@@ -214,11 +229,7 @@ def test_a_cluster_computes_the_same_also_when_an_actor_is_killed(on_cluster, mo
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS")
         evaluate(model, small_dataset, str(tmp_path / "here"), **options)
-    there, here = (json.loads((tmp_path / place / "results.json").read_text()) for place in ("cluster", "here"))
-    assert (there["samples"], there["metrics"]) == (here["samples"], here["metrics"])
-    for sample in here["samples"]:
-        for name in sample["pictures"].values():
-            assert (tmp_path / "cluster" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
+    assert_same(tmp_path / "cluster", tmp_path / "here")
 
 
 def test_what_is_wrong_with_the_data_is_said_in_the_same_words_by_an_actor(on_cluster, model, small_dataset, tmp_path):
