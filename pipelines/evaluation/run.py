@@ -79,7 +79,7 @@ def evaluate(
         steps, noise_guidance, noise_guidance_share, eta, color_fix, solver, tile, degradation_per_tile: as for
             `DeeDSRPipeline`; None = the model's own.
         seed: with a sample's key it decides that sample's noise, whatever else is measured.
-        device: `auto` = a GPU where this machine has one, and on a cluster always; `cpu`; `cuda`.
+        device: `auto` = a CUDA GPU where this machine has one, and on a cluster always; `cpu`; `cuda`; `mps`.
         experiment: of MLflow.
         progress: show a progress bar on stderr.
 

@@ -60,7 +60,7 @@ def upscale(
             picture whose place is taken by anything else is in `failed`.
         ray: spread the pictures over the cluster that `RAY_ADDRESS` names, else over this machine.
         workers: with `ray`, pictures at a time; None = one on every GPU, or every CPU where the device is the CPU.
-        device: `auto` = a GPU where this machine has one, and on a cluster always; `cpu`; `cuda`.
+        device: `auto` = a CUDA GPU where this machine has one, and on a cluster always; `cpu`; `cuda`; `mps`.
         seed: of every picture's noise, so that a picture comes out the same alone and among others.
         progress: show a progress bar on stderr.
         steps: sampling steps.
