@@ -1,6 +1,7 @@
 """The Ray cluster that work runs on: the one `RAY_ADDRESS` names, as inside a submitted job, else one of our own."""
 
 import logging
+import math
 import os
 import shutil
 import signal
@@ -26,6 +27,7 @@ __all__ = [
     "connect",
     "data",
     "is_local",
+    "is_named",
     "nodes",
     "offer",
     "scratch",
@@ -139,11 +141,11 @@ class CannotHold(UsageError):
 
 
 class Waiting:
-    """Says every half minute for what is waited. `without`: the option that would do without GPUs."""
+    """Says at once and then every half minute what is waited for. `without`: the option that would do without GPUs."""
 
     def __init__(self, plan: TrainingPlan | WorkPlan, without: str):
         self._plan, self._without = plan, without
-        self._began = self._said = time.monotonic()
+        self._began, self._said = time.monotonic(), -math.inf
 
     def say(self) -> None:
         """A line, if it is time for one."""
@@ -157,7 +159,8 @@ class Waiting:
 def wait_for(plan: TrainingPlan | WorkPlan, without: str) -> None:
     """Waits until the connected cluster can hold the first workers of `plan`; an autoscaler starts nodes for them.
 
-    `without`: see `Waiting`. Raises CannotHold where the cluster has not enough, and nothing can add it.
+    Says what it waits for; `without`: see `Waiting`. Raises CannotHold where the cluster has not enough, and nothing can
+    add it.
     """
     from ray.util.placement_group import placement_group, remove_placement_group
 
@@ -188,10 +191,15 @@ def _state(plan: TrainingPlan | WorkPlan, without: str) -> str:
     return "; ".join(filter(None, [there, autoscaler.coming(), without if plan.gpus else ""]))
 
 
+def is_named() -> bool:
+    """Whether `RAY_ADDRESS` names a cluster."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 def is_local() -> bool:
     """Whether the whole cluster is this machine and nothing joined it from outside."""
     hosts = {node["NodeManagerHostname"] for node in nodes() if node["Alive"]}
-    return not os.environ.get("RAY_ADDRESS") and hosts == {socket.gethostname()}
+    return not is_named() and hosts == {socket.gethostname()}
 
 
 @contextmanager

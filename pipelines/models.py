@@ -97,18 +97,22 @@ def load_vae(base: str | Path, **options: Any) -> Any:
     return load_part(resolve_base(base), "vae", **options)
 
 
-def load_pipeline(model: str | Path, device: str = "auto") -> "DeeDSRPipeline":
-    """The pipeline of a model by name, folder, URI or hub id, on `device` (see `usable_device`).
+def load_pipeline(model: str, device: str = "auto", digest: str | None = None) -> "DeeDSRPipeline":
+    """The pipeline of a model by name, folder, URI or hub id, on `device` (see `usable_device`), without progress bar.
 
-    Raises UsageError where the model or its base is missing or incomplete.
+    Raises UsageError where the model or its base is missing or incomplete, DeeDSRError where it is not the one of
+    `digest` (see `model_digest`).
     """
     from deedsr.sampling.model_folder import ModelFolder
     from deedsr.sampling.pipeline import DeeDSRPipeline
 
+    if digest is not None and model_digest(model) != digest:
+        raise DeeDSRError(f"the model {model} is another one here than when the command was given")
     folder = resolve_model(model)
     base = ModelFolder.read(folder).base
     # The package itself knows no object storage: a base there is fetched here.
     pipeline = DeeDSRPipeline.from_pretrained(folder, base=_local(base) if base and "://" in base else None)
+    pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(usable_device(device))
 
 
@@ -154,4 +158,18 @@ def part_digest(folder: Path) -> str:
     for path in sorted(folder.glob("[!.]*.safetensors")):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def model_digest(model: str) -> str:
+    """SHA-256 over everything of a model that a result depends on: networks, scheduler, scale."""
+    from deedsr.sampling.model_folder import ModelFolder
+
+    description = ModelFolder.read(resolve_model(model))
+    name = description.base
+    base = resolve_base(name) if name and "://" in name else description.base_path()
+    digest = hashlib.sha256(f"scale {description.scale}".encode())
+    for folder in (base / "vae", base / "unet", description.path / "learner", description.path / "adapter"):
+        digest.update(part_digest(folder).encode())
+    digest.update((base / "scheduler" / "scheduler_config.json").read_bytes())
     return digest.hexdigest()

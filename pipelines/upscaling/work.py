@@ -11,7 +11,8 @@ import numpy as np
 
 from deedsr import __version__
 from deedsr.errors import DeeDSRError
-from pipelines.models import load_pipeline, part_digest, resolve_base, resolve_model
+from pipelines.models import load_pipeline, resolve_model
+from pipelines.placement import Device
 from pipelines.storage import Storage
 from pipelines.upscaling.encoding import LOSSY, encode, format_of, holds_deep, require_fit
 from pipelines.upscaling.metadata import exif_of_result, mark_of
@@ -19,10 +20,9 @@ from pipelines.upscaling.picture import Picture, read_picture
 from pipelines.upscaling.sources import Source
 
 if TYPE_CHECKING:
-    from deedsr.sampling.model_folder import ModelFolder
     from deedsr.sampling.settings import SamplingSettings
 
-__all__ = ["Done", "Upscaler", "model_digest"]
+__all__ = ["Done", "Upscaler"]
 
 
 class TooLarge(DeeDSRError):
@@ -47,7 +47,7 @@ class Done(NamedTuple):
 class Upscaler:
     """Enlarges pictures into `out`. Pickles; each process loads the model when the first picture needs it.
 
-    `digest`: of the model where the command was given, see `model_digest`.
+    `digest`: of the model where the command was given, see `pipelines.models.model_digest`.
     """
 
     model: str
@@ -57,7 +57,7 @@ class Upscaler:
     quality: int
     overwrite: bool
     out: Storage
-    device: str = "auto"  # see `pipelines.models.usable_device`
+    device: Device = "auto"  # see `pipelines.models.usable_device`
 
     def __call__(self, source: Source) -> Done:
         """Raises DeeDSRError for what would fail with every other picture as well: the model, a full disk."""
@@ -116,15 +116,13 @@ class Upscaler:
 
     @cached_property
     def _scale(self) -> int:
-        return _description(self.model).scale
+        from deedsr.sampling.model_folder import ModelFolder
+
+        return ModelFolder.read(resolve_model(self.model)).scale
 
     @cached_property
     def _pipeline(self) -> Any:
-        if model_digest(self.model) != self.digest:
-            raise DeeDSRError(f"the model {self.model} is another one here than when the command was given")
-        pipeline = load_pipeline(self.model, self.device)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+        return load_pipeline(self.model, self.device, self.digest)
 
     def _enlarge(self, pipeline: Any, picture: Picture) -> np.ndarray:
         """float32 (3, scale H, scale W) in [0, 1]."""
@@ -141,24 +139,6 @@ class Upscaler:
                 raise TooLarge(rgb) from error
             raise
         return result.images[0].cpu().numpy()
-
-
-def model_digest(model: str) -> str:
-    """SHA-256 over everything of a model that a result depends on: networks, scheduler, scale."""
-    description = _description(model)
-    name = description.base
-    base = resolve_base(name) if name and "://" in name else description.base_path()
-    digest = hashlib.sha256(f"scale {description.scale}".encode())
-    for folder in (base / "vae", base / "unet", description.path / "learner", description.path / "adapter"):
-        digest.update(part_digest(folder).encode())
-    digest.update((base / "scheduler" / "scheduler_config.json").read_bytes())
-    return digest.hexdigest()
-
-
-def _description(model: str) -> "ModelFolder":
-    from deedsr.sampling.model_folder import ModelFolder
-
-    return ModelFolder.read(resolve_model(model))
 
 
 def _read(source: Source) -> bytes:
