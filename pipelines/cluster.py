@@ -141,11 +141,12 @@ class CannotHold(UsageError):
 
 
 class Waiting:
-    """Says at once and then every half minute what is waited for. `without`: the option that would do without GPUs."""
+    """Logs every half minute what is waited for. `without`: the option that would do without GPUs."""
 
-    def __init__(self, plan: TrainingPlan | WorkPlan, without: str):
+    def __init__(self, plan: TrainingPlan | WorkPlan, without: str, at_once: bool = False):
         self._plan, self._without = plan, without
-        self._began, self._said = time.monotonic(), -math.inf
+        self._began = time.monotonic()
+        self._said = -math.inf if at_once else self._began
 
     def say(self) -> None:
         """A line, if it is time for one."""
@@ -159,8 +160,7 @@ class Waiting:
 def wait_for(plan: TrainingPlan | WorkPlan, without: str) -> None:
     """Waits until the connected cluster can hold the first workers of `plan`; an autoscaler starts nodes for them.
 
-    Says what it waits for; `without`: see `Waiting`. Raises CannotHold where the cluster has not enough, and nothing can
-    add it.
+    `without`: see `Waiting`. Raises CannotHold where the cluster has not enough, and nothing can add it.
     """
     from ray.util.placement_group import placement_group, remove_placement_group
 
@@ -169,7 +169,7 @@ def wait_for(plan: TrainingPlan | WorkPlan, without: str) -> None:
         return
     group = placement_group([plan.bundle] * plan.fewest)
     fits = replace(there, growth=()).holds(plan.cpus, plan.gpus) >= plan.fewest  # once other work has ended
-    waiting = Waiting(plan, without)
+    waiting = Waiting(plan, without, at_once=True)
     try:
         while not group.wait(_POLL_SECONDS):
             if not fits and autoscaler.refuses(group):
