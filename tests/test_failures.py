@@ -101,13 +101,15 @@ def first_rows(learner_options):  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    ("zero_stage", "kind"), [(0, "gradient"), (2, "nan"), pytest.param(3, "gradient", marks=pytest.mark.soak)]
-)
+    ("zero_stage", "kind", "exact_sums"),
+    [(0, "gradient", True), (2, "nan", True), pytest.param(3, "gradient", True, marks=pytest.mark.soak),
+     pytest.param(2, "gradient", False, marks=pytest.mark.soak), pytest.param(3, "nan", False, marks=pytest.mark.soak)],
+)  # fmt: skip
 def test_a_step_without_a_finite_loss_or_gradient_changes_nothing_and_is_written_down(
-    zero_stage, kind, learner_options, first_rows, tmp_path  # noqa: F811
+    zero_stage, kind, exact_sums, learner_options, first_rows, tmp_path  # noqa: F811
 ):  # fmt: skip
     options = variants(learner_options, tmp_path, max_steps=3, checkpoint_every=1, keep_checkpoints=9,
-                       zero_stage=zero_stage, ema_decay=0.9)  # fmt: skip
+                       zero_stage=zero_stage, ema_decay=0.9, exact_sums=exact_sums)  # fmt: skip
     bad = first_rows(2)[-1]  # the last worker's, and no other step's
     run(options, 2, {bad: kind})
     before, at, after = checkpoint.committed(open_storage(str(tmp_path)))
