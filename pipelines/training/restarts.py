@@ -23,7 +23,7 @@ _LONGEST_REASON = 300  # characters
 
 
 class RestartPolicy(DefaultFailurePolicy):
-    """Ray Train's, but that planned moves cost nothing of `max_failures` and a UsageError ends the run, as it would come
+    """Ray Train's, but that planned moves cost nothing of `max_failures` and a UsageError ends the run: it would come
     again. Each restart is one line for the user."""
 
     def __init__(self, failures: FailureConfig, progress: Any):
