@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -252,6 +253,24 @@ def test_initial_weights_of_another_geometry_are_one_clear_error(learner, learne
         train_learner(dataclasses.replace(learner_options, model=paper, **new), progress=False)
     with pytest.raises(UsageError, match="no model folder"):
         train_adapter(dataclasses.replace(adapter_options, **new | {"init": str(tmp_path)[1:]}), progress=False)
+
+
+def test_a_users_mistake_that_only_a_worker_meets_ends_the_run_instead_of_being_tried_again(
+    learner, learner_options, tmp_path
+):
+    """Initial weights that the command has seen are gone when the workers look; failures are retried for ever."""
+    init, out = tmp_path / "init", tmp_path / "out"
+    shutil.copytree(Path(learner_options.out) / "learner", init / "learner")
+    train = dataclasses.replace(learner_options.train, num_workers=1, max_failures=-1)
+
+    def remove() -> None:
+        while not (out / "training.json").exists():
+            time.sleep(0.01)
+        shutil.rmtree(init)
+
+    threading.Thread(target=remove, daemon=True).start()
+    with pytest.raises(UsageError, match="no model folder"):
+        train_learner(dataclasses.replace(learner_options, init=str(init), out=str(out), train=train), progress=False)
 
 
 @pytest.mark.soak

@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -25,11 +24,11 @@ from torch import Tensor
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines.storage import Storage
 from pipelines.training.claim import Superseded
+from pipelines.training.retry import retried
 
 logger = logging.getLogger(__name__)
 PARTS = ("trained", "optimizer", "state")
 RECORD = "checkpoint.json"
-LONGEST_WAIT = 30.0  # seconds between two attempts to write
 Tensors = dict[str, dict[str, Tensor]]  # by part, then by name
 
 
@@ -114,12 +113,17 @@ def read_latest(out: Storage) -> tuple[Checkpoint, Tensors] | None:
     found = committed(out)
     for checkpoint in reversed(found):
         try:
-            return checkpoint, {part: _read(out, checkpoint, part) for part in PARTS}
+            return checkpoint, read(out, checkpoint)
         except (FileNotFoundError, ValueError) as error:
             logger.warning("checkpoint %s/%s is damaged (%s): trying the one before", out.uri, checkpoint.folder, error)
     if found:
         raise DeeDSRError(f"every checkpoint in {out.uri}/checkpoints is damaged: delete that folder to start again")
     return None
+
+
+def read(out: Storage, checkpoint: Checkpoint) -> Tensors:
+    """The tensors of a committed checkpoint. FileNotFoundError or ValueError where it is damaged."""
+    return {part: _read(out, checkpoint, part) for part in PARTS}
 
 
 def _read(out: Storage, checkpoint: Checkpoint, part: str) -> dict[str, Tensor]:
@@ -162,24 +166,24 @@ class Writer:
             running.result()
 
     def _persist(self, checkpoint: Checkpoint, tensors: Tensors) -> None:
-        began, pause = time.monotonic(), 1.0
-        while True:
-            try:
-                return write(self.out, checkpoint, tensors, self.keep, self._check)
-            except (UsageError, Superseded):
-                raise
-            except DeeDSRError as error:
-                left = self.retry_seconds - (time.monotonic() - began)
-                if left > 0:
-                    logger.warning("checkpoint of step %d: %s. Training goes on, trying again", checkpoint.step, error)
-                    if not self._given_up.wait(min(pause, left)):
-                        pause = min(2 * pause, LONGEST_WAIT)
-                        continue
-                if self.out.local_path("") is not None:  # of a full disk; elsewhere the next commit drops it
-                    with contextlib.suppress(DeeDSRError):
-                        self._check()
-                        self.out.delete_many([f"{checkpoint.folder}/{part}.safetensors" for part in PARTS])
-                raise DeeDSRError(f"the checkpoint of step {checkpoint.step} could not be written: {error}") from error
+        def failed(error: DeeDSRError) -> None:
+            logger.warning("checkpoint of step %d: %s. Training goes on, trying again", checkpoint.step, error)
+
+        try:
+            retried(
+                lambda: write(self.out, checkpoint, tensors, self.keep, self._check),
+                self.retry_seconds,
+                failed,
+                self._given_up,
+            )
+        except (UsageError, Superseded):
+            raise
+        except DeeDSRError as error:
+            if self.out.local_path("") is not None:  # of a full disk; elsewhere the next commit drops it
+                with contextlib.suppress(DeeDSRError):
+                    self._check()
+                    self.out.delete_many([f"{checkpoint.folder}/{part}.safetensors" for part in PARTS])
+            raise DeeDSRError(f"the checkpoint of step {checkpoint.step} could not be written: {error}") from error
 
     def __enter__(self) -> Self:
         return self

@@ -28,6 +28,8 @@ from pipelines.training.config import (
 )
 from pipelines.training.progress import progress_bar
 from pipelines.training.record import RECORD, TrainingRecord
+from pipelines.training.schedule import with_schedule
+from pipelines.training.suitability import check_adapter_data, check_learner_data
 from pipelines.training.supervision import WITHOUT_GPUS, supervised
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ def train_learner(options: LearnerOptions, *, progress: bool = True) -> TrainRes
     """
     options = _located(options)
     dataset = _open("learner", options).require_pixels("the learner")
+    check_learner_data(options, dataset)
     unit = options.contrast.batch_block
     inputs = {"dataset": dataset.digest} | _initial("learner", options)
     return _fit("learner", options, dataset, unit, inputs, {}, progress)
@@ -68,6 +71,7 @@ def train_adapter(options: AdapterOptions, *, progress: bool = True) -> TrainRes
     dataset = _open("adapter", options)
     base, learner = resolve_base(options.base), resolve_learner(options.learner)
     check_base(base, options.diffusion.max_timestep)
+    check_adapter_data(options, dataset, base, learner)
     _require_latents_of(dataset, options, base, learner)
     inputs = {"dataset": dataset.digest, "learner": _weights_digest(learner)} | _initial("adapter", options)
     parents = {"learner": training_run(options.learner)}
@@ -146,6 +150,8 @@ def _fit(
         for workers in range(given[0], given[1] + 1):  # an elastic run may come to have any number between
             micro_batch(options.train, workers, unit)
     out = open_storage(options.out)
+    began = TrainingRecord.read(out)
+    options = with_schedule(options, began.config if began else None)
     record = _continued(out, stage, options, inputs)
     done = _finished(out, record, options)
     if record and done and record.published == done.step:

@@ -7,6 +7,7 @@ from typing import Any, Self
 from deedsr.errors import UsageError
 from pipelines.storage import Storage
 from pipelines.training.config import MAY_CHANGE, AdapterOptions, LearnerOptions, flatten, resolved
+from pipelines.training.schedule import recorded_length
 
 __all__ = ["RECORD", "TrainingRecord"]
 
@@ -50,6 +51,8 @@ class TrainingRecord:
         # A training from before there was an option has its default.
         defaults = flatten(json.loads(json.dumps(resolved(type(options)()))))
         before = {key: value for key, value in defaults.items() if value != {}} | before
+        if before["train.schedule"] == "cosine":
+            before["train.schedule_steps"] = recorded_length(self.config)
         differing = sorted(
             k for k in before.keys() | now.keys() if k not in same_by_content and before.get(k) != now.get(k)
         )

@@ -13,6 +13,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
+from deedsr.errors import UsageError
 from pipelines.training.interruption import Moved
 
 __all__ = ["GroupWatch", "RestartPolicy"]
@@ -23,7 +24,8 @@ _LONGEST_REASON = 200  # characters
 
 
 class RestartPolicy(DefaultFailurePolicy):
-    """Ray Train's, but that planned moves cost nothing of `max_failures`. Each restart is one line for the user."""
+    """Ray Train's, but that planned moves cost nothing of `max_failures` and a UsageError ends the run: it would come
+    again. Each restart is one line for the user."""
 
     def __init__(self, failures: FailureConfig, progress: Any):
         super().__init__(failures)
@@ -32,6 +34,9 @@ class RestartPolicy(DefaultFailurePolicy):
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         failures = getattr(training_failed_error, "worker_failures", {}).values()
         moved = next((failure for failure in failures if isinstance(failure, Moved)), None)
+        refused = any(isinstance(getattr(failure, "cause", None) or failure, UsageError) for failure in failures)
+        if refused and not moved:
+            return FailureDecision.RAISE
         # With one of them, what the others say follows from it: a connection is reset where a peer has ended.
         decision = FailureDecision.RETRY if moved else super().make_decision(training_failed_error)
         waits_for_nodes = isinstance(training_failed_error, ControllerError)

@@ -3,6 +3,7 @@
 import logging
 import math
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deedsr.errors import DeeDSRError
 from pipelines.dataset import Dataset
 from pipelines.storage import Storage, open_storage, publish
 from pipelines.training import checkpoint, tracked
@@ -21,15 +23,17 @@ from pipelines.training.config import (
     LearnerOptions,
     TrainOptions,
     from_resolved,
-    learning_rate,
     micro_batch,
 )
 from pipelines.training.engine import Engine, on_cpu
-from pipelines.training.incidents import MOST_IN_A_ROW, LossWindow, record
+from pipelines.training.incidents import MOST_IN_A_ROW, LossWindow, Records
 from pipelines.training.interruption import Ended, Moved, Stop, Untrainable
 from pipelines.training.loader import Batch, follow, micro_batches
 from pipelines.training.metrics import Meter
 from pipelines.training.order import SampleOrder
+from pipelines.training.resume import read_agreed
+from pipelines.training.retry import retried
+from pipelines.training.schedule import learning_rate
 from pipelines.training.shard_cache import ShardCache
 from pipelines.training.stage import Stage, under
 from pipelines.training.validation import Validation
@@ -85,7 +89,10 @@ def train_worker(config: dict[str, Any]) -> str | None:
         return str(end)
     finally:
         if run is not None and not run.close():
-            tracked.keep(open_storage(options.out), run.unsent())
+            try:
+                tracked.keep(open_storage(options.out), run.unsent())
+            except DeeDSRError as error:  # the last checkpoint has them but for those after it
+                logger.warning("metrics that MLflow did not take could not be kept: %s", error)
     return None
 
 
@@ -114,11 +121,12 @@ def train(
     with (
         Watchdog(plan.hang_seconds) as watchdog,
         checkpoint.Writer(out, keep, plan.checkpoint_retry_seconds, check) as writer,
+        Records(out, plan.checkpoint_retry_seconds, check) as records,
         ShardCache(int(plan.cache_gb * 1e9)) as shards,
     ):
         # 1. networks, and what an earlier part of this run left
         module = stage.build(device, torch.bfloat16 if plan.precision == "bf16" else torch.float32)
-        found = checkpoint.read_latest(out)
+        found = read_agreed(out, device)
         first_step, loss_value = 0, float("nan")
         latest: dict[str, float] = {}  # what was logged last, by metric
         losses = LossWindow(plan.spike_sigma)
@@ -194,7 +202,7 @@ def train(
                 ]
                 values |= {"grad_norm": engine.grad_norm()}
                 incident = {"step": step, "reason": objection, "lr": lr, "world_size": world_size, "samples": keys}
-                _object(out, plan, losses, incident | values, read, rank)
+                _skipped(records, watchdog, plan, losses, incident | values, read, rank)
 
             if step % plan.log_every == 0 or step == plan.max_steps:
                 told = meter.read() | {"lr": lr, "grad_norm": engine.grad_norm(), "skipped_steps": losses.skipped}
@@ -227,6 +235,7 @@ def train(
                     writer.start(saved, tensors)
                 if stop:
                     writer.wait()
+                    records.wait()
                     torch.distributed.barrier()
                     raise Moved(step) if stop is Stop.MOVE else Ended(step)
                 watchdog.beat()
@@ -235,10 +244,18 @@ def train(
         watchdog.patience(plan.checkpoint_retry_seconds)
         writer.wait()
         if rank == 0:
-            last = checkpoint.read_latest(out)
-            assert last
-            check()
-            _export(out, stage, *last, dataset)
+            found = checkpoint.read_latest(out)
+            if found is None or found[0].step < plan.max_steps:
+                raise DeeDSRError(
+                    f"the checkpoint of step {plan.max_steps} in {out.uri} was damaged after it was written"
+                )
+            last = found
+            retried(
+                lambda: _export(out, stage, *last, dataset, check),
+                plan.checkpoint_retry_seconds,
+                lambda error: logger.warning("the trained model: %s. Trying again", error),
+                threading.Event(),
+            )
         torch.distributed.barrier()
 
 
@@ -252,15 +269,23 @@ def _agreed(engine: Engine, numbers: dict[str, Tensor], asked: Stop) -> tuple[di
     return means, Stop.END if end else Stop.MOVE if move else Stop.NO
 
 
-def _object(
-    out: Storage, plan: TrainOptions, losses: LossWindow, values: dict[str, Any], read: list[Batch], rank: int
+def _skipped(
+    records: Records,
+    watchdog: Watchdog,
+    plan: TrainOptions,
+    losses: LossWindow,
+    values: dict[str, Any],
+    read: list[Batch],
+    rank: int,
 ) -> None:
-    """Keep what is known of a step that was not taken; raises Untrainable where the run should not go on."""
+    """Record a step that was not taken; raises Untrainable where the run should not go on."""
     batch = {name: torch.cat([part[name] for part in read]) for name in read[0]}
-    place = record(out, values["step"], values, batch, rank)
+    place = records.add(values["step"], values, batch, rank)
     logger.warning("step %d is not taken: %s (%s)", values["step"], values["reason"], place)
     if plan.on_spike == "skip" and losses.in_a_row < MOST_IN_A_ROW:
         return
+    watchdog.patience(plan.checkpoint_retry_seconds)
+    records.wait()
     why = "train.on_spike is stop" if plan.on_spike == "stop" else f"so were the {MOST_IN_A_ROW - 1} steps before"
     raise Untrainable(
         f"step {values['step']} was not taken, because {values['reason']}, and {why}: its samples are in {place}. "
@@ -293,9 +318,14 @@ def _gathered(stage: Stage, engine: Engine, ema: dict[str, Tensor], losses: Loss
 
 
 def _export(
-    out: Storage, stage: Stage, last: checkpoint.Checkpoint, tensors: dict[str, dict[str, Tensor]], dataset: Dataset
+    out: Storage,
+    stage: Stage,
+    last: checkpoint.Checkpoint,
+    tensors: dict[str, dict[str, Tensor]],
+    dataset: Dataset,
+    check: Callable[[], None],
 ) -> None:
-    """The averaged weights where there are any, else the last ones."""
+    """The averaged weights where there are any, else the last ones. `check`: raises where nothing may be written."""
     averaged, rest = under(tensors["state"], "ema."), under(tensors["state"], "stage.")
     history = {
         "dataset": {
@@ -309,4 +339,5 @@ def _export(
     }
     with tempfile.TemporaryDirectory() as folder:
         stage.export(Path(folder), averaged or tensors["trained"], rest, history)
+        check()
         publish(Path(folder), out.uri)
