@@ -136,6 +136,46 @@ def test_the_same_call_again_does_nothing_and_a_longer_one_continues_its_own_run
         ({"model": {"preset": "paper"}}, "model.preset"),
     ],
 )
+def test_a_metric_that_is_never_logged_is_refused_before_any_work(learner_options, adapter_options, tmp_path):
+    def refuses(options, train, message, **changes):
+        changed = dataclasses.replace(options, out=str(tmp_path / "out"), **changes)
+        changed = dataclasses.replace(changed, train=dataclasses.replace(options.train, **train))
+        with pytest.raises(UsageError, match=message):
+            (train_learner if options is learner_options else train_adapter)(changed, progress=False)
+
+    validated = {"validate_every": 1, "max_steps": 4}
+    for train, message in (
+        ({"best_metric": "los"}, "train.best_metric los is never logged; did you mean loss"),
+        ({"best_metric": "validaton/loss"} | validated, "did you mean validation/loss"),
+        ({"best_metric": "psnr"}, "is never logged; there are: data_wait_share, grad_norm, .*top5"),
+        ({"best_metric": "validation/loss"}, "it needs a validation split and a train.validate_every"),
+        ({"best_metric": "validation/loss", "validate_every": 5, "max_steps": 4}, "from 1 to train.max_steps"),
+        ({"best_mode": "max"}, "train.best_mode max says nothing without train.best_metric"),
+    ):
+        refuses(learner_options, train, message)
+    for train, message in (
+        ({"best_metric": "top1"}, "train.best_metric top1 is never logged"),
+        ({"best_metric": "loss_timestep/000-300"}, "did you mean loss_timestep/000-249"),
+        ({"best_metric": "validation/psnr_y", "validation_pictures": 0} | validated, "pixels and train.validation_pic"),
+    ):
+        refuses(adapter_options, train, message)
+    contrast = dataclasses.replace(learner_options.contrast, batch_block=1, batch_negatives=True)
+    refuses(learner_options, {}, "contrast.batch_negatives has no negatives in", contrast=contrast)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_learner_that_can_have_no_negative_is_refused(ray_cluster, photos, small_recipe, learner_options, tmp_path):
+    from pipelines.shards import generate
+
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").symlink_to(photos / "train" / "Wine.jpg")
+    generate([str(tmp_path / "photos")], str(tmp_path / "shards"), small_recipe, workers=1, progress=False)
+    options = dataclasses.replace(learner_options, data=str(tmp_path / "shards"), out=str(tmp_path / "out"))
+    with pytest.raises(UsageError, match=r"has one photograph, .* or --contrast.batch_negatives true"):
+        train_learner(options, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_configuration_on_the_same_out_is_refused_by_name(learner, learner_options, change, named):
     changed = dataclasses.replace(
         learner_options,

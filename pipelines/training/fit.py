@@ -30,6 +30,7 @@ from pipelines.training.config import (
     resolved,
     worker_range,
 )
+from pipelines.training.feasibility import require_best_metric, require_negatives
 from pipelines.training.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ def train_learner(options: LearnerOptions, *, progress: bool = True) -> TrainRes
     """
     options = _located(options)
     dataset = _open("learner", options).require_pixels("the learner")
+    require_best_metric(options, dataset)
+    require_negatives(options, dataset)
     unit = options.contrast.batch_block
     inputs = {"dataset": dataset.digest} | _initial("learner", options)
     return _fit("learner", options, dataset, unit, inputs, {}, progress)
@@ -71,6 +74,7 @@ def train_adapter(options: AdapterOptions, *, progress: bool = True) -> TrainRes
     dataset = _open("adapter", options)
     base, learner = resolve_base(options.base), resolve_learner(options.learner)
     check_base(base, options.diffusion.max_timestep)
+    require_best_metric(options, dataset, base)
     _require_latents_of(dataset, options, base, learner)
     inputs = {"dataset": dataset.digest, "learner": _weights_digest(learner)} | _initial("adapter", options)
     parents = {"learner": training_run(options.learner)}
