@@ -39,6 +39,9 @@ logger = logging.getLogger(__name__)
 
 # The object store only passes plans, summaries and metrics; Ray's default is a third of the memory.
 _OBJECT_STORE = 256 << 20
+# Ray makes sockets below its temporary folder, and systems take at most 107 bytes for the path of one.
+_LONGEST_FOLDER = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
+_SHORT_FOLDERS = ("/tmp", "/var/tmp")
 _POLL_SECONDS = 1.0
 _LINE_SECONDS = 30.0  # between two lines on what is waited for
 
@@ -74,10 +77,12 @@ def _connect(address: str | None) -> None:
     import ray
 
     if not address:
+        folder = _session_folder()
         try:
             # "local" never joins a cluster that somebody else runs on this machine.
             ray.init(
                 address="local",
+                _temp_dir=folder,
                 num_cpus=machine.this_machine().cpus,
                 num_gpus=machine.gpus(),
                 include_dashboard=False,
@@ -96,6 +101,26 @@ def _connect(address: str | None) -> None:
         ray.init(address=address, logging_level="WARNING", log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UsageError(f"no Ray cluster answers at RAY_ADDRESS={address}: start it, or unset RAY_ADDRESS") from error
+
+
+def _session_folder() -> str | None:
+    """Where Ray keeps its sockets, None for its own choice: it needs a short path of ASCII characters, which the TMPDIR
+    of a batch system may not be.
+
+    Raises UsageError where no such folder can be written.
+    """
+    name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    given = os.environ.get(name, "")
+    if len(given) <= _LONGEST_FOLDER and given.isascii():
+        return None
+    if name == "TMPDIR":
+        for folder in _SHORT_FOLDERS:
+            if os.access(folder, os.W_OK | os.X_OK):
+                return f"{folder}/ray"
+    raise UsageError(
+        f"{name} is {given}: Ray needs a folder whose path is at most {_LONGEST_FOLDER} ASCII characters long, "
+        "name one by RAY_TMPDIR"
+    )
 
 
 def data() -> Any:

@@ -146,12 +146,12 @@ def training_run(model: str | Path) -> str | None:
     from deedsr.sampling.model_folder import find_folder
 
     record = find_folder(_local(model)) / "training.json"
-    return json.loads(record.read_text()).get("run_id") if record.is_file() else None
+    return json.loads(record.read_bytes()).get("run_id") if record.is_file() else None
 
 
 def part_digest(folder: Path) -> str:
     """SHA-256, hexadecimal, over configuration and weights of one part of a model (`vae/`, `learner/`)."""
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_bytes())
     digest = hashlib.sha256()
     # Without diffusers' own notes: which version wrote it, and where it was loaded from.
     digest.update(json.dumps({k: v for k, v in config.items() if not k.startswith("_")}, sort_keys=True).encode())

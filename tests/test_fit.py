@@ -130,6 +130,34 @@ def test_the_same_call_again_does_nothing_and_a_longer_one_continues_its_own_run
     assert _steps(learner.run_id) == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_metric_that_is_never_logged_is_refused_before_any_work(learner_options, adapter_options, tmp_path):
+    def refuses(options, train, message, **changes):
+        changed = dataclasses.replace(options, out=str(tmp_path / "out"), **changes)
+        changed = dataclasses.replace(changed, train=dataclasses.replace(options.train, **train))
+        with pytest.raises(UsageError, match=message):
+            (train_learner if options is learner_options else train_adapter)(changed, progress=False)
+
+    validated = {"validate_every": 1, "max_steps": 4}
+    for train, message in (
+        ({"best_metric": "los"}, "train.best_metric los is never logged; did you mean loss"),
+        ({"best_metric": "validaton/loss"} | validated, "did you mean validation/loss"),
+        ({"best_metric": "psnr"}, "is never logged; there are: data_wait_share, grad_norm, .*top5"),
+        ({"best_metric": "validation/loss"}, "it needs a validation split and a train.validate_every"),
+        ({"best_metric": "validation/loss", "validate_every": 5, "max_steps": 4}, "from 1 to train.max_steps"),
+        ({"best_mode": "max"}, "train.best_mode max says nothing without train.best_metric"),
+    ):
+        refuses(learner_options, train, message)
+    for train, message in (
+        ({"best_metric": "top1"}, "train.best_metric top1 is never logged"),
+        ({"best_metric": "loss_timestep/000-300"}, "did you mean loss_timestep/000-249"),
+        ({"best_metric": "validation/psnr_y", "validation_pictures": 0} | validated, "pixels and train.validation_pic"),
+    ):
+        refuses(adapter_options, train, message)
+    contrast = dataclasses.replace(learner_options.contrast, batch_block=1, batch_negatives=True)
+    refuses(learner_options, {}, "contrast.batch_negatives has no negatives in", contrast=contrast)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

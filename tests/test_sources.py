@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from source_files import listed, problems, put, rejected, run, table_of, tar_of
+from source_files import changed, listed, problems, put, rejected, run, table_of, tar_of
 
 from deedsr.errors import UsageError
 from pipelines.dataset import Dataset
@@ -116,6 +116,20 @@ def test_what_is_given_is_used_or_rejected_with_a_reason(tmp_path, pictures, one
         "rows.parquet/0000000010": "not a JPEG, PNG, WebP or TIFF image",
     }
     assert verify(str(tmp_path / "out"), progress=False).ok
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_patterns_of_a_recipe_that_match_no_source_are_named(tmp_path, pictures, one_crop_recipe, caplog):
+    put(dict(list(pictures.items())[:2]), tmp_path / "photos")
+    name = next(iter(pictures))
+    split = {"validation_patterns": ["vlaidation/*"], "validation_share": 0}
+    weights = [{"pattern": name, "variants": 2}, {"pattern": "faces/*", "variants": 8}]
+    run([tmp_path / "photos"], tmp_path / "out", changed(one_crop_recipe, split=split, weights=weights))
+    said = [record.getMessage() for record in caplog.records]
+    assert "recipe small: the pattern 'vlaidation/*' of split.validation_patterns matches no source" in said
+    assert [line for line in said if "weights" in line] == [
+        "recipe small: the pattern 'faces/*' of weights matches no source"
+    ]
 
 
 # Tars

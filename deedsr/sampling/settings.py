@@ -43,8 +43,20 @@ class SamplingSettings:
         return cls(**values)
 
     def override(self, **wanted: Any) -> Self:
-        """These settings with every value that is not None in place of its own."""
-        return replace(self, **{name: value for name, value in wanted.items() if value is not None})
+        """These settings with every value that is not None in place of its own.
+
+        Raises UsageError for a value that would have no effect beside the others.
+        """
+        given = {name: value for name, value in wanted.items() if value is not None}
+        settings = replace(self, **given)
+        for name, idle, beside in (
+            ("degradation_per_tile", not settings.tile, "tile 0"),
+            ("noise_guidance_share", not settings.noise_guidance, "noise_guidance 0"),
+            ("eta", settings.solver == "dpm" and settings.eta < 1, "solver dpm, which has 0 and 1 alone"),
+        ):
+            if given.get(name) and idle:
+                raise UsageError(f"{name} {given[name]} has no effect with {beside}: leave one of them out")
+        return settings
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -331,9 +332,32 @@ class Run:
                 if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                     raise
                 raise UsageError(
-                    f"the MLflow store {masked_uri(self.tracking_uri)} has no run {self.id} to continue: set "
+                    self._deleted()
+                    or f"the MLflow store {masked_uri(self.tracking_uri)} has no run {self.id} to continue: set "
                     "MLFLOW_TRACKING_URI to the store in which the work was begun, or begin anew with another --out"
                 ) from error
+
+    def _deleted(self) -> str | None:
+        """How to have the run again if somebody deleted it, or its experiment; else None."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            about = self.client.get_run(self.id).info
+            experiment = self.client.get_experiment(about.experiment_id)
+        except MlflowException:  # gone for good, or never there
+            return None
+        if experiment.lifecycle_stage == "deleted":
+            what, command = f"the experiment {experiment.name} of", "experiments restore --experiment-id"
+        elif about.lifecycle_stage == "deleted":
+            what, command = "", "runs restore --run-id"
+        else:
+            return None
+        id = about.experiment_id if what else self.id
+        store = masked_uri(self.tracking_uri)
+        return (
+            f"{what} MLflow run {self.id} was deleted in {store}: to have it again, "
+            f"MLFLOW_TRACKING_URI={shlex.quote(store)} mlflow {command} {id}"
+        ).strip()
 
     def _watch_system(self) -> None:
         from pipelines.tracking.system import PREFIX, SystemMetrics
@@ -363,6 +387,8 @@ class Run:
         try:
             yield
         except (MlflowException, SQLAlchemyError, OSError) as error:
+            if getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE" and (deleted := self._deleted()):
+                raise StoreRefused(deleted) from error
             raise StoreRefused(
                 f"the MLflow store {masked_uri(self.tracking_uri)} did not take what run {self.id} logs "
                 f"({cause(error)}): see that it runs and has space, then start the same command again, "

@@ -287,6 +287,10 @@ def check(options: LearnerOptions | AdapterOptions) -> None:
                 f"{contrast.queue_size}, {contrast.momentum}, {contrast.temperature}"
             )
         block = contrast.batch_block
+        if contrast.batch_negatives and block == 1:
+            raise UsageError(
+                "contrast.batch_negatives has no negatives in a contrast.batch_block of 1 sample: give more"
+            )
         if block < 1 or train.global_batch_size % block:
             raise UsageError(
                 f"contrast.batch_block must divide train.global_batch_size ({train.global_batch_size}), got {block}"

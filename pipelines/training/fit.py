@@ -26,6 +26,7 @@ from pipelines.training.config import (
     resolved,
     worker_range,
 )
+from pipelines.training.feasibility import require_best_metric
 from pipelines.training.progress import progress_bar
 from pipelines.training.record import RECORD, TrainingRecord
 from pipelines.training.schedule import with_schedule
@@ -57,6 +58,7 @@ def train_learner(options: LearnerOptions, *, progress: bool = True) -> TrainRes
     options = _located(options)
     dataset = _open("learner", options).require_pixels("the learner")
     check_learner_data(options, dataset)
+    require_best_metric(options, dataset)
     unit = options.contrast.batch_block
     inputs = {"dataset": dataset.digest} | _initial("learner", options)
     return _fit("learner", options, dataset, unit, inputs, {}, progress)
@@ -72,6 +74,7 @@ def train_adapter(options: AdapterOptions, *, progress: bool = True) -> TrainRes
     base, learner = resolve_base(options.base), resolve_learner(options.learner)
     check_base(base, options.diffusion.max_timestep)
     check_adapter_data(options, dataset, base, learner)
+    require_best_metric(options, dataset, base)
     _require_latents_of(dataset, options, base, learner)
     inputs = {"dataset": dataset.digest, "learner": _weights_digest(learner)} | _initial("adapter", options)
     parents = {"learner": training_run(options.learner)}
