@@ -31,7 +31,7 @@ from benchmarks.learner_retrieval import patch_statistics
 from deedsr.dataset.keys import generator
 from deedsr.degradation.chain import degrade
 from deedsr.learner import DegradationLearner, commit_statistics, pending_statistics
-from jobs.tiny_base import load_photos
+from tools.tiny.base import load_photos
 
 GOAL = 0.8
 SCALE = 4

@@ -33,7 +33,7 @@ from deedsr.dataset.keys import generator
 from deedsr.degradation.chain import degrade
 from deedsr.degradation.draws import draw_degradation
 from deedsr.degradation.recipe import load_recipe
-from jobs.tiny_base import edges, load_photos, random_crop, to_tensor
+from tools.tiny.base import edges, load_photos, random_crop, to_tensor
 
 # Shape suffixes: B batch, C channels, H W pixels, h w latent cells.
 
