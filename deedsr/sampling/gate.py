@@ -27,12 +27,12 @@ class RestorationGate:
     def of(cls, values: Mapping[str, Any], width: int | None = None) -> Self:
         """A gate from a model's configuration; UsageError where it is none, or not one for vectors of `width`."""
         weights, offset = values.get("weights"), values.get("offset")
-        numbers = [*weights, offset] if isinstance(weights, list | tuple) else [None]
+        numbers: list[Any] = [*weights, offset] if isinstance(weights, list | tuple) else [None]
         if not all(isinstance(number, int | float) for number in numbers) or set(values) != {"weights", "offset"}:
             raise UsageError("gate must have weights, a list of numbers, and offset, a number")
         if width is not None and len(numbers) != width + 1:
             raise UsageError(f"the gate is for degradation vectors of {len(numbers) - 1}, the learner gives {width}")
-        return cls(tuple(map(float, numbers[:-1])), float(numbers[-1]))
+        return cls(tuple(float(number) for number in numbers[:-1]), float(numbers[-1]))
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

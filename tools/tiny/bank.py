@@ -34,7 +34,7 @@ def phone(lr: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     amount = rng.uniform(0, 0.8)
     lr = cv2.addWeighted(lr, 1 + amount, cv2.GaussianBlur(lr, (0, 0), rng.uniform(0.6, 1.2)), -amount, 0)
     encoded = cv2.imencode(".jpg", lr[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(70, 96))])[1]
-    return np.ascontiguousarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR)[..., ::-1])
+    return np.ascontiguousarray(np.asarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR))[..., ::-1])
 
 
 @torch.no_grad()
@@ -88,13 +88,18 @@ def make_targets(work: Path, budget: Budget, part: tuple[int, int]) -> None:
 
 
 def read_bank(work: Path, device: torch.device) -> dict[str, torch.Tensor]:
-    """All pairs that have a teacher's picture, on the device: hr, teacher, latent, degradation."""
-    names = [path.name for path in sorted((work / "teacher").glob("*.safetensors"))]
-    if not names:
-        raise SystemExit(f"{work}/teacher is empty: run the stages bank and teacher first")
-    files = [load_file(work / "bank" / name) | load_file(work / "teacher" / name) for name in names]
-    wanted = ("hr", "teacher", "latent", "degradation")
-    return {name: torch.cat([file[name] for file in files]).to(device) for name in wanted}
+    """All pairs, on the device: hr, latent, degradation, and teacher, which is the HR where there is none."""
+    paths = sorted((work / "bank").glob("*.safetensors"))
+    if not paths:
+        raise SystemExit(f"{work}/bank is empty: run the stage bank first")
+    found: dict[str, list[torch.Tensor]] = {"hr": [], "latent": [], "degradation": [], "teacher": []}
+    for path in paths:
+        beside = work / "teacher" / path.name
+        pairs = load_file(path)
+        pairs["teacher"] = load_file(beside)["teacher"] if beside.exists() else pairs["hr"]
+        for name, parts in found.items():
+            parts.append(pairs[name])
+    return {name: torch.cat(parts).to(device) for name, parts in found.items()}
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:

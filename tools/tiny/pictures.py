@@ -74,7 +74,6 @@ def train(work: Path, model: str, steps: int, weights: Weights, budget: Budget) 
     adapter.attach(pipeline.unet)
     bank = read_bank(work, budget.device)
     for step, rng in run:
-        torch.manual_seed(int(rng.integers(2**62)))
         x, target, z_lr, vector = draw(bank, rng, budget.batch_factor)
         count = {name: number * budget.batch_factor for name, number in SAMPLES.items()}
         first, second = count["realism"], count["realism"] + count["fidelity"]

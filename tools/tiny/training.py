@@ -86,6 +86,7 @@ class Run:
         while self.step < self.steps and time.monotonic() - began < 60 * self.budget.minutes:
             for optimizer in self.optimizers.values():
                 optimizer.param_groups[0]["lr"] = self.learning_rate()
+            torch.manual_seed(SEED + self.step)  # so that a run that was stopped goes on as if it had not been
             yield self.step, np.random.default_rng([SEED, self.step])
             self.step += 1
             self._average()
