@@ -228,10 +228,11 @@ class DeeDSRPipeline(DiffusionPipeline):
         picture_BCHW = self._decode(x_BChw, height, width, mosaic)
         enlarged_rows = lambda part: enlarge_window(lr_BCHW, self.scale, Window(part.start, part.stop, 0, width))
         fix_color(settings.color_fix, picture_BCHW, enlarged_rows)
+        picture_BCHW.clamp_(0, 1)
         shares_B = self._shares(vectors_BVD, settings)
         if shares_B is not None:
             blend(picture_BCHW, enlarged_rows, shares_B)
-        return picture_BCHW.clamp_(0, 1)
+        return picture_BCHW
 
     def _cells_per_unit(self) -> int:
         """Latent cells, each way, under one cell of the UNet's deepest level."""

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from deedsr import DeeDSRPipeline
 from deedsr.sampling.gate import RestorationGate
 from deedsr.sampling.latents import enlarge
-from tools.tiny.bank import CHUNK, write
+from tools.tiny.bank import write
 from tools.tiny.features import Perceptual
 from tools.tiny.photographs import to_signed
 from tools.tiny.training import Budget
@@ -26,6 +26,7 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 ERROR_WEIGHT = 0.5  # of the logarithm of the squared error
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 FOLDS, STEPS = 5, 400
+BATCH = 4  # pictures at a time
 
 
 @torch.no_grad()
@@ -42,17 +43,19 @@ def measure(work: Path, model: str, name: str, budget: Budget) -> None:
         if time.monotonic() - began > 60 * budget.minutes:
             return
         pairs = load_file(file)
-        hr, seen = to_signed(pairs["hr"].to(budget.device)), pairs["lr"].to(budget.device).float() / 255
-        seeds = [torch.Generator().manual_seed(number) for number in range(CHUNK)]
-        sampled = pipeline(list(seen), restoration=1.0, generator=seeds, output_type="pt").images.to(budget.device)
-        bicubic = enlarge(seen, pipeline.scale)
-        distances, errors = [], []
-        for share in SHARES:
-            picture = 2 * torch.lerp(bicubic, sampled, share) - 1
-            distances.append(perceptual(picture, hr)[0])
-            errors.append((picture - hr).square().mean((1, 2, 3)))
-        found = {"distance": torch.stack(distances, 1), "error": torch.stack(errors, 1)}
-        write(path, found | {"degradation": pairs["degradation"]})
+        costs = []
+        for part in range(0, len(pairs["hr"]), BATCH):
+            hr = to_signed(pairs["hr"][part : part + BATCH].to(budget.device))
+            lr = pairs["lr"][part : part + BATCH].to(budget.device).float() / 255
+            seeds = [torch.Generator().manual_seed(part + number) for number in range(len(lr))]
+            sampled = pipeline(list(lr), restoration=1.0, generator=seeds, output_type="pt").images
+            bicubic = enlarge(lr, pipeline.scale)
+            pictures = [2 * torch.lerp(bicubic, sampled, share) - 1 for share in SHARES]
+            distances = [perceptual(picture, hr)[0] for picture in pictures]
+            errors = [(picture - hr).square().mean((1, 2, 3)) for picture in pictures]
+            costs.append(torch.stack([torch.stack(distances, 1), torch.stack(errors, 1)]))
+        distance, error = torch.cat(costs, 1)
+        write(path, {"distance": distance, "error": error, "degradation": pairs["degradation"]})
 
 
 def fit(work: Path, name: str) -> RestorationGate:
@@ -63,7 +66,7 @@ def fit(work: Path, name: str) -> RestorationGate:
     )
     relative = lambda x: (x / x[:, :1]).clamp_min(1e-3).log()
     cost_NS = relative(distance_NS) + ERROR_WEIGHT * relative(error_NS)
-    fold_N = torch.arange(len(cost_NS)) // CHUNK % FOLDS
+    fold_N = torch.cat([torch.full((len(file["error"]),), number % FOLDS) for number, file in enumerate(files)])
     held_out = {}
     for penalty in PENALTIES:
         shares_N = torch.zeros(len(cost_NS))

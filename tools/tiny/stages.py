@@ -8,6 +8,7 @@
     python -m tools.tiny teacher     --work work
     python -m tools.tiny pictures    --work work [--model tiny]
     python -m tools.tiny assemble    --work work [--model tiny] --to model
+    python -m tools.tiny gate        --work work --model model --to model
 
 Every stage keeps its state under --work and continues from there: the same command again, until it is done. With
 --minutes a stage ends early, its state saved. On a GPU batches are made on the device, networks are compiled, and
@@ -15,6 +16,7 @@ batches are --batch-factor times as large; everywhere networks compute in bf16 w
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -27,7 +29,7 @@ from tools.tiny.training import Budget
 STEPS = {"autoencoder": 12_000, "unet": 40_000, "pictures": 12_000}
 
 
-def parsed() -> argparse.Namespace:
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "stage",
@@ -49,11 +51,11 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="end after so many, to be continued")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch-factor", type=int, default=1)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
-    asked = parsed()
+def main(arguments: Sequence[str] | None = None) -> None:
+    asked = parsed(arguments)
     cv2.setNumThreads(1)
     photographs = asked.work / "photographs"
     budget = Budget(torch.device(asked.device), asked.minutes, asked.batch_factor)
