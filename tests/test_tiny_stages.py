@@ -1,6 +1,5 @@
 """The stages that make `tiny` (tools/tiny), at toy size on the shipped photographs."""
 
-import json
 from importlib.resources import files
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 from deedsr import DeeDSRPipeline
+from tools.tiny import assembly, bank, pictures
 from tools.tiny.photographs import VALIDATION, Photographs
 from tools.tiny.stages import main
 from tools.tiny.training import Budget, Run, averaged_weights
@@ -79,25 +79,28 @@ def test_a_run_out_of_time_saves_its_state_and_takes_no_step(tmp_path):
     assert averaged_weights(tmp_path / "run.pt", "model").keys() == {"weight", "bias"}
 
 
-def test_a_base_is_made_from_photographs(work, tmp_path):
-    for name in ("autoencoder", "unet"):
-        stage(work, name, "--base", "shipped", "--steps", 2)
-    stage(work, "export", "--base", "shipped", "--to", tmp_path / "base")
-    base = DeeDSRPipeline.from_pretrained("tiny", base=tmp_path / "base")
-    picture = base(np.full((16, 16, 3), 90, np.uint8), num_inference_steps=2).images[0]
-    assert picture.size == (64, 64)
-    assert json.loads((tmp_path / "base/pretraining.json").read_text())["autoencoder"] == []
-
-
-def test_the_last_stage_changes_adapter_and_decoder_and_a_gate_is_calibrated(work, tmp_path):
+def test_a_chain_makes_a_model_from_photographs_and_goes_on_where_time_ran_out(work, monkeypatch, capsys):
     pytest.importorskip("efficientnet_lite_pytorch", reason="of the extra benchmarks")
-    stage(work, "bank", "--chunks", 2)
-    stage(work, "pictures", "--steps", 2)
-    stage(work, "assemble", "--to", tmp_path / "model")
-    stage(work, "gate", "--model", tmp_path / "model", "--to", tmp_path / "model")
-    before, after = DeeDSRPipeline.from_pretrained("tiny"), DeeDSRPipeline.from_pretrained(tmp_path / "model")
+    pytest.importorskip("ncnn", reason="of the extra benchmarks")
+    monkeypatch.setattr(bank, "CHUNK", 4)
+    options = ("--base", "shipped", "--steps", 2, "--chunks", 2, "--processes", 1)
+    stage(work, "chain", *options, "--minutes", 0)
+    assert "to be continued: autoencoder" in capsys.readouterr().out
+    stage(work, "autoencoder", "--base", "shipped", "--steps", 2)
+    stage(work, "chain", *options)
+    told = capsys.readouterr().out
+    assert "\nunet, " in f"\n{told}"
+    assert "\nautoencoder, " not in f"\n{told}"
+    before, after = (DeeDSRPipeline.from_pretrained(work / name) for name in ("start", "model"))
     assert after.config["gate"] is not None
+    assert after.sampling == assembly.ONE_STEP
     for name, changed in (("vae.decoder", True), ("adapter", True), ("vae.encoder", False), ("unet", False)):
-        weights = [dict(pipe.components[name.split(".")[0]].named_parameters()) for pipe in (before, after)]
-        part = [key for key in weights[0] if key.startswith(name.partition(".")[2])]
-        assert any(not torch.equal(weights[0][key], weights[1][key]) for key in part) is changed, name
+        part, _, inside = name.partition(".")
+        weights = [dict(pipe.components[part].named_parameters()) for pipe in (before, after)]
+        names = [key for key in weights[0] if key.startswith(inside)]
+        assert any(not torch.equal(weights[0][key], weights[1][key]) for key in names) is changed, name
+    picture = after(np.full((16, 16, 3), 90, np.uint8)).images[0]
+    assert picture.size == (64, 64)
+    assert after.scheduler.timesteps[-1] == pictures.REALISM
+    stage(work, "chain", *options, "--minutes", 0)
+    assert "done: " in capsys.readouterr().out

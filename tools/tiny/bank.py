@@ -4,9 +4,13 @@ Files of CHUNK pairs; those that exist are not made again. The teacher's picture
 Shape suffixes: B batch, C channels, H W pixels, h w latent pixels, D degradation vector.
 """
 
+import multiprocessing
 import os
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -23,6 +27,7 @@ from deedsr.sampling.latents import encode_latents, enlarge
 from tools.tiny.photographs import Photographs
 from tools.tiny.training import Budget
 
+Part = tuple[int, int]
 SIDE, CHUNK = 256, 24  # pixels of an HR crop, pairs in a file
 PROCESSED = ("camera", "light")  # strata of which half is processed as in a phone
 RECIPE = Path(__file__).parents[2] / "docs/tiny/pictures.yaml"
@@ -38,13 +43,14 @@ def phone(lr: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 @torch.no_grad()
-def make_bank(photos: Path, work: Path, model: str, chunks: int, budget: Budget) -> None:
-    """Write the pairs; `model` gives encoder and learner."""
+def make_bank(photos: Path, work: Path, model: str, chunks: int, budget: Budget, part: Part = (0, 1)) -> None:
+    """Write the pairs, of `part[1]` processes those of process `part[0]`; `model` gives encoder and learner."""
+    torch.set_num_threads(1)
     pipeline = DeeDSRPipeline.from_pretrained(model, torch_dtype=torch.float32).to(budget.device)
     recipe = load_recipe(RECIPE)
     photographs = Photographs(photos, torch.device("cpu"))
     began = time.monotonic()
-    for chunk in tqdm(range(chunks), desc="bank", mininterval=10):
+    for chunk in tqdm(range(chunks)[part[0] :: part[1]], desc="bank", mininterval=10):
         path = work / "bank" / f"{chunk:05d}.safetensors"
         if path.exists():
             continue
@@ -70,8 +76,8 @@ def make_bank(photos: Path, work: Path, model: str, chunks: int, budget: Budget)
         write(path, tensors)
 
 
-def make_targets(work: Path, budget: Budget, part: tuple[int, int]) -> None:
-    """Write the teacher's picture of every LR in the bank; of the files that are `part[0]` modulo `part[1]`."""
+def make_targets(work: Path, budget: Budget, part: Part = (0, 1)) -> None:
+    """Write the teacher's picture of every LR in the bank, of `part[1]` processes those of process `part[0]`."""
     from benchmarks.realesrgan import RealESRGAN
 
     teacher = RealESRGAN(threads=1)
@@ -106,3 +112,14 @@ def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path.with_suffix(".part"))
     os.replace(path.with_suffix(".part"), path)
+
+
+def spread(make: Callable[..., None], *arguments: Any, processes: int) -> None:
+    """`make(*arguments, part)` in so many processes."""
+    parts = [(number, processes) for number in range(processes)]
+    if processes == 1:
+        make(*arguments, parts[0])
+        return
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        for done in [pool.submit(make, *arguments, part) for part in parts]:
+            done.result()

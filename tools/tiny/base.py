@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 
+from deedsr import DeeDSRPipeline, DegradationAwareAdapter
+from deedsr.sampling.model_folder import find_folder, load_part
+from tools.tiny.assembly import write_model
 from tools.tiny.photographs import Photographs, to_signed
 from tools.tiny.training import SEED, Budget, Run, averaged_weights
 
@@ -148,13 +151,19 @@ def train_unet(photos: Path, work: Path, base: str, steps: int, budget: Budget) 
 
 
 def export(work: Path, base: str, to: Path) -> None:
-    """Write the averaged weights in half precision, diffusers layout, with the training curves."""
+    """Write the averaged weights with the learner of `tiny` and a new adapter, a model to be trained on pictures.
+
+    A model's folder can stand for its base, too. The training curves lie beside.
+    """
     unet = UNet2DConditionModel(**BASES[base][1])
     state = averaged_weights(work / "unet.pt", "parts")
     unet.load_state_dict({k.removeprefix("unet."): v for k, v in state.items() if k.startswith("unet.")})
-    trained_autoencoder(work, base).half().save_pretrained(to / "vae")
-    unet.half().save_pretrained(to / "unet")
-    DDIMScheduler(**SCHEDULER).save_pretrained(to / "scheduler")
+    learner = load_part(find_folder("tiny"), "learner")
+    torch.manual_seed(SEED)
+    adapter = DegradationAwareAdapter.for_unet(unet, "tiny", learner.dim, prediction_type=SCHEDULER["prediction_type"])
+    adapter.initialize_from(unet)
+    parts = (trained_autoencoder(work, base), unet, DDIMScheduler(**SCHEDULER), learner, adapter)
+    write_model(DeeDSRPipeline(*parts, lineage={"base": "tiny", "license": "apache-2.0"}), to)
     curves = {
         name: torch.load(work / f"{name}.pt", weights_only=True, map_location="cpu")["curve"]
         for name in ("autoencoder", "unet")

@@ -30,18 +30,18 @@ BATCH = 4  # pictures at a time
 
 
 @torch.no_grad()
-def measure(work: Path, model: str, name: str, budget: Budget) -> None:
-    """Write distance and squared error of every pair at every share, into the folder `name`."""
+def measure(work: Path, model: Path | str, budget: Budget) -> bool:
+    """Write distance and squared error of every pair at every share; whether all pairs are measured."""
     pipeline = DeeDSRPipeline.from_pretrained(model, torch_dtype=torch.float32).to(budget.device)
     pipeline.set_progress_bar_config(disable=True)
     perceptual = Perceptual().to(budget.device)
     began = time.monotonic()
     for file in tqdm(sorted((work / "bank").glob("*.safetensors")), desc="gate", mininterval=10):
-        path = work / name / file.name
+        path = work / "gate" / file.name
         if path.exists():
             continue
         if time.monotonic() - began > 60 * budget.minutes:
-            return
+            return False
         pairs = load_file(file)
         costs = []
         for part in range(0, len(pairs["hr"]), BATCH):
@@ -56,11 +56,12 @@ def measure(work: Path, model: str, name: str, budget: Budget) -> None:
             costs.append(torch.stack([torch.stack(distances, 1), torch.stack(errors, 1)]))
         distance, error = torch.cat(costs, 1)
         write(path, {"distance": distance, "error": error, "degradation": pairs["degradation"]})
+    return True
 
 
-def fit(work: Path, name: str) -> RestorationGate:
+def fit(work: Path) -> RestorationGate:
     """The gate of least expected cost; prints what it costs on pairs that it was not fitted to."""
-    files = [load_file(path) for path in sorted((work / name).glob("*.safetensors"))]
+    files = [load_file(path) for path in sorted((work / "gate").glob("*.safetensors"))]
     distance_NS, error_NS, vector_ND = (
         torch.cat([file[key] for file in files]) for key in ("distance", "error", "degradation")
     )

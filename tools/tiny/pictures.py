@@ -8,8 +8,6 @@ less noise, nearly nothing but the absolute error to the HR. The UNet and the en
 Shape suffixes: B batch, C channels, H W pixels, h w latent pixels, D degradation vector.
 """
 
-import copy
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,16 +16,15 @@ import torch
 import torch.nn.functional as F
 
 from deedsr import DeeDSRPipeline
-from deedsr.sampling.gate import RestorationGate
 from deedsr.sampling.guidance import clean_latent
 from deedsr.sampling.latents import decode_latents, encode_latents
 from tools.tiny.bank import SIDE, read_bank
 from tools.tiny.base import FACTOR, edge_error
 from tools.tiny.features import Perceptual, ProjectedDiscriminator, augment, hinge, realness
 from tools.tiny.photographs import to_signed
-from tools.tiny.training import Budget, Run, averaged_weights
+from tools.tiny.training import Budget, Run
 
-REALISM, FIDELITY = 49, 19  # timesteps: the last one of 20 and of 50 steps, trailing
+REALISM, FIDELITY = 49, 19  # timesteps: the last one of 20 and of 50 steps with trailing spacing
 CROP = 128  # pixels
 SAMPLES = {"realism": 3, "fidelity": 1, "autoencoder": 1}  # of a batch
 EDGES = 0.5
@@ -133,34 +130,3 @@ def draw(bank: dict[str, torch.Tensor], rng: np.random.Generator, factor: int) -
         to_signed(cut(name, FACTOR)).contiguous(memory_format=torch.channels_last) for name in ("hr", "teacher")
     ]
     return *pictures, cut("latent", 1).float(), bank["degradation"][torch.from_numpy(which).to(device)]
-
-
-def assemble(work: Path, model: str, to: Path) -> None:
-    """Write `model` with the averaged adapter and decoder, in half precision."""
-    pipeline = DeeDSRPipeline.from_pretrained(model, torch_dtype=torch.float32)
-    state = averaged_weights(work / "pictures.pt", "model")
-    for name, module in (("adapter", pipeline.adapter), ("decoder", pipeline.vae.decoder)):
-        module.load_state_dict({k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")})
-    write_model(pipeline, to)
-    curve = torch.load(work / "pictures.pt", weights_only=True, map_location="cpu")["curve"]
-    curves = json.loads((to / "pretraining.json").read_text()) if (to / "pretraining.json").exists() else {}
-    (to / "pretraining.json").write_text(json.dumps(curves | {"pictures": curve}))
-
-
-def write_model(pipeline: DeeDSRPipeline, to: Path) -> None:
-    """Base, learner and adapter as one pipeline, without the card and licence of a model that stands alone."""
-    copy.copy(pipeline).to(torch.float16).save_pretrained(to)
-    for name in ("README.md", "LICENSE"):
-        (to / name).unlink(missing_ok=True)
-    for path in [to / "model_index.json", *to.glob("*/config.json")]:
-        config = json.loads(path.read_text())
-        config.pop("_name_or_path", None)  # where the parts lay on the machine that made them
-        path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def set_gate(model: Path, gate: RestorationGate) -> None:
-    """Store a gate in a model's folder."""
-    path = model / "model_index.json"
-    path.write_text(
-        json.dumps(json.loads(path.read_text()) | {"gate": gate.as_dict()}, indent=2, sort_keys=True) + "\n"
-    )

@@ -151,3 +151,7 @@ def averaged_weights(path: Path, name: str) -> dict[str, torch.Tensor]:
     if not path.exists():
         raise SystemExit(f"{path} is missing: run the stage {path.stem} first")
     return torch.load(path, weights_only=True, map_location="cpu")["ema"][name]
+
+
+def steps_taken(path: Path) -> int:
+    return torch.load(path, weights_only=True, map_location="cpu")["step"] if path.exists() else 0
