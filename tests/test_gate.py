@@ -95,3 +95,12 @@ def test_a_gate_that_is_none_or_of_another_learner_is_refused(gate, message):
 def test_restoration_must_be_a_share(pipe, lr):
     with pytest.raises(UsageError, match="restoration must be a number from 0 to 1, got 1.5"):
         sampled(pipe, lr[:8, :8], restoration=1.5)
+
+
+def test_a_gate_is_not_taken_along_to_another_base(pipe, lr, tmp_path):
+    gated(pipe, 1.0, 0.5).save_pretrained(tmp_path / "gated")
+    own, elsewhere = (
+        DeeDSRPipeline.from_pretrained(tmp_path / "gated", base=base) for base in (None, tmp_path / "gated")
+    )
+    assert own.config["gate"] is not None
+    assert elsewhere.config["gate"] is None

@@ -92,6 +92,7 @@ class DeeDSRPipeline(DiffusionPipeline):
         folder = ModelFolder.read(find_folder(model))
         base_path = folder.base_path() if base is None else find_base(base)
         parts = {name: options.pop(name) for name in BASE_PARTS + TRAINED_PARTS if name in options}
+        own = base is None and parts.keys() <= {"scheduler"}  # a gate is calibrated on the model's own networks
         for name in BASE_PARTS + TRAINED_PARTS:
             if name in parts:
                 continue
@@ -100,7 +101,7 @@ class DeeDSRPipeline(DiffusionPipeline):
         try:
             pipeline = cls(
                 **parts, scale=folder.scale, sampling=folder.sampling.as_dict(), lineage=folder.lineage,
-                gate=folder.gate,
+                gate=folder.gate if own else None,
             )  # fmt: skip
         except ValueError as error:
             raise UsageError(f"{folder.path} does not fit its base {base_path}: {error}") from error

@@ -1,8 +1,9 @@
 """Calibration of a model's restoration gate on the pairs of the bank.
 
 For every pair the sampled picture is blended with the bicubic enlargement at each of SHARES. Wanted is the share that
-costs least, by the logarithms of EfficientNet-Lite1's distance and of the squared error, each over bicubic's. The gate
-is fitted to that cost itself (between the shares it is interpolated), with a ridge penalty chosen by cross-validation.
+costs least, by the logarithms of EfficientNet-Lite1's distance and of the squared error, each over bicubic's, and of
+the noise in flat areas over the HR's, as far as it is more. The gate is fitted to that cost itself (between the shares
+it is interpolated), with a ridge penalty chosen by cross-validation.
 Shape suffixes: N pairs, S shares, D degradation vector.
 """
 
@@ -10,12 +11,15 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from benchmarks.picture_measures import FLAT, patch_deviations
 from deedsr import DeeDSRPipeline
 from deedsr.sampling.gate import RestorationGate
+from deedsr.sampling.images import to_uint8
 from deedsr.sampling.latents import enlarge
 from tools.tiny.bank import write
 from tools.tiny.features import Perceptual
@@ -23,8 +27,10 @@ from tools.tiny.photographs import to_signed
 from tools.tiny.training import Budget
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-ERROR_WEIGHT = 0.5  # of the logarithm of the squared error
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
+ERROR_WEIGHT, NOISE_WEIGHT = 0.5, 0.2  # beside the distance's 1
+NOISE_FLOOR = 0.5  # 8-bit levels that nobody sees
+FLAT_PATCHES = 8  # of the HR, at least: else nothing is said about noise
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 FOLDS, STEPS = 5, 400
 BATCH = 4  # pictures at a time
 
@@ -51,22 +57,37 @@ def measure(work: Path, model: Path | str, budget: Budget) -> bool:
             sampled = pipeline(list(lr), restoration=1.0, generator=seeds, output_type="pt").images
             bicubic = enlarge(lr, pipeline.scale)
             pictures = [2 * torch.lerp(bicubic, sampled, share) - 1 for share in SHARES]
-            distances = [perceptual(picture, hr)[0] for picture in pictures]
+            distances = perceptual(hr, *pictures)
             errors = [(picture - hr).square().mean((1, 2, 3)) for picture in pictures]
-            costs.append(torch.stack([torch.stack(distances, 1), torch.stack(errors, 1)]))
-        distance, error = torch.cat(costs, 1)
-        write(path, {"distance": distance, "error": error, "degradation": pairs["degradation"]})
+            noises = excess_noise(pictures, hr)
+            costs.append(torch.stack([torch.stack(distances, 1), torch.stack(errors, 1), noises]).cpu())
+        distance, error, noise = torch.cat(costs, 1)
+        write(path, {"distance": distance, "error": error, "noise": noise, "degradation": pairs["degradation"]})
     return True
+
+
+def excess_noise(pictures: list[torch.Tensor], hr_BCHW: torch.Tensor) -> torch.Tensor:
+    """Logarithm (B, S) of the noise in the HR's flat patches over the HR's own, where it is more; all in [-1, 1]."""
+    arrays = lambda x: [to_uint8((one / 2 + 0.5).clamp(0, 1)) for one in x]
+    hr = [patch_deviations(one) for one in arrays(hr_BCHW)]
+    excess_BS = torch.zeros(len(hr), len(pictures), device=hr_BCHW.device)
+    for column, picture in enumerate(pictures):
+        for row, (one, own) in enumerate(zip(arrays(picture), hr, strict=True)):
+            flat = own <= FLAT
+            if flat.sum() >= FLAT_PATCHES:
+                ratio = (patch_deviations(one)[flat].mean() + NOISE_FLOOR) / (own[flat].mean() + NOISE_FLOOR)
+                excess_BS[row, column] = float(np.log(max(ratio, 1)))
+    return excess_BS
 
 
 def fit(work: Path) -> RestorationGate:
     """The gate of least expected cost; prints what it costs on pairs that it was not fitted to."""
     files = [load_file(path) for path in sorted((work / "gate").glob("*.safetensors"))]
-    distance_NS, error_NS, vector_ND = (
-        torch.cat([file[key] for file in files]) for key in ("distance", "error", "degradation")
+    distance_NS, error_NS, noise_NS, vector_ND = (
+        torch.cat([file[key] for file in files]) for key in ("distance", "error", "noise", "degradation")
     )
     relative = lambda x: (x / x[:, :1]).clamp_min(1e-3).log()
-    cost_NS = relative(distance_NS) + ERROR_WEIGHT * relative(error_NS)
+    cost_NS = relative(distance_NS) + ERROR_WEIGHT * relative(error_NS) + NOISE_WEIGHT * noise_NS
     fold_N = torch.cat([torch.full((len(file["error"]),), number % FOLDS) for number, file in enumerate(files)])
     held_out = {}
     for penalty in PENALTIES:

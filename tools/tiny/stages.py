@@ -53,7 +53,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--teacher-weight", type=float, default=0.5, help="pictures: the HR has the rest")
     parser.add_argument("--perceptual-weight", type=float, default=1.0, help="pictures")
     parser.add_argument("--adversarial-weight", type=float, default=0.05, help="pictures")
-    parser.add_argument("--to", type=Path, help="parcel: file, .tar.xz")
+    parser.add_argument("--to", type=Path, help="parcel: file, .tar.gz")
     parser.add_argument("--steps", type=int, help="of this stage in all")
     parser.add_argument("--minutes", type=float, default=math.inf, help="end after so many, to be continued")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
