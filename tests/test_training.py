@@ -206,7 +206,7 @@ def base(tmp_path_factory) -> Path:
     """A randomly initialised base in diffusers layout, smaller than `tiny`."""
     from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 
-    from jobs.tiny_base import SCHEDULER
+    from tools.tiny.base import SCHEDULER
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("base")

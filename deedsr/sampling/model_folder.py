@@ -40,6 +40,7 @@ class ModelFolder:
         base: name, folder, URI or hub id of the base, as written.
         scale: enlargement factor.
         sampling: what the model recommends.
+        gate: configuration of the model's `RestorationGate`, None where it has none.
         lineage: `license`, `base` and `training` (what it was trained on, how, and its figures), as far as recorded.
     """
 
@@ -48,6 +49,7 @@ class ModelFolder:
     scale: int
     sampling: SamplingSettings
     lineage: Mapping[str, Any] = field(default_factory=dict)
+    gate: Mapping[str, Any] | None = None
 
     @classmethod
     def read(cls, path: Path) -> "ModelFolder":
@@ -79,7 +81,10 @@ class ModelFolder:
             sampling = SamplingSettings.of(description.get("sampling") or {})
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from error
-        return cls(path, base, scale, sampling, lineage)
+        gate = description.get("gate")
+        if not isinstance(gate, dict | None):
+            raise UsageError(f"{path}: gate must have weights, a list of numbers, and offset, a number")
+        return cls(path, base, scale, sampling, lineage, gate)
 
     def base_path(self) -> Path:
         """Local folder of the base; a relative one is looked for in the model's own folder first."""

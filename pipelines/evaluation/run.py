@@ -60,6 +60,7 @@ def evaluate(
     solver: str | None = None,
     tile: int | None = None,
     degradation_per_tile: bool | None = None,
+    restoration: float | None = None,
     seed: int = 0,
     device: Device = "auto",
     experiment: str = "deedsr-evaluation",
@@ -76,8 +77,8 @@ def evaluate(
         metrics: of METRICS. PSNR and SSIM are means over the samples, NIQE is one fit over the blocks of all.
         split: `train` or `validation`.
         limit: measure at most so many samples, evenly spread over the split.
-        steps, noise_guidance, noise_guidance_share, eta, color_fix, solver, tile, degradation_per_tile: as for
-            `DeeDSRPipeline`; None = the model's own.
+        steps, noise_guidance, noise_guidance_share, eta, color_fix, solver, tile, degradation_per_tile,
+            restoration: as for `DeeDSRPipeline`; None = the model's own.
         seed: with a sample's key it decides that sample's noise, whatever else is measured.
         device: `auto` = a CUDA GPU where this machine has one, and on a cluster always; `cpu`; `cuda`; `mps`.
         experiment: of MLflow.
@@ -105,6 +106,7 @@ def evaluate(
         "solver": solver,
         "tile": tile,
         "degradation_per_tile": degradation_per_tile,
+        "restoration": restoration,
     }
     sampling = folder.sampling.override(**wanted)
     table = dataset.index(split)
