@@ -1,5 +1,6 @@
 """Upscaling on a cluster with Ray Data: a row is a few pictures, an actor keeps the model for all of its rows."""
 
+import json
 import logging
 import posixpath
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
-from deedsr.errors import DeeDSRError, UsageError
+from deedsr.errors import DeeDSRError
 from pipelines import cluster
 from pipelines.placement import Device, place_networks
 from pipelines.storage import Storage, open_storage
@@ -41,7 +42,8 @@ def spread(work: Upscaler, sources: list[Source], workers: int | None, device: D
     work = replace(work, device=plan.device)
     per_row = min(max(len(sources) // (parallel * _ROWS_PER_WORKER), 1), _MAX_PICTURES_PER_ROW)
     places = [[source.storage.uri, source.path, source.target] for source in sources]
-    rows = [{"sources": places[start : start + per_row]} for start in range(0, len(places), per_row)]
+    # As JSON: names of files need not be Unicode, which the strings of Ray's rows must be.
+    rows = [{"sources": json.dumps(places[start : start + per_row])} for start in range(0, len(places), per_row)]
     done = data.from_items(rows, override_num_blocks=len(rows)).flat_map(
         _Actor,
         fn_constructor_kwargs={"work": work},
@@ -51,9 +53,8 @@ def spread(work: Upscaler, sources: list[Source], workers: int | None, device: D
     )
     try:
         for row in done.iter_rows():
-            if row["error"]:
-                raise (UsageError if row["usage"] else DeeDSRError)(row["error"])
-            yield Done(*(row[name] for name in Done._fields))
+            cluster.raise_error(row)
+            yield Done(*json.loads(row["done"]))
     except RayError as error:
         last = str(error).strip().splitlines()[-1]
         raise DeeDSRError(
@@ -75,14 +76,13 @@ class _Actor:
         self._work = work
 
     def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        for uri, path, target in row["sources"]:
-            nothing = Done("", "", 0.0)._asdict()
+        for uri, path, target in json.loads(row["sources"]):
             try:
                 done = self._work(Source(open_storage(uri), path, target))
-            except DeeDSRError as error:  # as a value: an exception would come back wrapped in Ray's traceback
-                yield nothing | {"error": str(error), "usage": isinstance(error, UsageError)}
+            except DeeDSRError as error:
+                yield {"done": ""} | cluster.error_values(error)
             else:
-                yield done._asdict() | {"error": "", "usage": False}
+                yield {"done": json.dumps(done)} | cluster.error_values()
 
 
 def _remove_parts(out: Storage, targets: set[str]) -> None:
