@@ -26,10 +26,12 @@ __all__ = [
     "arrow_filesystem",
     "connect",
     "data",
+    "error_values",
     "is_local",
     "is_named",
     "nodes",
     "offer",
+    "raise_error",
     "scratch",
     "this_machine",
     "wait_for",
@@ -133,6 +135,19 @@ def data() -> Any:
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     return ray.data
+
+
+def error_values(error: DeeDSRError | None = None) -> dict[str, Any]:
+    """An error of a task as values of its row, of none without one: as an exception it would come back wrapped in Ray's
+    traceback. Names in it need not be Unicode, which rows must be."""
+    text = str(error or "").encode(errors="backslashreplace").decode()
+    return {"error": text, "usage": isinstance(error, UsageError)}
+
+
+def raise_error(row: dict[str, Any]) -> None:
+    """Raises what `error_values` put into a row."""
+    if row["error"]:
+        raise (UsageError if row["usage"] else DeeDSRError)(row["error"])
 
 
 def nodes() -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from deedsr.errors import DeeDSRError, UsageError
+from deedsr.errors import DeeDSRError
 from pipelines import cluster
 from pipelines.placement import Device, WorkPlan, place_networks
 
@@ -53,8 +53,7 @@ def spread(work: Callable[[Part], Result], parts: Sequence[Part], plan: WorkPlan
     )
     try:
         for row in results.iter_rows():
-            if row["error"]:
-                raise (UsageError if row["usage"] else DeeDSRError)(row["error"])
+            cluster.raise_error(row)
             yield pickle.loads(row["result"])
     except RayError as error:
         last = str(error).strip().splitlines()[-1]
@@ -76,7 +75,7 @@ class _Actor:
         for part in pickle.loads(row["parts"]):
             try:
                 result = self._work(part)
-            except DeeDSRError as error:  # as a value: an exception would come back wrapped in Ray's traceback
-                yield {"result": b"", "error": str(error), "usage": isinstance(error, UsageError)}
+            except DeeDSRError as error:
+                yield {"result": b""} | cluster.error_values(error)
             else:
-                yield {"result": pickle.dumps(result), "error": "", "usage": False}
+                yield {"result": pickle.dumps(result)} | cluster.error_values()

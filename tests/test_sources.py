@@ -1,6 +1,7 @@
 """Claims on what a `--source` holds: folders, lists, tars and Parquet tables, each with its accidents."""
 
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from source_files import changed, listed, problems, put, rejected, run, table_of
 
 from deedsr.errors import UsageError
 from pipelines.dataset import Dataset
+from pipelines.inspection import inspect
 from pipelines.shards import verify
 from pipelines.shards.sources import Source, read_source
 from pipelines.shards.sources.tars import list_tar
@@ -299,6 +301,28 @@ def test_a_dataset_of_tars_is_the_same_for_any_workers_and_place_and_a_changed_t
     kept = {shard.name for shard in Dataset.open(str(tmp_path / "one")).manifest.shards}
     assert again.reused > 0
     assert set(index["shard"].to_pylist()) - kept <= touched
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_pictures_of_any_name_make_a_dataset_that_is_verified_and_shown(tmp_path, pictures, one_crop_recipe):
+    odd = ["a [1]", "100%", "what?", "new\nline", "é日本", "<script>alert(1)</script>", "x" * 200, "tab\t\"'", "..b"]
+    data = [data for name, data in pictures.items() if name.endswith(".jpg")]
+    folder = tmp_path / ("photos %20?" + os.fsdecode(b"\xe9"))  # no Unicode
+    for number, name in enumerate(odd):
+        put({f"{name.replace('/', '')}.jpg": data[number % len(data)]}, folder)
+    (folder / os.fsdecode(b"caf\xe9.jpg")).write_bytes(data[0])
+    result = run([folder], tmp_path / "shards [2]", one_crop_recipe)
+    assert (result.samples, result.rejected) == (len(odd) - 1, 1)  # ..b is hidden
+    index = Dataset.open(str(tmp_path / "shards [2]")).index()
+    assert set(index["source"].to_pylist()) == {f"{name.replace('/', '')}.jpg" for name in odd if name != "..b"}
+    assert rejected(tmp_path / "shards [2]") == {os.fsdecode(b"caf\xe9.jpg"): "file name is not valid UTF-8"}
+    assert verify(str(tmp_path / "shards [2]"), progress=False).ok
+    page = tmp_path / "page ? 1.html"
+    inspect(str(tmp_path / "shards [2]"), page, progress=False)
+    text = page.read_text()
+    assert "<script>alert(1)" not in text
+    assert "&lt;script&gt;alert(1)" in text
+    assert "caf" in text
 
 
 @pytest.mark.usefixtures("ray_cluster")

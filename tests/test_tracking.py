@@ -97,6 +97,14 @@ def test_a_run_holds_the_commit_of_the_checkout(store, client):
     assert client.get_run(run.id).data.tags["mlflow.source.git.commit"] == head
 
 
+def test_names_that_are_not_unicode_are_stored(store, client):
+    odd = os.fsdecode(b"caf\xe9")
+    run = start(store, config={"out": odd, "data": {"source": [odd]}}, tags={"deedsr.out": odd})
+    run.finish()
+    data = client.get_run(run.id).data
+    assert (data.params["out"], data.tags["deedsr.out"]) == ("caf?", "caf?")
+
+
 def test_many_parameters_are_all_stored(store, client):
     run = start(store, config={"ranges": {f"value{i}": i for i in range(250)}})
     run.finish()
