@@ -40,7 +40,9 @@ def turn(pipe: Any, pairs: list[Pair], positions: list[dict[str, Any]]) -> list[
     """The pictures at each position of a dial, one per seed."""
     return [
         [
-            np.asarray(pipe(pair.lr, generator=torch.Generator().manual_seed(seed), **settings).images[0])
+            np.asarray(
+                pipe(pair.lr, generator=torch.Generator().manual_seed(seed), restoration=1.0, **settings).images[0]
+            )
             for seed, pair in enumerate(pairs)
         ]
         for settings in positions

@@ -31,8 +31,8 @@ from benchmarks.learner_retrieval import patch_statistics
 from deedsr.dataset.keys import generator
 from deedsr.degradation.chain import degrade
 from deedsr.learner import DegradationLearner, commit_statistics, pending_statistics
-from jobs.tiny_base import load_photos
 
+SHIPPED = Path(str(files("deedsr") / "assets/photos"))
 GOAL = 0.8
 SCALE = 4
 KERNEL = 25  # LR pixels: three standard deviations of the widest blur to each side
@@ -43,9 +43,9 @@ RESAMPLES = 1000
 BATCH, LEARNING_RATE, SAVE_EVERY = 64, 2e-3, 100
 
 
-def photographs(part: str) -> list[np.ndarray]:
-    """The shipped ones, RGB."""
-    paths = sorted(Path(str(files("deedsr") / "assets/photos" / part)).glob("*.jpg"))
+def photographs(folder: Path) -> list[np.ndarray]:
+    """RGB."""
+    paths = sorted(folder.glob("*.jpg"))
     return [cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB) for path in paths]
 
 
@@ -190,7 +190,9 @@ def drawn_contents(count: int) -> list[np.ndarray]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--learner", default=str(files("deedsr") / "assets/tiny/learner"), help="learner folder")
-    parser.add_argument("--photos", type=Path, help="training photographs at full size; else the shipped, reduced ones")
+    parser.add_argument(
+        "--photos", type=Path, help="training photographs (`tools.tiny photographs`); else the shipped ones"
+    )
     parser.add_argument("--side", type=int, default=64, help="of an LR, pixels; what the learner is trained on")
     parser.add_argument("--examples", type=int, default=4096, help="that the probes are fitted on")
     parser.add_argument("--contents", type=int, default=96, help=f"of validation, each degraded {PER_CONTENT} times")
@@ -202,9 +204,9 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
     asked.work.mkdir(parents=True, exist_ok=True)
 
-    photos = load_photos(asked.photos) if asked.photos else photographs("train")
+    photos = photographs(asked.photos or SHIPPED / "train")
     train_lrs, train_values = examples(photos, asked.examples, 1, asked.side, "train")
-    lrs, values = examples(photographs("validation"), asked.contents, PER_CONTENT, asked.side, "validation")
+    lrs, values = examples(photographs(SHIPPED / "validation"), asked.contents, PER_CONTENT, asked.side, "validation")
 
     learner = DegradationLearner.from_pretrained(asked.learner).float()
     torch.manual_seed(0)

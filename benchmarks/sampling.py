@@ -135,7 +135,13 @@ def measure_savings(pipe: Any, pairs: list[Pair], rounds: int) -> dict[str, Cost
     """Of one picture, of one picture among four, and of one in tiles."""
     lrs = [torch.from_numpy(pair.lr).permute(2, 0, 1) / 255 for pair in pairs[:4]]
     large, side = torch.cat([torch.cat(lrs[:2], 2), torch.cat(lrs[2:], 2)], 1), SCALE * lrs[0].shape[1]
-    paper = {"num_inference_steps": STEPS, "noise_guidance_share": 0.0, "eta": ETA, "color_fix": "adain"}
+    paper = {
+        "num_inference_steps": STEPS,
+        "noise_guidance_share": 0.0,
+        "eta": ETA,
+        "color_fix": "adain",
+        "restoration": 1.0,
+    }
     sampled = lambda given, **options: pipe(given, **paper, **options, output_type="pt")
     costs = in_turns(
         {
@@ -162,7 +168,9 @@ def measure_solvers(pipe: Any, pairs: list[Pair]) -> dict[str, dict[str, float]]
     for name, settings in SOLVERS.items():
         began = time.process_time()
         srs = [
-            np.asarray(pipe(pair.lr, generator=torch.Generator().manual_seed(seed), **settings).images[0])
+            np.asarray(
+                pipe(pair.lr, generator=torch.Generator().manual_seed(seed), restoration=1.0, **settings).images[0]
+            )
             for seed, pair in enumerate(pairs)
         ]
         seconds = (time.process_time() - began) / len(pairs)

@@ -43,7 +43,11 @@ def ratios(pipe: Any, pairs: list[Pair], tile: int, settings: dict[str, Any]) ->
     found = []
     for seed, (hr, lr) in enumerate(pairs):
         whole, tiled = (
-            np.asarray(pipe(lr, tile=size, generator=torch.Generator().manual_seed(seed), **settings).images[0])
+            np.asarray(
+                pipe(lr, tile=size, restoration=1.0, generator=torch.Generator().manual_seed(seed), **settings).images[
+                    0
+                ]
+            )
             for size in (0, tile)
         )
         at = borders(pipe, hr.shape[0], tile)

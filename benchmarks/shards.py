@@ -24,6 +24,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -100,13 +101,14 @@ def one_shard(workers: int, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as work:
         make_sources(Path(work) / "sources", SOURCES)
         make_sources(Path(work) / "source", 1)
-        generate([f"{work}/sources"], f"{work}/hr", recipe, workers, progress=False)
+        generate([f"{work}/sources"], f"{work}/hr", recipe, 1, progress=False)
         arms: dict[str, Callable[[str, int], ShardsResult]] = {
             f"{SOURCES} sources": lambda out, n: generate([f"{work}/sources"], out, recipe, n, progress=False),
             f"1 source, {SOURCES} variants": lambda out, n: generate([f"{work}/source"], out, many, n, progress=False),
             "--hr-from": lambda out, n: regenerate(f"{work}/hr", out, load_recipe("heavy"), n, progress=False),
         }
-        plans = list(plan_shards(list_sources([f"{work}/sources"]), recipe))
+        [plan] = plan_shards(list_sources([f"{work}/sources"]), recipe)
+        quarter = replace(plan, sources=plan.sources[: SOURCES // 4])
         rates: dict[tuple[str, int], list[float]] = defaultdict(list)
         load = []
         for number in range(rounds + 1):
@@ -118,7 +120,7 @@ def one_shard(workers: int, rounds: int) -> None:
                     rates[name, n].append(result.samples_per_second)
             for n in (1, workers):
                 outs = [f"{work}/{number}-{n}-{process}" for process in range(n)]
-                rates["plain processes", n].append(side_by_side(plans, recipe, outs))
+                rates["plain processes", n].append(side_by_side([quarter], recipe, outs))
             load.append(os.getloadavg()[0])
     print(f"{'samples/s':28}{'1 worker':>10}{f'{workers} workers':>12}{'ratio':>8}{'first round':>14}")
     ratios = {}

@@ -19,7 +19,7 @@ from deedsr.dataset.crops import choose_crops, cut
 from deedsr.dataset.keys import generator
 from deedsr.dataset.pictures import RejectedImage, decode
 from deedsr.degradation.recipe import load_recipe
-from jobs.tiny_base import VALIDATION
+from tools.tiny.photographs import VALIDATION
 
 SIDE, COUNT = 512, 24
 SHIPPED = Path(__file__).parent / "crops"

@@ -122,7 +122,7 @@ def weights(model: str) -> list[Any]:
     folder = ModelFolder.read(resolve_model(model))
     base = folder.base_path()
     parts = [folder.path / part for part in TRAINED_PARTS] + [base / part for part in BASE_PARTS]
-    return [folder.sampling.as_dict(), *parts]
+    return [folder.sampling.as_dict(), folder.gate, *parts]
 
 
 class Methods:

@@ -92,7 +92,8 @@ def bare_arm(data: str, steps: int) -> dict[str, float]:
 
     from pipelines.dataset import Dataset
     from pipelines.training.adapter_stage import AdapterStage
-    from pipelines.training.config import learning_rate, micro_batch
+    from pipelines.training.config import micro_batch
+    from pipelines.training.schedule import learning_rate
 
     torch.set_num_threads(1)
     dataset = Dataset.open(data)

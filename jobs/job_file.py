@@ -11,8 +11,8 @@
     runtime_env:
       env_vars: {MLFLOW_TRACKING_URI: "http://mlflow:5000"}
       pip: []                           # packages that the cluster's image lacks
-    entrypoint_num_cpus: 1              # reserved for the command itself; tasks and workers ask for their own
-    entrypoint_num_gpus: 0
+    entrypoint_num_cpus: 0              # reserved for the command itself, which then runs on a worker node; with 0 on
+    entrypoint_num_gpus: 0              # the head; tasks, actors and training workers ask for their own
     entrypoint_memory: 0                # bytes
 
 Secrets have no place in it: AWS credentials come from the cluster's environment or instance role.
@@ -66,7 +66,7 @@ class JobFile(BaseModel):
     working_dir: str | None = None
     excludes: list[str] = []
     runtime_env: RuntimeEnvironment = RuntimeEnvironment()
-    entrypoint_num_cpus: Annotated[float, Field(ge=0)] = 1
+    entrypoint_num_cpus: Annotated[float, Field(ge=0)] = 0
     entrypoint_num_gpus: Annotated[float, Field(ge=0)] = 0
     entrypoint_memory: Annotated[int, Field(ge=0)] = 0
 

@@ -312,10 +312,10 @@ def build(kind: type, given: Any) -> Any:
 def mapping_of(path: Path) -> dict[str, Any]:
     """Content of a configuration file; UsageError where it is none."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_bytes())  # UTF-8, or UTF-16 with its byte order mark
     except OSError as error:
         raise UsageError(f"cannot read the configuration file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         raise UsageError(f"{path} is no YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path} must hold a mapping of options such as `train: {{lr: 1e-4}}`, got {content!r:.60}")

@@ -18,6 +18,7 @@ class SamplingOptions:
     solver: Literal["ddim", "dpm"] | None = None  # dpm = second order, good pictures in fewer steps, such as 15
     tile: NonNegativeInt | None = None  # pixels of the output a side; larger pictures are made in tiles; 0 = as a whole
     degradation_per_tile: bool | None = None  # learn the degradation from each tile by itself; for collages
+    restoration: ClosedUnitInterval | None = None  # share of the model's picture in the result, bicubic is the rest
     seed: NonNegativeInt = 0  # of the noise: the same seed gives the same picture
 
     def sampling(self) -> dict[str, Any]:

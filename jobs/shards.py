@@ -49,6 +49,7 @@ def run(options: ShardsOptions) -> Outcome:
         raise UsageError("give one of --source, --hr-from and --join" + (", not several" if given else ""))
     if options.pairs and not options.source:
         raise UsageError("--pairs gives the LR partners of the pictures of --source: give that as well")
+    _refuse_idle(options)
     if not given:
         return Outcome(_cleared(options.out))
     recipe = load_recipe(options.recipe)
@@ -56,6 +57,20 @@ def run(options: ShardsOptions) -> Outcome:
         return _planned(options, recipe)
     outcome = _run_tracked(options, recipe) if options.tracking else dataclasses.asdict(_make(options, recipe))
     return Outcome(outcome | (_cleared(options.out) if options.gc else {}))
+
+
+def _refuse_idle(options: ShardsOptions) -> None:
+    """Options that would have no effect beside the others."""
+    defaults = {field.name: field.default for field in dataclasses.fields(ShardsOptions)}
+    idle = [] if options.plan else ["nodes", "cores", "price"]
+    where = "without --plan"
+    if options.join:
+        idle, where = [*idle, "recipe"], "with --join, which keeps the recipe of its dataset"
+    if options.plan:
+        idle, where = ["gc", "workers"], "with --plan, which makes nothing"
+    for name in idle:
+        if getattr(options, name) != defaults[name]:
+            raise UsageError(f"--{name} {getattr(options, name)} has no effect {where}: leave it out")
 
 
 def _make(options: ShardsOptions, recipe: "Recipe") -> "ShardsResult":

@@ -1,6 +1,7 @@
 """The Ray cluster that work runs on: the one `RAY_ADDRESS` names, as inside a submitted job, else one of our own."""
 
 import logging
+import math
 import os
 import secrets
 import signal
@@ -22,14 +23,18 @@ from pipelines.storage import open_storage, waiting
 
 __all__ = [
     "CannotHold",
+    "Waiting",
     "arrow_filesystem",
     "connect",
     "dashboard",
     "data",
+    "error_values",
     "is_local",
+    "is_named",
     "last_words",
     "nodes",
     "offer",
+    "raise_error",
     "scratch",
     "this_machine",
     "wait_for",
@@ -40,6 +45,9 @@ logger = logging.getLogger(__name__)
 # The object store only passes plans, summaries and metrics; Ray's default is a third of the memory.
 _OBJECT_STORE = 256 << 20
 _ANSWER_SECONDS = 10.0  # that a cluster is given to answer, in which a head can come back
+# Ray makes sockets below its temporary folder, and systems take at most 107 bytes for the path of one.
+_LONGEST_FOLDER = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
+_SHORT_FOLDERS = ("/tmp", "/var/tmp")
 _POLL_SECONDS = 1.0
 _kills = 0  # processes killed for want of memory before this one connected
 _LINE_SECONDS = 30.0  # between two lines on what is waited for
@@ -100,10 +108,12 @@ def _connect(address: str | None) -> None:
         # A token of its own: Ray would keep one in the home folder, which not every container has.
         if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        folder = _session_folder()
         try:
             # "local" never joins a cluster that somebody else runs on this machine.
             ray.init(
                 address="local",
+                _temp_dir=folder,
                 num_cpus=machine.this_machine().cpus,
                 num_gpus=machine.gpus(),
                 include_dashboard=False,
@@ -153,6 +163,26 @@ def dashboard(address: str) -> Any:
     return JobSubmissionClient(address)
 
 
+def _session_folder() -> str | None:
+    """Where Ray keeps its sockets, None for its own choice: it needs a short path of ASCII characters, which the TMPDIR
+    of a batch system may not be.
+
+    Raises UsageError where no such folder can be written.
+    """
+    name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    given = os.environ.get(name, "")
+    if len(given) <= _LONGEST_FOLDER and given.isascii():
+        return None
+    if name == "TMPDIR":
+        for folder in _SHORT_FOLDERS:
+            if os.access(folder, os.W_OK | os.X_OK):
+                return f"{folder}/ray"
+    raise UsageError(
+        f"{name} is {given}: Ray needs a folder whose path is at most {_LONGEST_FOLDER} ASCII characters long, "
+        "name one by RAY_TMPDIR"
+    )
+
+
 def data() -> Any:
     """`ray.data` on the connected cluster, without its own progress bars and remarks: ours are shown instead."""
     connect()
@@ -163,6 +193,19 @@ def data() -> Any:
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     return ray.data
+
+
+def error_values(error: DeeDSRError | None = None) -> dict[str, Any]:
+    """An error of a task as values of its row, of none without one: as an exception it would come back wrapped in Ray's
+    traceback. Names in it need not be Unicode, which rows must be."""
+    text = str(error or "").encode(errors="backslashreplace").decode()
+    return {"error": text, "usage": isinstance(error, UsageError)}
+
+
+def raise_error(row: dict[str, Any]) -> None:
+    """Raises what `error_values` put into a row."""
+    if row["error"]:
+        raise (UsageError if row["usage"] else DeeDSRError)(row["error"])
 
 
 def nodes() -> list[dict[str, Any]]:
@@ -195,11 +238,27 @@ class CannotHold(UsageError):
     """The cluster has not what a plan needs, and its autoscaler cannot add it."""
 
 
+class Waiting:
+    """Logs every half minute what is waited for. `without`: the option that would do without GPUs."""
+
+    def __init__(self, plan: TrainingPlan | WorkPlan, without: str, at_once: bool = False):
+        self._plan, self._without = plan, without
+        self._began = time.monotonic()
+        self._said = -math.inf if at_once else self._began
+
+    def say(self) -> None:
+        """A line, if it is time for one."""
+        now = time.monotonic()
+        if now - self._said >= _LINE_SECONDS:
+            self._said = now
+            state = _state(self._plan, self._without)
+            logger.info("waiting %.0f s for %s: %s", now - self._began, _words(self._plan), state)
+
+
 def wait_for(plan: TrainingPlan | WorkPlan, without: str) -> None:
     """Waits until the connected cluster can hold the first workers of `plan`; an autoscaler starts nodes for them.
 
-    `without`: the option that would do without GPUs, for the line that is logged every half minute. Raises CannotHold
-    where the cluster has not enough, and nothing can add it.
+    `without`: see `Waiting`. Raises CannotHold where the cluster has not enough, and nothing can add it.
     """
     from ray.util.placement_group import placement_group, remove_placement_group
 
@@ -208,15 +267,12 @@ def wait_for(plan: TrainingPlan | WorkPlan, without: str) -> None:
         return
     group = placement_group([plan.bundle] * plan.fewest)
     fits = replace(there, growth=()).holds(plan.cpus, plan.gpus) >= plan.fewest  # once other work has ended
-    began = said = time.monotonic()
+    waiting = Waiting(plan, without, at_once=True)
     try:
         while not group.wait(_POLL_SECONDS):
             if not fits and autoscaler.refuses(group):
                 raise CannotHold(f"this cluster cannot hold {_words(plan)}: {_state(plan, without)}")
-            now = time.monotonic()
-            if now - said >= _LINE_SECONDS:
-                said = now
-                logger.info("waiting %.0f s for %s: %s", now - began, _words(plan), _state(plan, without))
+            waiting.say()
     finally:
         remove_placement_group(group)
 
@@ -233,10 +289,15 @@ def _state(plan: TrainingPlan | WorkPlan, without: str) -> str:
     return "; ".join(filter(None, [there, autoscaler.coming(), without if plan.gpus else ""]))
 
 
+def is_named() -> bool:
+    """Whether `RAY_ADDRESS` names a cluster."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 def is_local() -> bool:
     """Whether the whole cluster is this machine and nothing joined it from outside."""
     hosts = {node["NodeManagerHostname"] for node in nodes() if node["Alive"]}
-    return not os.environ.get("RAY_ADDRESS") and hosts == {socket.gethostname()}
+    return not is_named() and hosts == {socket.gethostname()}
 
 
 @contextmanager

@@ -186,12 +186,11 @@ def _storage(out: str) -> Iterator[Check]:
 def _tracking() -> Iterator[Check]:
     if find_spec("mlflow") is None:
         return
-    from pipelines.tracking.store import connect, experiment_id, tracking_uri
+    from pipelines.tracking.store import connect, experiment_id, sqlite_path, tracking_uri
 
     try:
         uri = tracking_uri()
-        path = Path(uri.removeprefix("sqlite:///"))
-        if uri.startswith("sqlite:///") and not path.exists():
+        if (path := sqlite_path(uri)) and not path.exists():
             there = next(folder for folder in path.parents if folder.is_dir())
             may = os.access(there, os.W_OK)
             remedy = "" if may else "set MLFLOW_TRACKING_URI to a store that you may write"

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import stat
 import sys
 import tempfile
@@ -33,6 +34,8 @@ __all__ = [
     "may_read",
     "memory_kills",
     "opened_file",
+    "process_space",
+    "runs",
     "this_machine",
 ]
 
@@ -143,6 +146,29 @@ def opened_file(path: str, flags: int) -> int:
         return descriptor
     os.close(descriptor)
     raise FileNotFoundError(errno.ENOENT, "Not a regular file", path)
+
+
+def process_space() -> str:
+    """Where a process id means one process: this boot of this machine, and in it this container."""
+    import psutil
+
+    try:
+        return f"{_text(Path('/proc/sys/kernel/random/boot_id'))} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"{socket.gethostname()} {psutil.boot_time():.0f}"
+
+
+def runs(pid: int, since: float) -> bool:
+    """Whether the process that had this id at a time (seconds since 1970) still runs, in this space of processes."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= since
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:  # it is there, and somebody else's
+        return True
 
 
 def _wanted_cpus() -> int | None:

@@ -1,5 +1,6 @@
 """Models, bases and learners by name, folder, hub id, URI or MLflow version: where they are on this machine."""
 
+import hashlib
 import json
 import socket
 import tempfile
@@ -115,17 +116,23 @@ def base_of(model: "ModelFolder", base: str | None = None) -> Path:
     return model.base_path(_local(name) if name and "://" in name else base)
 
 
-def load_pipeline(model: str | Path, device: str = "auto", base: str | None = None) -> "DeeDSRPipeline":
-    """The pipeline of a model by name, folder, URI or hub id, on `device` (see `usable_device`).
+def load_pipeline(
+    model: str, device: str = "auto", digest: str | None = None, base: str | None = None
+) -> "DeeDSRPipeline":
+    """The pipeline of a model by name, folder, URI or hub id, on `device` (see `usable_device`), without progress bar.
 
     `base`: where its base lies, if not where the model says. Raises UsageError where the model or its base is missing,
-    incomplete, or the base another than it was trained on.
+    incomplete, or the base another than it was trained on; DeeDSRError where it is not the one of `digest` (see
+    `model_digest`).
     """
     from deedsr.sampling.model_folder import ModelFolder
     from deedsr.sampling.pipeline import DeeDSRPipeline
 
+    if digest is not None and model_digest(model, base) != digest:
+        raise DeeDSRError(f"the model {model} is another one here than when the command was given")
     folder = resolve_model(model)
     pipeline = DeeDSRPipeline.from_pretrained(folder, base=base_of(ModelFolder.read(folder), base))
+    pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(usable_device(device))
 
 
@@ -182,4 +189,18 @@ def training_run(model: str | Path) -> str | None:
     from deedsr.sampling.model_folder import find_folder
 
     record = find_folder(_local(model)) / "training.json"
-    return json.loads(record.read_text()).get("run_id") if record.is_file() else None
+    return json.loads(record.read_bytes()).get("run_id") if record.is_file() else None
+
+
+def model_digest(model: str, base: str | None = None) -> str:
+    """SHA-256 over everything of a model that a result depends on: networks, scheduler, scale."""
+    from deedsr.sampling.digests import part_digest
+    from deedsr.sampling.model_folder import ModelFolder
+
+    description = ModelFolder.read(resolve_model(model))
+    folder = base_of(description, base)
+    digest = hashlib.sha256(f"scale {description.scale}".encode())
+    for part in (folder / "vae", folder / "unet", description.path / "learner", description.path / "adapter"):
+        digest.update(part_digest(part).encode())
+    digest.update((folder / "scheduler" / "scheduler_config.json").read_bytes())
+    return digest.hexdigest()

@@ -145,7 +145,7 @@ class WorkPlan:
     workers: int  # at most, at a time
     cpus: float  # of each
     gpus: int = 0  # of each, 0 or 1
-    device: str = "cpu"
+    device: Device = "cpu"
 
     @property
     def fewest(self) -> int:

@@ -37,12 +37,15 @@ NAMES: dict[str, Callable[[str], list[str]]] = {
     "none": lambda name: [],
 }
 
+_UNSHARE = ["setpriv", "--pdeathsig=KILL", "unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--kill-child",
+            "--mount-proc"]  # fmt: skip
 # The first process of the namespaces ignores SIGCHLD, so that the kernel reaps the orphans that it inherits.
 _FIRST_PROCESS = "echo ready; exec env --ignore-signal=CHLD sleep infinity"
 _HOST = f"""
 hostname "$1"
 mount --bind "$2/hosts" /etc/hosts
 mount --bind "$2/resolv.conf" /etc/resolv.conf
+[ ! -e /etc/nsswitch.conf ] || mount --bind "$2/nsswitch.conf" /etc/nsswitch.conf
 mkdir -p /tmp/ray
 mount --bind "$2/ray" /tmp/ray
 mount -t tmpfs tmpfs /dev/shm
@@ -56,15 +59,9 @@ def unsupported() -> str | None:
     missing = [tool for tool in ("ip", "unshare", "nsenter", "setpriv") if shutil.which(tool) is None]
     if missing:
         return f"hosts in network namespaces need {', '.join(missing)} (iproute2, util-linux)"
-    words = (
-        "ip link add name port type veth peer name eth0; ip link add name bridge0 type bridge; mount --bind /tmp /tmp"
-    )
-    tried = subprocess.run([*_UNSHARE, "sh", "-ec", words], capture_output=True, text=True)
+    links = "ip link add name port type veth peer name eth0; ip link add name bridge0 type bridge"
+    tried = subprocess.run([*_UNSHARE, "sh", "-ec", f"{links}; mount --bind /tmp /tmp"], capture_output=True, text=True)
     return f"this machine refuses network namespaces: {tried.stderr.strip()}" if tried.returncode else None
-
-
-_UNSHARE = ["setpriv", "--pdeathsig=KILL", "unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--kill-child",
-            "--mount-proc"]  # fmt: skip
 
 
 class Namespaces:
@@ -125,6 +122,7 @@ class Host:
         for part in ("ray", "home", "log"):
             (folder / part).mkdir(parents=True)
         (folder / "resolv.conf").touch()  # no name server: glibc asks loopback, where none answers
+        (folder / "nsswitch.conf").write_text("hosts: files dns\n")  # nor systemd, which answers by other ways
         self.set_names("right")
 
     def set_names(self, names: str) -> None:

@@ -15,7 +15,7 @@ from deedsr.adapter.da_block import DegradationAwareGroup
 from deedsr.errors import UsageError
 from jobs.options import CommandParser
 from pipelines.training.config import AdapterModelOptions, AdapterOptions, check, resolved
-from pipelines.training.fit import _refuse_differences
+from pipelines.training.record import TrainingRecord
 
 OWN = "condition_encoder.constant_vector"  # the one parameter that an ablation adds
 
@@ -178,11 +178,11 @@ def test_a_training_from_before_there_were_ablations_continues_as_the_full_metho
     options = AdapterOptions(data="d", learner="l", out="o")
     before = json.loads(json.dumps(resolved(options)))
     del before["model"]["ablate"], before["license"]
-    record = {"stage": "adapter", "config": before, "inputs": {}}
-    _refuse_differences(record, "adapter", options, {})
+    record = TrainingRecord("adapter", before, inputs={}, run_id="")
+    record.refuse_differences("adapter", options, {})
     ablated = dataclasses.replace(options, model=AdapterModelOptions(ablate=["da"]))
     with pytest.raises(UsageError, match=r"model\.ablate was \[\], is \['da'\]"):
-        _refuse_differences(record, "adapter", ablated, {})
+        record.refuse_differences("adapter", ablated, {})
 
 
 @pytest.mark.parametrize("ablate", [["local", "vector"], ["da", "global"]])

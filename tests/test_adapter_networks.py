@@ -11,7 +11,7 @@ from deedsr.adapter import DegradationAwareAdapter, freeze
 from deedsr.adapter.adapter import cross_attentions, residual_blocks
 from deedsr.adapter.cross_attention import CrossAttentionProcessor
 from deedsr.adapter.da_block import DegradationAwareConv, DegradationAwareGroup
-from jobs.tiny_base import UNET
+from tools.tiny.base import UNET
 
 SD21_BASE = {  # Stable Diffusion 2.1-base; the rest is the class's defaults
     "sample_size": 64,

@@ -1,5 +1,6 @@
 """Claims about bases: every layout of Stable Diffusion loads, what the adapter cannot stand on is refused by name."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -18,6 +19,11 @@ from deedsr.sampling.base import check_base
 from deedsr.sampling.model_folder import find_base, load_part
 from deedsr.sampling.pipeline import DeeDSRPipeline
 from deedsr.sampling.schedule import ddim
+from pipelines.dataset import Dataset
+from pipelines.models import resolve_learner
+from pipelines.training.config import AdapterOptions, DiffusionOptions
+from pipelines.training.fit import train_adapter
+from pipelines.training.suitability import check_adapter_data
 
 UNET = {
     "block_out_channels": (16, 32),
@@ -189,9 +195,6 @@ def test_what_the_adapter_cannot_stand_on_is_one_clear_error(base, tmp_path, dam
 
 
 def test_training_refuses_such_a_base_before_it_starts_anything(base, tmp_path, small_dataset):
-    from pipelines.training.config import AdapterOptions
-    from pipelines.training.fit import train_adapter
-
     broken = copied(base, tmp_path)
     edit(broken / UNET_CONFIG, in_channels=9)
     DegradationLearner(**LEARNER_PRESETS["tiny"]).save_pretrained(tmp_path / "learner")
@@ -199,6 +202,37 @@ def test_training_refuses_such_a_base_before_it_starts_anything(base, tmp_path, 
     with pytest.raises(UsageError, match="inpainting"):
         train_adapter(options, progress=False)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"diffusion": DiffusionOptions(lr_crop=21)}, "diffusion.lr_crop 21 gives training pictures of 84 px, .* base "
+         "tiny takes multiples of 16: give --diffusion.lr_crop 20 or another multiple of 4, or shards"),
+        ({"diffusion": DiffusionOptions(lr_crop=3)}, "diffusion.lr_crop 3 .* 16: give shards with a crop.size"),
+        ({"sampling": {"num_inference_step": 20}}, "sampling: unknown sampling setting 'num_inference_step'"),
+        ({"sampling": {"eta": 2.0}}, "sampling: eta must be"),
+        ({"learner": "without weights"}, "holds no weights"),
+    ],
+)  # fmt: skip
+def test_what_the_workers_could_not_use_is_refused_before_anything_starts(change, message, tmp_path, small_dataset):
+    if "learner" in change:
+        DegradationLearner(**LEARNER_PRESETS["tiny"]).save_pretrained(tmp_path / "learner")
+        (tmp_path / "learner" / f"{WEIGHTS}.safetensors").unlink()
+        change = {"learner": str(tmp_path / "learner")}
+    options = AdapterOptions(data=small_dataset, learner="tiny", base="tiny", out=str(tmp_path / "out"))
+    with pytest.raises(UsageError, match=message):
+        train_adapter(dataclasses.replace(options, **change), progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_crop_that_is_trained_on_whole_is_measured_too(base, tmp_path, small_dataset):
+    """Crops of 128 px, on a base whose UNet halves them eight times."""
+    deep = copied(base, tmp_path)
+    edit(deep / UNET_CONFIG, block_out_channels=[16] * 8)
+    options = AdapterOptions(small_dataset, "tiny", str(deep), str(tmp_path / "out"))
+    with pytest.raises(UsageError, match=r"the recipe's crop.size 128 .* takes multiples of 256: give shards with"):
+        check_adapter_data(options, Dataset.open(small_dataset), deep, resolve_learner("tiny"))
 
 
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -242,7 +276,6 @@ def test_training_without_signal_asks_for_the_hr_whatever_the_guidance_and_the_w
     answers with nothing has a finite one, weighted by min(SNR, gamma) or not."""
     from deedsr.sampling.guidance import model_output
     from pipelines.training.adapter_stage import AdapterStage
-    from pipelines.training.config import AdapterOptions, DiffusionOptions
 
     draw = torch.Generator().manual_seed(0)
     z_lr, z_hr, noise = (torch.randn(3, 4, 4, 4, generator=draw) for _ in range(3))

@@ -124,6 +124,12 @@ def test_a_wrong_file_is_named_with_its_key(tmp_path, content, message):
     assert str(error.value).startswith(message.replace("FILE", str(file)))
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path, encoding):
+    (tmp_path / "c.yaml").write_text("inner: {rate: 3}", encoding)
+    assert parser().read(["a", "--out", "o", "--config", str(tmp_path / "c.yaml")]).options.inner.rate == 3
+
+
 # --- commands ----------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +185,12 @@ def test_reading_options_and_help_import_nothing_heavy():
             ["upscale", "a", "--out", "b", "--color-fix", "ada"],
             "error: --color-fix takes none or adain or wavelet or null, got ",
         ),
+        (["shards", "--source", "a", "--out", "b", "--price", "2"], "error: --price 2.0 has no effect without --plan"),
+        (
+            ["shards", "--join", "a", "--out", "b", "--recipe", "light"],
+            "error: --recipe light has no effect with --join",
+        ),
+        (["shards", "--source", "a", "--out", "b", "--plan", "--gc"], "error: --gc True has no effect with --plan"),
         (["verify", "a", "--config", "nowhere.yaml"], "error: cannot read the configuration file nowhere.yaml: "),
         (["submit", "nowhere.yaml"], "error: cannot read the configuration file nowhere.yaml: "),
     ],

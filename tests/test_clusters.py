@@ -46,7 +46,7 @@ def test_ray_accepts_the_cluster_file_by_its_schema_and_its_validator(aws):
 def test_the_cluster_scales_spot_workers_for_data_and_for_training_from_nothing(aws):
     types = dict(aws["available_node_types"])
     head = types.pop(aws["head_node_type"])
-    assert "GPU" not in head["resources"]
+    assert head["resources"] == {"CPU": 0}
     assert sorted(bool(kind["resources"].get("GPU")) for kind in types.values()) == [False, True]
     for kind in types.values():
         assert kind["min_workers"] == 0 < kind["max_workers"]
@@ -70,6 +70,7 @@ def test_kubernetes_manifests_describe_a_cluster_that_scales_from_nothing(name):
     assert manifest["kind"] == {"raycluster.yaml": "RayCluster", "rayjob.yaml": "RayJob"}[name]
     assert spec["rayVersion"] == pinned("ray")
     assert spec["enableInTreeAutoscaling"] is True
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     for group in spec["workerGroupSpecs"]:
         assert group["minReplicas"] == 0 < group["maxReplicas"]
     for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
@@ -81,8 +82,9 @@ def test_kubernetes_manifests_describe_a_cluster_that_scales_from_nothing(name):
 
 
 def test_the_kubernetes_job_runs_a_command_that_the_command_line_accepts():
-    entrypoint = yaml.safe_load((ROOT / "infra" / "rayjob.yaml").read_text())["spec"]["entrypoint"]
-    python, flag, module, command, *words = shlex.split(entrypoint)
+    spec = yaml.safe_load((ROOT / "infra" / "rayjob.yaml").read_text())["spec"]
+    assert spec["entrypointNumCpus"] == 0
+    python, flag, module, command, *words = shlex.split(spec["entrypoint"])
     assert [python, flag, module] == ["python", "-m", "deedsr"]
     load(command)[1].read(words)
 
@@ -91,6 +93,7 @@ def test_the_kubernetes_job_runs_a_command_that_the_command_line_accepts():
 def test_shipped_job_files_are_valid_and_named_after_themselves(path):
     job = load_job_file(path)
     assert job.name == path.stem
+    assert job.entrypoint_num_cpus == job.entrypoint_num_gpus == 0  # on the head, which offers nothing to reserve
     assert Path(job.working_dir, "deedsr", "__main__.py").is_file()
 
 

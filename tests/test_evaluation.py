@@ -1,15 +1,19 @@
 """Claims about evaluation, on the small dataset of shipped photographs and a small model with random weights."""
 
 import json
+import shutil
+import threading
+import time
 from pathlib import Path
 
 import cv2
 import numpy as np
+import psutil
 import pytest
 import torch
 from small_networks import make_pipeline
 
-from deedsr.errors import DatasetNotCommitted, UsageError
+from deedsr.errors import DatasetNotCommitted, DeeDSRError, UsageError
 from deedsr.metrics import niqe_set, psnr_y, ssim_y
 from pipelines.dataset import Dataset
 from pipelines.evaluation import evaluate
@@ -180,3 +184,58 @@ def test_progress_goes_to_stderr_only(model, small_dataset, tmp_path, capsys):
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "evaluate" in printed.err
+
+
+@pytest.fixture
+def on_cluster(ray_cluster, monkeypatch):
+    """The tests' cluster as one that `RAY_ADDRESS` names."""
+    import ray
+
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+
+
+def assert_same(one: Path, other: Path) -> None:
+    one_results, other_results = (json.loads((out / "results.json").read_text()) for out in (one, other))
+    assert one_results["samples"] == other_results["samples"]
+    assert one_results["metrics"] == other_results["metrics"]
+    for sample in one_results["samples"]:
+        for name in sample["pictures"].values():
+            assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_a_cluster_computes_the_same(on_cluster, evaluated, model, small_dataset, tmp_path):
+    evaluate(model, small_dataset, str(tmp_path), limit=6, seed=3, device="cpu", progress=False)
+    assert_same(tmp_path, evaluated[0])
+
+
+@pytest.mark.soak
+def test_a_killed_actor_is_replaced_and_its_pairs_are_repeated(on_cluster, model, small_dataset, tmp_path):
+    options = {"limit": 8, "steps": 20, "progress": False, "device": "cpu"}
+    killed = []
+
+    def kill() -> None:
+        while not list(tmp_path.glob("cluster/pictures/[!.]*")):
+            time.sleep(0.02)
+        for process in psutil.Process().children(recursive=True):
+            if not killed and "_Actor" in process.name() + "".join(process.cmdline()):
+                process.kill()
+                killed.append(process.pid)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    evaluate(model, small_dataset, str(tmp_path / "cluster"), **options)
+    killer.join()
+    assert killed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS")
+        evaluate(model, small_dataset, str(tmp_path / "here"), **options)
+    assert_same(tmp_path / "cluster", tmp_path / "here")
+
+
+def test_what_is_wrong_with_the_data_is_said_in_the_same_words_by_an_actor(on_cluster, model, small_dataset, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(small_dataset, data)
+    for shard in data.glob("validation-*.tar"):
+        shard.unlink()
+    with pytest.raises(DeeDSRError, match=rf"^{data}/validation-\S+\.tar is missing: run `deedsr verify {data}`$"):
+        evaluate(model, str(data), str(tmp_path / "out"), limit=1, device="cpu", progress=False)

@@ -20,7 +20,7 @@ from pipelines.dataset import Dataset
 from pipelines.storage import open_storage, publish
 from pipelines.training import checkpoint
 from pipelines.training.config import resolved
-from pipelines.training.incidents import WINDOW, LossWindow
+from pipelines.training.incidents import WINDOW, LossWindow, Records
 from pipelines.training.order import SampleOrder
 
 
@@ -103,13 +103,15 @@ def first_rows(learner_options):  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    ("zero_stage", "kind"), [(0, "gradient"), (2, "nan"), pytest.param(3, "gradient", marks=pytest.mark.soak)]
-)
+    ("zero_stage", "kind", "exact_sums"),
+    [(0, "gradient", True), (2, "nan", True), pytest.param(3, "gradient", True, marks=pytest.mark.soak),
+     pytest.param(2, "gradient", False, marks=pytest.mark.soak), pytest.param(3, "nan", False, marks=pytest.mark.soak)],
+)  # fmt: skip
 def test_a_step_without_a_finite_loss_or_gradient_changes_nothing_and_is_written_down(
-    zero_stage, kind, learner_options, first_rows, tmp_path  # noqa: F811
+    zero_stage, kind, exact_sums, learner_options, first_rows, tmp_path  # noqa: F811
 ):  # fmt: skip
     options = variants(learner_options, tmp_path, max_steps=3, checkpoint_every=1, keep_checkpoints=9,
-                       zero_stage=zero_stage, ema_decay=0.9)  # fmt: skip
+                       zero_stage=zero_stage, ema_decay=0.9, exact_sums=exact_sums)  # fmt: skip
     bad = first_rows(2)[-1]  # the last worker's, and no other step's
     run(options, 2, {bad: kind})
     before, at, after = checkpoint.committed(open_storage(str(tmp_path)))
@@ -130,6 +132,59 @@ def test_a_step_without_a_finite_loss_or_gradient_changes_nothing_and_is_written
     assert sorted(path.name for path in (tmp_path / "incidents").glob("*.safetensors")) == [
         "step-00000002-rank-0.safetensors", "step-00000002-rank-1.safetensors"
     ]  # fmt: skip
+
+
+def test_a_bad_step_while_storage_is_away_stops_nothing_and_its_record_follows(
+    learner_options, first_rows, bucket, s3_server, monkeypatch, tmp_path  # noqa: F811
+):  # fmt: skip
+    """The record of step 10 cannot be written; the steps after it are made meanwhile."""
+    away = threading.Event()
+    with FaultProxy(s3_server, lambda number: "reset" if away.is_set() else None) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        options = variants(learner_options, tmp_path / "run", max_steps=40, checkpoint_every=40)
+        group = Group(options, 2, {first_rows(10)[0]: "nan"}, out=f"{bucket}/{tmp_path.name}")
+        group.wait_for_step(1)
+        away.set()
+        group.wait_for_step(20)
+        assert proxy.injected["reset"]
+        away.clear()
+        assert group.join() == [0, 0], group.log()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    assert [step for step, _ in group.curve()] == list(range(1, 41))
+    written = {entry.path for entry in open_storage(f"{bucket}/{tmp_path.name}").list("incidents/")}
+    ends = (".json", "-rank-0.safetensors", "-rank-1.safetensors")
+    assert written >= {f"incidents/step-00000010{end}" for end in ends}
+
+
+def test_a_record_that_can_never_be_written_is_left_out_with_a_warning(tmp_path, caplog):
+    (tmp_path / "incidents").write_text("a file where a folder must be")
+    with Records(open_storage(str(tmp_path)), 0.0) as records:
+        records.add(3, {"reason": "the loss is nan"}, {"x": torch.zeros(2)}, 0)
+        records.wait()
+    assert "there is no record of step 3" in caplog.text
+
+
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_workers_continue_from_the_checkpoint_that_worker_0_chose_or_not_at_all(
+    damaged, learner_options, tmp_path  # noqa: F811
+):  # fmt: skip
+    """Each sees a storage of its own; the newest checkpoint of one cannot be read."""
+    options = variants(learner_options, tmp_path / "run", max_steps=4, checkpoint_every=2)
+    run(options, 2)
+    for rank in range(2):
+        shutil.copytree(tmp_path / "run", tmp_path / f"seen-by-{rank}")
+    (tmp_path / f"seen-by-{damaged}/checkpoints/step-00000004/state.safetensors").write_bytes(b"damaged")
+    group = Group(variants(options, tmp_path / "run", max_steps=6), 2, out=str(tmp_path / "seen-by-{rank}"))
+    if damaged == 0:
+        assert group.join() == [0, 0], group.log()
+        undisturbed = run(variants(options, tmp_path / "undisturbed", max_steps=6), 2)
+        assert final(tmp_path / "seen-by-0").sha256 == final(undisturbed.folder).sha256
+    else:
+        group.processes[1].join(120)
+        group.kill()
+        assert group.processes[1].exitcode == 1
+        assert "worker 1 cannot read" in group.log()
+        assert final(tmp_path / "seen-by-0").step == 4
 
 
 def test_a_bad_step_ends_the_run_where_that_is_asked(learner_options, first_rows, tmp_path):  # noqa: F811

@@ -4,9 +4,11 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -128,6 +130,34 @@ def test_the_same_call_again_does_nothing_and_a_longer_one_continues_its_own_run
     assert _steps(learner.run_id) == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_metric_that_is_never_logged_is_refused_before_any_work(learner_options, adapter_options, tmp_path):
+    def refuses(options, train, message, **changes):
+        changed = dataclasses.replace(options, out=str(tmp_path / "out"), **changes)
+        changed = dataclasses.replace(changed, train=dataclasses.replace(options.train, **train))
+        with pytest.raises(UsageError, match=message):
+            (train_learner if options is learner_options else train_adapter)(changed, progress=False)
+
+    validated = {"validate_every": 1, "max_steps": 4}
+    for train, message in (
+        ({"best_metric": "los"}, "train.best_metric los is never logged; did you mean loss"),
+        ({"best_metric": "validaton/loss"} | validated, "did you mean validation/loss"),
+        ({"best_metric": "psnr"}, "is never logged; there are: data_wait_share, grad_norm, .*top5"),
+        ({"best_metric": "validation/loss"}, "it needs a validation split and a train.validate_every"),
+        ({"best_metric": "validation/loss", "validate_every": 5, "max_steps": 4}, "from 1 to train.max_steps"),
+        ({"best_mode": "max"}, "train.best_mode max says nothing without train.best_metric"),
+    ):
+        refuses(learner_options, train, message)
+    for train, message in (
+        ({"best_metric": "top1"}, "train.best_metric top1 is never logged"),
+        ({"best_metric": "loss_timestep/000-300"}, "did you mean loss_timestep/000-249"),
+        ({"best_metric": "validation/psnr_y", "validation_pictures": 0} | validated, "pixels and train.validation_pic"),
+    ):
+        refuses(adapter_options, train, message)
+    contrast = dataclasses.replace(learner_options.contrast, batch_block=1, batch_negatives=True)
+    refuses(learner_options, {}, "contrast.batch_negatives has no negatives in", contrast=contrast)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -148,6 +178,18 @@ def test_another_configuration_on_the_same_out_is_refused_by_name(learner, learn
 def test_a_training_of_the_other_stage_is_refused(learner, learner_options, adapter_options):
     with pytest.raises(UsageError, match="holds a training of the learner"):
         train_adapter(dataclasses.replace(adapter_options, out=learner_options.out), progress=False)
+
+
+def test_checkpoints_of_another_run_or_of_an_unknown_one_are_not_taken_up(learner, learner_options, tmp_path):
+    shutil.copytree(learner_options.out, tmp_path / "out")
+    options = dataclasses.replace(learner_options, out=str(tmp_path / "out"))
+    path = tmp_path / "out" / "training.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"run_id": "other"}))
+    with pytest.raises(UsageError, match=f"step-00000002 is of MLflow run {learner.run_id}, .* of other"):
+        train_learner(options, progress=False)
+    path.unlink()
+    with pytest.raises(UsageError, match="has checkpoints and no training.json"):
+        train_learner(options, progress=False)
 
 
 def test_missing_inputs_are_one_clear_error(learner_options, adapter_options, tmp_path):
@@ -239,6 +281,24 @@ def test_initial_weights_of_another_geometry_are_one_clear_error(learner, learne
         train_learner(dataclasses.replace(learner_options, model=paper, **new), progress=False)
     with pytest.raises(UsageError, match="no model folder"):
         train_adapter(dataclasses.replace(adapter_options, **new | {"init": str(tmp_path)[1:]}), progress=False)
+
+
+def test_a_users_mistake_that_only_a_worker_meets_ends_the_run_instead_of_being_tried_again(
+    learner, learner_options, tmp_path
+):
+    """Initial weights that the command has seen are gone when the workers look; failures are retried for ever."""
+    init, out = tmp_path / "init", tmp_path / "out"
+    shutil.copytree(Path(learner_options.out) / "learner", init / "learner")
+    train = dataclasses.replace(learner_options.train, num_workers=1, max_failures=-1)
+
+    def remove() -> None:
+        while not (out / "training.json").exists():
+            time.sleep(0.01)
+        shutil.rmtree(init)
+
+    threading.Thread(target=remove, daemon=True).start()
+    with pytest.raises(UsageError, match="no model folder"):
+        train_learner(dataclasses.replace(learner_options, init=str(init), out=str(out), train=train), progress=False)
 
 
 @pytest.mark.soak

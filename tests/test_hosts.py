@@ -143,8 +143,8 @@ class Table:
 def table(pytestconfig) -> Iterator[Table]:
     table = Table()
     yield table
-    reporter = pytestconfig.pluginmanager.get_plugin("terminalreporter")
-    reporter.write_line("\n" + "\n".join(table.rows))
+    with pytestconfig.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+        print("", *table.rows, sep="\n")
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def test_a_shards_job_that_loses_a_node_yields_the_same_digest(network, local, t
         wait_until(lambda: written() >= 3, process)
         fault(network["node2"])
         result = process.result()
-    table.add(f"{fault.__name__} a node", shards=(result["digest"], process.seconds))
+    table.add(f"node2: {fault.__name__}", shards=(result["digest"], process.seconds))
     assert result["digest"] == local["shards"]
     assert result["written"] == written()
 
@@ -223,6 +223,6 @@ def test_a_training_that_loses_a_node_yields_the_same_weights_and_a_whole_curve(
         wait_until(lambda: max(committed(), default=0) >= 10, process)
         fault(network["node2"])
         process.result()
-    table.add(f"{fault.__name__} a node", learner=(weights(out), process.seconds))
+    table.add(f"node2: {fault.__name__}", learner=(weights(out), process.seconds))
     assert weights(out) == local["learner"]
     assert logged_steps(out) == list(range(1, 41))

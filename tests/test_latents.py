@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from safetensors.torch import load_file
 from small_networks import make_pipeline
 from test_training import run_processes
@@ -147,6 +148,13 @@ def test_wrong_wishes_are_one_error_that_names_the_remedy(small_dataset, latents
         encode(small_dataset, str(tmp_path), None, tmp_path / "x")
     with pytest.raises(UsageError, match="holds no degradation learner"):
         encode(small_dataset, str(model), str(tmp_path), tmp_path / "x")
+    widths, blocks = (4,) * 9, (1,) * 9
+    deep = AutoencoderTiny(encoder_block_out_channels=widths, decoder_block_out_channels=widths,
+                           num_encoder_blocks=blocks, num_decoder_blocks=blocks)  # fmt: skip
+    shutil.copytree(model, tmp_path / "deep")
+    deep.save_pretrained(tmp_path / "deep" / "vae")
+    with pytest.raises(UsageError, match="have 128 px a side, and the VAE of .*deep takes multiples of 256"):
+        encode(small_dataset, str(tmp_path / "deep"), None, tmp_path / "x")
     with pytest.raises(DeeDSRError, match="needs pixels"):
         Dataset.open(str(latents)).read(Dataset.open(str(latents)).index(), 0)
     assert not (tmp_path / "x").exists()

@@ -16,6 +16,7 @@ from deedsr.learner import (
     pending_statistics,
     quadrant_pair,
 )
+from deedsr.learner.moco import UNGROUPED
 from deedsr.learner.resnet import high_pass
 
 
@@ -200,6 +201,10 @@ def test_quadrant_pairs_are_two_different_quadrants_and_all_twelve_orders_occur(
         quadrant_pair(np.zeros((3, 5, 4)), rng)
 
 
+def ungrouped(samples: int) -> torch.Tensor:
+    return torch.full((samples,), UNGROUPED)
+
+
 def contrast(queue_size: int = 10, batch_block: int = 8, **options) -> MomentumContrast:
     return MomentumContrast(small_learner(), queue_size, batch_block=batch_block, **options)
 
@@ -208,13 +213,13 @@ def test_queue_takes_keys_in_order_and_wraps_at_any_length():
     moco = contrast(queue_size=10)
     written = rows(24, 16)
     for start in (0, 8, 16):
-        moco.advance(written[start : start + 8], torch.arange(start, start + 8))
+        moco.advance(written[start : start + 8], torch.arange(start, start + 8), ungrouped(8))
     # Slot s holds the newest key whose number is s modulo 10.
     newest = [20, 21, 22, 23, 14, 15, 16, 17, 18, 19]
     assert moco.queue_sources_K.tolist() == newest
     assert torch.equal(moco.queue_KD, written[newest])
     assert int(moco.queue_pointer) == 4
-    moco.advance(rows(23, 16, 1), torch.arange(100, 123))  # more than the queue holds
+    moco.advance(rows(23, 16, 1), torch.arange(100, 123), ungrouped(23))  # more than the queue holds
     assert sorted(moco.queue_sources_K.tolist()) == list(range(113, 123))
     assert torch.equal(moco.queue_KD[moco.queue_sources_K.argmax()], rows(23, 16, 1)[-1])
 
@@ -222,9 +227,9 @@ def test_queue_takes_keys_in_order_and_wraps_at_any_length():
 def test_loss_is_info_nce_over_other_photographs_in_the_queue():
     moco = contrast(temperature=0.5)
     query, key, queued = rows(8, 16), rows(8, 16, 1), rows(6, 16, 2)
-    moco.advance(queued, torch.tensor([1, 2, 3, 4, 5, 6]))  # four of ten slots stay empty
+    moco.advance(queued, torch.tensor([1, 2, 3, 4, 5, 6]), ungrouped(6))  # four of ten slots stay empty
     sources = torch.tensor([1, 2, 3, 4, 5, 6, 7, 1])
-    loss, _ = moco.loss(query, key, sources)
+    loss, _ = moco.loss(query, key, sources, ungrouped(8))
     expected = []
     for i in range(8):
         scores = [query[i] @ key[i]] + [query[i] @ queued[j] for j in range(6) if j + 1 != sources[i]]
@@ -235,28 +240,51 @@ def test_loss_is_info_nce_over_other_photographs_in_the_queue():
 def test_batch_negatives_are_the_other_keys_of_the_block():
     moco = contrast(temperature=0.5, batch_block=4, batch_negatives=True)
     query, key = rows(8, 16), rows(8, 16, 1)
-    loss, _ = moco.loss(query, key, torch.zeros(8, dtype=torch.long))
+    loss, _ = moco.loss(query, key, torch.zeros(8, dtype=torch.long), ungrouped(8))
     blocks = [query[i : i + 4] @ key[i : i + 4].T / 0.5 for i in (0, 4)]
     expected = torch.stack([nn.functional.cross_entropy(scores, torch.arange(4)) for scores in blocks]).mean()
     torch.testing.assert_close(loss, expected)
-    halves = [moco.loss(query[i : i + 4], key[i : i + 4], torch.zeros(4, dtype=torch.long))[0] for i in (0, 4)]
+    alone = (torch.zeros(4, dtype=torch.long), ungrouped(4))
+    halves = [moco.loss(query[i : i + 4], key[i : i + 4], *alone)[0] for i in (0, 4)]
     torch.testing.assert_close(torch.stack(halves).mean(), loss)
     with pytest.raises(ValueError, match="whole blocks of 4"):
-        moco.loss(query[:6], key[:6], torch.zeros(6, dtype=torch.long))
+        moco.loss(query[:6], key[:6], torch.zeros(6, dtype=torch.long), ungrouped(6))
+
+
+@pytest.mark.parametrize("batch_negatives", [False, True])
+def test_keys_of_the_querys_own_degradation_group_are_no_negatives(batch_negatives):
+    """As if they were not there, in the queue and in the block; those of its photograph stay negatives in the block."""
+    moco = contrast(temperature=0.5, batch_block=4, batch_negatives=batch_negatives)
+    query, key, queued = rows(8, 16), rows(8, 16, 1), rows(6, 16, 2)
+    sources, groups = torch.tensor([1, 1, 2, 3, 4, 5, 6, 7]), torch.tensor([0, 5, 0, UNGROUPED, 5, 5, 0, UNGROUPED])
+    queue_sources, queue_groups = torch.tensor([1, 2, 3, 8, 8, 9]), torch.tensor([5, 0, 5, 5, 0, UNGROUPED])
+    moco.advance(queued, queue_sources, queue_groups)
+    share = lambda one, other: one == other != UNGROUPED
+    expected = []
+    for i in range(8):
+        scores = [query[i] @ key[i]]
+        for j in range(6):
+            if queue_sources[j] != sources[i] and not share(int(groups[i]), int(queue_groups[j])):
+                scores.append(query[i] @ queued[j])
+        for j in range(i - i % 4, i - i % 4 + 4) if batch_negatives else ():
+            if j != i and not share(int(groups[i]), int(groups[j])):
+                scores.append(query[i] @ key[j])
+        expected.append(-torch.log_softmax(torch.stack(scores) / 0.5, 0)[0])
+    torch.testing.assert_close(moco.loss(query, key, sources, groups)[0], torch.stack(expected).mean())
 
 
 def test_positives_are_recovered_and_an_empty_queue_teaches_nothing():
     moco = contrast(queue_size=32)
     query = rows(8, 16).requires_grad_()
-    loss, shares = moco.loss(query, query.detach(), torch.arange(8))
+    loss, shares = moco.loss(query, query.detach(), torch.arange(8), ungrouped(8))
     loss.backward()
     assert loss == 0
     assert not query.grad.any()
-    moco.advance(rows(32, 16, 1), torch.arange(100, 132))
-    _, shares = moco.loss(query, query.detach(), torch.arange(8))
+    moco.advance(rows(32, 16, 1), torch.arange(100, 132), ungrouped(32))
+    _, shares = moco.loss(query, query.detach(), torch.arange(8), ungrouped(8))
     assert shares["top1"] == 1
     assert shares["top5"] == 1
-    _, shares = moco.loss(query, -query.detach(), torch.arange(8))
+    _, shares = moco.loss(query, -query.detach(), torch.arange(8), ungrouped(8))
     assert shares["top1"] == 0
     assert shares["top5"] == 0
 
@@ -288,11 +316,11 @@ def test_key_encoder_follows_slowly_and_without_gradients(crops):
 
 def test_contrast_state_is_tensors_and_continues_exactly(tmp_path, crops):
     moco, fresh = contrast(), contrast()
-    moco.advance(moco.keys(crops), torch.arange(16))
+    moco.advance(moco.keys(crops), torch.arange(16), torch.arange(16))
     moco.update_momentum(small_learner(seed=1).named_parameters())
     save_file(moco.state_dict(), tmp_path / "contrast.safetensors")
     fresh.load_state_dict(load_file(tmp_path / "contrast.safetensors"))
     assert torch.equal(fresh.keys(crops), moco.keys(crops))
     query, sources = rows(8, 16), torch.arange(8)
-    assert torch.equal(fresh.loss(query, query, sources)[0], moco.loss(query, query, sources)[0])
+    assert torch.equal(fresh.loss(query, query, sources, sources)[0], moco.loss(query, query, sources, sources)[0])
     assert fresh.queue_pointer == moco.queue_pointer == 6

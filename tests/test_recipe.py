@@ -121,6 +121,15 @@ def test_a_wrong_recipe_is_refused_in_one_line_that_names_the_key_and_what_is_ac
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path, encoding):
+    (tmp_path / "mine.yaml").write_text("base: light\nname: früh\n", encoding)
+    assert load_recipe(tmp_path / "mine.yaml").name == "früh"
+    (tmp_path / "mine.yaml").write_text("base: light\nname: früh\n", "latin-1")
+    with pytest.raises(UsageError, match="is not valid YAML"):
+        load_recipe(tmp_path / "mine.yaml")
+
+
 def test_an_unknown_recipe_is_refused_with_the_names_of_those_there_are(tmp_path):
     with pytest.raises(UsageError, match="neither a file nor one of deedsr, demo, heavy, light, medium, realesrgan"):
         load_recipe("deepsr")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,14 +29,14 @@ def store(tmp_path, monkeypatch) -> str:
 
 
 class Command:
-    """`deedsr train learner` with these options, running."""
+    """`deedsr train learner` with these options, running. `name`: of its files beside the `--out`."""
 
-    def __init__(self, options: LearnerOptions, **environment: str):
+    def __init__(self, options: LearnerOptions, name: str = "command", **environment: str):
         self.out = Path(options.out)
         self.out.parent.mkdir(exist_ok=True, parents=True)
-        config = self.out.parent / "options.json"
+        config = self.out.parent / f"{name}.json"
         config.write_text(json.dumps(dataclasses.asdict(options)))
-        self.log = self.out.parent / "log"
+        self.log = self.out.parent / f"{name}.log"
         words = [sys.executable, "-m", "deedsr", "train", "learner", "--config", str(config), "--json"]
         with self.log.open("ab") as log:
             self.process = psutil.Popen(
@@ -60,6 +61,13 @@ class Command:
                 continue
         return found
 
+    def wait_for_line(self, words: str, seconds: float = 180) -> None:
+        deadline = time.monotonic() + seconds
+        while words not in self.log.read_text():
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
+            time.sleep(0.2)
+
     def result(self) -> dict:
         said = self.process.communicate(timeout=600)[0]
         assert self.process.returncode == 0, self.log.read_text()[-3000:]
@@ -71,16 +79,47 @@ def newest(out: Path) -> int:
     return done[-1].step if done else 0
 
 
+def test_of_two_commands_with_one_out_one_is_refused_and_the_other_s_result_is_its_own(
+    learner_options, store, tmp_path  # noqa: F811
+):  # fmt: skip
+    """Two seeds, started together."""
+    tracking.connect(store)
+    out = str(tmp_path / "run" / "learner")
+    train = dataclasses.replace(learner_options.train, max_steps=4, checkpoint_every=2, log_every=1, num_workers=1)
+    seeds = [dataclasses.replace(learner_options, out=out, train=dataclasses.replace(train, seed=n)) for n in (0, 1)]
+    commands = [Command(options, f"seed-{seed}") for seed, options in enumerate(seeds)]
+    said = [command.process.communicate(timeout=280)[0] for command in commands]
+    codes = [command.process.returncode for command in commands]
+    assert sorted(codes) == [0, 2], [command.log.read_text()[-2000:] for command in commands]
+    winner = codes.index(0)
+    refusal = commands[1 - winner].log.read_text()
+    assert f"is being trained by {socket.gethostname()} (process {commands[winner].process.pid})" in refusal
+    result = json.loads(said[winner])
+    client = tracking.connect(store)
+    [run] = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert (run.info.run_id, run.info.status, run.data.params["train.seed"]) == (
+        result["run_id"],
+        "FINISHED",
+        str(winner),
+    )
+    assert [m.step for m in client.get_metric_history(result["run_id"], "loss")] == [1, 2, 3, 4]
+    assert {c.run_id for c in checkpoint.committed(open_storage(out))} == {result["run_id"]}
+    record = json.loads((Path(out) / "training.json").read_text())
+    assert (record["config"]["train"]["seed"], record["exported"]) == (winner, 4)
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(1500)
 def test_a_training_that_loses_workers_and_its_driver_ends_as_an_undisturbed_one(
     learner_options, store, tmp_path  # noqa: F811
 ):  # fmt: skip
-    """SIGKILL, SIGTERM and SIGSTOP to a worker: it goes on by itself. SIGTERM and SIGKILL to the driver: by the same
-    command. In the end weights and curve are those of two workers that nothing happened to, without Ray, bit for bit.
+    """SIGKILL, SIGTERM and SIGSTOP to a worker, two failures and a move: it goes on by itself. SIGTERM and SIGKILL to
+    the driver: by the same command. In the end weights and curve are those of two workers that nothing happened to,
+    without Ray, bit for bit.
     """
     train = dataclasses.replace(learner_options.train, max_steps=260, checkpoint_every=20, num_workers=2,
-                                micro_batch_size=4, hang_seconds=10.0, keep_checkpoints=3)  # fmt: skip
+                                micro_batch_size=4, hang_seconds=10.0, keep_checkpoints=3,
+                                max_failures=2)  # fmt: skip
     options = dataclasses.replace(learner_options, out=str(tmp_path / "run" / "learner"), train=train)
     command = Command(options)
     seconds = {}
@@ -165,3 +204,65 @@ def test_a_lost_node_costs_its_worker_until_it_returns(learner_options, store, t
     run_id = json.loads((command.out / "training.json").read_text())["run_id"]
     steps = [m.step for m in tracking.connect(store).get_metric_history(run_id, "loss")]
     assert sorted(steps) == list(range(1, newest(command.out) + 1))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1500)
+def test_a_training_that_waits_for_a_node_or_hangs_says_so_and_ends_when_it_is_told_to(
+    learner_options, store, tmp_path  # noqa: F811
+):  # fmt: skip
+    from ray.cluster_utils import Cluster
+
+    small = {"object_store_memory": 100 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
+    train = dataclasses.replace(learner_options.train, max_steps=1_000_000, checkpoint_every=20, num_workers=1)
+    options = dataclasses.replace(learner_options, out=str(tmp_path / "run" / "learner"), train=train)
+    tracking.connect(store)
+
+    def begun(name: str) -> Command:
+        return Command(options, name, RAY_ADDRESS=cluster.address)
+
+    def assert_ended(command: Command) -> None:
+        try:
+            command.process.communicate(timeout=30)
+        finally:
+            print(command.log.read_text()[-3000:])
+            command.process.kill()
+        assert command.process.returncode == 130
+        assert not list(command.out.glob("_ray-*"))
+        assert json.loads((command.out / "claim.json").read_text())["ended"]
+        time.sleep(3)
+        left = [p.cmdline() for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+        assert not [words for words in left if words and words[0].startswith(("ray::Train", "ray::RayTrain"))]
+        if (command.out / "training.json").exists():
+            run_id = json.loads((command.out / "training.json").read_text())["run_id"]
+            assert tracking.connect(store).get_run(run_id).info.status == "KILLED"
+
+    try:
+        command = begun("before-the-first-start")
+        command.wait_for_line("train learner: 1 worker")
+        time.sleep(5)
+        command.process.send_signal(signal.SIGTERM)
+        assert_ended(command)
+
+        node = cluster.add_node(num_cpus=1, **small)
+        command = begun("worker-that-hangs")
+        command.wait_for_step(20)
+        [worker] = command.workers(psutil.Process())
+        worker.suspend()
+        command.process.send_signal(signal.SIGINT)
+        time.sleep(3)
+        assert command.process.poll() is None
+        command.process.send_signal(signal.SIGINT)
+        assert_ended(command)
+
+        command = begun("lost-node")
+        command.wait_for_step(newest(command.out) + 20)
+        cluster.remove_node(node, allow_graceful=False)
+        command.wait_for_line("workers failed: ")
+        command.wait_for_line("s for 1 x {CPU 1}: free: 0 CPU")
+        command.process.send_signal(signal.SIGTERM)
+        assert_ended(command)
+        assert "Traceback" not in command.log.read_text()
+    finally:
+        cluster.shutdown()

@@ -287,6 +287,22 @@ def test_impossible_settings_are_refused_by_name(pipe, lr, options, message):
         pipe(lr, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"degradation_per_tile": True, "tile": 0}, "degradation_per_tile True has no effect with tile 0"),
+        ({"noise_guidance_share": 0.5, "noise_guidance": 0}, "noise_guidance_share 0.5 has no effect with noise_g"),
+        ({"eta": 0.5, "solver": "dpm"}, "eta 0.5 has no effect with solver dpm, which has 0 and 1 alone"),
+    ],
+)
+def test_a_setting_without_effect_beside_the_others_is_refused(options, message):
+    recommended = SamplingSettings(noise_guidance_share=0.4, eta=0.5)
+    with pytest.raises(UsageError, match=message):
+        recommended.override(**options)
+    for name, value in options.items():  # what the model recommends is no wish of the user's
+        assert getattr(recommended.override(**{name: value}), name) == value
+
+
 def test_inputs_that_are_no_pictures_are_refused(pipe, lr):
     for bad in ([], lr / 255, lr[..., :1], lr[:0], torch.full((3, 4, 4), 2.0), torch.full((3, 4, 4), torch.nan), "x"):
         with pytest.raises(ValueError):

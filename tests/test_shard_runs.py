@@ -176,7 +176,7 @@ def test_a_plan_takes_no_less_time_than_the_largest_shard_does_unless_shards_are
 
 
 def test_a_sign_of_life_that_fails_is_tried_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipelines.shards.run._HEARTBEAT", 0.02)
+    monkeypatch.setattr("pipelines.claims._HEARTBEAT", 0.02)
     out = open_storage(tmp_path)
     with run.running(out) as folder:
         claim = folder.local_path("claim.json")

@@ -1,6 +1,7 @@
 """Claims on what a `--source` holds: folders, lists, tars and Parquet tables, each with its accidents."""
 
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -8,10 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from source_files import listed, problems, put, rejected, run, table_of, tar_of
+from source_files import changed, listed, problems, put, rejected, run, table_of, tar_of
 
 from deedsr.errors import UsageError
 from pipelines.dataset import Dataset
+from pipelines.inspection import inspect
 from pipelines.shards import verify
 from pipelines.shards.sources import Source, read_source
 from pipelines.shards.sources.tars import list_tar
@@ -116,6 +118,20 @@ def test_what_is_given_is_used_or_rejected_with_a_reason(tmp_path, pictures, one
         "rows.parquet/0000000010": "not a JPEG, PNG, WebP or TIFF image",
     }
     assert verify(str(tmp_path / "out"), progress=False).ok
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_patterns_of_a_recipe_that_match_no_source_are_named(tmp_path, pictures, one_crop_recipe, caplog):
+    put(dict(list(pictures.items())[:2]), tmp_path / "photos")
+    name = next(iter(pictures))
+    split = {"validation_patterns": ["vlaidation/*"], "validation_share": 0}
+    weights = [{"pattern": name, "variants": 2}, {"pattern": "faces/*", "variants": 8}]
+    run([tmp_path / "photos"], tmp_path / "out", changed(one_crop_recipe, split=split, weights=weights))
+    said = [record.getMessage() for record in caplog.records]
+    assert "recipe small: the pattern 'vlaidation/*' of split.validation_patterns matches no source" in said
+    assert [line for line in said if "weights" in line] == [
+        "recipe small: the pattern 'faces/*' of weights matches no source"
+    ]
 
 
 # Tars
@@ -285,6 +301,28 @@ def test_a_dataset_of_tars_is_the_same_for_any_workers_and_place_and_a_changed_t
     kept = {shard.name for shard in Dataset.open(str(tmp_path / "one")).manifest.shards}
     assert again.reused > 0
     assert set(index["shard"].to_pylist()) - kept <= touched
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_pictures_of_any_name_make_a_dataset_that_is_verified_and_shown(tmp_path, pictures, one_crop_recipe):
+    odd = ["a [1]", "100%", "what?", "new\nline", "é日本", "<script>alert(1)</script>", "x" * 200, "tab\t\"'", "..b"]
+    data = [data for name, data in pictures.items() if name.endswith(".jpg")]
+    folder = tmp_path / ("photos %20?" + os.fsdecode(b"\xe9"))  # no Unicode
+    for number, name in enumerate(odd):
+        put({f"{name.replace('/', '')}.jpg": data[number % len(data)]}, folder)
+    (folder / os.fsdecode(b"caf\xe9.jpg")).write_bytes(data[0])
+    result = run([folder], tmp_path / "shards [2]", one_crop_recipe)
+    assert (result.samples, result.rejected) == (len(odd) - 1, 1)  # ..b is hidden
+    index = Dataset.open(str(tmp_path / "shards [2]")).index()
+    assert set(index["source"].to_pylist()) == {f"{name.replace('/', '')}.jpg" for name in odd if name != "..b"}
+    assert rejected(tmp_path / "shards [2]") == {os.fsdecode(b"caf\xe9.jpg"): "file name is not valid UTF-8"}
+    assert verify(str(tmp_path / "shards [2]"), progress=False).ok
+    page = tmp_path / "page ? 1.html"
+    inspect(str(tmp_path / "shards [2]"), page, progress=False)
+    text = page.read_text()
+    assert "<script>alert(1)" not in text
+    assert "&lt;script&gt;alert(1)" in text
+    assert "caf" in text
 
 
 @pytest.mark.usefixtures("ray_cluster")

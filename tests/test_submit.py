@@ -2,125 +2,25 @@
 
 import contextlib
 import json
-import os
 import secrets
-import shutil
 import signal
-import socket
 import sqlite3
-import subprocess
-import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
-from functools import partial
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
+from ray_head import ROOT, Head, free_ports, running
 
 from jobs import cli
-
-ROOT = Path(__file__).parent.parent
-BIN = Path(sys.executable).parent
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-
-
-class Head:
-    """A Ray head as a child process, on loopback, in a temporary directory of its own."""
-
-    def __init__(self):
-        # Sockets lie below it, and a socket's path has 107 characters at most: pytest's own folders are too deep.
-        self.folder = Path(tempfile.mkdtemp(prefix="dsr", dir="/tmp"))
-        token = self.folder / "token"
-        token.write_text(secrets.token_hex(32))
-        gcs, dashboard, client, agent, agent_grpc, runtime_env, metrics = free_ports(7)
-        self.address = f"http://127.0.0.1:{dashboard}"
-        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
-            "PATH": f"{BIN}:{os.environ['PATH']}",  # the entry point's `python` is looked up here
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # there are no other nodes to drain to
-            "OMP_NUM_THREADS": "1",
-            "MLFLOW_TRACKING_URI": f"sqlite:///{self.folder}/mlflow.db",
-        }
-        command = [
-            BIN / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}",
-            f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--ray-client-server-port={client}",
-            f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}",
-            f"--runtime-env-agent-port={runtime_env}", f"--metrics-export-port={metrics}",
-            f"--temp-dir={self.folder}/ray", "--num-cpus=2", f"--object-store-memory={200 << 20}",
-        ]  # fmt: skip
-        self.log = (self.folder / "head.log").open("wb")
-        self.process = subprocess.Popen(
-            command, env=self.environment, stdout=self.log, stderr=self.log, cwd=self.folder, start_new_session=True
-        )
-
-    def wait_until_ready(self) -> None:
-        """Until the dashboard knows of a node that can run jobs."""
-        deadline = time.monotonic() + 120
-        token = Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
-        request = urllib.request.Request(f"{self.address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
-        while time.monotonic() < deadline and self.process.poll() is None:
-            with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5):
-                return
-            time.sleep(0.5)
-        raise AssertionError((self.folder / "head.log").read_text())
-
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait(60)
-        self.log.close()
-
-    def processes(self) -> list[psutil.Process]:
-        """Everything on this machine that runs below the head's folder."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if str(self.folder) in " ".join(process.cmdline()):
-                    found.append(process)
-        return found
-
-    def start_submit(self, job: dict, *words: str, **environment: str) -> subprocess.Popen:
-        path = self.folder / "job.yaml"
-        path.write_text(yaml.safe_dump(job))
-        return subprocess.Popen(
-            [sys.executable, "-m", "deedsr", "submit", str(path), "--address", self.address, "--json", *words],
-            env=self.environment | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-            # Tests that a shell runs in the background have SIGINT ignored, and what they start would too.
-            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-        )  # fmt: skip
-
-    def submit(self, job: dict, *words: str, **environment: str) -> tuple[int, str, str]:
-        """(exit code, stdout, stderr) of `deedsr submit`."""
-        with self.start_submit(job, *words, **environment) as process:
-            output, log = process.communicate(timeout=240)
-        return process.returncode, output, log
 
 
 @pytest.fixture(scope="module")
 def head():
-    head = Head()
-    try:
-        head.wait_until_ready()
+    with running(Head(cpus=2)) as head:
         yield head
-    finally:
-        with contextlib.suppress(subprocess.TimeoutExpired, ProcessLookupError):
-            head.stop()
-        for process in head.processes():
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        shutil.rmtree(head.folder, ignore_errors=True)
 
 
 def test_a_shards_job_outlives_ctrl_c_is_followed_again_and_yields_the_digest_of_a_local_run(
@@ -174,6 +74,15 @@ def test_a_failed_job_is_exit_1_and_its_own_error_is_in_the_log(head):
     assert json.loads(output)["status"] == "FAILED"
     assert "manifest.json" in log
     assert "Traceback" not in log
+
+
+def test_a_cluster_without_gpu_and_autoscaler_is_refused_at_once_naming_the_option(head, small_dataset):
+    options = {"model": "tiny", "data": small_dataset, "out": str(head.folder / "evaluation")}
+    job = {"command": "evaluate", "options": options, "working_dir": str(ROOT)}
+    code, _, log = head.submit(job, "--wait")
+    assert code == 1, log
+    assert "error: this cluster has no GPU and no autoscaler that could add one: --device cpu" in log
+    assert not (head.folder / "evaluation").exists()
 
 
 def test_without_the_token_nothing_is_accepted(head):

@@ -10,7 +10,7 @@ from benchmarks.picture_measures import FLAT, consistency, interval, patch_devia
 from benchmarks.tiny_crops import COUNT, SHIPPED, SIDE, read_crops
 from benchmarks.tiny_figures import DEGRADED, degraded, degrading
 from deedsr.degradation.assignment import assign_degradation
-from jobs.tiny_base import VALIDATION
+from tools.tiny.photographs import VALIDATION
 
 
 @pytest.fixture(scope="module")

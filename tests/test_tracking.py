@@ -97,6 +97,14 @@ def test_a_run_holds_the_commit_of_the_checkout(store, client):
     assert client.get_run(run.id).data.tags["mlflow.source.git.commit"] == head
 
 
+def test_names_that_are_not_unicode_are_stored(store, client):
+    odd = os.fsdecode(b"caf\xe9")
+    run = start(store, config={"out": odd, "data": {"source": [odd]}}, tags={"deedsr.out": odd})
+    run.finish()
+    data = client.get_run(run.id).data
+    assert (data.params["out"], data.tags["deedsr.out"]) == ("caf?", "caf?")
+
+
 def test_many_parameters_are_all_stored(store, client):
     run = start(store, config={"ranges": {f"value{i}": i for i in range(250)}})
     run.finish()
@@ -314,6 +322,32 @@ def test_a_store_that_does_not_answer_is_one_clear_error_without_its_password(tm
 def test_a_run_that_is_not_in_the_store_cannot_be_continued(store):
     with pytest.raises(UsageError, match="has no run missing to continue"):
         start(store, run_id="missing")
+
+
+@pytest.mark.parametrize("what", ["run", "experiment"])
+def test_a_deleted_run_is_named_with_the_command_that_restores_it(own_store, what):
+    run = start(own_store, experiment=f"deleted {what}")
+    run.finish()
+    client = MlflowClient(own_store)
+    about = client.get_run(run.id).info
+    if what == "run":
+        client.delete_run(run.id)
+        command = f"mlflow runs restore --run-id {run.id}"
+    else:
+        client.delete_experiment(about.experiment_id)
+        command = f"mlflow experiments restore --experiment-id {about.experiment_id}"
+    for patient in (True, False):
+        with pytest.raises(UsageError, match=f"was deleted in {own_store}: .*{command}"):
+            start(own_store, run_id=run.id, patient=patient)
+    going_on = tracking.open_run(own_store, run.id, system_metrics=False)  # deleted while a training writes it
+    going_on.log_metrics({"loss": 1.0}, 1)
+    with pytest.raises(DeeDSRError, match=command):
+        going_on.flush()
+    assert [point[0] for point in going_on.unsent()] == ["loss"]
+    restored = [sys.executable, "-m", *command.split()]
+    subprocess.run(restored, env=os.environ | {"MLFLOW_TRACKING_URI": own_store}, check=True, capture_output=True)
+    start(own_store, run_id=run.id).finish()
+    going_on.close()
 
 
 def test_a_store_that_vanishes_is_an_error_that_keeps_what_is_pending(own_store, tmp_path):

@@ -12,6 +12,8 @@ import torch
 from training_process import run_script
 
 from deedsr.errors import DeeDSRError, UsageError
+from deedsr.learner.moco import UNGROUPED
+from pipelines.dataset import Dataset
 from pipelines.storage import open_storage
 from pipelines.training import checkpoint
 from pipelines.training.config import (
@@ -25,12 +27,14 @@ from pipelines.training.config import (
     TrainOptions,
     check,
     from_resolved,
-    learning_rate,
     micro_batch,
     resolved,
     worker_range,
 )
+from pipelines.training.learner_stage import LearnerStage
 from pipelines.training.order import SampleOrder
+from pipelines.training.record import TrainingRecord
+from pipelines.training.schedule import learning_rate, with_schedule
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +88,8 @@ def test_samples_are_permuted_within_windows_of_shards(index):
         ({"precision": "bf16"}, "train.zero_stage"),
         ({"compile": True, "zero_stage": 3}, "train.compile"),
         ({"ema_decay": 1.0}, "train.ema_decay"),
+        ({"schedule_steps": 100}, "train.schedule_steps"),
+        ({"schedule": "cosine", "schedule_steps": 5, "warmup_steps": 5}, "train.schedule_steps"),
         ({"global_batch_size": 33}, "contrast.batch_block"),
     ],
 )
@@ -119,6 +125,45 @@ def test_learning_rate_warms_up_and_decays():
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(0.01, abs=1e-3)
+
+
+@pytest.mark.parametrize("recorded", ["before there was the option", "with the option"])
+def test_a_run_that_is_made_longer_or_shorter_keeps_its_rates_and_says_where_they_end(recorded, caplog):
+    train = TrainOptions(lr=1.0, schedule="cosine", warmup_steps=10, max_steps=110)
+    began = resolved(with_schedule(AdapterOptions(train=train), None))
+    assert began["train"]["schedule_steps"] == 110
+    assert not caplog.records
+    if recorded == "before there was the option":
+        del began["train"]["schedule_steps"]
+    before = [learning_rate(train, step) for step in range(110)]
+    longer = with_schedule(AdapterOptions(train=dataclasses.replace(train, max_steps=200)), began).train
+    assert [learning_rate(longer, step) for step in range(110)] == before
+    assert [learning_rate(longer, step) for step in range(110, 200)] == pytest.approx([0.01] * 90)
+    shorter = with_schedule(AdapterOptions(train=dataclasses.replace(train, max_steps=60)), began).train
+    assert [learning_rate(shorter, step) for step in range(60)] == before[:60]
+    beyond, within = [record.getMessage() for record in caplog.records]
+    assert "train.max_steps 200 goes beyond the cosine schedule of 110 steps" in beyond
+    assert "stays at its end, 0.01" in beyond
+    assert "train.max_steps 60 ends within the cosine schedule of 110 steps" in within
+    constant = AdapterOptions(train=TrainOptions(max_steps=10))
+    assert with_schedule(dataclasses.replace(constant, train=TrainOptions(max_steps=20)), resolved(constant)).train == (
+        TrainOptions(max_steps=20)
+    )
+    assert len(caplog.records) == 2
+
+
+def test_the_length_of_a_schedule_is_no_part_of_another_configuration_until_it_is_given(tmp_path):
+    train = TrainOptions(schedule="cosine", max_steps=100)
+    options = LearnerOptions(data="d", out=str(tmp_path), train=train)
+    old = resolved(options)
+    del old["train"]["schedule_steps"]
+    for config in (old, resolved(with_schedule(options, None))):
+        record = TrainingRecord("learner", config, {}, "run")
+        longer = with_schedule(variants(options, tmp_path, max_steps=300), config)
+        record.refuse_differences("learner", longer, {})
+        other = with_schedule(variants(options, tmp_path, max_steps=300, schedule_steps=300), config)
+        with pytest.raises(UsageError, match="train.schedule_steps was 100, is 300"):
+            record.refuse_differences("learner", other, {})
 
 
 def _checkpoint(step):
@@ -161,7 +206,7 @@ def base(tmp_path_factory) -> Path:
     """A randomly initialised base in diffusers layout, smaller than `tiny`."""
     from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 
-    from jobs.tiny_base import SCHEDULER
+    from tools.tiny.base import SCHEDULER
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("base")
@@ -265,12 +310,42 @@ def variants(options, out: Path, **changes):
     return dataclasses.replace(options, out=str(out), train=dataclasses.replace(options.train, **changes))
 
 
+def test_a_sample_knows_its_degradation_group_and_validation_counts_no_other_of_it_as_a_negative(learner_options):
+    dataset = Dataset.open(learner_options.data)
+    index = dataset.index("train")
+    groups = pa.array([3, None, 3, 2**30] * (index.num_rows // 4), pa.int32())
+    index = index.set_column(index.column_names.index("degradation_group"), "degradation_group", groups)
+    stage = LearnerStage(learner_options)
+    learner = stage.build(torch.device("cpu"), torch.float32).eval()
+    samples = [stage.sample(dataset, index, row, 0) for row in range(4)]
+    batch = {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in samples[0]}
+    assert batch["group"].tolist() == [3, UNGROUPED, 3, 2**30]
+    with torch.no_grad():
+        rows = stage.measure(learner, batch)
+        query, key = (learner(batch[part], embedding=True) for part in ("query", "key"))
+    scores = query @ key.T / learner_options.contrast.temperature
+    scores[0, 2] = scores[2, 0] = -torch.inf
+    torch.testing.assert_close(stage.judge(rows)["loss"], torch.nn.functional.cross_entropy(scores, torch.arange(4)))
+
+
+def test_a_queue_from_before_there_were_groups_goes_on(learner_options):
+    stage, fresh = LearnerStage(learner_options), LearnerStage(learner_options)
+    for one in (stage, fresh):
+        one.build(torch.device("cpu"), torch.float32)
+    keys = torch.nn.functional.normalize(torch.randn(8, stage.learner.embedding_dim))
+    stage.contrast.advance(keys, torch.arange(8), torch.arange(8))
+    state = {name: tensor.clone() for name, tensor in stage.state().items()}
+    fresh.load_state({name: tensor for name, tensor in state.items() if "groups" not in name})
+    assert torch.equal(fresh.contrast.queue_KD, stage.contrast.queue_KD)
+    assert fresh.contrast.queue_sources_K.tolist() == stage.contrast.queue_sources_K.tolist()
+    assert set(fresh.contrast.queue_groups_K.tolist()) == {UNGROUPED}
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_a_noisy_latent_pulled_to_the_lr_still_has_the_hr_as_its_answer(adapter_options, prediction):
     """A base that knows the HR latent has no loss, whatever share of x_t is the LR's."""
     from deedsr.sampling.guidance import alpha_bar, model_output
     from deedsr.sampling.latents import encode_latents
-    from pipelines.dataset import Dataset
     from pipelines.training.adapter_stage import AdapterStage
 
     diffusion = DiffusionOptions(lr_crop=16, noise_guidance=1.0, max_timestep=300)

@@ -318,6 +318,8 @@ def contents(out: Path) -> dict[str, bytes]:
 
 def test_a_cluster_makes_the_same_bytes_also_when_a_worker_is_killed(ray_cluster, many, model, tmp_path):
     (many / "empty.png").write_bytes(b"")
+    odd = os.fsdecode(b"caf\xe9 [1]\n.png")  # no Unicode, as names of files may be
+    (many / odd).write_bytes((many / "00.png").read_bytes())
     out, killed = tmp_path / "out", []
 
     def kill() -> None:
@@ -334,7 +336,8 @@ def test_a_cluster_makes_the_same_bytes_also_when_a_worker_is_killed(ray_cluster
     killer.join()
     assert killed
     assert [Path(failure["input"]).name for failure in result.failed] == ["empty.png"]
-    assert [Path(image["input"]).name for image in result.images] == [f"{number:02}.png" for number in range(8)]
+    names = [f"{number:02}.png" for number in range(8)]
+    assert [Path(image["input"]).name for image in result.images] == [*names, odd]
     run([many], tmp_path / "plain", model, steps=20)
     assert contents(out) == contents(tmp_path / "plain")
 

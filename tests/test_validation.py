@@ -10,6 +10,8 @@ import test_training
 from test_training import base, learner_options, run_processes, variants  # noqa: F401
 
 from pipelines.training.config import AdapterModelOptions, AdapterOptions, DiffusionOptions, TrainOptions
+from pipelines.training.feasibility import logged_metrics
+from pipelines.training.metrics import bucket_names
 from pipelines.training.validation import fixed_rows, strip
 
 # What rank 0 is told of validation goes into its --out.
@@ -93,6 +95,11 @@ def test_validation_leaves_no_trace_in_the_training(arms):
     few = {"max_steps": 2, "checkpoint_every": 2}
     off, on = arms("off", **few), arms("on", **VALIDATED | {"validate_every": 1, "validation_pictures": 1}, **few)
     _trains_alike(*({kind: arm[kind] for kind in ("learner", "adapter")} for arm in (off, on)), workers=1)
+    for kind in ("learner", "adapter"):  # what train.best_metric may name is what checkpoints hold
+        [record] = Path(on[kind].out).glob("checkpoints/*/checkpoint.json")
+        held, known = set(json.loads(record.read_text())["metrics"]), logged_metrics(on[kind], 1000, True, True)
+        assert held <= known
+        assert {name for name in known - held if "gpu" not in name} <= set(bucket_names(1000))  # of few samples
 
 
 @pytest.mark.soak

@@ -151,7 +151,8 @@ def _spoil(result, kinds: list[str]):
 
 
 class Group:
-    """The workers of one training, started. `bad` by row of the index; `out`: where not in `options.out` itself."""
+    """The workers of one training, started. `bad` by row of the index; `out`: where not in `options.out` itself, with
+    `{rank}` where each worker sees a storage of its own."""
 
     def __init__(self, options, world_size: int, bad: dict[int, str] | None = None, out: str = ""):
         self.folder = Path(options.out)
@@ -161,7 +162,16 @@ class Group:
         self.processes = [
             _context.Process(
                 target=work,
-                args=(options, life, rank, world_size, port, bad or {}, out or options.out, dict(os.environ)),
+                args=(
+                    options,
+                    life,
+                    rank,
+                    world_size,
+                    port,
+                    bad or {},
+                    (out or options.out).format(rank=rank),
+                    dict(os.environ),
+                ),
                 daemon=True,
             )
             for rank in range(world_size)

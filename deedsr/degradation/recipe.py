@@ -18,7 +18,8 @@ from deedsr.errors import UsageError
 
 __all__ = ["ALGORITHM_VERSION", "Recipe", "builtin_recipes", "load_recipe"]
 
-# Raised whenever the same recipe and sources would give other bytes than before.
+# Raised whenever the same recipe and sources would give other bytes than before. Not where a few odd sources are read
+# right that were read wrong: it would make every dataset anew (docs/data.md names them).
 ALGORITHM_VERSION = 2
 
 Count = Annotated[int, Field(ge=1)]
@@ -173,17 +174,17 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 def _read(name: str, folder: Path, seen: tuple[str, ...]) -> dict[str, Any]:
     """The keys of a recipe, its base's included."""
     if name in builtin_recipes():
-        source, place = (_BUILTIN / f"{name}.yaml").read_text(encoding="utf-8"), folder
+        source, place = (_BUILTIN / f"{name}.yaml").read_bytes(), folder
     else:
         path = folder / name
         place = path.parent
         try:
-            source = path.read_text(encoding="utf-8")
+            source = path.read_bytes()
         except FileNotFoundError:
             raise UsageError(
                 f"no recipe {name!r}: it is neither a file nor one of {', '.join(builtin_recipes())}"
             ) from None
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             raise UsageError(f"recipe {name} cannot be read: {error}") from None
         name = str(path.resolve())
     if name in seen:

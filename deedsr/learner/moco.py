@@ -13,6 +13,7 @@ from torch import nn
 from deedsr.learner.resnet import DegradationLearner
 
 EMPTY = -1  # the source of a queue slot that no key was written to yet
+UNGROUPED = -1  # the group of a sample that shares its degradation with no other
 
 
 class MomentumContrast(nn.Module):
@@ -36,6 +37,7 @@ class MomentumContrast(nn.Module):
 
     queue_KD: torch.Tensor
     queue_sources_K: torch.Tensor
+    queue_groups_K: torch.Tensor
     queue_pointer: torch.Tensor
 
     def __init__(
@@ -59,6 +61,7 @@ class MomentumContrast(nn.Module):
         self.register_buffer("shuffle", shuffle, persistent=False)
         self.register_buffer("queue_KD", torch.zeros(queue_size, query.embedding_dim))
         self.register_buffer("queue_sources_K", torch.full((queue_size,), EMPTY))
+        self.register_buffer("queue_groups_K", torch.full((queue_size,), UNGROUPED))
         self.register_buffer("queue_pointer", torch.zeros((), dtype=torch.long))
 
     def _blocks(self, batch: int) -> int:
@@ -76,37 +79,43 @@ class MomentumContrast(nn.Module):
         return keys_BD
 
     def loss(
-        self, query_BD: torch.Tensor, key_BD: torch.Tensor, sources_B: torch.Tensor
+        self, query_BD: torch.Tensor, key_BD: torch.Tensor, sources_B: torch.Tensor, groups_B: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """InfoNCE of one micro-batch, mean over its samples, and the shares of positives ranked first and in the top 5.
 
         `query_BD` and `key_BD` have length 1. `sources_B` (int64, >= 0) names the photograph of each sample: keys in
-        the queue that come from the query's own photograph are no negatives.
+        the queue that come from the query's own photograph are no negatives. `groups_B` (int64) names the degradation
+        of samples that share it with others, or is UNGROUPED: keys of the query's own group are no negatives, neither
+        in the queue nor in the block.
         """
         batch = len(query_BD)
         query_BD, key_BD = query_BD.float(), key_BD.float()
         positive_B1 = (query_BD * key_BD).sum(1, keepdim=True)
         masked_BK = (self.queue_sources_K == EMPTY) | (self.queue_sources_K == sources_B[:, None])
+        masked_BK |= same_group(groups_B[:, None], self.queue_groups_K)
         logits = [positive_B1, (query_BD @ self.queue_KD.T).masked_fill(masked_BK, -torch.inf)]
         if self.batch_negatives:
             blocks = self._blocks(batch)
             negative_BN = torch.bmm(
                 query_BD.view(blocks, self.batch_block, -1), key_BD.view(blocks, self.batch_block, -1).transpose(1, 2)
             )
-            itself = torch.eye(self.batch_block, dtype=torch.bool, device=query_BD.device)
-            logits.append(negative_BN.masked_fill(itself, -torch.inf).view(batch, -1))
+            itself_NN = torch.eye(self.batch_block, dtype=torch.bool, device=query_BD.device)
+            groups_BN = groups_B.view(blocks, self.batch_block)
+            masked_BNN = itself_NN | same_group(groups_BN[:, :, None], groups_BN[:, None])
+            logits.append(negative_BN.masked_fill(masked_BNN, -torch.inf).view(batch, -1))
         scores = torch.cat(logits, 1) / self.temperature
         loss = F.cross_entropy(scores, scores.new_zeros(batch, dtype=torch.long))
         rank_B = (scores[:, 1:] >= scores[:, :1]).sum(1)
         return loss, {"top1": (rank_B < 1).float().mean(), "top5": (rank_B < 5).float().mean()}
 
     @torch.no_grad()
-    def advance(self, key_BD: torch.Tensor, sources_B: torch.Tensor) -> None:
+    def advance(self, key_BD: torch.Tensor, sources_B: torch.Tensor, groups_B: torch.Tensor) -> None:
         """Write the keys of a global batch, in its order, over the oldest ones. The queue may have any length."""
         size = len(self.queue_KD)
         slots = (self.queue_pointer + torch.arange(len(key_BD), device=key_BD.device)) % size
         self.queue_KD[slots[-size:]] = key_BD[-size:].to(self.queue_KD)
         self.queue_sources_K[slots[-size:]] = sources_B[-size:]
+        self.queue_groups_K[slots[-size:]] = groups_B[-size:]
         self.queue_pointer.copy_((self.queue_pointer + len(key_BD)) % size)
 
     @torch.no_grad()
@@ -118,3 +127,8 @@ class MomentumContrast(nn.Module):
             raise ValueError(f"query and key encoder differ in parameters: {sorted(query.keys() ^ keys.keys())}")
         for name, key in keys.items():
             key.lerp_(query[name].to(key), 1 - self.momentum)
+
+
+def same_group(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Whether two samples share their degradation; the numbers broadcast."""
+    return (one == other) & (one != UNGROUPED)

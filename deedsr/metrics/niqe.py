@@ -83,7 +83,11 @@ def niqe_features(image: np.ndarray) -> np.ndarray:
 
     Blocks without variation are left out, so N may be 0.
     """
-    y = np.round(luma(image))
+    return _features(np.round(luma(image)))
+
+
+def _features(y: np.ndarray) -> np.ndarray:
+    """Of integer luma (H, W)."""
     rows, columns = (side // BLOCK for side in y.shape)
     if not rows or not columns:
         return np.empty((0, 36))
@@ -124,3 +128,8 @@ def niqe_set(images: Iterable[np.ndarray]) -> float:
 def niqe(image: np.ndarray) -> float:
     """NIQE of one uint8 RGB image (H, W, 3), meaningful from 512 pixels a side on; see `niqe_set`."""
     return niqe_set([image])
+
+
+def niqe_of_luma(y: np.ndarray) -> float:
+    """NIQE of one picture's integer luma (H, W), for protocols that weigh the colours otherwise."""
+    return niqe_of_features(_features(y))

@@ -34,6 +34,14 @@ def check_base(path: Path, trained_timesteps: int | None = None) -> None:
     _check_scheduler(path / "scheduler", scheduler, trained_timesteps)
 
 
+def picture_unit(path: Path) -> int:
+    """HR pixels that a side must be a multiple of, so that every level of VAE, UNet and adapter divides evenly."""
+    vae, unet = read_config(path, "vae"), read_config(path, "unet")
+    vae_levels = len(vae.get("encoder_block_out_channels") or vae.get("block_out_channels") or (64,))
+    unet_levels = len(unet.get("block_out_channels") or (320, 640, 1280, 1280))
+    return 2 ** (vae_levels - 1) * 2 ** (unet_levels - 1)
+
+
 def _check_unet(folder: Path, config: dict[str, Any]) -> None:
     refusal = f"{folder} is no UNet that the adapter can stand on:"
     given, made = config.get("in_channels", 4), config.get("out_channels", 4)

@@ -48,7 +48,7 @@ def model_card(scale: int, sampling: Mapping[str, Any], lineage: Mapping[str, An
         'pipe = DeeDSRPipeline.from_pretrained("THIS FOLDER")\nimage = pipe(lr_image).images[0]\n```',
         "## Training\n" + _table(_training_rows(training), "Not recorded."),
         "## Figures\n" + _table(_figures(training), "Not recorded."),
-        "## Sampling defaults\n" + _table(dict(sampling), "The package's own."),
+        "## Sampling defaults\n" + _table(_said(sampling), "The package's own."),
         "## Licence\n" + _licence(lineage),
     ]
     return "\n\n".join(sections).rstrip() + "\n"
@@ -73,6 +73,10 @@ def _training_rows(training: Mapping[str, Any]) -> dict[str, Any]:
         "written by": training.get("created_by"),
     }
     return {name: value for name, value in rows.items() if value is not None}
+
+
+def _said(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in sampling.items() if value is not None}
 
 
 def _figures(training: Mapping[str, Any]) -> dict[str, str]:

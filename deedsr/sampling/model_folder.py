@@ -42,6 +42,7 @@ class ModelFolder:
         scale: enlargement factor.
         base_digest: of the base that the model was trained on (`digests.base_digest`); None where it is not recorded.
         sampling: what the model recommends.
+        gate: configuration of the model's `RestorationGate`, None where it has none.
         lineage: `license`, `base` and `training` (what it was trained on, how, and its figures), as far as recorded.
     """
 
@@ -50,6 +51,7 @@ class ModelFolder:
     scale: int
     sampling: SamplingSettings
     lineage: Mapping[str, Any] = field(default_factory=dict)
+    gate: Mapping[str, Any] | None = None
     base_digest: str | None = None
 
     @classmethod
@@ -82,7 +84,10 @@ class ModelFolder:
             sampling = SamplingSettings.of(description.get("sampling") or {})
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from error
-        return cls(path, base, scale, sampling, lineage, digest)
+        gate = description.get("gate")
+        if not isinstance(gate, dict | None):
+            raise UsageError(f"{path}: gate must have weights, a list of numbers, and offset, a number")
+        return cls(path, base, scale, sampling, lineage, gate, digest)
 
     def base_path(self, given: str | Path | None = None) -> Path:
         """Local folder of the base: `given`, else the one that the model names, a relative one in its own folder first.

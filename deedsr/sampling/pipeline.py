@@ -18,6 +18,7 @@ from deedsr.adapter.condition_encoder import PreparedDegradation
 from deedsr.errors import UsageError
 from deedsr.learner.resnet import DegradationLearner
 from deedsr.sampling.color_fix import fix_color
+from deedsr.sampling.gate import RestorationGate, blend
 from deedsr.sampling.guidance import alpha_bar, clean_latent, guidance_strengths, model_output
 from deedsr.sampling.images import OUTPUT_TYPES, Picture, from_tensors, pad_reflect, to_tensors
 from deedsr.sampling.latents import decode_latents, downsampling_factor, encode_latents, enlarge_window
@@ -45,6 +46,7 @@ class DeeDSRPipeline(DiffusionPipeline):
         scale: enlargement factor that the adapter was trained for.
         sampling: what the model recommends, see `SamplingSettings`; what is left out is the paper's.
         lineage: where the model comes from, for its card; see `ModelFolder`.
+        gate: calibrated share of the sampled picture in the result, see `RestorationGate`; None = all of it.
     """
 
     vae: Any
@@ -64,11 +66,13 @@ class DeeDSRPipeline(DiffusionPipeline):
         scale: int = 4,
         sampling: Mapping[str, Any] | None = None,
         lineage: Mapping[str, Any] | None = None,
+        gate: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler, learner=learner, adapter=adapter)
         settings = SamplingSettings.of(sampling or {})
-        self.register_to_config(scale=scale, sampling=settings.as_dict(), lineage=dict(lineage or {}))
+        calibrated = RestorationGate.of(gate, adapter.config["degradation_dim"]).as_dict() if gate else None
+        self.register_to_config(scale=scale, sampling=settings.as_dict(), lineage=dict(lineage or {}), gate=calibrated)
         require_prediction(scheduler, adapter.config.get("prediction_type"))
         adapter.detach()
         adapter.attach(unet)
@@ -88,13 +92,17 @@ class DeeDSRPipeline(DiffusionPipeline):
         folder = ModelFolder.read(find_folder(model))
         base_path = folder.base_path(base)
         parts = {name: options.pop(name) for name in BASE_PARTS + TRAINED_PARTS if name in options}
+        own = base is None and parts.keys() <= {"scheduler"}  # a gate is calibrated on the model's own networks
         for name in BASE_PARTS + TRAINED_PARTS:
             if name in parts:
                 continue
             part = load_part(folder.path if name in TRAINED_PARTS else base_path, name, **options)
             parts[name] = ddim(part) if name == "scheduler" and base_path != folder.path else part
         try:
-            pipeline = cls(**parts, scale=folder.scale, sampling=folder.sampling.as_dict(), lineage=folder.lineage)
+            pipeline = cls(
+                **parts, scale=folder.scale, sampling=folder.sampling.as_dict(), lineage=folder.lineage,
+                gate=folder.gate if own else None,
+            )  # fmt: skip
         except ValueError as error:
             raise UsageError(f"{folder.path} does not fit its base {base_path}: {error}") from error
         pipeline.register_to_config(_name_or_path=str(model))
@@ -131,6 +139,7 @@ class DeeDSRPipeline(DiffusionPipeline):
         solver: str | None = None,
         tile: int | None = None,
         degradation_per_tile: bool | None = None,
+        restoration: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
     ) -> ImagePipelineOutput:
@@ -148,6 +157,7 @@ class DeeDSRPipeline(DiffusionPipeline):
             tile: side in pixels of the output. What is larger is sampled in overlapping tiles, in memory that does not
                 grow with the picture beyond the picture itself; 0 = as a whole.
             degradation_per_tile: whether the learner looks at each tile by itself instead of at the whole picture.
+            restoration: share of the sampled picture in the result, 0 to 1; the rest is the bicubic enlargement.
             generator: one for all, of which each picture gets its own copy, so that it comes out the same alone and
                 among others; or one per picture. CPU generators give the same noise on every device.
             output_type: `pil`, `np` (floats in [0, 1]), `pt`, or `latent` (what the decoder would get, with padding).
@@ -164,6 +174,7 @@ class DeeDSRPipeline(DiffusionPipeline):
             solver=solver,
             tile=tile,
             degradation_per_tile=degradation_per_tile,
+            restoration=restoration,
         )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
@@ -198,7 +209,8 @@ class DeeDSRPipeline(DiffusionPipeline):
         latent_shape = (self.unet.config["in_channels"], rows, columns)
 
         # 2. The degradation, from the LR as it is; once, it does not depend on the step.
-        degradation = self._degradation(lr_BCHW, mosaic if settings.degradation_per_tile else None)
+        vectors_BVD = self._vectors(lr_BCHW, mosaic if settings.degradation_per_tile else None)
+        degradation = self.adapter.condition_encoder.prepare(vectors_BVD.flatten(0, 1))
 
         # 3. The LR latent, of the enlarged picture.
         z_lr_BChw = self._encode(lr_BCHW, self._noise(latent_shape, generators), mosaic)
@@ -213,11 +225,15 @@ class DeeDSRPipeline(DiffusionPipeline):
         if not decode:
             return x_BChw
 
-        # 5. Back to pixels of the size asked for, in the LR's colours.
+        # 5. Back to pixels of the size asked for, in the LR's colours, as much of them as the degradation calls for.
         picture_BCHW = self._decode(x_BChw, height, width, mosaic)
         enlarged_rows = lambda part: enlarge_window(lr_BCHW, self.scale, Window(part.start, part.stop, 0, width))
         fix_color(settings.color_fix, picture_BCHW, enlarged_rows)
-        return picture_BCHW.clamp_(0, 1)
+        picture_BCHW.clamp_(0, 1)
+        shares_B = self._shares(vectors_BVD, settings)
+        if shares_B is not None:
+            blend(picture_BCHW, enlarged_rows, shares_B)
+        return picture_BCHW
 
     def _cells_per_unit(self) -> int:
         """Latent cells, each way, under one cell of the UNet's deepest level."""
@@ -230,14 +246,22 @@ class DeeDSRPipeline(DiffusionPipeline):
             raise UsageError(f"tile must be {2 * unit} pixels or more for this model, or 0 for none, got {pixels}")
         return pixels // unit * self._cells_per_unit() or None
 
-    def _degradation(self, lr_BCHW: torch.Tensor, mosaic: Mosaic | None) -> PreparedDegradation:
-        """Of each picture, or of each tile of each picture: what the vector decides, ready for every step."""
+    def _vectors(self, lr_BCHW: torch.Tensor, mosaic: Mosaic | None) -> torch.Tensor:
+        """Degradation vectors (B, V, D): one of each picture, or one of each tile of each picture."""
         windows = [lr_BCHW] if mosaic is None else [self._lr_under(window, lr_BCHW) for window in mosaic.windows]
         vectors = []
         for lr in windows:
             padded = pad_reflect(lr, *(max(side, SMALLEST_LEARNER_INPUT) for side in lr.shape[2:]))
             vectors.append(self.learner(padded.to(self.learner.dtype)).to(self.unet.dtype))
-        return self.adapter.condition_encoder.prepare(torch.stack(vectors, 1).flatten(0, 1))
+        return torch.stack(vectors, 1)
+
+    def _shares(self, vectors_BVD: torch.Tensor, settings: SamplingSettings) -> torch.Tensor | None:
+        """Share of the sampled picture in each result (B,); None = all of it."""
+        if settings.restoration is not None:
+            whole = settings.restoration == 1
+            return None if whole else vectors_BVD.new_full((len(vectors_BVD),), settings.restoration).float()
+        gate = self.config["gate"]
+        return RestorationGate.of(gate).shares(vectors_BVD) if gate else None
 
     def _lr_under(self, window: Window, lr_BCHW: torch.Tensor) -> torch.Tensor:
         """The LR pixels of a window of the latent, without padding."""

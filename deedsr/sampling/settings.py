@@ -21,11 +21,16 @@ class SamplingSettings:
     solver: str = "ddim"  # ddim = the pipeline's scheduler, dpm = DPM-Solver++ in its place
     tile: int = 1024  # pixels of the output a side; larger pictures are sampled in tiles; 0 = always as a whole
     degradation_per_tile: bool = False  # the learner looks at each tile by itself instead of at the whole LR
+    # Share of the sampled picture in the result, 0 to 1, the rest is the bicubic enlargement; None = as the model's
+    # gate says, 1 without a gate.
+    restoration: float | None = None
 
     def __post_init__(self) -> None:
         _require_number("num_inference_steps", self.num_inference_steps, 1, 1000, kind=int)
         for name in ("noise_guidance", "noise_guidance_share", "eta"):
             _require_number(name, getattr(self, name), 0, 1, kind=int | float)
+        if self.restoration is not None:
+            _require_number("restoration", self.restoration, 0, 1, kind=int | float)
         _require_number("tile", self.tile, 0, 2**20, kind=int)
         for name, accepted in (("color_fix", COLOR_FIXES), ("solver", SOLVERS)):
             if getattr(self, name) not in accepted:
@@ -43,8 +48,20 @@ class SamplingSettings:
         return cls(**values)
 
     def override(self, **wanted: Any) -> Self:
-        """These settings with every value that is not None in place of its own."""
-        return replace(self, **{name: value for name, value in wanted.items() if value is not None})
+        """These settings with every value that is not None in place of its own.
+
+        Raises UsageError for a value that would have no effect beside the others.
+        """
+        given = {name: value for name, value in wanted.items() if value is not None}
+        settings = replace(self, **given)
+        for name, idle, beside in (
+            ("degradation_per_tile", not settings.tile, "tile 0"),
+            ("noise_guidance_share", not settings.noise_guidance, "noise_guidance 0"),
+            ("eta", settings.solver == "dpm" and settings.eta < 1, "solver dpm, which has 0 and 1 alone"),
+        ):
+            if given.get(name) and idle:
+                raise UsageError(f"{name} {given[name]} has no effect with {beside}: leave one of them out")
+        return settings
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

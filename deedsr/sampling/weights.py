@@ -38,7 +38,10 @@ def weight_files(folder: Path, variant: str | None) -> list[Path]:
     if not index.is_file():
         return [folder / f"{NAME}{middle}.safetensors"]
     try:
-        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"{outside[0]} is no name of a file beside it")
+        files = [folder / name for name in names]
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UsageError(f"{index} is no index of weights: {error}") from error
     missing = [path.name for path in files if not path.is_file()]

@@ -59,7 +59,11 @@ class ShardDraft:
 
     def add(self, draft: Draft, uri: str | None) -> None:
         """Appends a sample; `uri` is where its source lies."""
-        row = {**draft.row, "split": self.plan.split, "source_uri": uri}
+        row = {
+            **draft.row,
+            "split": self.plan.split,
+            "source_uri": uri and uri.encode(errors="backslashreplace").decode(),
+        }
         key = row["key"]
         for member, data in draft.members.items():
             name = f"{key}.json" if member == "json" else f"{key}.{member}.{row[f'{member}_ext']}"

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from deedsr.dataset.pictures import RejectedImage
-from deedsr.errors import DeeDSRError, UsageError
+from deedsr.errors import DeeDSRError
 from pipelines import cluster
 from pipelines.shards.sources import Source, read_source
 
@@ -97,8 +97,7 @@ def _hashed_by_ray(listing: IO[bytes], workers: int | None) -> Iterator[Row]:
             tasks = data.TaskPoolStrategy(size=workers and min(workers, len(window)))
             rows = data.from_items(window, override_num_blocks=len(window))
             for row in rows.map(_hash_chunk_as_value, num_cpus=1, compute=tasks).iter_rows():
-                if row["error"]:
-                    raise (UsageError if row["usage"] else DeeDSRError)(row["error"])
+                cluster.raise_error(row)
                 yield row
     except RayError as error:
         last = cluster.last_words(error, "--workers with a smaller number needs less")
@@ -106,11 +105,10 @@ def _hashed_by_ray(listing: IO[bytes], workers: int | None) -> Iterator[Row]:
 
 
 def _hash_chunk_as_value(row: Row) -> Row:
-    """As an exception, an error would come back wrapped in Ray's traceback."""
     try:
-        return _hash_chunk(row) | {"error": "", "usage": False}
+        return _hash_chunk(row) | cluster.error_values()
     except DeeDSRError as error:
-        return {"start": 0, "read": b"", "hashes": b"", "error": str(error), "usage": isinstance(error, UsageError)}
+        return {"start": 0, "read": b"", "hashes": b""} | cluster.error_values(error)
 
 
 def _hash_chunk(row: Row) -> Row:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
-from deedsr.errors import DeeDSRError, UsageError
+from deedsr.errors import DeeDSRError
 from pipelines import cluster
 from pipelines.placement import NETWORK_WORKER, SHARD_WORKER, WorkPlan, place_shards
 from pipelines.shards.build import ShardWork
@@ -80,8 +80,7 @@ def build_missing(
         )
     try:
         for row in built.iter_rows():
-            if row["error"]:
-                raise (UsageError if row["usage"] else DeeDSRError)(row["error"])
+            cluster.raise_error(row)
             yield Built(row["id"], (row["hash"], row["bytes"]), row["sources"], row["samples"], row["started"])
     except RayError as error:
         less, each = "fewer --workers need less", SHARD_WORKER
@@ -128,9 +127,8 @@ class _Actor:
 def _build(plan: ShardPlan, work: ShardWork, out: Storage, cpus: int) -> dict[str, Any]:
     summary: dict[str, Any] = {"id": plan.id, "sources": len(plan.sources), "hash": "", "bytes": 0, "samples": 0}
     try:
-        # A user's mistake travels as a value: as an exception it would come back wrapped in Ray's traceback.
         record = patiently(lambda: work.build(plan, out, cpus))
     except DeeDSRError as error:
-        return summary | {"error": str(error), "usage": isinstance(error, UsageError)}
+        return summary | cluster.error_values(error)
     hash, size = record_key(record)
-    return summary | {"hash": hash, "bytes": size, "samples": record.samples, "error": "", "usage": False}
+    return summary | {"hash": hash, "bytes": size, "samples": record.samples} | cluster.error_values()

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 from deedsr.dataset.manifest import MANIFEST, REJECTED, SAMPLES, STATE, kept_copy
 from deedsr.errors import DeeDSRError
+from pipelines.claims import DEAD_AFTER
 from pipelines.dataset import Dataset
 from pipelines.shards.record import Inventory
-from pipelines.shards.run import DEAD_AFTER, live_runs
+from pipelines.shards.run import live_runs
 from pipelines.storage import open_storage
 
 __all__ = ["Garbage", "collect_garbage"]
@@ -31,8 +32,8 @@ def collect_garbage(out: str) -> Garbage:
     storage = open_storage(out)
     if alive := live_runs(storage):
         raise DeeDSRError(
-            f"{storage.uri} is being written by {', '.join(alive)}: wait for its end. A run that was killed counts as "
-            "alive for ten minutes"
+            f"{storage.uri} is being written by {', '.join(alive)}: wait for its end. A run that was killed on "
+            "another machine counts as alive for ten minutes"
         )
     shards = {shard.name: (shard.sha256[:12], shard.bytes) for shard in dataset.manifest.shards}
     kept = {MANIFEST, SAMPLES, REJECTED, *shards, *(kept_copy(*file) for file in dataset.manifest.files.items())}

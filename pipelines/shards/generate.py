@@ -1,10 +1,12 @@
 """The shards job: plan, build on Ray Data what is not committed yet, assemble."""
 
+import logging
 import os
 import posixpath
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from tqdm import tqdm
 
@@ -21,10 +23,12 @@ from pipelines.shards.execute import build_missing
 from pipelines.shards.plan import ShardPlan, derived_plan, plan_shards
 from pipelines.shards.record import Inventory
 from pipelines.shards.run import PlanParts, running
-from pipelines.shards.sources import list_pairs, list_sources
+from pipelines.shards.sources import Source, list_pairs, list_sources
 from pipelines.storage import Storage, open_storage
 
 __all__ = ["ShardsResult", "export_pairs", "generate", "regenerate", "run_job"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -63,9 +67,21 @@ def generate(
         listing = list_pairs(sources, pairs, recipe.scale) if pairs else list_sources(sources)
         if recipe.duplicates == "reject":
             listing = mark_duplicates(listing, workers, progress)
-        return plan_shards(listing, recipe)
+        return plan_shards(_matched(listing, recipe), recipe)
 
     return run_job(plans, FromSources(recipe), open_storage(out), recipe, workers, progress)
+
+
+def _matched(listing: Iterable[Source], recipe: Recipe) -> Iterator[Source]:
+    """The same sources; behind the last one, a warning names the patterns of the recipe that none of them matches."""
+    waiting = dict.fromkeys(recipe.split.validation_patterns, "split.validation_patterns")
+    waiting |= {weight.pattern: "weights" for weight in recipe.weights}
+    for source in listing:
+        for pattern in [pattern for pattern in waiting if fnmatchcase(source.path, pattern)]:
+            del waiting[pattern]
+        yield source
+    for pattern, key in waiting.items():
+        logger.warning("recipe %s: the pattern %r of %s matches no source", recipe.name, pattern, key)
 
 
 def regenerate(

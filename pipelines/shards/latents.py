@@ -91,18 +91,25 @@ def make_latents(
 
 
 def latents_source(dataset: Dataset, base: str, learner: str | None, precision: Precision) -> LatentsSource:
-    """What the latents of a dataset would be made of. Raises UsageError where base or learner is none."""
+    """What the latents of a dataset would be made of. Raises UsageError where base or learner is none, or the
+    VAE cannot take the HR images."""
     from deedsr.sampling.latents import downsampling_factor
 
     folder = resolve_base(base)
     vae = load_vae(folder)
+    factor, crop = downsampling_factor(vae), dataset.recipe.crop.size
+    if crop % factor:
+        raise UsageError(
+            f"the HR images in {dataset.uri} have {crop} px a side, and the VAE of {base} takes multiples of {factor}: "
+            "make shards with such a crop.size"
+        )
     return LatentsSource(
         dataset=dataset.digest,
         uri=dataset.uri,
         vae=part_digest(folder / "vae"),
         learner=part_digest(resolve_learner(learner)) if learner else None,
         precision=precision,
-        factor=downsampling_factor(vae),
+        factor=factor,
         channels=int(vae.config["latent_channels"]),
     )
 

@@ -4,29 +4,19 @@ Workers read the plan from there, a part at a time, so that neither the driver n
 """
 
 import json
-import logging
-import os
-import socket
-import threading
-import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 
 from deedsr.dataset.manifest import STATE
-from deedsr.errors import DeeDSRError
+from pipelines import claims
 from pipelines.shards.plan import ShardPlan
 from pipelines.shards.record import Inventory
 from pipelines.storage import Storage, waiting
 
-__all__ = ["DEAD_AFTER", "PlanParts", "live_runs", "read_part", "running"]
+__all__ = ["PlanParts", "live_runs", "read_part", "running"]
 
-logger = logging.getLogger(__name__)
 RUNS = f"{STATE}/runs"
-_CLAIM = "claim.json"
-_HEARTBEAT = 30.0  # seconds
-DEAD_AFTER = timedelta(minutes=10)  # without a sign of life
 _SHARDS_PER_PART = 64
 
 
@@ -35,35 +25,23 @@ def running(out: Storage) -> Iterator[Storage]:
     """The folder of a new run, removed with all it holds when the run ends; a killed run leaves it to `--gc`."""
     name = f"{RUNS}/{uuid.uuid4().hex[:12]}"
     folder = out.child(name)
-    about = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.time()}
-    claim = lambda: folder.write(_CLAIM, json.dumps(about | {"alive": time.time()}).encode())
+
+    def claim() -> None:
+        folder.write(claims.CLAIM, json.dumps(claims.of_this_process()).encode())
+
     claim()
-    over = threading.Event()
-
-    def beat() -> None:
-        with waiting.within(over=over):
-            while not over.wait(_HEARTBEAT):
-                try:
-                    claim()
-                except DeeDSRError as error:  # workers wait too, where nobody hears them
-                    logger.warning("%s; the work waits, for %.0f s at most", error, waiting.limit())
-
-    heart = threading.Thread(target=beat, daemon=True)
-    heart.start()
     try:
-        yield folder
+        with claims.heartbeat(claim):
+            yield folder
     finally:
-        over.set()
-        heart.join()
         with waiting.cleaning(f"what this run left in {folder.uri}"):
             out.delete_many([entry.path for entry in out.list(name)])
 
 
 def live_runs(out: Storage) -> list[str]:
     """Runs that gave a sign of life in the last ten minutes, in words."""
-    claims = [json.loads(out.read(e.path)) for e in out.list(RUNS) if e.path.endswith(f"/{_CLAIM}")]
-    alive = [claim for claim in claims if time.time() - claim["alive"] < DEAD_AFTER.total_seconds()]
-    return [f"{claim['host']} (process {claim['pid']})" for claim in alive]
+    found = [json.loads(out.read(e.path)) for e in out.list(RUNS) if e.path.endswith(f"/{claims.CLAIM}")]
+    return [claims.named(claim) for claim in found if claims.is_alive(claim)]
 
 
 class PlanParts:

@@ -8,7 +8,7 @@ from typing import Any
 
 from deedsr.errors import DeeDSRError, UsageError
 
-__all__ = ["Away", "Conflict", "Faulty", "Full", "Refused", "explained"]
+__all__ = ["FAILURES", "Away", "Conflict", "Faulty", "Full", "Refused", "explained"]
 
 _FULL = ("QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "InsufficientStorage", "507")
 _FAULTY = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHOSTDOWN, errno.ENOTCONN)
@@ -34,6 +34,9 @@ class Refused(UsageError):
 
 class Faulty(DeeDSRError):
     """A file system failed, as one of a network does while its server is away, or damaged what it was given."""
+
+
+FAILURES = (Away, Full, Refused, Faulty)  # what may be over after a while
 
 
 class Conflict(DeeDSRError):

@@ -33,10 +33,18 @@ class Outbox:
         send: brings a batch of points to the store, all or nothing.
         stored: the last step that the store holds, by metric.
         name: of the store, in messages.
+        permit: asked before each delivery whether this process may still send; once it is False, all that waits is
+            dropped and nothing is taken any more.
     """
 
-    def __init__(self, send: Callable[[Sequence[Point]], None], stored: Callable[[], dict[str, int]], name: str):
-        self._send, self._ask, self._name = send, stored, name
+    def __init__(
+        self,
+        send: Callable[[Sequence[Point]], None],
+        stored: Callable[[], dict[str, int]],
+        name: str,
+        permit: Callable[[], bool] = lambda: True,
+    ):
+        self._send, self._ask, self._name, self._permit = send, stored, name, permit
         self._points: list[Point] = []
         self._errands: list[Callable[[], object]] = []
         self._queued: dict[str, int] = {}  # last step, by metric, that ever waited here
@@ -45,6 +53,7 @@ class Outbox:
         self._changed = threading.Condition()  # guards all that is above
         self._wake = threading.Event()
         self._closed = False
+        self._dismissed = False
         self._failures = 0
         self.away = False  # the last delivery failed
         self._sender: threading.Thread | None = None
@@ -57,6 +66,8 @@ class Outbox:
     def load(self, points: Iterable[Sequence]) -> None:
         """Queue points as `unsent` of another outbox gave them."""
         with self._changed:
+            if self._dismissed:
+                return
             for point in sorted((Point(*p) for p in points), key=lambda p: p.step):
                 if point.step > self._queued.get(point.name, -1):
                     self._queued[point.name] = point.step
@@ -66,6 +77,8 @@ class Outbox:
     def errand(self, call: Callable[[], object]) -> None:
         """Queue something else to do with the store, once, behind the metrics. Returns at once."""
         with self._changed:
+            if self._dismissed:
+                return
             self._errands.append(call)
             dropped = len(self._errands) - MAX_ERRANDS
             if dropped > 0:
@@ -90,7 +103,7 @@ class Outbox:
     def deliver(self) -> None:
         """Send everything now. What `send` raises comes through; what it did not take stays."""
         with self._delivering:
-            while self._points:
+            while self._points and self._may_send():
                 if self._stored is None:
                     self._stored = self._ask()
                 batch = self._points[:MAX_BATCH]
@@ -106,6 +119,8 @@ class Outbox:
                     del self._points[: len(batch)]
             refused: Exception | None = None
             for errand in list(self._errands):  # one that cannot be done holds up no other
+                if not self._may_send():
+                    return
                 try:
                     errand()
                 except Exception as error:
@@ -116,6 +131,16 @@ class Outbox:
                         self._errands.remove(errand)
             if refused is not None:
                 raise refused
+
+    def _may_send(self) -> bool:
+        if self._permit():
+            return True
+        with self._changed:
+            self._dismissed = True
+            self._points.clear()
+            self._errands.clear()
+        _log.warning("another process writes this run to %s now: this one sends nothing more", self._name)
+        return False
 
     def attempt(self, seconds: float) -> bool:
         """Have the thread send everything and wait for it: until it is done, until a try failed, or so long."""

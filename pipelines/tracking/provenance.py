@@ -77,7 +77,7 @@ def library_versions() -> dict[str, str]:
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration as plain JSON data without credentials in URIs."""
-    return json.loads(masked_uri(json.dumps(dict(config), default=str)))
+    return json.loads(masked_uri(json.dumps(dict(config), default=str, ensure_ascii=False)))
 
 
 def param_text(value: Any) -> str:

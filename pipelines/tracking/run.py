@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -54,6 +55,7 @@ def start_run(
     tracking_uri: str | None = None,
     system_metrics: bool = True,
     patient: bool = False,
+    permit: Callable[[], bool] = lambda: True,
 ) -> "Run":
     """Start a run, or continue `run_id`.
 
@@ -70,6 +72,7 @@ def start_run(
         system_metrics: sample this machine's CPU, memory, disk, network and GPU until the run is closed. A driver
             whose run is written by a worker says False.
         patient: the work outlives the store: a run to continue needs no store yet, and `finish` raises nothing.
+        permit: whether this process may still write the run, asked before each sending; once False, it writes no more.
 
     Raises:
         UsageError: the store cannot be reached, or has no run `run_id`.
@@ -80,7 +83,7 @@ def start_run(
     if run_id is None:
         client = connect(uri)
         run_id = client.create_run(experiment_id(client, uri, experiment), run_name=name).info.run_id
-    run = Run(uri, run_id, patient)
+    run = Run(uri, run_id, patient, permit)
 
     def begin() -> None:
         if not new:
@@ -110,12 +113,14 @@ def start_run(
     return run
 
 
-def open_run(tracking_uri: str, run_id: str, *, system_metrics: bool = True) -> "Run":
+def open_run(
+    tracking_uri: str, run_id: str, *, system_metrics: bool = True, permit: Callable[[], bool] = lambda: True
+) -> "Run":
     """Open a run that another process started, to write it from here; patient. It is RUNNING again.
 
-    Returns at once and never raises for a store that is away.
+    Returns at once and never raises for a store that is away. `permit`: see `start_run`.
     """
-    run = Run(resolve_uri(tracking_uri), run_id, patient=True)
+    run = Run(resolve_uri(tracking_uri), run_id, patient=True, permit=permit)
     run.later(run._set_running)
     if system_metrics:
         run.later(run._watch_system)
@@ -151,13 +156,16 @@ class Run:
         tracking_uri: its store. May hold credentials: print `masked_uri(run.tracking_uri)`.
     """
 
-    def __init__(self, tracking_uri: str, run_id: str, patient: bool = False):
+    def __init__(
+        self, tracking_uri: str, run_id: str, patient: bool = False, permit: Callable[[], bool] = lambda: True
+    ):
         self.id = run_id
         self.tracking_uri = tracking_uri
         self.patient = patient
         self._monitor: Any = None
         self._finished = False
-        self._outbox = Outbox(self._send, self._stored_steps, f"the MLflow store {masked_uri(tracking_uri)}")
+        name = f"the MLflow store {masked_uri(tracking_uri)}"
+        self._outbox = Outbox(self._send, self._stored_steps, name, permit)
         if patient:
             # The outbox tries again for as long as it takes; MLflow would hold each try for minutes.
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -324,9 +332,32 @@ class Run:
                 if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                     raise
                 raise UsageError(
-                    f"the MLflow store {masked_uri(self.tracking_uri)} has no run {self.id} to continue: set "
+                    self._deleted()
+                    or f"the MLflow store {masked_uri(self.tracking_uri)} has no run {self.id} to continue: set "
                     "MLFLOW_TRACKING_URI to the store in which the work was begun, or begin anew with another --out"
                 ) from error
+
+    def _deleted(self) -> str | None:
+        """How to have the run again if somebody deleted it, or its experiment; else None."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            about = self.client.get_run(self.id).info
+            experiment = self.client.get_experiment(about.experiment_id)
+        except MlflowException:  # gone for good, or never there
+            return None
+        if experiment.lifecycle_stage == "deleted":
+            what, command = f"the experiment {experiment.name} of", "experiments restore --experiment-id"
+        elif about.lifecycle_stage == "deleted":
+            what, command = "", "runs restore --run-id"
+        else:
+            return None
+        id = about.experiment_id if what else self.id
+        store = masked_uri(self.tracking_uri)
+        return (
+            f"{what} MLflow run {self.id} was deleted in {store}: to have it again, "
+            f"MLFLOW_TRACKING_URI={shlex.quote(store)} mlflow {command} {id}"
+        ).strip()
 
     def _watch_system(self) -> None:
         from pipelines.tracking.system import PREFIX, SystemMetrics
@@ -356,6 +387,8 @@ class Run:
         try:
             yield
         except (MlflowException, SQLAlchemyError, OSError) as error:
+            if getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE" and (deleted := self._deleted()):
+                raise StoreRefused(deleted) from error
             raise StoreRefused(
                 f"the MLflow store {masked_uri(self.tracking_uri)} did not take what run {self.id} logs "
                 f"({cause(error)}): see that it runs and has space, then start the same command again, "

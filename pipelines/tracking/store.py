@@ -42,8 +42,8 @@ def tracking_uri(uri: str | None = None) -> str:
 
 
 def masked_uri(text: str) -> str:
-    """`text` with the user and password of every URI in it replaced by `***`."""
-    return re.sub(r"://[^/@\s\"']+@", "://***@", text)
+    """`text` with the user and password of every URI in it replaced by `***`, and what is no Unicode by `?`."""
+    return re.sub(r"://[^/@\s\"']+@", "://***@", text.encode(errors="replace").decode())
 
 
 def require_shared_store(uri: str, nodes: Iterable[Mapping[str, Any]]) -> None:

@@ -25,7 +25,7 @@ from pipelines.dataset import Dataset
 from pipelines.models import load_vae, resolve_base, resolve_learner, resolve_model
 from pipelines.training.config import AdapterOptions
 from pipelines.training.initial import initial_weights
-from pipelines.training.metrics import BUCKETS, by_timestep
+from pipelines.training.metrics import by_timestep, middles
 from pipelines.training.stage import Workers, fresh
 
 
@@ -191,16 +191,13 @@ class AdapterStage:
 
     def measure(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         """The loss of each sample at the middle of each bucket of timesteps, with the sample's one noise."""
-        at = [batch | {"timestep": torch.full_like(batch["timestep"], t)} for t in self._middles()]
+        at = [batch | {"timestep": torch.full_like(batch["timestep"], t)} for t in middles(self.timesteps)]
         return torch.stack([self.losses(model, one) for one in at], 1)
 
     def judge(self, rows_SN: Tensor) -> dict[str, Tensor]:
         means_N = rows_SN.mean(0)
-        by_timestep = {f"loss_timestep/{t:03d}": mean for t, mean in zip(self._middles(), means_N, strict=True)}
+        by_timestep = {f"loss_timestep/{t:03d}": mean for t, mean in zip(middles(self.timesteps), means_N, strict=True)}
         return {"loss": means_N.mean()} | by_timestep
-
-    def _middles(self) -> list[int]:
-        return [(2 * k + 1) * self.timesteps // (2 * BUCKETS) for k in range(BUCKETS)]
 
     def pipeline(self) -> Any | None:
         if self.latents is not None:  # neither pixels nor what would make some

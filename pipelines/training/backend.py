@@ -1,31 +1,68 @@
 """What Ray Train sets up in its workers' processes, and what it knows of their nodes."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 import psutil
 import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 
 from pipelines.models import usable_device
 from pipelines.training.interruption import Stop, listen, terminated
+from pipelines.training.restarts import RestartPolicy
+
+NODE_SECONDS = 90.0  # by then Ray knows of a node that is gone
 
 
 class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         device = "cuda" if backend_config.backend == "nccl" else "cpu"
-        worker_group.execute(use_device, device)
-        addresses = worker_group.execute(ray.util.get_node_ip_address)
-        if len(set(addresses)) > 1:  # workers of one node connect through any interface, loopback included
-            for rank, address in enumerate(addresses):
-                worker_group.execute_single(rank, use_interface_of, address)
-        super().on_start(worker_group, backend_config)
+        with _starting(worker_group):
+            worker_group.execute(use_device, device)
+            addresses = worker_group.execute(ray.util.get_node_ip_address)
+            if len(set(addresses)) > 1:  # workers of one node connect through any interface, loopback included
+                for rank, address in enumerate(addresses):
+                    worker_group.execute_single(rank, use_interface_of, address)
+            super().on_start(worker_group, backend_config)
 
     def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
-        super().on_training_start(worker_group, backend_config)
-        worker_group.execute(listen)  # runs on the workers' main threads, the only place for it
+        with _starting(worker_group):
+            super().on_training_start(worker_group, backend_config)
+            worker_group.execute(listen)  # runs on the workers' main threads, the only place for it
+
+
+@contextmanager
+def _starting(worker_group: Any) -> Iterator[None]:
+    """A worker that dies meanwhile costs another start: Ray Train knows that by one class of error.
+
+    What fails with all workers alive would fail again. The workers and their resources are let go in any case: Ray
+    Train forgets a group that was not started.
+    """
+    try:
+        yield
+    except (RayActorError, RayTaskError) as error:
+        lost = _lost(worker_group)
+        worker_group.abort()
+        if lost:
+            raise WorkerGroupStartupFailedError(f"a worker died while its group was set up: {lost}") from error
+        raise
+
+
+def _lost(worker_group: Any) -> RayActorError | None:
+    """What became of a worker that died: one that is cut off is known to be once Ray has given its node up."""
+    try:
+        ray.get(worker_group.execute_async(os.getpid), timeout=NODE_SECONDS)
+    except RayActorError as lost:
+        return lost
+    except GetTimeoutError:  # one that waits for the others
+        return None
+    return None
 
 
 class ListeningTorchConfig(TorchConfig):
@@ -56,10 +93,18 @@ def use_interface_of(address: str) -> None:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "=" + names[0].split(":")[0])
 
 
-class OneMachineTrainer(TorchTrainer):
-    """TorchTrainer for a cluster that starts and ends with the command, without three actors that each are a process to
-    be waited for: one tidies up after a controller that died before its cluster, one hands out Ray Datasets, one asks
-    an autoscaler for machines.
+class RestartingTrainer(TorchTrainer):
+    """TorchTrainer whose restarts follow `RestartPolicy`."""
+
+    def _initialize_and_run_controller(self, **settings: Any) -> Any:
+        settings["failure_policy"] = RestartPolicy(self.run_config.failure_config, self.train_loop_config["progress"])
+        return super()._initialize_and_run_controller(**settings)
+
+
+class OneMachineTrainer(RestartingTrainer):
+    """RestartingTrainer for a cluster that starts and ends with the command, without three actors that each are a
+    process to be waited for: one tidies up after a controller that died before its cluster, one hands out Ray Datasets,
+    one asks an autoscaler for machines.
 
     It leans on what is Ray's own, in the version that is pinned: look here when that changes.
     """

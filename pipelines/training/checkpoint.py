@@ -2,7 +2,8 @@
 
 `OUT/checkpoints/step-00000100/` holds `trained.safetensors` (what trains), `optimizer.safetensors` (its moments),
 `state.safetensors` (queue, momentum encoder, averages, the loss window) and `checkpoint.json`, written last: step,
-samples seen, loss, metrics and the SHA-256 of each file. A folder without `checkpoint.json` does not count.
+samples seen, loss, metrics, the SHA-256 of each file, and the MLflow run and attempt that wrote it. A folder without
+`checkpoint.json` does not count.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from torch import Tensor
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines.storage import Storage, waiting
 from pipelines.storage.errors import Faulty
+from pipelines.training.claim import Superseded
 
 logger = logging.getLogger(__name__)
 PARTS = ("trained", "optimizer", "state")
@@ -38,6 +40,8 @@ class Checkpoint:
     sha256: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)  # as logged last
     unsent: list[list] = field(default_factory=list)  # points of the curves that the MLflow store has not taken yet
+    run_id: str = ""  # MLflow run
+    attempt: int = 0  # of the claim on the place, see `claim.py`
 
     @property
     def folder(self) -> str:
@@ -59,9 +63,15 @@ class Keep:
         return [c for c in checkpoints if c is best or c in checkpoints[-self.last :]]
 
 
-def write(out: Storage, checkpoint: Checkpoint, tensors: Tensors, keep: Keep) -> None:
-    """Write, verify and commit; then drop what `keep` does not name and what earlier attempts left."""
+def write(
+    out: Storage, checkpoint: Checkpoint, tensors: Tensors, keep: Keep, check: Callable[[], object] = lambda: None
+) -> None:
+    """Write, verify and commit; then drop what `keep` does not name and what earlier attempts left.
+
+    `check` is called before each file, and raises Superseded where the place has become another's.
+    """
     for part in PARTS:
+        check()
         data = save(tensors[part])
         checkpoint.sha256[part] = hashlib.sha256(data).hexdigest()
         path = f"{checkpoint.folder}/{part}.safetensors"
@@ -73,6 +83,7 @@ def write(out: Storage, checkpoint: Checkpoint, tensors: Tensors, keep: Keep) ->
         if not whole:
             raise Faulty(f"{out.uri}/{path} is not what was written: the disk or the network damages data")
         del data
+    check()
     out.write(f"{checkpoint.folder}/{RECORD}", json.dumps(asdict(checkpoint)).encode())
     _drop_others(out, {c.folder for c in keep.kept(committed(out))}, checkpoint)
 
@@ -102,12 +113,17 @@ def read_latest(out: Storage) -> tuple[Checkpoint, Tensors] | None:
     found = committed(out)
     for checkpoint in reversed(found):
         try:
-            return checkpoint, {part: _read(out, checkpoint, part) for part in PARTS}
+            return checkpoint, read(out, checkpoint)
         except (FileNotFoundError, ValueError) as error:
             logger.warning("checkpoint %s/%s is damaged (%s): trying the one before", out.uri, checkpoint.folder, error)
     if found:
         raise DeeDSRError(f"every checkpoint in {out.uri}/checkpoints is damaged: delete that folder to start again")
     return None
+
+
+def read(out: Storage, checkpoint: Checkpoint) -> Tensors:
+    """The tensors of a committed checkpoint. FileNotFoundError or ValueError where it is damaged."""
+    return {part: _read(out, checkpoint, part) for part in PARTS}
 
 
 def _read(out: Storage, checkpoint: Checkpoint, part: str) -> dict[str, Tensor]:
@@ -121,12 +137,18 @@ class Writer:
     """Writes checkpoints on a thread while training goes on, one at a time.
 
     What fails is tried again for as long as `pipelines.storage.waiting` says; then `start` or `wait` raises it, and
-    `failure` returns it. Used as a context; leaving it by an exception gives up what is still tried. `say` gets the
-    lines on what is waited for.
+    `failure` returns it. Used as a context; leaving it by an exception gives up what is still tried. `check`: see
+    `write`. `say` gets the lines on what is waited for.
     """
 
-    def __init__(self, out: Storage, keep: Keep, say: Callable[[str], object] = logger.warning):
-        self.out, self.keep, self._say = out, keep, say
+    def __init__(
+        self,
+        out: Storage,
+        keep: Keep,
+        check: Callable[[], object] = lambda: None,
+        say: Callable[[str], object] = logger.warning,
+    ):
+        self.out, self.keep, self._check, self._say = out, keep, check, say
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future[None] | None = None
         self._given_up = threading.Event()
@@ -170,10 +192,13 @@ class Writer:
 
         try:
             with waiting.within(over=self._given_up, say=say):
-                waiting.patiently(lambda: write(self.out, checkpoint, tensors, self.keep))
+                waiting.patiently(lambda: write(self.out, checkpoint, tensors, self.keep, self._check))
+        except Superseded:
+            raise
         except DeeDSRError as error:
             if self.out.local_path("") is not None:  # of a full disk; elsewhere the next commit drops it
                 with contextlib.suppress(DeeDSRError):
+                    self._check()
                     self.out.delete_many([f"{checkpoint.folder}/{part}.safetensors" for part in PARTS])
             kind = UsageError if isinstance(error, UsageError) else DeeDSRError
             raise kind(f"the checkpoint of step {checkpoint.step} could not be written: {error}") from error

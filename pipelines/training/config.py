@@ -16,6 +16,7 @@ class TrainOptions:
 
     lr: float = 1e-4  # peak learning rate
     schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up
+    schedule_steps: int | None = None  # at which the cosine ends; null = the max_steps that the run began with
     warmup_steps: int = 0  # linear warm-up
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: momentum 0.9
     weight_decay: float = 0.01  # pull of the weights to zero
@@ -243,6 +244,13 @@ def check(options: LearnerOptions | AdapterOptions) -> None:
         raise UsageError(f"train.lr must be a positive number, got {train.lr}")
     if not 0 <= train.ema_decay < 1:
         raise UsageError(f"train.ema_decay must be in [0, 1), got {train.ema_decay}")
+    if train.schedule_steps is not None and (
+        train.schedule == "constant" or train.schedule_steps <= train.warmup_steps
+    ):
+        raise UsageError(
+            "train.schedule_steps is the length of train.schedule cosine and must be above train.warmup_steps "
+            f"({train.warmup_steps}), got {train.schedule_steps} with {train.schedule}"
+        )
     not_negative = ("warmup_steps", "weight_decay", "clip_grad_norm", "spike_sigma",
                     "hang_seconds", "validate_every", "validation_pictures")  # fmt: skip
     for name in not_negative:
@@ -285,6 +293,10 @@ def check(options: LearnerOptions | AdapterOptions) -> None:
                 f"{contrast.queue_size}, {contrast.momentum}, {contrast.temperature}"
             )
         block = contrast.batch_block
+        if contrast.batch_negatives and block == 1:
+            raise UsageError(
+                "contrast.batch_negatives has no negatives in a contrast.batch_block of 1 sample: give more"
+            )
         if block < 1 or train.global_batch_size % block:
             raise UsageError(
                 f"contrast.batch_block must divide train.global_batch_size ({train.global_batch_size}), got {block}"
@@ -324,16 +336,6 @@ def micro_batch(train: TrainOptions, world_size: int, unit: int = 1) -> tuple[in
             f"micro batches of {micro} samples" + (f" in units of {unit} (contrast.batch_block)" if unit > 1 else "")
         )
     return micro, share // micro
-
-
-def learning_rate(train: TrainOptions, step: int) -> float:
-    """Learning rate of optimizer step `step` (from 0): linear warm-up, then constant or cosine to 1 %."""
-    if step < train.warmup_steps:
-        return train.lr * (step + 1) / train.warmup_steps
-    if train.schedule == "constant":
-        return train.lr
-    progress = (step - train.warmup_steps) / max(1, train.max_steps - train.warmup_steps)
-    return train.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
 def resolved(options: LearnerOptions | AdapterOptions) -> dict[str, Any]:

@@ -115,7 +115,7 @@ class Engine:
                 torch.nn.utils.clip_grads_with_norm_([p for _, p in self.named], self.clip, norm)
             self.engine.step()
             return take
-        self.engine.step()
+        self.engine.step()  # leaves out by itself a step whose gradient has no finite norm
         self._norm = float(self.engine.get_global_grad_norm())
         return take and bool(self.engine.was_step_applied())
 

@@ -1,44 +1,40 @@
 """The driver of a training: configuration, MLflow run, Ray Train, result."""
 
-import json
 import logging
 import os
-import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from deedsr.errors import DeeDSRError, UsageError
+from deedsr.errors import UsageError
 from pipelines import cluster, tracking
 from pipelines.dataset import Dataset
 from pipelines.placement import TrainingPlan, place_training
 from pipelines.storage import Storage, open_storage
 from pipelines.training import checkpoint, tracked
+from pipelines.training.claim import Claim, held
 from pipelines.training.config import (
-    MAY_CHANGE,
     AdapterOptions,
     LearnerOptions,
     TrainOptions,
     check,
-    flatten,
     micro_batch,
     resolved,
     worker_range,
 )
+from pipelines.training.feasibility import require_best_metric
 from pipelines.training.progress import progress_bar
+from pipelines.training.record import RECORD, TrainingRecord
+from pipelines.training.schedule import with_schedule
+from pipelines.training.suitability import check_adapter_data, check_learner_data
+from pipelines.training.supervision import WITHOUT_GPUS, supervised
 
 logger = logging.getLogger(__name__)
 Options = TypeVar("Options", LearnerOptions, AdapterOptions)
-RECORD = "training.json"  # what this --out is: stage, configuration, inputs, MLflow run
-_NEED_LESS = (
-    "fewer --train.num_workers, a smaller --train.micro_batch_size or --train.gradient_checkpointing need less "
-    "(the README has what each command takes)"
-)
 START_SECONDS = 20  # Ray's 60 are mostly spent waiting for a node that is lost; nothing is lost by asking again
 
 
@@ -61,6 +57,8 @@ def train_learner(options: LearnerOptions, *, progress: bool = True) -> TrainRes
     """
     options = _located(options)
     dataset = _open("learner", options).require_pixels("the learner")
+    check_learner_data(options, dataset)
+    require_best_metric(options, dataset)
     unit = options.contrast.batch_block
     inputs = {"dataset": dataset.digest} | _initial("learner", options)
     return _fit("learner", options, dataset, unit, inputs, {}, progress)
@@ -78,6 +76,8 @@ def train_adapter(options: AdapterOptions, *, progress: bool = True) -> TrainRes
     base, learner = resolve_base(options.base), resolve_learner(options.learner)
     check_base(base, options.diffusion.max_timestep)
     options = replace(options, base=pinned_base(options.base, base))  # one revision for all workers and continuations
+    check_adapter_data(options, dataset, base, learner)
+    require_best_metric(options, dataset, base)
     _require_latents_of(dataset, options, base, learner)
     inputs = {"dataset": dataset.digest, "learner": _weights_digest(learner), "base": base_digest(base)}
     inputs |= _initial("adapter", options)
@@ -157,17 +157,67 @@ def _fit(
         for workers in range(given[0], given[1] + 1):  # an elastic run may come to have any number between
             micro_batch(options.train, workers, unit)
     out = open_storage(options.out)
-    record = _read_record(out)
-    if record:
-        _refuse_differences(record, stage, options, inputs)
-        done = checkpoint.committed(out)
-        if done and done[-1].step >= options.train.max_steps and record.get("exported") == done[-1].step:
-            if record.get("published") != done[-1].step:
-                run = tracking.open_run(tracking.tracking_uri(), record["run_id"], system_metrics=False)
-                _conclude(run, options, out, record, done[-1])
-            return _result(record["run_id"], out, done[-1])
+    began = TrainingRecord.read(out)
+    options = with_schedule(options, began.config if began else None)
+    record = _continued(out, stage, options, inputs)
+    done = _finished(out, record, options)
+    if record and done and record.published == done.step:
+        return _result(record.run_id, out, done)
+    with held(out) as claim:
+        record = _continued(out, stage, options, inputs)  # whoever held it before may have gone on
+        done = _finished(out, record, options)
+        if record and done:
+            if record.published != done.step:
+                run = tracking.open_run(tracking.tracking_uri(), record.run_id, system_metrics=False)
+                _conclude(run, options, out, record, done)
+            return _result(record.run_id, out, done)
+        return _train(stage, options, dataset, unit, inputs, parents, progress, claim, record)
 
-    uri = tracking.tracking_uri()
+
+def _continued(
+    out: Storage, stage: str, options: LearnerOptions | AdapterOptions, inputs: dict[str, str]
+) -> TrainingRecord | None:
+    """The record of what lies in `out`, None where nothing does. Raises UsageError where that is another training."""
+    record = TrainingRecord.read(out)
+    if record:
+        record.refuse_differences(stage, options, inputs)
+    for found in checkpoint.committed(out):
+        _refuse_of_others(out, found, record.run_id if record else None)
+    return record
+
+
+def _refuse_of_others(out: Storage, found: checkpoint.Checkpoint, run_id: str | None) -> None:
+    if run_id is None:
+        raise UsageError(f"{out.uri} has checkpoints and no {RECORD} that says of what: choose another --out")
+    if found.run_id not in ("", run_id):  # "" = of an earlier version
+        raise UsageError(
+            f"{out.uri}/{found.folder} is of MLflow run {found.run_id}, and {RECORD} there of {run_id}: choose another "
+            "--out, or delete what does not belong there"
+        )
+
+
+def _finished(
+    out: Storage, record: TrainingRecord | None, options: LearnerOptions | AdapterOptions
+) -> checkpoint.Checkpoint | None:
+    """The last checkpoint where all steps are done and the model is exported."""
+    found = checkpoint.committed(out)[-1:]
+    if record and found and options.train.max_steps <= found[0].step == record.exported:
+        return found[0]
+    return None
+
+
+def _train(
+    stage: str,
+    options: LearnerOptions | AdapterOptions,
+    dataset: Dataset,
+    unit: int,
+    inputs: dict[str, str],
+    parents: dict[str, str | None],
+    progress: bool,
+    claim: Claim,
+    record: TrainingRecord | None,
+) -> TrainResult:
+    out, uri = claim.out, tracking.tracking_uri()
     # Its imports and a new store take as long as the start of Ray's processes. A continuation does without the store.
     with nullcontext() if record else _beside(lambda: tracking.connect(uri)):
         cluster.connect()
@@ -183,18 +233,22 @@ def _fit(
         config=resolved(options),
         dataset=dataset,
         parents=parents,
-        run_id=record["run_id"] if record else None,
+        run_id=record.run_id if record else None,
         tags={"deedsr.kind": stage, "deedsr.out": tracking.masked_uri(options.out)},
         tracking_uri=uri,
         system_metrics=False,
         patient=True,
+        permit=claim.holds,
     ) as run:
-        record = {"stage": stage, "config": resolved(options), "inputs": inputs, "run_id": run.id}
-        out.write(RECORD, json.dumps(record, indent=1).encode())
-        _run_ray_train(stage, options, run.id, uri, plan, progress)
+        record = TrainingRecord(stage, resolved(options), inputs, run.id, version=record.version if record else None)
+        record.write(out)
+        claim.run_id = run.id
+        _run_ray_train(stage, options, claim, uri, plan, progress)
+        claim.check()
         last = checkpoint.committed(out)[-1]
-        record |= {"exported": last.step}
-        out.write(RECORD, json.dumps(record, indent=1).encode())
+        _refuse_of_others(out, last, run.id)
+        record.exported = last.step
+        record.write(out)
         _conclude(run, options, out, record, last)
     return _result(run.id, out, last)
 
@@ -206,7 +260,7 @@ def _placed(stage: str, train: TrainOptions, unit: int) -> TrainingPlan:
         plan = place_training(cluster.offer(), train, unit, most)
         logger.info("train %s: %s", stage, plan)
         try:
-            cluster.wait_for(plan, "--train.gpus_per_worker 0 trains on CPUs")
+            cluster.wait_for(plan, WITHOUT_GPUS)
         except cluster.CannotHold:
             if train.num_workers != "auto" or plan.fewest == 1:
                 raise
@@ -233,7 +287,7 @@ def _conclude(
     run: tracking.Run,
     options: LearnerOptions | AdapterOptions,
     out: Storage,
-    record: dict[str, Any],
+    record: TrainingRecord,
     last: checkpoint.Checkpoint,
 ) -> None:
     """Tell the MLflow store what came out, once: the last checkpoint, and the model as a version of the registry."""
@@ -246,19 +300,20 @@ def _conclude(
             return
         known = run.client.get_run(run.id).data.tags
         lineage = {k: v for k, v in known.items() if k in (COMMIT_TAG, DIGEST_TAG) or k.startswith(PARENT_TAG)}
-        lineage |= {"deedsr.kind": record["stage"], "deedsr.step": str(last.step)}
+        lineage |= {"deedsr.kind": record.stage, "deedsr.step": str(last.step)}
         if isinstance(options, AdapterOptions):
             lineage["deedsr.base"] = tracking.masked_uri(options.base)
         register(run, options.register_as, out, lineage)
 
     if tracked.conclude(run, out, publish):
-        out.write(RECORD, json.dumps(record | {"published": last.step}, indent=1).encode())
+        record.published = last.step
+        record.write(out)
 
 
 def _run_ray_train(
     stage: str,
     options: LearnerOptions | AdapterOptions,
-    run_id: str,
+    claim: Claim,
     tracking_uri: str,
     plan: TrainingPlan,
     progress: bool,
@@ -268,24 +323,24 @@ def _run_ray_train(
     if local:  # no node of it is drained, so nobody need watch for that
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
-    from pipelines.training.backend import ListeningTorchConfig, OneMachineTrainer
+    from pipelines.training.backend import ListeningTorchConfig, OneMachineTrainer, RestartingTrainer
+    from pipelines.training.restarts import GroupWatch
     from pipelines.training.worker import train_worker
 
     placed = replace(options, train=replace(options.train, loader_threads=plan.loader_threads))
     # Ray Train keeps its own records per attempt; ours are the checkpoints in --out, so these are dropped again.
-    done = checkpoint.committed(open_storage(options.out))
+    done = checkpoint.committed(claim.out)
     with (
         cluster.scratch(options.out, f"_ray-{uuid.uuid4().hex[:8]}") as (path, filesystem),
         progress_bar(stage, options.train.max_steps, done[-1].step if done else 0, progress) as bar,
     ):
-        trainer = (OneMachineTrainer if local else TorchTrainer)(
+        trainer = (OneMachineTrainer if local else RestartingTrainer)(
             train_worker,
             train_loop_config={
                 "stage": stage,
                 "options": asdict(placed),
-                "run_id": run_id,
+                "claim": claim,
                 "tracking_uri": tracking_uri,
                 "device": plan.device,
                 "threads": plan.threads,
@@ -302,90 +357,10 @@ def _run_ray_train(
                 storage_path=path,
                 storage_filesystem=filesystem,
                 failure_config=FailureConfig(max_failures=options.train.max_failures),
+                callbacks=[GroupWatch(bar)],
             ),
         )
-        try:
-            with ended_by_signals(bar) as interrupted:
-                # Not on the main thread: there Ray would answer Ctrl-C itself, without a checkpoint.
-                said = ThreadPoolExecutor(1).submit(trainer.fit).result().return_value
-        except Exception as error:
-            raise _explained(stage, error) from error
-        if interrupted.is_set():
-            raise KeyboardInterrupt(said)
-        if said:
-            raise DeeDSRError(said)
-
-
-@contextmanager
-def ended_by_signals(progress: Any) -> Iterator[threading.Event]:
-    """Within it, SIGTERM and Ctrl-C have the workers checkpoint and end; a second one interrupts at once."""
-    interrupted = threading.Event()
-
-    def handle(number: int, frame: object) -> None:
-        if interrupted.is_set():
-            raise KeyboardInterrupt
-        interrupted.set()
-        logger.info("%s: the training checkpoints and ends; once more ends it at once", signal.Signals(number).name)
-        progress.end.remote()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupted
-        return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield interrupted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _explained(stage: str, error: Exception) -> DeeDSRError:
-    """The first cause that a user can act on, else the last line of what the worker said."""
-    seen: BaseException | None = error
-    while seen is not None:
-        at_start = getattr(seen, "controller_failure", None)
-        for inner in (seen, at_start, *getattr(seen, "worker_failures", {}).values()):
-            cause = getattr(inner, "cause", None) or inner
-            if isinstance(cause, DeeDSRError):
-                return cause
-        seen = seen.__cause__ or seen.__context__
-    last = cluster.last_words(error, _NEED_LESS)
-    return DeeDSRError(
-        f"training the {stage} failed: {last}. What was checkpointed stays; the same command continues from there"
-    )
-
-
-def _refuse_differences(
-    record: dict[str, Any], stage: str, options: LearnerOptions | AdapterOptions, inputs: dict[str, str]
-) -> None:
-    where = f"{options.out} holds a training of"
-    if record["stage"] != stage:
-        raise UsageError(f"{where} the {record['stage']}, not of the {stage}: choose another --out")
-    before, now = flatten(record["config"]), flatten(json.loads(json.dumps(resolved(options))))
-    # Data, learner, base and initial weights are compared by content: they may have moved.
-    same_by_content = MAY_CHANGE | {"data", "learner", "init", "base"}
-    # A training from before there was an option has its default.
-    defaults = flatten(json.loads(json.dumps(resolved(type(options)()))))
-    before = {key: value for key, value in defaults.items() if value != {}} | before
-    differing = sorted(
-        k for k in before.keys() | now.keys() if k not in same_by_content and before.get(k) != now.get(k)
-    )
-    lines = [f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in differing]
-    had = record["inputs"]
-    if "base" in inputs and "base" not in had:  # a training from before the digest was kept: by name
-        inputs = {name: digest for name, digest in inputs.items() if name != "base"}
-        name, given = before["base"].partition("@")[0], now["base"].partition("@")[0]
-        lines += [f"base was {name!r}, is {given!r}"] if name != given else []
-    lines += [f"{k} was {had.get(k)}, is {inputs.get(k)}" for k in sorted(had | inputs) if had.get(k) != inputs.get(k)]
-    if lines:
-        raise UsageError(f"{where} another configuration: {'; '.join(lines)}. Choose another --out, or the old values")
-
-
-def _read_record(out: Storage) -> dict[str, Any] | None:
-    try:
-        return json.loads(out.read(RECORD))
-    except FileNotFoundError:
-        return None
+        supervised(stage, trainer, bar, plan, claim)
 
 
 def _weights_digest(folder: Path) -> str:

@@ -1,15 +1,22 @@
-"""Steps whose loss or gradient cannot be trusted: how they are told, and what is kept of them."""
+"""Detects optimizer steps with a non-finite or anomalously high loss or gradient, and records the skipped ones."""
 
 import json
+import logging
 import math
-from typing import Any
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from pipelines.storage import Storage
+from deedsr.errors import DeeDSRError
+from pipelines.storage import Storage, waiting
 
+logger = logging.getLogger(__name__)
 WINDOW = 100  # losses that a new one is compared with
 FEWEST = 20  # of them before a spike can be told
 MOST_IN_A_ROW = 10  # skipped steps: by then it is the run that is broken, not the batch
@@ -62,12 +69,53 @@ class LossWindow:
             self.skipped, self.in_a_row = state["counts"].tolist()
 
 
-def record(out: Storage, step: int, values: dict[str, Any], batch: dict[str, Tensor], rank: int) -> str:
-    """Write `incidents/step-XXXXXXXX.json` (rank 0) and this worker's last micro-batch; returns where."""
-    path = f"incidents/step-{step:08d}"
-    out.write(f"{path}-rank-{rank}.safetensors", save({k: t.detach().cpu().contiguous() for k, t in batch.items()}))
-    if rank == 0:
-        # As text: JSON knows neither NaN nor infinity.
-        plain = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        out.write(f"{path}.json", json.dumps(plain, indent=1).encode())
-    return f"{out.uri}/{path}.json"
+class Records:
+    """Writes the records of skipped steps on a thread, so that storage that is away stops no step.
+
+    What fails is tried again for as long as `pipelines.storage.waiting` says, then left out with a warning: no record
+    ends a run.
+    `check` is called before each write and raises where nothing may be written any more. Used as a context; leaving it
+    by an exception gives up what is still tried.
+    """
+
+    def __init__(self, out: Storage, check: Callable[[], object] = lambda: None):
+        self.out, self._check = out, check
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="incidents")
+        self._last: Future[None] | None = None
+        self._given_up = threading.Event()
+
+    def add(self, step: int, values: dict[str, Any], batch: dict[str, Tensor], rank: int) -> str:
+        """Begin to write `incidents/step-XXXXXXXX.json` (rank 0) and this worker's part of the batch; returns where."""
+        path = f"incidents/step-{step:08d}"
+        files = {f"{path}-rank-{rank}.safetensors": save({k: t.detach().cpu().contiguous() for k, t in batch.items()})}
+        if rank == 0:
+            # As text: JSON knows neither NaN nor infinity.
+            plain = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+            files[f"{path}.json"] = json.dumps(plain, indent=1).encode()
+        self._last = self._pool.submit(self._persist, step, files)
+        return f"{self.out.uri}/{path}.json"
+
+    def wait(self) -> None:
+        """Until the records so far are written or given up."""
+        if self._last is not None:
+            self._last.result()
+
+    def _persist(self, step: int, files: dict[str, bytes]) -> None:
+        def write() -> None:
+            for path, data in files.items():
+                self._check()
+                self.out.write(path, data)
+
+        try:
+            with waiting.within(over=self._given_up):
+                waiting.patiently(write)
+        except DeeDSRError as error:
+            logger.warning("there is no record of step %d, which was not taken: %s", step, error)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        if kind is not None:
+            self._given_up.set()
+        self._pool.shutdown(wait=kind is None)

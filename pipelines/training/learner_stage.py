@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deedsr.dataset.keys import generator
-from deedsr.learner.moco import MomentumContrast
+from deedsr.learner.moco import UNGROUPED, MomentumContrast, same_group
 from deedsr.learner.normalization import commit_statistics, drop_statistics, pending_statistics
 from deedsr.learner.pairs import quadrant_pair
 from deedsr.learner.resnet import DegradationLearner
@@ -40,7 +40,7 @@ class LearnerStage:
         if self.options.train.gradient_checkpointing:
             self.learner.checkpoint_gradients()
         self.contrast = MomentumContrast(self.learner, **asdict(self.options.contrast)).to(device)
-        self.step_keys: list[tuple[Tensor, Tensor]] = []
+        self.step_keys: list[tuple[Tensor, Tensor, Tensor]] = []  # keys, photographs, degradation groups
         return self.learner.train()
 
     def sample(self, dataset: Dataset, index: Any, row: int, epoch: int) -> dict[str, Any]:
@@ -48,27 +48,34 @@ class LearnerStage:
         sample = dataset.read_lr(index, row)
         rng = generator("quadrants", self.options.train.seed, epoch, sample.key)
         query, key = quadrant_pair(sample.lr.transpose(2, 0, 1), rng)
+        group = index["degradation_group"][row].as_py()
         return {
             "query": query.astype(np.float32) / 255,
             "key": key.astype(np.float32) / 255,
             "source": np.int64(int(index["source_sha256"][row].as_py()[:15], 16)),
+            "group": np.int64(UNGROUPED if group is None else group),
         }
 
     def loss(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         query_BD = model(batch["query"], embedding=True)
         key_BD = self.contrast.keys(batch["key"])
-        self.step_keys.append((key_BD, batch["source"]))
-        return self.contrast.loss(query_BD, key_BD, batch["source"])
+        self.step_keys.append((key_BD, batch["source"], batch["group"]))
+        return self.contrast.loss(query_BD, key_BD, batch["source"], batch["group"])
 
     def measure(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
-        """Embeddings (B, 2 D) of both quadrants by the network that trains, which is the one exported."""
-        return torch.cat([model(batch[part], embedding=True).float() for part in ("query", "key")], 1)
+        """Embeddings of both quadrants by the network that trains, which is the one exported, and the degradation group
+        as the bits of a float: (B, 2 D + 1)."""
+        embeddings = [model(batch[part], embedding=True).float() for part in ("query", "key")]
+        return torch.cat([*embeddings, batch["group"].int().view(torch.float32)[:, None]], 1)
 
     def judge(self, rows_SN: Tensor) -> dict[str, Tensor]:
-        """InfoNCE of each query among the keys of all pairs, and how often its own ranks first or in the top 5."""
-        query_SD, key_SD = rows_SN.chunk(2, 1)
-        scores_SS = query_SD @ key_SD.T / self.options.contrast.temperature
-        own = torch.arange(len(scores_SS), device=scores_SS.device)
+        """InfoNCE of each query among the keys of all pairs but the others of its degradation group, and how often its
+        own ranks first or in the top 5."""
+        query_SD, key_SD = rows_SN[:, :-1].chunk(2, 1)
+        group_S = rows_SN[:, -1].contiguous().view(torch.int32)
+        own = torch.arange(len(rows_SN), device=rows_SN.device)
+        masked_SS = same_group(group_S[:, None], group_S) & (own[:, None] != own)
+        scores_SS = (query_SD @ key_SD.T / self.options.contrast.temperature).masked_fill(masked_SS, -torch.inf)
         rank_S = (scores_SS >= scores_SS.diagonal()[:, None]).sum(1) - 1
         return {
             "loss": F.cross_entropy(scores_SS, own),
@@ -81,9 +88,9 @@ class LearnerStage:
 
     def end_step(self, workers: Workers) -> None:
         commit_statistics(self.learner, workers.sum(pending_statistics(self.learner)))
-        keys, sources = (torch.cat(parts) for parts in zip(*self.step_keys, strict=True))
+        keys, sources, groups = (workers.gather(torch.cat(parts)) for parts in zip(*self.step_keys, strict=True))
         self.step_keys.clear()
-        self.contrast.advance(workers.gather(keys), workers.gather(sources))
+        self.contrast.advance(keys, sources, groups)
         with workers.full_parameters() as parameters:
             self.contrast.update_momentum(parameters)
 
@@ -96,7 +103,10 @@ class LearnerStage:
         return buffers | {f"contrast.{name}": t for name, t in self.contrast.state_dict().items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        self.contrast.load_state_dict(under(state, "contrast."))
+        contrast = under(state, "contrast.")
+        # A checkpoint from before there were groups: its keys count as ungrouped.
+        contrast.setdefault("queue_groups_K", torch.full_like(contrast["queue_sources_K"], UNGROUPED))
+        self.contrast.load_state_dict(contrast)
         self.learner.load_state_dict(under(state, "buffers."), strict=False)
 
     def export(

@@ -17,12 +17,22 @@ MIB = 2**20
 def by_timestep(loss_B: Tensor, timestep_B: Tensor, end: int) -> dict[str, Tensor]:
     """Sum and count of the losses whose timestep falls into each quarter of [0, end)."""
     bucket_B = timestep_B.clamp(max=end - 1) * BUCKETS // end
-    edges = [-(-k * end // BUCKETS) for k in range(BUCKETS + 1)]
     numbers: dict[str, Tensor] = {}
-    for k in range(BUCKETS):
-        name, inside_B = f"loss_timestep/{edges[k]:03d}-{edges[k + 1] - 1:03d}", bucket_B == k
+    for k, name in enumerate(bucket_names(end)):
+        inside_B = bucket_B == k
         numbers |= {name + SUM: loss_B.where(inside_B, 0).sum(), name + COUNT: inside_B.sum()}
     return numbers
+
+
+def bucket_names(end: int) -> list[str]:
+    """Metrics of the losses in each quarter of [0, end)."""
+    edges = [-(-k * end // BUCKETS) for k in range(BUCKETS + 1)]
+    return [f"loss_timestep/{edges[k]:03d}-{edges[k + 1] - 1:03d}" for k in range(BUCKETS)]
+
+
+def middles(end: int) -> list[int]:
+    """The timestep in the middle of each quarter of [0, end)."""
+    return [(2 * k + 1) * end // (2 * BUCKETS) for k in range(BUCKETS)]
 
 
 def means(numbers: Mapping[str, float]) -> dict[str, float]:

@@ -19,12 +19,14 @@ SHOWN = {  # metric: name and format on the bar
 
 
 class Progress:
-    """Ray actor that holds the last word of rank 0."""
+    """Ray actor that holds the last word of rank 0, and of Ray Train's controller."""
 
     def __init__(self) -> None:
         self.step, self.values = 0, dict[str, float]()
         self.messages: list[str] = []
         self.ended = False
+        self.controller: Any = None
+        self.working = False
 
     def tell(self, step: int, values: Mapping[str, float]) -> None:
         self.step, self.values = step, dict(values)
@@ -38,6 +40,18 @@ class Progress:
 
     def ending(self) -> bool:
         return self.ended
+
+    def controlled(self, controller: Any) -> None:
+        """`controller`: the actor that starts the workers."""
+        self.controller = controller
+
+    def works(self, working: bool) -> None:
+        """Whether there are workers that could checkpoint."""
+        self.working = working
+
+    def group(self) -> tuple[Any, bool]:
+        """The controller, None before it has begun, and whether its workers are at work."""
+        return self.controller, self.working
 
     def look(self) -> tuple[int, dict[str, float], list[str]]:
         messages, self.messages = self.messages, []

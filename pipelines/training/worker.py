@@ -15,22 +15,24 @@ from torch import Tensor
 from deedsr.errors import DeeDSRError
 from pipelines.dataset import Dataset
 from pipelines.storage import Storage, open_storage, publish, waiting
-from pipelines.storage.errors import Away, Faulty, Full, Refused
+from pipelines.storage.errors import FAILURES
 from pipelines.training import checkpoint, tracked
+from pipelines.training.claim import Claim, Superseded
 from pipelines.training.config import (
     AdapterOptions,
     LearnerOptions,
     TrainOptions,
     from_resolved,
-    learning_rate,
     micro_batch,
 )
 from pipelines.training.engine import Engine, on_cpu
-from pipelines.training.incidents import MOST_IN_A_ROW, LossWindow, record
+from pipelines.training.incidents import MOST_IN_A_ROW, LossWindow, Records
 from pipelines.training.interruption import Ended, Moved, Stop, Untrainable, Unwritable
 from pipelines.training.loader import Batch, follow, micro_batches
 from pipelines.training.metrics import Meter
 from pipelines.training.order import SampleOrder
+from pipelines.training.resume import read_agreed
+from pipelines.training.schedule import learning_rate
 from pipelines.training.shard_cache import ShardCache
 from pipelines.training.stage import Stage, under
 from pipelines.training.validation import Validation
@@ -42,7 +44,7 @@ VALIDATION_SECONDS = 1800.0  # that a validation may take before a worker counts
 
 
 def train_worker(config: dict[str, Any]) -> str | None:
-    """Ray Train's loop of one worker. `config`: `stage`, `options`, `run_id`, `tracking_uri`, `device`, `threads`,
+    """Ray Train's loop of one worker. `config`: `stage`, `options`, `claim`, `tracking_uri`, `device`, `threads`,
     `progress`.
 
     Returns what is to be told the user instead where starting the workers again would be of no use.
@@ -70,21 +72,29 @@ def train_worker(config: dict[str, Any]) -> str | None:
     stage.fetch()  # before the watchdog counts, and once for all workers of a node
     rank = ray.train.get_context().get_world_rank()
     asked = Asked(config["progress"], rank)
+    claim: Claim = config["claim"]
+    try:
+        claim.next_attempt() if rank == 0 else claim.check()
+    except Superseded as end:  # by another command: every worker finds the same
+        return str(end)
     run = None
     if rank == 0:
         from pipelines import tracking
 
-        run = tracking.open_run(config["tracking_uri"], config["run_id"])
+        run = tracking.open_run(config["tracking_uri"], claim.run_id, permit=claim.holds)
         run.take_up(tracked.unsent(open_storage(options.out)))
     try:
         device = ray.train.torch.get_device() if config["device"] == "cuda" else torch.device("cpu")
         progress = config["progress"]
-        train(stage, options, dataset, device, run, progress.tell.remote, asked, progress.say.remote)
+        train(stage, options, dataset, device, run, progress.tell.remote, asked, claim, progress.say.remote)
     except (Ended, Untrainable, Unwritable) as end:  # every worker has the same
         return str(end)
     finally:
         if run is not None and not run.close():
-            tracked.keep(open_storage(options.out), run.unsent())
+            try:
+                tracked.keep(open_storage(options.out), run.unsent())
+            except DeeDSRError as error:  # the last checkpoint has them but for those after it
+                logger.warning("metrics that MLflow did not take could not be kept: %s", error)
     return None
 
 
@@ -96,26 +106,31 @@ def train(
     run: Any | None,
     tell: Callable[[int, dict[str, float]], Any] = lambda step, values: None,
     asked: Callable[[], Stop] = lambda: Stop.NO,
+    claim: Claim | None = None,
     say: Callable[[str], Any] = logger.warning,
 ) -> None:
     """Train `stage` from its last checkpoint to `train.max_steps`. Needs a process group; every worker calls it.
 
     Rank 0 logs to `run` and tells `tell` each logged step and its numbers. Once a worker is `asked` to stop, all of
     them checkpoint after the same step and raise Moved or Ended. Raises Untrainable where the loss says so, Unwritable
-    where storage takes no checkpoint; `say` gets a line every half minute while it is waited for.
+    where storage takes no checkpoint; `say` gets a line every half minute while it is waited for. `claim`: of these
+    workers on `options.out`; rank 0 raises Superseded before it would write there when it is another's.
     """
     plan = options.train
     out = open_storage(options.out)
+    check = claim.check if claim else lambda: None
+    run_id, attempt = (claim.run_id, claim.attempt) if claim else ("", 0)
     index = dataset.index("train")
     keep = checkpoint.Keep(plan.keep_checkpoints, plan.best_metric, plan.best_mode)
     with (
         Watchdog(plan.hang_seconds) as watchdog,
-        checkpoint.Writer(out, keep, say) as writer,
+        checkpoint.Writer(out, keep, check, say) as writer,
+        Records(out, check) as records,
         ShardCache(int(plan.cache_gb * 1e9)) as shards,
     ):
         # 1. networks, and what an earlier part of this run left
         module = stage.build(device, torch.bfloat16 if plan.precision == "bf16" else torch.float32)
-        found = checkpoint.read_latest(out)
+        found = read_agreed(out, device)
         first_step, loss_value = 0, float("nan")
         latest: dict[str, float] = {}  # what was logged last, by metric
         losses = LossWindow(plan.spike_sigma)
@@ -191,7 +206,7 @@ def train(
                 ]
                 values |= {"grad_norm": engine.grad_norm()}
                 incident = {"step": step, "reason": objection, "lr": lr, "world_size": world_size, "samples": keys}
-                _object(out, plan, losses, incident | values, read, rank)
+                _skipped(records, watchdog, plan, losses, incident | values, read, rank)
 
             if step % plan.log_every == 0 or step == plan.max_steps:
                 told = meter.read() | {"lr": lr, "grad_norm": engine.grad_norm(), "skipped_steps": losses.skipped}
@@ -211,8 +226,9 @@ def train(
                 _until_written(engine, writer, asked)  # here the others have patience to wait for rank 0, in a step not
                 tensors = _gathered(stage, engine, ema, losses)
                 metrics = {name: value for name, value in latest.items() if math.isfinite(value)}
+                metrics["loss"] = losses.mean
                 saved = checkpoint.Checkpoint(
-                    step, step * plan.global_batch_size, loss_value, metrics=metrics | {"loss": losses.mean}
+                    step, step * plan.global_batch_size, loss_value, metrics=metrics, run_id=run_id, attempt=attempt
                 )
                 if run is not None:
                     run.log_metrics({"checkpoint_stall_seconds": time.perf_counter() - stalled}, step)
@@ -221,6 +237,7 @@ def train(
                     writer.start(saved, tensors)
                 if stop:
                     _until_written(engine, writer, asked)
+                    records.wait()
                     raise Moved(step) if stop is Stop.MOVE else Ended(step)
                 watchdog.beat()
 
@@ -229,12 +246,16 @@ def train(
         _until_written(engine, writer, asked)
         lost: DeeDSRError | None = None
         if rank == 0:
-            last = checkpoint.read_latest(out)
-            assert last
+            found = checkpoint.read_latest(out)
+            if found is None or found[0].step < plan.max_steps:
+                raise DeeDSRError(
+                    f"the checkpoint of step {plan.max_steps} in {out.uri} was damaged after it was written"
+                )
+            last = found
             try:
                 with waiting.within(say=say):
-                    waiting.patiently(lambda: _export(out, stage, *last, dataset))
-            except (Full, Refused, Faulty, Away) as error:
+                    waiting.patiently(lambda: _export(out, stage, *last, dataset, check))
+            except FAILURES as error:
                 lost = error
         if engine.sum(torch.tensor(float(lost is not None), device=device)):
             raise Unwritable(f"the model could not be written: {lost}")
@@ -249,6 +270,8 @@ def _until_written(engine: Engine, writer: checkpoint.Writer, asked: Callable[[]
         busy = writer.busy(POLL_SECONDS)
         given_up = busy and asked() is Stop.END and writer.give_up()
         failure = writer.failure
+        if isinstance(failure, Superseded):
+            raise failure
         state = engine.sum(torch.tensor([busy, given_up, failure is not None], dtype=torch.float32).to(engine.device))
         busy, given_up, failed = state.tolist()
         if failed or given_up:
@@ -268,6 +291,8 @@ def _agreed(
     names = sorted(numbers)
     sums = torch.stack([numbers[name] for name in names])  # float64: in any order the same
     failure = writer.failure
+    if isinstance(failure, Superseded):
+        raise failure
     asks = sums.new_tensor([asked is Stop.MOVE, asked is Stop.END, failure is not None])
     *values, move, end, failed = engine.sum(torch.cat([sums, asks])).tolist()
     if failed:
@@ -276,15 +301,23 @@ def _agreed(
     return means, Stop.END if end else Stop.MOVE if move else Stop.NO
 
 
-def _object(
-    out: Storage, plan: TrainOptions, losses: LossWindow, values: dict[str, Any], read: list[Batch], rank: int
+def _skipped(
+    records: Records,
+    watchdog: Watchdog,
+    plan: TrainOptions,
+    losses: LossWindow,
+    values: dict[str, Any],
+    read: list[Batch],
+    rank: int,
 ) -> None:
-    """Keep what is known of a step that was not taken; raises Untrainable where the run should not go on."""
+    """Record a step that was not taken; raises Untrainable where the run should not go on."""
     batch = {name: torch.cat([part[name] for part in read]) for name in read[0]}
-    place = record(out, values["step"], values, batch, rank)
+    place = records.add(values["step"], values, batch, rank)
     logger.warning("step %d is not taken: %s (%s)", values["step"], values["reason"], place)
     if plan.on_spike == "skip" and losses.in_a_row < MOST_IN_A_ROW:
         return
+    watchdog.patience(waiting.limit())
+    records.wait()
     why = "train.on_spike is stop" if plan.on_spike == "stop" else f"so were the {MOST_IN_A_ROW - 1} steps before"
     raise Untrainable(
         f"step {values['step']} was not taken, because {values['reason']}, and {why}: its samples are in {place}. "
@@ -317,9 +350,14 @@ def _gathered(stage: Stage, engine: Engine, ema: dict[str, Tensor], losses: Loss
 
 
 def _export(
-    out: Storage, stage: Stage, last: checkpoint.Checkpoint, tensors: dict[str, dict[str, Tensor]], dataset: Dataset
+    out: Storage,
+    stage: Stage,
+    last: checkpoint.Checkpoint,
+    tensors: dict[str, dict[str, Tensor]],
+    dataset: Dataset,
+    check: Callable[[], None],
 ) -> None:
-    """The averaged weights where there are any, else the last ones."""
+    """The averaged weights where there are any, else the last ones. `check`: raises where nothing may be written."""
     averaged, rest = under(tensors["state"], "ema."), under(tensors["state"], "stage.")
     history = {
         "dataset": {
@@ -333,4 +371,5 @@ def _export(
     }
     with tempfile.TemporaryDirectory() as folder:
         stage.export(Path(folder), averaged or tensors["trained"], rest, history)
+        check()
         publish(Path(folder), out.uri)

@@ -1,20 +1,23 @@
 """The command: finds the pictures, has each one enlarged, and says what came of it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import posixpath
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any
 
 from tqdm import tqdm
 
 from deedsr.errors import UsageError
 from pipelines import cluster
-from pipelines.models import pinned, resolve_model
+from pipelines.models import model_digest, pinned, resolve_model
 from pipelines.placement import Device, place_networks
-from pipelines.storage import open_storage
+from pipelines.spread import place, spread
+from pipelines.storage import Storage, open_storage, waiting
+from pipelines.storage.local import begun_name
 from pipelines.upscaling.encoding import Format
-from pipelines.upscaling.sources import conflicts, find_sources
-from pipelines.upscaling.spread import spread
-from pipelines.upscaling.work import Upscaler, model_digest
+from pipelines.upscaling.sources import Source, conflicts, find_sources
+from pipelines.upscaling.work import Done, Upscaler
 
 __all__ = ["UpscaleResult", "upscale"]
 
@@ -59,7 +62,7 @@ def upscale(
             picture whose place is taken by anything else is in `failed`.
         ray: spread the pictures over the cluster that `RAY_ADDRESS` names, else over this machine.
         workers: with `ray`, pictures at a time; None = one on every GPU, or every CPU where the device is the CPU.
-        device: `auto` = a GPU where this machine has one, and on a cluster always; `cpu`; `cuda`.
+        device: `auto` = a CUDA GPU where this machine has one, and on a cluster always; `cpu`; `cuda`; `mps`.
         seed: of every picture's noise, so that a picture comes out the same alone and among others.
         progress: show a progress bar on stderr.
         steps: sampling steps.
@@ -87,7 +90,7 @@ def upscale(
     given = [source for source in sources if source.uri not in reasons]
     outcomes = {}
     with tqdm(total=len(given), desc="upscale", unit="picture", disable=not progress) as bar:
-        for done in spread(work, given, workers, device) if ray else map(work, given):
+        for done in _spread(work, given, workers) if ray else map(work, given):
             outcomes[done.input] = done
             bar.update()
 
@@ -102,3 +105,25 @@ def upscale(
         result.images.append(image)
         result.reused += image["reused"]
     return result
+
+
+def _spread(work: Upscaler, sources: list[Source], workers: int | None) -> Iterator[Done]:
+    """`work` on each of the sources in actors, in any order."""
+    if not sources:
+        return
+    plan = place("upscale", len(sources), work.device, workers)
+    try:
+        yield from spread(replace(work, device=plan.device), sources, plan, "upscale")
+    finally:
+        _remove_parts(work.out, {source.target for source in sources})
+
+
+def _remove_parts(out: Storage, targets: set[str]) -> None:
+    """Removes what killed workers had begun to write; on S3 nothing is seen of it."""
+    if out.local_path("") is None:
+        return
+    begun = {posixpath.join(posixpath.dirname(path), begun_name(posixpath.basename(path))) for path in targets}
+    with waiting.cleaning(f"what killed workers began in {out.uri}"):
+        for upload in out.abandoned_uploads(timedelta(0)):
+            if upload.path in begun:
+                out.abort(upload)

@@ -11,8 +11,8 @@ import numpy as np
 
 from deedsr import __version__
 from deedsr.errors import DeeDSRError
-from deedsr.sampling.digests import part_digest
-from pipelines.models import base_of, load_pipeline, resolve_model
+from pipelines.models import load_pipeline, resolve_model
+from pipelines.placement import Device
 from pipelines.storage import Storage
 from pipelines.storage.waiting import patiently
 from pipelines.upscaling.encoding import LOSSY, encode, format_of, holds_deep, require_fit
@@ -21,10 +21,9 @@ from pipelines.upscaling.picture import Picture, read_picture
 from pipelines.upscaling.sources import Source
 
 if TYPE_CHECKING:
-    from deedsr.sampling.model_folder import ModelFolder
     from deedsr.sampling.settings import SamplingSettings
 
-__all__ = ["Done", "Upscaler", "model_digest"]
+__all__ = ["Done", "Upscaler"]
 
 
 class TooLarge(DeeDSRError):
@@ -49,7 +48,7 @@ class Done(NamedTuple):
 class Upscaler:
     """Enlarges pictures into `out`. Pickles; each process loads the model when the first picture needs it.
 
-    `digest`: of the model where the command was given, see `model_digest`.
+    `digest`: of the model where the command was given, see `pipelines.models.model_digest`.
     """
 
     model: str
@@ -60,7 +59,7 @@ class Upscaler:
     overwrite: bool
     out: Storage
     base: str | None = None  # where the model's base lies, if not where it says
-    device: str = "auto"  # see `pipelines.models.usable_device`
+    device: Device = "auto"  # see `pipelines.models.usable_device`
 
     def __call__(self, source: Source) -> Done:
         """Raises DeeDSRError for what would fail with every other picture as well: the model, a full disk."""
@@ -119,15 +118,13 @@ class Upscaler:
 
     @cached_property
     def _scale(self) -> int:
-        return _description(self.model).scale
+        from deedsr.sampling.model_folder import ModelFolder
+
+        return ModelFolder.read(resolve_model(self.model)).scale
 
     @cached_property
     def _pipeline(self) -> Any:
-        if model_digest(self.model, self.base) != self.digest:
-            raise DeeDSRError(f"the model {self.model} is another one here than when the command was given")
-        pipeline = load_pipeline(self.model, self.device, self.base)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+        return load_pipeline(self.model, self.device, self.digest, self.base)
 
     def _enlarge(self, pipeline: Any, picture: Picture) -> np.ndarray:
         """float32 (3, scale H, scale W) in [0, 1]."""
@@ -144,23 +141,6 @@ class Upscaler:
                 raise TooLarge(rgb) from error
             raise
         return result.images[0].cpu().numpy()
-
-
-def model_digest(model: str, base: str | None = None) -> str:
-    """SHA-256 over everything of a model that a result depends on: networks, scheduler, scale."""
-    description = _description(model)
-    folder = base_of(description, base)
-    digest = hashlib.sha256(f"scale {description.scale}".encode())
-    for part in (folder / "vae", folder / "unet", description.path / "learner", description.path / "adapter"):
-        digest.update(part_digest(part).encode())
-    digest.update((folder / "scheduler" / "scheduler_config.json").read_bytes())
-    return digest.hexdigest()
-
-
-def _description(model: str) -> "ModelFolder":
-    from deedsr.sampling.model_folder import ModelFolder
-
-    return ModelFolder.read(resolve_model(model))
 
 
 def _read(source: Source) -> bytes:

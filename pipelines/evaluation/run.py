@@ -5,30 +5,30 @@ OUT/pictures/KEY.{lr,bicubic,model,hr}.png
 """
 
 import json
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow as pa
 from tqdm import tqdm
 
 import deedsr
-from deedsr.dataset.keys import generator
 from deedsr.errors import UsageError
-from deedsr.metrics import niqe_features, niqe_of_features, psnr_y, ssim_y
+from deedsr.metrics import niqe_of_features
 from deedsr.metrics.niqe import BLOCK
 from pipelines import cluster, tracking
 from pipelines.dataset import Dataset
-from pipelines.models import load_pipeline, resolve_model, training_run
+from pipelines.evaluation.work import METHODS, METRICS, Evaluated, Evaluator
+from pipelines.models import model_digest, pinned, resolve_model, training_run
 from pipelines.placement import Device, place_networks
+from pipelines.spread import place, spread
 from pipelines.storage import open_storage
 from pipelines.strips import strip
 
-METRICS = ("psnr", "ssim", "niqe")  # PSNR and SSIM on Y
-METHODS = ("model", "bicubic")
 RESULTS = "results.json"
 LOGGED_PICTURES = 8  # comparisons among the artifacts of the MLflow run
 
@@ -61,12 +61,15 @@ def evaluate(
     solver: str | None = None,
     tile: int | None = None,
     degradation_per_tile: bool | None = None,
+    restoration: float | None = None,
     seed: int = 0,
     device: Device = "auto",
     experiment: str = "deedsr-evaluation",
     progress: bool = True,
 ) -> EvaluationResult:
     """Measure a model beside bicubic interpolation; figures and pictures go to `out`, and into an MLflow run.
+
+    Computed in this process, or in actors of the cluster that `RAY_ADDRESS` names.
 
     Args:
         model: `tiny`, or a model's folder, URI, hub id or `models:/NAME/VERSION`.
@@ -76,10 +79,10 @@ def evaluate(
         metrics: of METRICS. PSNR and SSIM are means over the samples, NIQE is one fit over the blocks of all.
         split: `train` or `validation`.
         limit: measure at most so many samples, evenly spread over the split.
-        steps, noise_guidance, noise_guidance_share, eta, color_fix, solver, tile, degradation_per_tile: as for
-            `DeeDSRPipeline`; None = the model's own.
+        steps, noise_guidance, noise_guidance_share, eta, color_fix, solver, tile, degradation_per_tile,
+            restoration: as for `DeeDSRPipeline`; None = the model's own.
         seed: with a sample's key it decides that sample's noise, whatever else is measured.
-        device: `auto` = a GPU where this machine has one; `cpu`; `cuda`.
+        device: `auto` = a CUDA GPU where this machine has one, and on a cluster always; `cpu`; `cuda`; `mps`.
         experiment: of MLflow.
         progress: show a progress bar on stderr.
 
@@ -105,11 +108,17 @@ def evaluate(
         "solver": solver,
         "tile": tile,
         "degradation_per_tile": degradation_per_tile,
+        "restoration": restoration,
     }
     sampling = folder.sampling.override(**wanted)
-    place_networks(cluster.this_machine(), device, 1, "evaluate")
-    pipeline = load_pipeline(model, device, base)
-    pipeline.set_progress_bar_config(disable=True)
+    table = dataset.index(split)
+    pairs = [table.take([row]) for row in rows]
+    keys = [pair["key"][0].as_py() for pair in pairs]
+    storage = open_storage(out)
+    storage.require_writable()
+    # Workers need nothing of the index, which the dataset keeps and its copy does not.
+    work = Evaluator(pinned(model), replace(dataset), tuple(metrics), sampling, seed, device, base=base)
+    compute = _computing(work, len(pairs))
 
     config = {
         "model": model,
@@ -122,7 +131,6 @@ def evaluate(
         "seed": seed,
         "sampling": sampling.as_dict(),
     }
-    storage = open_storage(out)
     with tracking.start_run(
         experiment,
         name=Path(str(model).rstrip("/")).name,
@@ -131,30 +139,23 @@ def evaluate(
         parents={"adapter": training_run(model)},
         tags={"deedsr.kind": "evaluation", "deedsr.out": tracking.masked_uri(out)},
     ) as run:
-        index = dataset.index(split)
-        records, features = [], {method: [np.empty((0, 36))] for method in METHODS}
-        shown = {rows[i] for i in _evenly(len(rows), LOGGED_PICTURES)}
-        for row in tqdm(rows, desc="evaluate", unit="sample", disable=not progress):
-            sample = dataset.read(index, row)
-            pictures = {
-                "model": _sample(pipeline, sample, seed, sampling.as_dict()),
-                "bicubic": cv2.resize(sample.lr, sample.hr.shape[1::-1], interpolation=cv2.INTER_CUBIC),
-            }
-            figures = {}
-            for method, picture in pictures.items():
-                figures[method] = _measure(picture, sample.hr, dataset.scale, metrics)
-                if "niqe" in metrics:
-                    features[method].append(niqe_features(picture))
-            files = {}
-            for name, picture in {"lr": sample.lr, **pictures, "hr": sample.hr}.items():
-                files[name] = f"pictures/{sample.key}.{name}.png"
+        shown = {keys[i] for i in _evenly(len(keys), LOGGED_PICTURES)}
+        records, features = {}, {}
+        for done in tqdm(compute(pairs), total=len(pairs), desc="evaluate", unit="sample", disable=not progress):
+            files = {name: f"pictures/{done.key}.{name}.png" for name in done.pictures}
+            for name, picture in done.pictures.items():
                 storage.write(files[name], _png(picture))
-            if row in shown:
-                run.log_picture(sample.key, strip(sample.lr, pictures["bicubic"], pictures["model"], sample.hr))
-            source = sample.info.get("source")
-            records.append({"key": sample.key, "source": source, "metrics": figures, "pictures": files})
+            if done.key in shown:
+                run.log_picture(done.key, strip(*(done.pictures[name] for name in ("lr", "bicubic", "model", "hr"))))
+            record = {"key": done.key, "source": done.source, "metrics": done.metrics, "pictures": files}
+            records[done.key] = record
+            features[done.key] = done.features
 
-        summary = {method: _summary(method, metrics, records, features[method]) for method in METHODS}
+        samples = [records[key] for key in keys]
+        summary = {
+            method: _summary(method, metrics, samples, [features[key][method] for key in keys if "niqe" in metrics])
+            for method in METHODS
+        }
         results = {
             "format_version": 1,
             "created_by": f"deedsr {deedsr.__version__}",
@@ -165,7 +166,7 @@ def evaluate(
             "sampling": sampling.as_dict(),
             "seed": seed,
             "metrics": summary,
-            "samples": records,
+            "samples": samples,
         }
         text = json.dumps(results, indent=1, allow_nan=False)
         run.log_metrics(
@@ -178,7 +179,18 @@ def evaluate(
         )
         run.log_text(text, RESULTS)
         storage.write(RESULTS, text.encode())
-    return EvaluationResult(summary, run.id, len(records), f"{storage.uri}/{RESULTS}", dataset.digest)
+    return EvaluationResult(summary, run.id, len(samples), f"{storage.uri}/{RESULTS}", dataset.digest)
+
+
+def _computing(work: Evaluator, pairs: int) -> Callable[[list[pa.Table]], Iterator[Evaluated]]:
+    """`work` in this process, or in actors of the cluster that `RAY_ADDRESS` names, once one can start there."""
+    if cluster.is_named():
+        work = replace(work, digest=model_digest(work.model, base=work.base))
+        plan = place("evaluate", pairs, work.device)
+        return partial(spread, replace(work, device=plan.device), plan=plan, command="evaluate")
+    place_networks(cluster.this_machine(), work.device, 1, "evaluate")
+    _ = work.pipeline  # one that cannot be loaded leaves no run behind
+    return partial(map, work)
 
 
 def _rows(dataset: Dataset, split: str, limit: int | None) -> list[int]:
@@ -215,21 +227,6 @@ def _check_metrics(metrics: Sequence[str], dataset: Dataset, split: str) -> None
         )
 
 
-def _sample(pipeline: Any, sample: Any, seed: int, sampling: dict[str, Any]) -> np.ndarray:
-    """The model's uint8 picture of a sample's LR."""
-    import torch
-
-    number = int(generator("evaluation", seed, sample.key).integers(2**62))
-    picture = pipeline(sample.lr, generator=torch.Generator().manual_seed(number), **sampling).images[0]
-    return np.asarray(picture)
-
-
-def _measure(picture: np.ndarray, hr: np.ndarray, scale: int, metrics: Sequence[str]) -> dict[str, float | None]:
-    """The metrics that single pictures have."""
-    measures = {"psnr": psnr_y, "ssim": ssim_y}
-    return {name: _finite(measures[name](picture, hr, scale)) for name in metrics if name in measures}
-
-
 def _summary(
     method: str, metrics: Sequence[str], records: list[dict[str, Any]], features: list[np.ndarray]
 ) -> dict[str, float | None]:
@@ -244,11 +241,6 @@ def _summary(
             values = [record["metrics"][method][name] for record in records]
             summary[name] = None if None in values else float(np.mean(values))
     return summary
-
-
-def _finite(value: float) -> float | None:
-    """JSON knows no infinity, which is the PSNR of equal pictures."""
-    return value if math.isfinite(value) else None
 
 
 def _png(picture: np.ndarray) -> bytes:

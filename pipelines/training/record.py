@@ -1,0 +1,71 @@
+"""`OUT/training.json`: what an `--out` is. Stage, configuration, digests of the inputs, MLflow run."""
+
+import json
+from dataclasses import dataclass
+from typing import Any, Self
+
+from deedsr.errors import UsageError
+from pipelines.storage import Storage
+from pipelines.training.config import MAY_CHANGE, AdapterOptions, LearnerOptions, flatten, resolved
+from pipelines.training.schedule import recorded_length
+
+__all__ = ["RECORD", "TrainingRecord"]
+
+RECORD = "training.json"
+
+
+@dataclass
+class TrainingRecord:
+    """The record of a training, and the version of it that was read: a write over another version raises Conflict."""
+
+    stage: str
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    run_id: str
+    exported: int | None = None  # step of the checkpoint whose weights the model has
+    published: int | None = None  # step that the MLflow store knows as the result
+    version: str | None = None
+
+    @classmethod
+    def read(cls, out: Storage) -> Self | None:
+        try:
+            version = out.stat(RECORD).version
+            return cls(**json.loads(out.read(RECORD)), version=version)
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"{out.uri}/{RECORD} is damaged ({error}): choose another --out") from error
+
+    def write(self, out: Storage) -> None:
+        fields = {key: value for key, value in vars(self).items() if key != "version" and value is not None}
+        self.version = out.write(RECORD, json.dumps(fields, indent=1).encode(), expected=self.version)
+
+    def refuse_differences(self, stage: str, options: LearnerOptions | AdapterOptions, inputs: dict[str, str]) -> None:
+        """Raises UsageError, naming what differs, where the training is of another stage, configuration or input."""
+        where = f"{options.out} holds a training of"
+        if self.stage != stage:
+            raise UsageError(f"{where} the {self.stage}, not of the {stage}: choose another --out")
+        before, now = flatten(self.config), flatten(json.loads(json.dumps(resolved(options))))
+        # Data, learner, base and initial weights are compared by content: they may have moved.
+        same_by_content = MAY_CHANGE | {"data", "learner", "init", "base"}
+        # A training from before there was an option has its default.
+        defaults = flatten(json.loads(json.dumps(resolved(type(options)()))))
+        before = {key: value for key, value in defaults.items() if value != {}} | before
+        if before["train.schedule"] == "cosine":
+            before["train.schedule_steps"] = recorded_length(self.config)
+        differing = sorted(
+            k for k in before.keys() | now.keys() if k not in same_by_content and before.get(k) != now.get(k)
+        )
+        lines = [f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in differing]
+        had = self.inputs
+        if "base" in inputs and "base" not in had:  # a training from before the digest was kept: by name
+            inputs = {name: digest for name, digest in inputs.items() if name != "base"}
+            name, given = before["base"].partition("@")[0], now["base"].partition("@")[0]
+            lines += [f"base was {name!r}, is {given!r}"] if name != given else []
+        lines += [
+            f"{k} was {had.get(k)}, is {inputs.get(k)}" for k in sorted(had | inputs) if had.get(k) != inputs.get(k)
+        ]
+        if lines:
+            raise UsageError(
+                f"{where} another configuration: {'; '.join(lines)}. Choose another --out, or the old values"
+            )

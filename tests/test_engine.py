@@ -1,0 +1,86 @@
+"""The DeepSpeed engine alone: optimizer steps that must not be taken, in every ZeRO stage and precision."""
+
+import json
+
+from training_process import run_script
+
+SCRIPT = """
+import json, math, sys
+import torch, torch.distributed as dist
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+from pipelines.training.config import TrainOptions
+from pipelines.training.engine import Engine
+
+def engine(zero, precision, clip, optimizer):
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    options = TrainOptions(
+        zero_stage=zero, precision=precision, clip_grad_norm=clip, optimizer=optimizer, exact_sums=False
+    )
+    return Engine(module.to(torch.bfloat16 if precision == "bf16" else torch.float32), options, micro=2, accumulation=2)
+
+def step(engine, number, spoilt="", factor=1.0, take=True):
+    # The gradient of the parameters whose names end so is multiplied in one micro-batch of the last worker.
+    dtype = next(engine.module.parameters()).dtype
+    for part in range(2):
+        rng = torch.Generator().manual_seed(100 * number + 10 * part + dist.get_rank())
+        loss = engine(torch.randn(2, 6, generator=rng).to(dtype)).float().square().mean()
+        hooks = []
+        if factor != 1 and part == 0 and dist.get_rank() == dist.get_world_size() - 1:
+            hooks = [p.register_hook(lambda g: g * factor) for name, p in engine.named if name.endswith(spoilt)]
+        engine.backward(loss)
+        for hook in hooks:
+            hook.remove()
+        if part == 0:
+            engine.accumulate()
+    return engine.step(0.1, take=take)
+
+def held(engine):
+    with engine.full_parameters() as parameters:
+        state = {name: value.float().clone() for name, value in parameters}
+    return state | {"of optimizer " + name: value for name, value in engine.optimizer_state().items()}
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+BAD = {
+    "infinite": {"factor": math.inf},
+    "one NaN": {"spoilt": "2.bias", "factor": math.nan},
+    "objection": {"take": False},
+}
+found = {}
+for case in json.loads(sys.argv[1]):
+    disturbed, undisturbed = engine(*case), engine(*case)
+    wrong = []
+    for number, (name, bad) in enumerate(BAD.items()):
+        for one in (disturbed, undisturbed):
+            if not step(one, 2 * number):
+                wrong.append(f"before {name}: a good step is not taken")
+        before = held(disturbed)
+        if step(disturbed, 2 * number + 1, **bad):
+            wrong.append(f"{name}: the step is taken")
+        if math.isfinite(disturbed.grad_norm()) != (name == "objection"):
+            wrong.append(f"{name}: the gradient has norm {disturbed.grad_norm()}")
+        if not equal(held(disturbed), before):
+            wrong.append(f"{name}: weights or moments moved")
+    for one in (disturbed, undisturbed):
+        step(one, 9)
+    if not equal(held(disturbed), held(undisturbed)):
+        wrong.append("something of a step that was not taken waited for the next one")
+    found[str(case)] = wrong
+if dist.get_rank() == 0:
+    print("FOUND" + json.dumps(found))
+dist.destroy_process_group()
+"""
+
+
+def test_without_exact_sums_no_step_that_is_not_finite_or_objected_to_is_taken_in_any_stage_and_precision(tmp_path):
+    """What preset `fast` trains with, where DeepSpeed decides by the gradient's norm."""
+    cases = [(0, "fp32", 0.5, "adamw"), (1, "fp32", 0.0, "adamw"), (2, "fp32", 0.5, "sgd"), (3, "fp32", 0.0, "sgd")]
+    cases += [(1, "bf16", 0.0, "sgd"), (2, "bf16", 0.5, "sgd"), (3, "bf16", 0.5, "adamw")]
+    output = run_script(SCRIPT, 2, [json.dumps(cases)], tmp_path)
+    line = next(line for line in output.splitlines() if line.startswith("FOUND"))
+    found = json.loads(line.removeprefix("FOUND"))
+    assert len(found) == len(cases)
+    assert {case: wrong for case, wrong in found.items() if wrong} == {}

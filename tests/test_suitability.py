@@ -1,0 +1,64 @@
+"""Data from which a learner can learn nothing is refused before anything starts."""
+
+import pytest
+
+from deedsr.degradation.recipe import Recipe
+from deedsr.errors import UsageError
+from pipelines.dataset import Dataset
+from pipelines.shards import generate
+from pipelines.training.config import ContrastOptions, LearnerModelOptions, LearnerOptions, TrainOptions
+from pipelines.training.fit import train_learner
+from pipelines.training.suitability import check_learner_data
+
+
+@pytest.fixture
+def made(ray_cluster, one_crop_recipe, pictures, tmp_path):
+    """A function that makes a dataset of a number of photographs, by a recipe with some changes."""
+
+    def make(photographs: int, **changes) -> str:
+        (tmp_path / "photos").mkdir()
+        for name in sorted(pictures)[:photographs]:
+            (tmp_path / "photos" / name).write_bytes(pictures[name])
+        fields = one_crop_recipe.model_dump(mode="json")
+        fields["crop"] |= changes.pop("crop", {})
+        recipe = Recipe.model_validate(fields | changes)
+        generate([str(tmp_path / "photos")], str(tmp_path / "data"), recipe, workers=1, progress=False)
+        return str(tmp_path / "data")
+
+    return make
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch):
+    """A function that asks for a training and wants an error that matches."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+
+    def ask(data: str, match: str, **contrast) -> None:
+        options = LearnerOptions(
+            data=data, out=str(tmp_path / "out"), register_as=None,
+            model=LearnerModelOptions(preset="tiny", norm_group=2),
+            contrast=ContrastOptions(queue_size=24, batch_block=4, **contrast),
+            train=TrainOptions(global_batch_size=8, max_steps=1, num_workers=1),
+        )  # fmt: skip
+        with pytest.raises(UsageError, match=match):
+            train_learner(options, progress=False)
+        assert not (tmp_path / "out").exists()
+
+    return ask
+
+
+def test_one_photograph_has_negatives_only_in_the_block(made, refused):
+    data = made(1, variants=4)
+    refused(data, "come from one photograph, .* add photographs, or .*contrast.batch_negatives true")
+    options = LearnerOptions(data=data, contrast=ContrastOptions(batch_negatives=True))
+    check_learner_data(options, Dataset.open(data))
+
+
+def test_samples_that_all_share_one_degradation_are_no_negatives_of_each_other(made, refused):
+    data = made(3, distinct_degradations=1)
+    for batch_negatives in (False, True):
+        refused(data, "share one degradation, .* distinct_degradations", batch_negatives=batch_negatives)
+
+
+def test_lr_images_without_equal_quadrants_are_refused(made, refused):
+    refused(made(2, crop={"size": 68}), "have 17 px a side, .* multiple of 8")

@@ -1,0 +1,106 @@
+"""The stages that make `tiny` (tools/tiny), at toy size on the shipped photographs."""
+
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deedsr import DeeDSRPipeline
+from tools.tiny import assembly, bank, pictures
+from tools.tiny.photographs import VALIDATION, Photographs
+from tools.tiny.stages import main
+from tools.tiny.training import Budget, Run, averaged_weights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SHIPPED = Path(str(files("deedsr") / "assets/photos"))
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    stage(folder, "photographs", "--photos", SHIPPED / "train", SHIPPED / "validation")
+    return folder
+
+
+def stage(work: Path, name: str, *options) -> None:
+    main([name, "--work", str(work), "--device", "cpu", *map(str, options)])
+
+
+def small_run(path: Path, minutes: float = 1.0) -> Run:
+    torch.manual_seed(0)
+    budget = Budget(torch.device("cpu"), minutes)
+    return Run(path, {"model": torch.nn.Conv2d(3, 3, 1)}, budget, steps=6, lr=0.1, averaged=("model",), warmup=2)
+
+
+def advance(run: Run, until: int) -> None:
+    for step, rng in run:
+        x = torch.from_numpy(rng.random((1, 3, 4, 4), np.float32)) + torch.randn(1, 3, 4, 4)
+        loss = run.parts["model"](x).square().mean()
+        run.update("model", loss)
+        run.log(loss=loss)
+        if step + 1 == until:
+            run.step += 1  # what the loop would do before it goes on
+            run._average()
+            run.save()
+            return
+
+
+def test_validation_photographs_are_left_out(work):
+    names = [path.name for path in (work / "photographs").iterdir()]
+    assert len(names) == len(list((SHIPPED / "train").glob("*.jpg")))
+    assert not any(photograph in name for photograph in VALIDATION for name in names)
+
+
+def test_crops_follow_from_their_generator_and_are_mostly_textured(work):
+    photographs = Photographs(work / "photographs", torch.device("cpu"))
+    crops, again, others = (photographs.crops(24, 96, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert crops.shape == (24, 3, 96, 96)
+    assert crops.dtype == torch.uint8
+    assert torch.equal(crops, again)
+    assert not torch.equal(crops, others)
+    assert (crops.float().std((1, 2, 3)) > 10).float().mean() > 0.7
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path):
+    advance(small_run(tmp_path / "whole.pt"), until=6)
+    advance(small_run(tmp_path / "parts.pt"), until=3)
+    advance(small_run(tmp_path / "parts.pt"), until=6)
+    whole, parts = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", "parts"))
+    assert whole["step"] == parts["step"] == 6
+    for group in ("parts", "ema"):
+        for name, value in whole[group]["model"].items():
+            torch.testing.assert_close(parts[group]["model"][name], value, atol=0, rtol=0)
+
+
+def test_a_run_out_of_time_saves_its_state_and_takes_no_step(tmp_path):
+    assert list(small_run(tmp_path / "run.pt", minutes=0)) == []
+    assert averaged_weights(tmp_path / "run.pt", "model").keys() == {"weight", "bias"}
+
+
+def test_a_chain_makes_a_model_from_photographs_and_goes_on_where_time_ran_out(work, monkeypatch, capsys):
+    pytest.importorskip("efficientnet_lite_pytorch", reason="of the extra benchmarks")
+    pytest.importorskip("ncnn", reason="of the extra benchmarks")
+    monkeypatch.setattr(bank, "CHUNK", 4)
+    options = ("--base", "shipped", "--steps", 2, "--chunks", 2, "--processes", 1)
+    stage(work, "chain", *options, "--minutes", 0)
+    assert "to be continued: autoencoder" in capsys.readouterr().out
+    stage(work, "autoencoder", "--base", "shipped", "--steps", 2)
+    stage(work, "chain", *options)
+    told = capsys.readouterr().out
+    assert "\nunet, " in f"\n{told}"
+    assert "\nautoencoder, " not in f"\n{told}"
+    before, after = (DeeDSRPipeline.from_pretrained(work / name) for name in ("start", "model"))
+    assert after.config["gate"] is not None
+    assert after.sampling == assembly.ONE_STEP
+    for name, changed in (("vae.decoder", True), ("adapter", True), ("vae.encoder", False), ("unet", False)):
+        part, _, inside = name.partition(".")
+        weights = [dict(pipe.components[part].named_parameters()) for pipe in (before, after)]
+        names = [key for key in weights[0] if key.startswith(inside)]
+        assert any(not torch.equal(weights[0][key], weights[1][key]) for key in names) is changed, name
+    picture = after(np.full((16, 16, 3), 90, np.uint8)).images[0]
+    assert picture.size == (64, 64)
+    assert after.scheduler.timesteps[-1] == pictures.REALISM
+    stage(work, "chain", *options, "--minutes", 0)
+    assert "done: " in capsys.readouterr().out

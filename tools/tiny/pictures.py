@@ -1,0 +1,132 @@
+"""Last stage of `tiny`: adapter and decoder are trained on the picture that one step of sampling makes.
+
+Sampling takes the LR latent, adds noise of a low timestep, asks the UNet once and decodes. All of it is differentiable,
+so that the loss is that of the picture. Two timesteps serve two purposes: at REALISM the targets are the HR and the
+teacher's picture, by absolute error, by features of EfficientNet-Lite1 and by a projected discriminator; at FIDELITY,
+less noise, nearly nothing but the absolute error to the HR. The UNet and the encoder stay as they are.
+
+Shape suffixes: B batch, C channels, H W pixels, h w latent pixels, D degradation vector.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from deedsr import DeeDSRPipeline
+from deedsr.sampling.guidance import clean_latent
+from deedsr.sampling.latents import decode_latents, encode_latents
+from tools.tiny.bank import SIDE, read_bank
+from tools.tiny.base import FACTOR, edge_error
+from tools.tiny.features import Perceptual, ProjectedDiscriminator, augment, hinge, realness
+from tools.tiny.photographs import to_signed
+from tools.tiny.training import Budget, Run
+
+REALISM, FIDELITY = 49, 19  # timesteps: the last one of 20 and of 50 steps with trailing spacing
+CROP = 128  # pixels
+SAMPLES = {"realism": 3, "fidelity": 1, "autoencoder": 1}  # of a batch
+EDGES = 0.5
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of the terms of the loss at REALISM."""
+
+    teacher: float = 0.5  # of the targets' weights, 0 = the HR alone
+    perceptual: float = 1.0
+    adversarial: float = 0.05
+    adversarial_from: int = 1000  # step
+
+
+def one_step(
+    pipeline: DeeDSRPipeline, z_lr: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, vector: torch.Tensor
+) -> torch.Tensor:
+    """The latent (B, C, h, w) that sampling ends with when its last step alone is not guided, at timesteps t (B,)."""
+    abar = pipeline.scheduler.alphas_cumprod.to(z_lr.device)[t].view(-1, 1, 1, 1)
+    last = pipeline.scheduler.final_alpha_cumprod
+    x_t = abar.sqrt() * z_lr + (1 - abar).sqrt() * noise
+    v = pipeline.adapter(x_t, t, z_lr, vector).float()
+    x_0 = clean_latent(v, x_t, abar, "v_prediction")
+    eps = abar.sqrt() * v + (1 - abar).sqrt() * x_t
+    return last.sqrt() * x_0 + (1 - last).sqrt() * eps
+
+
+def train(work: Path, model: str, steps: int, weights: Weights, budget: Budget) -> None:
+    pipeline = DeeDSRPipeline.from_pretrained(model, torch_dtype=torch.float32).to(budget.device)
+    vae, adapter = pipeline.vae.requires_grad_(False), pipeline.adapter.requires_grad_(True).train()
+    pipeline.unet.requires_grad_(False).to(memory_format=torch.channels_last)
+    pipeline.learner.requires_grad_(False)
+    vae.encoder.to(memory_format=torch.channels_last)
+    torch.manual_seed(0)
+    discriminator, perceptual = ProjectedDiscriminator(), Perceptual().to(budget.device)
+    adapter.detach()  # an attached UNet would be copied with it
+    made = torch.nn.ModuleDict({"adapter": adapter, "decoder": vae.decoder.requires_grad_(True)})
+    parts = {"model": made, "discriminator": discriminator}
+    run = Run(
+        work / "pictures.pt", parts, budget, steps=steps, lr=4e-4, averaged=("model",), betas=(0.8, 0.99), decay=0.998,
+        warmup=50,
+    )  # fmt: skip
+    adapter.attach(pipeline.unet)
+    bank = read_bank(work, budget.device)
+    for step, rng in run:
+        x, target, z_lr, vector = draw(bank, rng, budget.batch_factor)
+        count = {name: number * budget.batch_factor for name, number in SAMPLES.items()}
+        first, second = count["realism"], count["realism"] + count["fidelity"]
+        t = torch.tensor([REALISM] * first + [FIDELITY] * (second - first), device=budget.device)
+        with budget.autocast():
+            z_sr = one_step(pipeline, z_lr[:second], torch.randn_like(z_lr[:second]), t, vector[:second])
+            with torch.no_grad():
+                z_hr = encode_latents(vae, x[second:]).float()
+            z = torch.cat([z_sr, z_hr])
+            y = decode_latents(vae, z + 0.02 * torch.randn_like(z)).float()
+            to_hr, to_teacher = perceptual(y[:second], x[:second], target[:second])
+            adversarial = torch.zeros((), device=budget.device)
+            if step >= weights.adversarial_from:
+                discriminator.requires_grad_(False)
+                adversarial = -realness(discriminator(augment(y[:first], rng)))
+        own, theirs = pixels(y[:first], x[:first]), pixels(y[:first], target[:first])
+        percept = torch.lerp(to_hr[:first].mean(), to_teacher[:first].mean(), weights.teacher / 2)
+        realism = torch.lerp(own, theirs, weights.teacher) + weights.perceptual * percept
+        realism = realism + weights.adversarial * adversarial
+        fidelity = pixels(y[first:second], x[first:second]) + 0.1 * to_hr[first:].mean()
+        rebuilt = pixels(y[second:], x[second:])
+        run.update("model", (first * realism + (second - first) * fidelity + (len(y) - second) * rebuilt) / len(y))
+        verdict = torch.zeros((), device=budget.device)
+        if step >= weights.adversarial_from - 100:  # the discriminator learns a little before it counts
+            trainable(discriminator)
+            with budget.autocast():
+                both = [discriminator(augment(part, rng)) for part in (x[:first], y[:first].detach())]
+            verdict = hinge(*both)
+            run.update("discriminator", verdict)
+        run.log(own=own, theirs=theirs, percept=to_hr[:first].mean(), adversarial=adversarial, verdict=verdict,
+                fidelity=fidelity, rebuilt=rebuilt)  # fmt: skip
+
+
+def pixels(y_BCHW: torch.Tensor, x_BCHW: torch.Tensor) -> torch.Tensor:
+    return F.l1_loss(y_BCHW, x_BCHW) + EDGES * edge_error(y_BCHW, x_BCHW)
+
+
+def trainable(discriminator: ProjectedDiscriminator) -> None:
+    discriminator.heads.requires_grad_(True)
+
+
+def draw(bank: dict[str, torch.Tensor], rng: np.random.Generator, factor: int) -> tuple[torch.Tensor, ...]:
+    """HR and teacher (B, 3, CROP, CROP) in [-1, 1], LR latents (B, C, h, w) and vectors (B, D) of a batch."""
+    count, cells = sum(SAMPLES.values()) * factor, CROP // FACTOR
+    which = rng.integers(len(bank["hr"]), size=count)
+    corners = rng.integers((SIDE - CROP) // FACTOR + 1, size=(count, 2))
+    device = bank["hr"].device
+
+    def cut(name: str, scale: int) -> torch.Tensor:
+        side = scale * cells
+        return torch.stack([
+            bank[name][number, :, scale * top : scale * top + side, scale * left : scale * left + side]
+            for number, (top, left) in zip(which, corners, strict=True)
+        ])  # fmt: skip
+
+    pictures = [
+        to_signed(cut(name, FACTOR)).contiguous(memory_format=torch.channels_last) for name in ("hr", "teacher")
+    ]
+    return *pictures, cut("latent", 1).float(), bank["degradation"][torch.from_numpy(which).to(device)]
