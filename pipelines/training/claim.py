@@ -16,9 +16,10 @@ from typing import Any
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines import claims
 from pipelines.claims import CLAIM
-from pipelines.storage import Conflict, Storage
+from pipelines.storage import Conflict, Storage, waiting
 
 __all__ = ["Claim", "Superseded", "held"]
+_END_SECONDS = 10.0  # that the end of a command waits for storage
 
 
 class Superseded(DeeDSRError):
@@ -116,5 +117,6 @@ def held(out: Storage) -> Iterator[Claim]:
         with claims.heartbeat(claim.beat):
             yield claim
     finally:
-        with suppress(DeeDSRError):  # another's by now, or the storage is away: the heartbeat stops anyway
+        # Another's by now, or the storage is away: the heartbeat stops anyway.
+        with suppress(DeeDSRError), waiting.within(_END_SECONDS):
             claim.end()
