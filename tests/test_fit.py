@@ -185,7 +185,7 @@ def test_checkpoints_of_another_run_or_of_an_unknown_one_are_not_taken_up(learne
     options = dataclasses.replace(learner_options, out=str(tmp_path / "out"))
     path = tmp_path / "out" / "training.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"run_id": "other"}))
-    with pytest.raises(UsageError, match=f"step-00000002 is of MLflow run {learner.run_id}, .* of other"):
+    with pytest.raises(UsageError, match=rf"step-\d+ is of MLflow run {learner.run_id}, .* of other"):
         train_learner(options, progress=False)
     path.unlink()
     with pytest.raises(UsageError, match="has checkpoints and no training.json"):
