@@ -128,14 +128,6 @@ def test_the_same_call_again_does_nothing_and_a_longer_one_continues_its_own_run
     assert _steps(learner.run_id) == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"train": {"lr": 0.5}}, "train.lr was 0.0001, is 0.5"),
-        ({"contrast": {"temperature": 0.5}}, "contrast.temperature"),
-        ({"model": {"preset": "paper"}}, "model.preset"),
-    ],
-)
 def test_a_metric_that_is_never_logged_is_refused_before_any_work(learner_options, adapter_options, tmp_path):
     def refuses(options, train, message, **changes):
         changed = dataclasses.replace(options, out=str(tmp_path / "out"), **changes)
@@ -176,6 +168,14 @@ def test_a_learner_that_can_have_no_negative_is_refused(ray_cluster, photos, sma
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"train": {"lr": 0.5}}, "train.lr was 0.0001, is 0.5"),
+        ({"contrast": {"temperature": 0.5}}, "contrast.temperature"),
+        ({"model": {"preset": "paper"}}, "model.preset"),
+    ],
+)
 def test_another_configuration_on_the_same_out_is_refused_by_name(learner, learner_options, change, named):
     changed = dataclasses.replace(
         learner_options,
