@@ -272,6 +272,7 @@ def tiffs() -> list[Case]:
     bits = Image.fromarray(GREY).convert("1")
     alpha = np.dstack([PHOTO, ALPHA])
     deep_alpha = np.dstack([DEEP, ALPHA.astype(np.uint16) * 257])
+    premultiplied = np.dstack([np.rint(DEEP * (ALPHA[..., None] / 255)), deep_alpha[..., 3]]).astype(np.uint16)
     pages = encoded(PHOTO, "TIFF", save_all=True, append_images=[Image.fromarray(PHOTO[::-1])])
     cmyk = Image.fromarray(np.dstack([255 - PHOTO, np.zeros_like(GREY)]), "CMYK")
     deep = np.rint(DEEP / 257)
@@ -301,6 +302,7 @@ def tiffs() -> list[Case]:
         Case("deep big endian.tif", tiff(DEEP, 2, big_endian=True), deep),
         Case("deep and turned.tif", tiff(DEEP, 2, orientation=8), np.rot90(deep, 1)),
         Case("deep alpha.tif", tiff(deep_alpha, 2, extra=2), over_white(deep, ALPHA)),
+        Case("deep premultiplied alpha.tif", tiff(premultiplied, 2, extra=1), over_white(deep, ALPHA), 0.5),
         Case("deep grey.tif", tiff(DEEP[..., :1], 1), rgb(deep[..., 0])),
         Case("deep negative.tif", tiff(DEEP[..., :1], 0), rgb(255 - deep[..., 0])),
         Case("deep planes.tif", tiff(DEEP, 2, planar=True), UNSUPPORTED),

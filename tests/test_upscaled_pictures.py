@@ -248,6 +248,13 @@ def netpbm(kind: str, pixels: np.ndarray, highest: int) -> bytes:
     return head + pixels.astype(">u2").tobytes()
 
 
+def test_premultiplied_colours_of_sixteen_bits_are_divided_and_keep_them():
+    picture = read_picture(CASES["deep premultiplied alpha.tif"].data)
+    seen = picture.pixels_HWC[..., 3] > 9999
+    assert picture.deep
+    assert np.abs(picture.pixels_HWC[..., :3].astype(int) - DEEP)[seen].max() <= 4
+
+
 def test_more_than_eight_bits_of_other_formats_are_read_as_well():
     grey = DEEP[..., 0]
     files = {

@@ -204,12 +204,10 @@ def _depth(data: bytes, image: ImageFile.ImageFile) -> int:
         bits = image.tag_v2.get(_BITS, (1,))
         if max(bits) <= 8:
             return 8
-        associated = image.mode == "RGBA" and image.tag_v2.get(_EXTRA_SAMPLES) == (1,)
         planar = len(bits) > 1 and image.tag_v2.get(PLANAR_CONFIGURATION, 1) != 1  # both decoders scramble it
         if set(bits) != {16} or image.mode in ("I", "F") or planar:
             raise RejectedImage(_UNSUPPORTED)
-        # Pillow divides by a premultiplied alpha and knows CMYK, OpenCV does neither: there the upper 8 bits must do.
-        return 8 if associated or image.mode == "CMYK" else 16
+        return 8 if image.mode == "CMYK" else 16  # which OpenCV does not know: there the upper 8 bits must do
     if image.format == "PNG":
         return data[24]  # of the header chunk, always the first
     if image.format in ("PPM", "JPEG2000") and image.mode == "RGB":
@@ -286,7 +284,13 @@ def _sixteen_bits(data: bytes, image: ImageFile.ImageFile) -> tuple[np.ndarray, 
     transparent = image.has_transparency_data and stored.shape[2] == 4
     # OpenCV has colours for grey with alpha: 4 is the colour type of that in a PNG's header.
     colour = stored[..., 0] if image.format == "PNG" and data[25] == 4 else stored[..., 2::-1]
-    return colour, stored[..., 3] if transparent else None
+    if not transparent:
+        return colour, None
+    alpha = stored[..., 3]
+    if isinstance(image, TiffImageFile) and image.tag_v2.get(_EXTRA_SAMPLES) == (1,):  # premultiplied
+        light = colour.astype(np.uint32) * 65535 + alpha[..., None] // 2
+        colour = (light // np.maximum(alpha, 1)[..., None]).clip(max=65535).astype(np.uint16)
+    return colour, alpha
 
 
 def _eight_bits(image: ImageFile.ImageFile) -> tuple[np.ndarray, np.ndarray | None]:

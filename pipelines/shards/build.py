@@ -62,7 +62,7 @@ class ShardDraft:
         row = {
             **draft.row,
             "split": self.plan.split,
-            "source_uri": uri and uri.encode(errors="backslashreplace").decode(),
+            "source_uri": uri and uri.encode(errors="backslashreplace").decode(),  # a folder's name need not be Unicode
         }
         key = row["key"]
         for member, data in draft.members.items():

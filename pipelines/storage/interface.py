@@ -19,7 +19,8 @@ Expected = str | None | Literal[_Anything.ANYTHING]
 
 
 class Entry(NamedTuple):
-    """One object: path relative to its storage, bytes, and a version that changes when the content does."""
+    """One object: path relative to its storage, bytes, and a version that changes when the content does, empty where it
+    cannot be read."""
 
     path: str
     size: int
