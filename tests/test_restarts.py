@@ -171,7 +171,8 @@ def test_a_lost_node_costs_its_worker_until_it_returns(learner_options, store, t
     """And one that Ray is told to drain is left with a checkpoint of the step at hand, before it is gone."""
     cluster, nodes = three_nodes
     train = dataclasses.replace(learner_options.train, max_steps=1_000_000, checkpoint_every=20, num_workers="1..3",
-                                global_batch_size=12, micro_batch_size=2, keep_checkpoints=1000)  # fmt: skip
+                                global_batch_size=12, micro_batch_size=2, keep_checkpoints=1000,
+                                gpus_per_worker=0)  # fmt: skip
     contrast = dataclasses.replace(learner_options.contrast, batch_block=2)
     out = str(tmp_path / "run" / "learner")
     command = Command(dataclasses.replace(learner_options, out=out, train=train, contrast=contrast),
@@ -215,7 +216,8 @@ def test_a_training_that_waits_for_a_node_or_hangs_says_so_and_ends_when_it_is_t
 
     small = {"object_store_memory": 100 << 20}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
-    train = dataclasses.replace(learner_options.train, max_steps=1_000_000, checkpoint_every=20, num_workers=1)
+    train = dataclasses.replace(learner_options.train, max_steps=1_000_000, checkpoint_every=20, num_workers=1,
+                                gpus_per_worker=0)  # fmt: skip
     options = dataclasses.replace(learner_options, out=str(tmp_path / "run" / "learner"), train=train)
     tracking.connect(store)
 
