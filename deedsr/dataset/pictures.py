@@ -74,11 +74,11 @@ class Stored(NamedTuple):
 def decode(data: bytes, name: str = "", alpha: Literal["composite", "reject"] = "composite") -> np.ndarray:
     """Decodes a JPEG, PNG, WebP or TIFF file to uint8 sRGB (height, width, 3), upright by its EXIF orientation.
 
-    16 bits become 8. The file's colour space (`colour.py`) is converted to sRGB; broken profiles are ignored as browsers
-    do. The first of several pictures (pages, frames, MPO) is taken. `name`: the file's, whose extension must not claim
-    another of the four formats. `alpha`: what happens to a picture that is not wholly opaque; it is laid over white, the
-    page it is mostly seen on, or rejected. Raises RejectedImage, and nothing else but
-    MemoryError, for whatever else `data` are.
+    16 bits become 8. The colour space of the file (`colour.py`) is converted to sRGB; a broken profile is ignored as
+    browsers do. The first of several pictures (pages, frames, MPO) is taken. `name`: the file's, whose extension must
+    not claim another of the four formats. `alpha`: what happens to a picture that is not wholly opaque; it is laid over
+    white, the page it is mostly seen on, or rejected. Raises RejectedImage, and nothing else but MemoryError, for
+    whatever else `data` are.
     """
     stored = read_stored(data, name)
     if not stored.space.known:
