@@ -56,8 +56,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def set_up_process() -> None:
-    """Settings of a process that is one command: logs to stderr, SIGTERM ends it as Ctrl-C does, and what a terminal
-    cannot show (a file's name need not be Unicode) is written as an escape."""
+    """Settings of a process that runs one command: logs go to stderr, SIGTERM is handled as Ctrl-C, characters that
+    stdout cannot encode (a file name need not be Unicode) are written as escapes."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")

@@ -164,10 +164,8 @@ def dashboard(address: str) -> Any:
 
 
 def _session_folder() -> str | None:
-    """Where Ray keeps its sockets, None for its own choice: it needs a short path of ASCII characters, which the TMPDIR
-    of a batch system may not be.
-
-    Raises UsageError where no such folder can be written.
+    """Folder for Ray's sockets, None for Ray's default. Ray needs a short ASCII path, unlike the TMPDIR of some batch
+    systems. Raises UsageError where no such folder can be written.
     """
     name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
     given = os.environ.get(name, "")
@@ -196,14 +194,16 @@ def data() -> Any:
 
 
 def error_values(error: DeeDSRError | None = None) -> dict[str, Any]:
-    """An error of a task as values of its row, of none without one: as an exception it would come back wrapped in Ray's
-    traceback. Names in it need not be Unicode, which rows must be."""
+    """The error of a task as values of its row: an exception would come back wrapped in Ray's traceback.
+
+    File names in the message that are not Unicode are escaped, because a row holds Unicode only.
+    """
     text = str(error or "").encode(errors="backslashreplace").decode()
     return {"error": text, "usage": isinstance(error, UsageError)}
 
 
 def raise_error(row: dict[str, Any]) -> None:
-    """Raises what `error_values` put into a row."""
+    """Raises the error that `error_values` stored in a row, if there is one."""
     if row["error"]:
         raise (UsageError if row["usage"] else DeeDSRError)(row["error"])
 

@@ -144,7 +144,7 @@ def test_a_metric_that_is_never_logged_is_refused_before_any_work(learner_option
         ({"best_metric": "psnr"}, "is never logged; there are: data_wait_share, grad_norm, .*top5"),
         ({"best_metric": "validation/loss"}, "it needs a validation split and a train.validate_every"),
         ({"best_metric": "validation/loss", "validate_every": 5, "max_steps": 4}, "from 1 to train.max_steps"),
-        ({"best_mode": "max"}, "train.best_mode max says nothing without train.best_metric"),
+        ({"best_mode": "max"}, "train.best_mode max has no effect without train.best_metric"),
     ):
         refuses(learner_options, train, message)
     for train, message in (

@@ -1,7 +1,7 @@
-"""Which colours the numbers of a picture mean: what its file says of them, and the way to sRGB.
+"""Colour spaces of picture files and their conversion to sRGB.
 
-A file says it by an ICC profile, or by numbers: a PNG's chunks, a TIFF's tags, EXIF's colour space, the header of an
-AVIF or a BMP. Numbers become a profile, so that one way leads to sRGB and every format of a result can keep them.
+The colour space is an ICC profile, or numbers: chunks of a PNG, tags of a TIFF, EXIF's colour space, code points of an
+AVIF. Numbers are turned into a profile, so that there is one conversion, and every format of a result can store them.
 """
 
 import io
@@ -22,13 +22,14 @@ __all__ = ["PNG_CHUNKS", "ColourSpace", "shallow", "space_of", "to_srgb"]
 # Where a JPEG 2000 has its profile, with the size of the box, and an AVIF its code points: primaries and transfer.
 _COLR, _NCLX = (re.compile(p, re.DOTALL) for p in (rb"(....)colr\x02..", rb"colrnclx\0(.)\0(.)"))
 _HEAD = 1 << 16  # bytes of a file that hold its header
-PNG_CHUNKS = (b"cICP", b"sRGB", b"gAMA", b"cHRM", b"mDCV", b"cLLI")  # that say what colours are, besides the profile
+PNG_CHUNKS = (b"cICP", b"sRGB", b"gAMA", b"cHRM", b"mDCV", b"cLLI")  # that define the colours, besides iCCP
 
 
 class ColourSpace(NamedTuple):
-    """`profile`: ICC, of the picture's channels, None for sRGB. `chunks`: kind and data of a PNG's own words.
+    """`profile`: ICC profile for the picture's channels, None for sRGB. `chunks`: kind and data of the PNG chunks that
+    define the colours.
 
-    `known`: False where neither sRGB nor a profile has these colours: brighter than white, or of unknown numbers.
+    `known`: False where neither sRGB nor a profile describes the colours: high dynamic range, or unknown code points.
     """
 
     profile: bytes | None = None
@@ -39,7 +40,7 @@ class ColourSpace(NamedTuple):
 def space_of(
     data: bytes, image: Image.Image, exif: Image.Exif, chunks: Mapping[bytes, bytes], model: str
 ) -> ColourSpace:
-    """The colours of an opened file. `model` of its channels: GRAY, RGB or CMYK; `chunks`: of a PNG."""
+    """The colour space of an opened file. `model`: of its channels, GRAY, RGB or CMYK; `chunks`: of a PNG."""
     embedded = _embedded(data, image)
     profile = embedded if embedded and _describes(embedded, model) else None
     if model == "CMYK":
@@ -56,13 +57,13 @@ def space_of(
     if profile is None and b"sRGB" not in chunks:
         try:
             profile = _of_numbers(image, exif, chunks, model)
-        except (ValueError, TypeError, ArithmeticError, struct.error):  # numbers that mean nothing say nothing
+        except (ValueError, TypeError, ArithmeticError, struct.error):  # invalid numbers are ignored
             profile = None
     return ColourSpace(profile, own)
 
 
 def _embedded(data: bytes, image: Image.Image) -> bytes | None:
-    """The ICC profile in a file, which Pillow does not look for in every format."""
+    """The ICC profile embedded in a file; Pillow does not read it in every format."""
     if image.format == "BMP" and data[14:18] == struct.pack("<I", 124) and data[70:74] == b"DEBM":
         start, size = struct.unpack_from("<II", data, 126)
         return data[14 + start : 14 + start + size]
@@ -74,7 +75,7 @@ def _embedded(data: bytes, image: Image.Image) -> bytes | None:
 
 @lru_cache(maxsize=16)
 def _describes(profile: bytes, model: str) -> bool:
-    """Whether a profile is whole and of these channels."""
+    """Whether a profile is valid and for these channels."""
     try:
         return ImageCms.getOpenProfile(io.BytesIO(profile)).profile.xcolor_space.strip() == model
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
@@ -86,7 +87,7 @@ def _describes(profile: bytes, model: str) -> bool:
 _SRGB = [Fraction(n) for n in ("0.3127", "0.3290", "0.64", "0.33", "0.30", "0.60", "0.15", "0.06")]
 _ADOBE_RGB = [*_SRGB[:4], Fraction("0.21"), Fraction("0.71"), *_SRGB[6:]]
 _ADOBE_GAMMA = Fraction(563, 256)
-_ENOUGH = Fraction(1, 200)  # two chromaticities, or two exponents, that differ by less are meant to be the same
+_ENOUGH = Fraction(1, 200)  # chromaticities and exponents that differ by less are taken for equal
 _EXPONENTS = (Fraction(1, 10), Fraction(10))
 
 # ITU-T H.273. Video's curves are taken for sRGB's, as browsers do.
@@ -106,7 +107,7 @@ _EXPONENT_OF |= dict.fromkeys((1, 2, 6, 13, 14, 15))
 
 
 def _of_code_points(cicp: bytes, model: str) -> bytes | None:
-    """Raises ValueError for colours of more than white, and for other numbers than those of full-range RGB."""
+    """Raises ValueError for high dynamic range, for unknown code points and for anything but full-range RGB."""
     primaries, transfer, matrix, full_range = cicp
     if matrix or full_range != 1 or primaries not in _PRIMARIES or transfer not in _EXPONENT_OF:
         raise ValueError(cicp)
@@ -120,7 +121,7 @@ def _of_numbers(image: Image.Image, exif: Image.Exif, chunks: Mapping[bytes, byt
         numbers = struct.unpack(">8I", chunks[b"cHRM"]) if b"cHRM" in chunks else ()
         exponent = Fraction(10**5, *struct.unpack(">I", chunks[b"gAMA"])) if b"gAMA" in chunks else None
         return _profile([Fraction(n, 10**5) for n in numbers] or _SRGB, exponent, model)
-    if image.format in ("JPEG", "MPO", "TIFF"):  # in others EXIF may be that of a picture they were converted from
+    if image.format in ("JPEG", "MPO", "TIFF"):  # in other formats EXIF may describe the file they were converted from
         return _of_exif(exif, model)
     return None
 
@@ -175,8 +176,8 @@ def _alike(number: Fraction, other: Fraction) -> bool:
 def to_srgb(colour: np.ndarray, profile: bytes | None) -> np.ndarray:
     """Stored colour, uint8 or uint16, as uint8 RGB (H, W, 3), contiguous.
 
-    A profile that is broken or of other channels is ignored. 16 bits are converted as both 8-bit neighbours, between
-    which they then lie: rounded before, the shadows of a linear picture would be a few steps.
+    A profile that is broken or of other channels is ignored. A 16-bit value is interpolated between the conversions of
+    its two 8-bit neighbours: rounding first would leave a few steps in the shadows of a linear picture.
     """
     mode = "L" if colour.ndim == 2 else "RGB" if colour.shape[2] == 3 else "CMYK"
     transform = _transform(profile, mode) if profile else None

@@ -135,7 +135,7 @@ class Manifest:
 
 
 def _require_plain(manifest: Manifest) -> None:
-    """Names and hashes become paths of whoever reads the dataset: none may lead elsewhere."""
+    """Readers make paths of names and hashes: raises ValueError for one that leads out of the dataset's folder."""
     for name in (*(shard.name for shard in manifest.shards), *manifest.files):
         if not _NAME.fullmatch(name):
             raise ValueError(f"{name!r} is no name of a file beside it")

@@ -62,7 +62,7 @@ class RejectedImage(Exception):
 
 
 class Stored(NamedTuple):
-    """Pixels as stored, uint8 or uint16, and what the file says of them."""
+    """Pixels as stored, uint8 or uint16, with colour space and EXIF."""
 
     colour: np.ndarray  # (H, W) grey, (H, W, 3) RGB, (H, W, 4) amounts of CMYK ink
     alpha: np.ndarray | None  # (H, W), not premultiplied
@@ -74,11 +74,11 @@ class Stored(NamedTuple):
 def decode(data: bytes, name: str = "", alpha: Literal["composite", "reject"] = "composite") -> np.ndarray:
     """Decodes a JPEG, PNG, WebP or TIFF file to uint8 sRGB (height, width, 3), upright by its EXIF orientation.
 
-    16 bits become 8. The colours that the file says it has (`colour.py`) are converted to sRGB; a broken profile is
-    ignored as browsers do. The first of several pictures (pages, frames, MPO) is taken. `name`: the file's, whose
-    extension must not claim another of the four formats. `alpha`: what happens to a picture that is not wholly opaque;
-    it is laid over white, the page it is mostly seen on, or rejected. Raises RejectedImage, and nothing else but
-    MemoryError, for whatever else `data` are.
+    16 bits become 8. The colour space of the file (`colour.py`) is converted to sRGB; a broken profile is ignored as
+    browsers do. The first of several pictures (pages, frames, MPO) is taken. `name`: the file's, whose extension must
+    not claim another of the four formats. `alpha`: what happens to a picture that is not wholly opaque; it is laid over
+    white, the page it is mostly seen on, or rejected. Raises RejectedImage, and nothing else but MemoryError, for
+    whatever else `data` are.
     """
     stored = read_stored(data, name)
     if not stored.space.known:
@@ -169,7 +169,7 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _chunks(data: bytes) -> dict[bytes, bytes]:
-    """What a PNG says of its colours, by kind of chunk.
+    """The chunks of a PNG that define its colours, by kind.
 
     Pillow reads pixels past wrong checksums and does not miss the end: a PNG's chunks are checked here. Only those that
     a PNG marks as critical by a capital letter: a damaged comment costs no picture.
@@ -194,7 +194,7 @@ def _exif(image: ImageFile.ImageFile) -> Image.Exif:
         exif = image.getexif()
         int(exif.get(ExifTags.Base.Orientation, 1))
         return exif
-    except Exception:  # of another program: struct.error, SyntaxError, ValueError, KeyError ...; it says nothing
+    except Exception:  # struct.error, SyntaxError, ValueError, KeyError ...: EXIF that cannot be read is ignored
         return Image.Exif()
 
 

@@ -1,6 +1,6 @@
-"""ICC profiles of colour spaces that are given by numbers: white point, primaries, transfer curve.
+"""ICC profiles built from white point, primaries and transfer curve.
 
-Exact fractions up to the last rounding: equal numbers are equal bytes on every processor.
+Computed in exact fractions up to the last rounding, so that equal numbers give equal bytes on every processor.
 """
 
 import struct

@@ -18,8 +18,8 @@ from deedsr.errors import UsageError
 
 __all__ = ["ALGORITHM_VERSION", "Recipe", "builtin_recipes", "load_recipe"]
 
-# Raised whenever the same recipe and sources would give other bytes than before. Not where a few odd sources are read
-# right that were read wrong: it would make every dataset anew (docs/data.md names them).
+# Raised whenever the same recipe and sources would give other bytes than before. Not for
+# corrections in reading a few kinds of sources (docs/data.md lists them): every dataset would be made anew.
 ALGORITHM_VERSION = 2
 
 Count = Annotated[int, Field(ge=1)]

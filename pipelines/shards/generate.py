@@ -73,7 +73,7 @@ def generate(
 
 
 def _matched(listing: Iterable[Source], recipe: Recipe) -> Iterator[Source]:
-    """The same sources; behind the last one, a warning names the patterns of the recipe that none of them matches."""
+    """Passes the sources on, then warns of patterns of the recipe that matched none of them."""
     waiting = dict.fromkeys(recipe.split.validation_patterns, "split.validation_patterns")
     waiting |= {weight.pattern: "weights" for weight in recipe.weights}
     for source in listing:

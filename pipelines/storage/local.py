@@ -197,7 +197,7 @@ def _is_folder(item: os.DirEntry[str]) -> bool:
 
 
 def _entry(place: str | Path, path: str) -> Entry:
-    """Without a version where it cannot be read: whoever reads it is told."""
+    """The version is empty where the file cannot be read; reading it gives the reason."""
     status = os.stat(place)
     if stat.S_ISREG(status.st_mode) and machine.may_read(place):
         return Entry(path, status.st_size, str(status.st_mtime_ns))

@@ -1,6 +1,6 @@
-"""Names of objects: what may become a path, what is hidden, and how a location is taken apart.
+"""Names of objects: which may become paths, which are hidden, and how a location splits into storage and path.
 
-Names come from outside: keys of a bucket, manifests, tars, tables. Whatever makes a path of one asks here first.
+Names come from outside (keys of a bucket, manifests, tars, tables), so code that makes a path of one checks it here.
 """
 
 import os
@@ -17,12 +17,12 @@ def is_hidden(path: str) -> bool:
 
 
 def leads_out(path: str) -> bool:
-    """Whether a name is none below a folder: absolute, or with `..` in it."""
+    """Whether a name leads out of its folder: absolute, with `..`, or with a zero byte, which no path has."""
     return path.startswith("/") or "\0" in path or ".." in path.split("/")
 
 
 def makes_a_file(path: str) -> bool:
-    """Whether an object may be copied to a file of its name below a folder, where no other name means the same file."""
+    """Whether an object can be copied to a file of its name below a folder, and no other name gives the same file."""
     short = all(len(os.fsencode(part)) <= LONGEST_PART for part in path.split("/"))
     return not leads_out(path) and posixpath.normpath(path) == path and short
 

@@ -1,6 +1,6 @@
 """Locations with special characters: `*`, `?` and `[...]` within a name, `**` for any folders, `{a,b}` and `{0..9}`.
 
-A part of a location that something is called is that name; else it is the begin of a pattern.
+A part of a location that exists under that name is taken literally; the first one that does not begins the pattern.
 """
 
 import os
@@ -20,12 +20,12 @@ _SPECIAL, _WILDCARD = re.compile(r"[*?\[{]"), re.compile(r"[*?\[]")
 
 
 def has_wildcard(pattern: str) -> bool:
-    """Whether a pattern has to be looked for; braces alone say what it means."""
+    """Whether a listing is needed to resolve a pattern; braces alone need none."""
     return bool(_WILDCARD.search(pattern))
 
 
 def split_pattern(uri: str) -> tuple[str, str]:
-    """The folder, and the pattern of paths below it. No pattern where there is no special character, or a name has it.
+    """The folder, and the pattern of paths below it; an empty pattern for a location without one.
 
     Raises UsageError for a pattern in place of a bucket.
     """
@@ -53,7 +53,7 @@ def _exists(uri: str) -> bool:
 
 
 def expanded(pattern: str) -> list[str]:
-    """Without braces. Raises UsageError for those that say nothing."""
+    """The alternatives of a pattern with braces. Raises UsageError for unbalanced ones."""
     try:
         return [*braceexpand(pattern)]
     except ValueError as error:
@@ -61,7 +61,7 @@ def expanded(pattern: str) -> list[str]:
 
 
 def matching(storage: Storage, pattern: str) -> Iterator[Entry]:
-    """The objects whose path matches; hidden ones only by a pattern whose part begins with a dot, as in a shell."""
+    """Objects whose path matches. A hidden one matches only a part that begins with a dot, as in a shell."""
     wanted = [path.split("/") for path in expanded(pattern)]
     within = lambda folder: any(_may_hold(folder.split("/"), parts) for parts in wanted)
     for entry in storage.list(within=within):

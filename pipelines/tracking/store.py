@@ -154,7 +154,7 @@ def experiment_id(client: "MlflowClient", uri: str, name: str) -> str:
 
     location = None  # a server decides itself
     if path := sqlite_path(uri):
-        # One folder, whatever the name is: the separators in it are written as %2F.
+        # One folder for any name: separators in it become %2F.
         folder = quote(name, safe=" ") if name.strip(".") else name.replace(".", "%2E")
         location = (path.parent / "mlartifacts" / folder).as_uri()
     if client.get_experiment_by_name(name) is None:

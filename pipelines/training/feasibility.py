@@ -20,7 +20,7 @@ def require_best_metric(options: LearnerOptions | AdapterOptions, dataset: Datas
     train = options.train
     if train.best_metric is None:
         if train.best_mode != "min":
-            raise UsageError(f"train.best_mode {train.best_mode} says nothing without train.best_metric: give both")
+            raise UsageError(f"train.best_mode {train.best_mode} has no effect without train.best_metric: give both")
         return
     timesteps = _timesteps(options, base) if isinstance(options, AdapterOptions) and base else 0
     validates = 0 < train.validate_every <= train.max_steps and dataset.index("validation").num_rows > 0

@@ -37,7 +37,7 @@ def require_fit(picture: Picture, format: str, scale: int) -> None:
     if format == "jpeg" and not picture.opaque:
         raise DeeDSRError("it has transparency, which JPEG cannot keep: choose --format png or webp")
     if format != "png" and not picture.space.known:
-        raise DeeDSRError(f"no profile that {format} could keep says what its colours are: choose --format png")
+        raise DeeDSRError(f"no ICC profile describes its colours, and {format} stores only those: choose --format png")
     side = scale * max(picture.pixels_HWC.shape[:2])
     if side > _LARGEST_SIDE[format]:
         raise DeeDSRError(

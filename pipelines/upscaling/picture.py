@@ -46,9 +46,9 @@ class Picture(NamedTuple):
 
     @property
     def neutral(self) -> bool:
-        """Whether it is grey, also where it is stored as RGB: no visible pixel has a colour.
+        """Whether it is grey, also where it is stored as RGB: the channels of every visible pixel are equal.
 
-        By more than one level: grey that was compressed as WebP is off by that.
+        Up to one 8-bit level, the error of grey that was compressed as WebP.
         """
         if self.grey:
             return True
@@ -58,9 +58,9 @@ class Picture(NamedTuple):
         return not (tinted if alpha is None else tinted & (alpha > 0)).any()
 
     def rgb(self) -> np.ndarray:
-        """float32 (3, H, W) in [0, 1], what the networks see.
+        """float32 (3, H, W) in [0, 1], the input of the networks.
 
-        A wholly transparent pixel has the colour of the visible one next to it: its own would tint their edge.
+        A wholly transparent pixel takes the colour of the nearest visible one: its own would tint the edge.
         """
         colour = self.pixels_HWC[..., :1] if self.grey else self.pixels_HWC[..., :3]
         if self.alpha is not None:
@@ -108,7 +108,7 @@ def read_picture(data: bytes) -> Picture:
 
 
 def _bled(colour_HWC: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Colours with those of wholly transparent pixels taken from the nearest visible one."""
+    """Colours, with wholly transparent pixels filled from the nearest visible one."""
     hidden = alpha == 0
     if not hidden.any() or hidden.all():
         return colour_HWC

@@ -185,7 +185,7 @@ def _looked_into(files: _Files, unused: list[str]) -> Iterator[Source]:
         waiting: deque[Future[Iterable[Source]] | list[Source]] = deque()
         for file in files.files:
             container = file._replace(version=f"{file.size}-{file.version}", container=file.path)
-            if not file.version:  # missing, or not to be read: whoever reads it is told
+            if not file.version:  # missing or unreadable: reading it gives the reason
                 waiting.append([file])
             elif file.path.lower().endswith(".tar"):
                 waiting.append(threads.submit(list_tar, container))

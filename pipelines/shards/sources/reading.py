@@ -27,9 +27,9 @@ def read_source(source: Source) -> tuple[bytes, bytes | None]:
 
 @contextmanager
 def _permitted(known: bool) -> Iterator[None]:
-    """Within it, the error of a file that gave its listing no version is the reason of its rejection.
+    """Turns the error of a file that was unreadable when listed (no version) into its rejection.
 
-    Others end the work: a storage that fails for a moment must not change the dataset.
+    Other errors end the work: a storage that fails for a moment must not change the dataset.
     """
     try:
         yield
