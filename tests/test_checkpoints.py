@@ -125,7 +125,7 @@ def test_a_full_disk_is_said_at_once_and_given_up_when_the_run_is_to_end(small_d
     out = open_storage(str(small_disk / "out"))
     (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - (100 << 10)))
     said: list[str] = []
-    with Writer(out, Keep(2), said.append) as writer:
+    with Writer(out, Keep(2), say=said.append) as writer:
         assert not writer.give_up()  # nothing failed
         writer.start(Checkpoint(2, 16, 0.1), tensors(2, 40_000))
         until(lambda: said)
@@ -144,7 +144,7 @@ def test_a_right_that_comes_back_ends_the_wait_for_it(small_disk):  # noqa: F811
     remount = lambda how: subprocess.run(["mount", "-o", f"remount,{how}", small_disk], check=True)
     remount("ro")
     said: list[str] = []
-    with Writer(out, Keep(2), said.append) as writer:
+    with Writer(out, Keep(2), say=said.append) as writer:
         writer.start(Checkpoint(2, 16, 0.1), tensors(2))
         until(lambda: said)
         remount("rw")

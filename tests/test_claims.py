@@ -129,7 +129,7 @@ def test_a_group_of_workers_that_was_replaced_commits_nothing_and_sends_nothing(
         claim.run_id = run.id
         old = workers_of(claim)
         old_run = tracking.open_run(store.uri, run.id, system_metrics=False, permit=old.holds)
-        with Writer(out, Keep(9), 60, old.check) as writer:
+        with Writer(out, Keep(9), old.check) as writer:
             log(old_run, 1, 5)
             assert old_run.unsent() == []
             writer.start(Checkpoint(5, 40, 0.5, attempt=old.attempt), tensors(5))

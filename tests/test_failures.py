@@ -158,7 +158,7 @@ def test_a_bad_step_while_storage_is_away_stops_nothing_and_its_record_follows(
 
 def test_a_record_that_can_never_be_written_is_left_out_with_a_warning(tmp_path, caplog):
     (tmp_path / "incidents").write_text("a file where a folder must be")
-    with Records(open_storage(str(tmp_path)), 0.0) as records:
+    with Records(open_storage(str(tmp_path))) as records:
         records.add(3, {"reason": "the loss is nan"}, {"x": torch.zeros(2)}, 0)
         records.wait()
     assert "there is no record of step 3" in caplog.text

@@ -241,6 +241,8 @@ def test_several_processes_of_a_node_download_a_model_once(through, bucket, tmp_
     stale = tmp_path / "cache" / "deedsr" / f"{'0' * 64}.partial"
     stale.mkdir(parents=True)  # of a process that was killed
     (stale / "weights").write_bytes(b"half")
+    own = localize(storage.uri)
+    own.rename(own.with_name(f"{own.name}.partial"))  # the same of this model
     proxy = through(1.0, ("slow",), slow=0.3)
     code = "import sys; from pipelines.storage import localize; print(localize(sys.argv[1]))"
     words = [sys.executable, "-c", code, storage.uri]

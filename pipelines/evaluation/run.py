@@ -27,6 +27,7 @@ from pipelines.models import model_digest, pinned, resolve_model, training_run
 from pipelines.placement import Device, place_networks
 from pipelines.spread import place, spread
 from pipelines.storage import open_storage
+from pipelines.storage.waiting import patiently
 from pipelines.strips import strip
 
 RESULTS = "results.json"
@@ -144,7 +145,7 @@ def evaluate(
         for done in tqdm(compute(pairs), total=len(pairs), desc="evaluate", unit="sample", disable=not progress):
             files = {name: f"pictures/{done.key}.{name}.png" for name in done.pictures}
             for name, picture in done.pictures.items():
-                storage.write(files[name], _png(picture))
+                patiently(partial(storage.write, files[name], _png(picture)))
             if done.key in shown:
                 run.log_picture(done.key, strip(*(done.pictures[name] for name in ("lr", "bicubic", "model", "hr"))))
             record = {"key": done.key, "source": done.source, "metrics": done.metrics, "pictures": files}
@@ -178,7 +179,7 @@ def evaluate(
             }
         )
         run.log_text(text, RESULTS)
-        storage.write(RESULTS, text.encode())
+        patiently(partial(storage.write, RESULTS, text.encode()))
     return EvaluationResult(summary, run.id, len(samples), f"{storage.uri}/{RESULTS}", dataset.digest)
 
 

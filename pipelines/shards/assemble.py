@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -34,6 +35,7 @@ from deedsr.errors import DeeDSRError
 from pipelines.shards.plan import ShardPlan
 from pipelines.shards.record import COLUMNS, LATENTS_COLUMNS, ShardRecord, read_record
 from pipelines.storage import Conflict, Storage
+from pipelines.storage.waiting import patiently
 
 __all__ = ["Inherited", "assemble", "records_of"]
 
@@ -111,11 +113,11 @@ def assemble(
         with whole.open("wb") as file, entries.open() as lines:
             file.writelines(manifest.json_lines(line.rstrip("\n") for line in lines))
         for name, path in files.items():
-            out.write(kept_copy(name, hashes[name]), path)
+            patiently(partial(out.write, kept_copy(name, hashes[name]), path))
         for name, path in files.items():
-            out.write(name, path)
+            patiently(partial(out.write, name, path))
         try:
-            out.write(MANIFEST, whole, expected=expected)
+            patiently(partial(out.write, MANIFEST, whole, expected=expected))
         except Conflict:
             _require_same(manifest, out)
     return manifest, sums.shards

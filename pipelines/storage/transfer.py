@@ -69,6 +69,7 @@ def kept(name: str, fill: Callable[[Path], object]) -> Path:
                 return target
             _remove_abandoned(cache)
             partial = cache / f"{name}{PARTIAL}"
+            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
             try:
                 partial.mkdir()
                 fill(partial)
@@ -79,7 +80,7 @@ def kept(name: str, fill: Callable[[Path], object]) -> Path:
 
 
 def _remove_abandoned(cache: Path) -> None:
-    """Removes what killed processes were downloading, for whom nobody holds the lock any more."""
+    """Removes what killed processes were downloading of other folders: nobody holds their locks any more."""
     for partial in cache.glob(f"*{PARTIAL}"):
         name = partial.name.removesuffix(PARTIAL)
         if "." in name:  # an earlier version's, which took no lock
