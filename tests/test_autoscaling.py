@@ -91,6 +91,7 @@ def test_a_shipped_job_file_succeeds_on_a_cluster_without_gpus(head, place, name
     code, output, log = head.submit(job_of(name, place, head, SMALL[name]), "--wait")
     assert code == 0, log
     assert json.loads(output)["status"] == "SUCCEEDED"
+    assert re.search(r": \d workers? x [\d.]+ CPUs?, no GPU", log), log  # which the head has not
     assert "Traceback" not in log
 
 
