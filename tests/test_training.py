@@ -33,8 +33,6 @@ from pipelines.training.config import (
 )
 from pipelines.training.learner_stage import LearnerStage
 from pipelines.training.order import SampleOrder
-from pipelines.training.record import TrainingRecord
-from pipelines.training.schedule import learning_rate, with_schedule
 
 
 @pytest.fixture(scope="module")
@@ -117,53 +115,6 @@ def test_options_survive_json():
     options = AdapterOptions(data="d", sampling={"eta": 1.0}, train=TrainOptions(num_workers="1..4"))
     assert from_resolved(AdapterOptions, json.loads(json.dumps(resolved(options)))) == options
     assert worker_range("1..4") == (1, 4)
-
-
-def test_learning_rate_warms_up_and_decays():
-    train = TrainOptions(lr=1.0, schedule="cosine", warmup_steps=10, max_steps=110)
-    rates = [learning_rate(train, step) for step in range(110)]
-    assert rates[0] == pytest.approx(0.1)
-    assert max(rates) == pytest.approx(1.0)
-    assert rates[-1] == pytest.approx(0.01, abs=1e-3)
-
-
-@pytest.mark.parametrize("recorded", ["before there was the option", "with the option"])
-def test_a_run_that_is_made_longer_or_shorter_keeps_its_rates_and_says_where_they_end(recorded, caplog):
-    train = TrainOptions(lr=1.0, schedule="cosine", warmup_steps=10, max_steps=110)
-    began = resolved(with_schedule(AdapterOptions(train=train), None))
-    assert began["train"]["schedule_steps"] == 110
-    assert not caplog.records
-    if recorded == "before there was the option":
-        del began["train"]["schedule_steps"]
-    before = [learning_rate(train, step) for step in range(110)]
-    longer = with_schedule(AdapterOptions(train=dataclasses.replace(train, max_steps=200)), began).train
-    assert [learning_rate(longer, step) for step in range(110)] == before
-    assert [learning_rate(longer, step) for step in range(110, 200)] == pytest.approx([0.01] * 90)
-    shorter = with_schedule(AdapterOptions(train=dataclasses.replace(train, max_steps=60)), began).train
-    assert [learning_rate(shorter, step) for step in range(60)] == before[:60]
-    beyond, within = [record.getMessage() for record in caplog.records]
-    assert "train.max_steps 200 goes beyond the cosine schedule of 110 steps" in beyond
-    assert "stays at its end, 0.01" in beyond
-    assert "train.max_steps 60 ends within the cosine schedule of 110 steps" in within
-    constant = AdapterOptions(train=TrainOptions(max_steps=10))
-    assert with_schedule(dataclasses.replace(constant, train=TrainOptions(max_steps=20)), resolved(constant)).train == (
-        TrainOptions(max_steps=20)
-    )
-    assert len(caplog.records) == 2
-
-
-def test_the_length_of_a_schedule_is_no_part_of_another_configuration_until_it_is_given(tmp_path):
-    train = TrainOptions(schedule="cosine", max_steps=100)
-    options = LearnerOptions(data="d", out=str(tmp_path), train=train)
-    old = resolved(options)
-    del old["train"]["schedule_steps"]
-    for config in (old, resolved(with_schedule(options, None))):
-        record = TrainingRecord("learner", config, {}, "run")
-        longer = with_schedule(variants(options, tmp_path, max_steps=300), config)
-        record.refuse_differences("learner", longer, {})
-        other = with_schedule(variants(options, tmp_path, max_steps=300, schedule_steps=300), config)
-        with pytest.raises(UsageError, match="train.schedule_steps was 100, is 300"):
-            record.refuse_differences("learner", other, {})
 
 
 def _checkpoint(step):

@@ -1,0 +1,61 @@
+"""The learning rate by step, over continuations that are longer or shorter."""
+
+import dataclasses
+
+import pytest
+
+from deedsr.errors import UsageError
+from pipelines.training.config import AdapterOptions, LearnerOptions, TrainOptions, resolved
+from pipelines.training.record import TrainingRecord
+from pipelines.training.schedule import learning_rate, with_schedule
+
+
+def test_learning_rate_warms_up_and_decays():
+    train = TrainOptions(lr=1.0, schedule="cosine", warmup_steps=10, max_steps=110)
+    rates = [learning_rate(train, step) for step in range(110)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[-1] == pytest.approx(0.01, abs=1e-3)
+
+
+@pytest.mark.parametrize("recorded", ["before there was the option", "with the option"])
+def test_a_run_that_is_made_longer_or_shorter_keeps_its_rates_and_says_where_they_end(recorded, caplog):
+    train = TrainOptions(lr=1.0, schedule="cosine", warmup_steps=10, max_steps=110)
+    began = resolved(with_schedule(AdapterOptions(train=train), None))
+    assert began["train"]["schedule_steps"] == 110
+    assert not caplog.records
+    if recorded == "before there was the option":
+        del began["train"]["schedule_steps"]
+    before = [learning_rate(train, step) for step in range(110)]
+    longer = with_schedule(AdapterOptions(train=dataclasses.replace(train, max_steps=200)), began).train
+    assert [learning_rate(longer, step) for step in range(110)] == before
+    assert [learning_rate(longer, step) for step in range(110, 200)] == pytest.approx([0.01] * 90)
+    shorter = with_schedule(AdapterOptions(train=dataclasses.replace(train, max_steps=60)), began).train
+    assert [learning_rate(shorter, step) for step in range(60)] == before[:60]
+    beyond, within = [record.getMessage() for record in caplog.records]
+    assert "train.max_steps 200 goes beyond the cosine schedule of 110 steps" in beyond
+    assert "stays at its end, 0.01" in beyond
+    assert "train.max_steps 60 ends within the cosine schedule of 110 steps" in within
+    constant = AdapterOptions(train=TrainOptions(max_steps=10))
+    assert with_schedule(dataclasses.replace(constant, train=TrainOptions(max_steps=20)), resolved(constant)).train == (
+        TrainOptions(max_steps=20)
+    )
+    assert len(caplog.records) == 2
+
+
+def longer_options(options: LearnerOptions, **changes) -> LearnerOptions:
+    return dataclasses.replace(options, train=dataclasses.replace(options.train, max_steps=300, **changes))
+
+
+def test_the_length_of_a_schedule_is_no_part_of_another_configuration_until_it_is_given(tmp_path):
+    train = TrainOptions(schedule="cosine", max_steps=100)
+    options = LearnerOptions(data="d", out=str(tmp_path), train=train)
+    old = resolved(options)
+    del old["train"]["schedule_steps"]
+    for config in (old, resolved(with_schedule(options, None))):
+        record = TrainingRecord("learner", config, {}, "run")
+        longer = with_schedule(longer_options(options), config)
+        record.refuse_differences("learner", longer, {})
+        other = with_schedule(longer_options(options, schedule_steps=300), config)
+        with pytest.raises(UsageError, match="train.schedule_steps was 100, is 300"):
+            record.refuse_differences("learner", other, {})
