@@ -1,7 +1,8 @@
 """DeeDSR: degradation-aware real-world super-resolution."""
 
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -9,7 +10,19 @@ if TYPE_CHECKING:
     from deedsr.learner.resnet import DegradationLearner
     from deedsr.sampling.pipeline import DeeDSRPipeline
 
-__version__ = version("deedsr")
+
+def _version() -> str:
+    """Of the installed package; of a source tree that is not installed, such as a job's working directory, its own."""
+    try:
+        return version("deedsr")
+    except PackageNotFoundError:
+        import tomllib
+
+        project = Path(__file__).parent.parent / "pyproject.toml"
+        return tomllib.loads(project.read_text())["project"]["version"] if project.is_file() else "0+unknown"
+
+
+__version__ = _version()
 __all__ = ["DeeDSRPipeline", "DegradationAwareAdapter", "DegradationLearner", "__version__"]
 
 # Loaded when first asked for: torch and diffusers take seconds, which `deedsr --help` need not.

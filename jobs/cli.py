@@ -15,9 +15,9 @@ import sys
 import traceback
 from collections.abc import Iterator
 from difflib import get_close_matches
-from importlib.metadata import version
 from typing import Any
 
+from deedsr import __version__
 from deedsr.errors import DeeDSRError, UsageError
 from jobs.command import Command, Outcome
 from jobs.options import CommandParser
@@ -79,7 +79,7 @@ def _run(argv: list[str]) -> int:
         print(overview())
         return DONE
     if argv[0] == "--version":
-        print(version("deedsr"))
+        print(__version__)
         return DONE
     name, words = _command_of(argv)
     command, parser = load(name)
