@@ -148,7 +148,7 @@ def export_pipeline(model: str, out: str, base: str | None = None, *, half: bool
     if next(iter(target.list()), None) is not None:
         raise UsageError(f"--out {target.uri} holds something already: choose an empty place")
     target.require_writable()
-    pipeline = load_pipeline(model, "cpu", base)
+    pipeline = load_pipeline(model, "cpu", base=base)
     if half:
         for network in (pipeline.vae, pipeline.unet, pipeline.adapter):
             network.to(torch.float16)  # the learner's running statistics are not for half precision

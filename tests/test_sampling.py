@@ -298,9 +298,9 @@ def test_impossible_settings_are_refused_by_name(pipe, lr, options, message):
 def test_a_setting_without_effect_beside_the_others_is_refused(options, message):
     recommended = SamplingSettings(noise_guidance_share=0.4, eta=0.5)
     with pytest.raises(UsageError, match=message):
-        recommended.override(**options)
+        recommended.chosen(**options)
     for name, value in options.items():  # what the model recommends is no wish of the user's
-        assert getattr(recommended.override(**{name: value}), name) == value
+        assert getattr(recommended.chosen(**{name: value}), name) == value
 
 
 def test_inputs_that_are_no_pictures_are_refused(pipe, lr):

@@ -284,7 +284,7 @@ def test_a_working_directory_of_any_name_has_its_own_store(store, name, tmp_path
     again = tracking.connect(uri)
     assert again.get_run(run.id).data.metrics == {"loss": 1.0}
     assert artifact(again, run, "said.txt", tmp_path).read_text() == "said"
-    assert [run["name"] for run in compare().runs] == ["run"]
+    assert run.id in json.dumps(compare().runs)
     assert sorted(os.listdir(folder)) == ["mlartifacts", "mlflow.db"]
     assert sorted(os.listdir(tmp_path)) == sorted([name, "said.txt"])
     monkeypatch.chdir(tmp_path)

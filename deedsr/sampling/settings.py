@@ -48,12 +48,13 @@ class SamplingSettings:
         return cls(**values)
 
     def override(self, **wanted: Any) -> Self:
-        """These settings with every value that is not None in place of its own.
+        """These settings with every value that is not None in place of its own."""
+        return replace(self, **{name: value for name, value in wanted.items() if value is not None})
 
-        Raises UsageError for a value that would have no effect beside the others.
-        """
+    def chosen(self, **wanted: Any) -> Self:
+        """`override` by what a user typed: raises UsageError for a value that has no effect beside the others."""
         given = {name: value for name, value in wanted.items() if value is not None}
-        settings = replace(self, **given)
+        settings = self.override(**given)
         for name, idle, beside in (
             ("degradation_per_tile", not settings.tile, "tile 0"),
             ("noise_guidance_share", not settings.noise_guidance, "noise_guidance 0"),

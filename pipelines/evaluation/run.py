@@ -111,7 +111,7 @@ def evaluate(
         "degradation_per_tile": degradation_per_tile,
         "restoration": restoration,
     }
-    sampling = folder.sampling.override(**wanted)
+    sampling = folder.sampling.chosen(**wanted)
     table = dataset.index(split)
     pairs = [table.take([row]) for row in rows]
     keys = [pair["key"][0].as_py() for pair in pairs]

@@ -80,7 +80,7 @@ def upscale(
     target = open_storage(out)
     sources = find_sources(inputs, target, format)
     model = pinned(model)
-    settings = ModelFolder.read(resolve_model(model)).sampling.override(num_inference_steps=steps, **sampling)
+    settings = ModelFolder.read(resolve_model(model)).sampling.chosen(num_inference_steps=steps, **sampling)
     if not ray:
         place_networks(cluster.this_machine(), device, 1, "upscale")
     work = Upscaler(model, model_digest(model, base), settings, seed, quality, overwrite, target, base, device)

@@ -33,7 +33,7 @@ def find_sources(inputs: Sequence[str], out: Storage, format: Format) -> list[So
     """Every picture of the inputs in their order, each once. Raises UsageError for an input that has none."""
     found: dict[str, Source] = {}
     for given in inputs:
-        places = [place for place in _places(given) if not _uri(*place[:2]).startswith(f"{out.uri.rstrip('/')}/")]
+        places = list(_places(given, out))
         if not places:
             raise UsageError(
                 f"{given} has no picture to upscale: give files, folders, glob patterns or URIs with "
@@ -81,20 +81,24 @@ def _identity(storage: Storage, path: str) -> str | tuple[int, int]:
     return _uri(storage, path)
 
 
-def _places(given: str) -> Iterator[tuple[Storage, str, str]]:
-    """(storage, path in it, the path that its result keeps) of an input's pictures."""
+def _places(given: str, out: Storage) -> Iterator[tuple[Storage, str, str]]:
+    """(storage, path in it, the path that its result keeps) of an input's pictures.
+
+    What lies in `out` are results of earlier commands: a folder or pattern leaves them out, a file's own name does not.
+    """
     uri = open_storage(given).uri
+    is_result = lambda storage, path: _uri(storage, path).startswith(f"{out.uri.rstrip('/')}/")
     folder, pattern = split_pattern(uri)
     if pattern:
         storage = open_storage(folder)
         for entry in matching(storage, pattern):
-            if _is_picture(entry.path):
+            if _is_picture(entry.path) and not is_result(storage, entry.path):
                 yield storage, entry.path, posixpath.basename(entry.path)
     elif _is_file(uri):
         place, path = split_uri(uri)
         yield open_storage(place), path, posixpath.basename(path)
     else:
-        yield from _below(open_storage(uri))
+        yield from (place for place in _below(open_storage(uri)) if not is_result(*place[:2]))
 
 
 def _is_file(uri: str) -> bool:
