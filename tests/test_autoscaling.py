@@ -65,6 +65,7 @@ def job_of(name: str, place: str, head: Head, options: dict) -> dict:
     return job | {"working_dir": None}
 
 
+@pytest.mark.soak
 def test_a_shards_job_makes_nodes_start_and_end(head, place, small_recipe, small_dataset):
     recipe = head.folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(small_recipe.model_dump(mode="json")))
@@ -83,9 +84,8 @@ def test_a_shards_job_makes_nodes_start_and_end(head, place, small_recipe, small
     assert {(node.get("CPU"), node.get("GPU")) for node in head.nodes("DEAD")} == {(2, None)}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "evaluate" else pytest.mark.soak) for name in sorted(SMALL)]
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("name", sorted(SMALL))
 def test_a_shipped_job_file_succeeds_on_a_cluster_without_gpus(head, place, name):
     assert {"shards", *SMALL} == set(JOBS)  # the shards job is submitted above
     code, output, log = head.submit(job_of(name, place, head, SMALL[name]), "--wait")

@@ -54,6 +54,7 @@ def test_every_picture_comes_out_where_windows_lacks_posix(picture, tmp_path):
     assert result["failed"] == []
 
 
+@pytest.mark.soak
 def test_shards_evaluation_and_upscaling_run_where_macos_lacks_affinity(picture, photos, small_recipe, tmp_path):
     recipe = tmp_path / "recipe.json"  # JSON is YAML
     recipe.write_text(json.dumps(small_recipe.model_dump(mode="json")))
