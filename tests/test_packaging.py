@@ -1,13 +1,18 @@
 """What is declared is what is imported; the wheel installs alone and enlarges a picture without the pipeline."""
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import cv2
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -77,6 +82,8 @@ def test_exact_versions_lie_in_the_ranges(lock):
 
 WITHOUT = """
 import sys
+import sysconfig
+import tarfile
 for name in sys.argv.pop(1).split(","):
     sys.modules[name] = None
 from jobs import cli
@@ -121,3 +128,33 @@ def test_a_command_without_the_pipeline_names_what_installs_it(words, tmp_path):
     assert last.startswith("error: this needs ")
     assert "pip install 'deedsr[pipeline]'" in last
     assert "Traceback" not in done.stderr
+
+
+def test_the_wheel_in_an_environment_of_its_own_enlarges_a_picture_offline(lr, tmp_path):
+    """Its dependencies are those of this process; the pipeline's are hidden."""
+    shutil.copytree(ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "benchmarks"))
+    quiet = {"capture_output": True, "text": True, "cwd": tmp_path}
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(tmp_path / "source")]
+    done = subprocess.run(build, **quiet)
+    assert done.returncode == 0, done.stderr
+    [wheel], [sdist] = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+    assert max(wheel.stat().st_size, sdist.stat().st_size) < 25e6
+    with tarfile.open(sdist) as tar:  # and nothing that is no part of the package
+        folders = {name.split("/")[1] for name in tar.getnames() if name.count("/") > 1}
+    assert folders == {"deedsr", "pipelines", "jobs", "requirements", "deedsr.egg-info"}
+
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", "own"], **quiet, check=True)
+    python = tmp_path / "own" / "bin" / "python"
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(install, **quiet, check=True)
+    cv2.imwrite(str(tmp_path / "picture.png"), lr)
+    offline = {"HF_HUB_OFFLINE": "1", "HTTPS_PROXY": "http://127.0.0.1:1", "PYTHONPATH": sysconfig.get_path("purelib")}
+    words = ["upscale", "picture.png", "--out", "upscaled", "--steps", "2"]
+    command = [str(python), "-c", WITHOUT, ",".join(cli.PIPELINE - {"requests"}), *words]
+    done = subprocess.run(command, **quiet, env=os.environ | offline)
+    assert done.returncode == 0, done.stderr
+    assert cv2.imread(str(tmp_path / "upscaled" / "picture.png")).shape == (144, 256, 3)
+    where = subprocess.run(
+        [str(python), "-c", "import deedsr; print(deedsr.__file__)"], **quiet, env=os.environ | offline
+    )
+    assert Path(where.stdout).is_relative_to(tmp_path / "own")
