@@ -82,8 +82,6 @@ def test_exact_versions_lie_in_the_ranges(lock):
 
 WITHOUT = """
 import sys
-import sysconfig
-import tarfile
 for name in sys.argv.pop(1).split(","):
     sys.modules[name] = None
 from jobs import cli
