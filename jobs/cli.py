@@ -25,6 +25,9 @@ from pipelines.machine import cache_folder
 from pipelines.storage import waiting
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
+# Modules of `deedsr[pipeline]`, which `deedsr` alone does without.
+PIPELINE = {"alembic", "boto3", "botocore", "deepspeed", "grpc", "jinja2", "markupsafe", "mlflow", "pyarrow", "ray"}
+PIPELINE |= {"requests", "s3transfer", "sqlalchemy", "webdataset"}
 
 COMMANDS = {
     "demo": ("jobs.demo", "the whole chain on the shipped photographs, on this machine"),
@@ -135,6 +138,10 @@ def overview() -> str:
 
 def _report(error: Exception) -> int:
     """Say what went wrong in one message; returns the exit code."""
+    lacking = next((link for link in _chain(error) if isinstance(link, ModuleNotFoundError)), None)
+    if lacking is not None and (lacking.name or "").partition(".")[0] in PIPELINE:
+        print(f"error: this needs {lacking.name}: pip install 'deedsr[pipeline]'", file=sys.stderr)
+        return FAILED
     ours = next((link for link in _chain(error) if isinstance(link, DeeDSRError)), None)
     if ours is not None:
         print(f"error: {ours}", file=sys.stderr)

@@ -27,7 +27,7 @@ __all__ = [
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
-SHARD_WORKER = 340_000_000  # bytes of a process that makes shards
+SHARD_WORKER = 500_000_000  # bytes of a process that makes shards, with the torch that webdataset imports
 NETWORK_WORKER = 1_500_000_000  # bytes of a process that computes networks of `tiny`'s size on a CPU
 _MEMORY_SHARE = 0.6  # of a machine's memory that workers may take, by these sizes
 _NCCL_SHARED_MEMORY = 1 << 30  # bytes that NCCL's documentation asks for in containers

@@ -1,10 +1,9 @@
-"""Hashes of degraded and encoded images, for tests that compare processors; as a script prints them as JSON.
+"""Hashes of degraded and encoded images, for tests that compare processors.
 
 The images are made of whole numbers here, so that nothing but the code under test can differ.
 """
 
 import hashlib
-import json
 
 import numpy as np
 
@@ -44,7 +43,3 @@ def hashes():
         for name in ("png", "webp", "jpeg"):
             digests[name].update(encode(lr if index % 4 else hr, name))
     return {name: digest.hexdigest()[:16] for name, digest in digests.items()}
-
-
-if __name__ == "__main__":
-    print(json.dumps(hashes()))

@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import tomllib
 from pathlib import Path
 
 import jsonschema
@@ -19,9 +18,9 @@ MANIFESTS = ["raycluster.yaml", "rayjob.yaml"]
 
 
 def pinned(package: str) -> str:
-    """Version of a package in pyproject.toml."""
-    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    return next(re.split("==", d)[1] for d in dependencies if re.match(rf"{package}(\[.*\])?==", d))
+    """Version of a package in the images, whose Python is 3.11."""
+    lock = (ROOT / "requirements" / "py311.txt").read_text()
+    return re.search(rf"^{package}==(.+)$", lock, re.MULTILINE)[1]
 
 
 def cluster_spec(name: str) -> dict:

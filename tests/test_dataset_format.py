@@ -1,5 +1,6 @@
 """Claims on what is in a dataset: samples, tars, index, manifest, crops."""
 
+import hashlib
 import io
 import json
 import tarfile
@@ -13,7 +14,6 @@ from deedsr.dataset.codecs import decode_stored, encode
 from deedsr.dataset.crops import choose_crops, cut
 from deedsr.dataset.manifest import Manifest
 from deedsr.dataset.pictures import RejectedImage, decode
-from deedsr.dataset.tar import TarWriter
 from deedsr.degradation.chain import degrade
 from deedsr.degradation.recipe import Crop
 from deedsr.errors import DatasetNotCommitted, DeeDSRError
@@ -21,6 +21,7 @@ from pipelines.dataset import Dataset
 from pipelines.shards.build import FromSources
 from pipelines.shards.plan import plan_shards
 from pipelines.shards.sources import list_sources
+from pipelines.shards.tar import ShardTar
 from pipelines.storage import open_storage
 
 
@@ -127,18 +128,21 @@ def test_no_shard_holds_a_location_a_time_or_a_user(dataset, photos):
                 assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (0, 0, 0, "", "")
 
 
-def test_tar_offsets_and_hash_are_those_of_the_file(tmp_path):
-    import hashlib
+MEMBERS = [("a", "bin", b"1" * 700), ("b", "lr.png", b""), ("a key/" * 9, "json", b"xyz" * 5000), ("u", "json", b"{}")]
+TAR = "73c30fdef3b09d76"
 
+
+def test_tar_offsets_and_hash_are_those_of_the_file(tmp_path):
     with (tmp_path / "x.tar").open("wb") as file:
-        tar = TarWriter(file)
-        offsets = {name: tar.add(name, data) for name, data in [("a.bin", b"1" * 700), ("b.bin", b""), ("c", b"xyz")]}
+        tar = ShardTar(file)
+        offsets = {f"{key}.{ext}": tar.add(key, ext, data) for key, ext, data in MEMBERS}
         digest = tar.finish()
     data = (tmp_path / "x.tar").read_bytes()
     assert hashlib.sha256(data).hexdigest() == digest
     assert len(data) == tar.size
     with tarfile.open(tmp_path / "x.tar") as read:
         assert {member.name: member.offset_data for member in read} == offsets
+    assert digest[:16] == TAR  # as ever: equal datasets have equal digests, whatever version made them
 
 
 def test_a_folder_without_manifest_is_not_a_dataset(small_dataset, tmp_path):

@@ -195,7 +195,7 @@ def test_networks_get_a_gpu_each_or_as_many_cpus_as_the_memory_does_for():
 
 def test_shards_take_every_cpu_that_the_memory_does_for():
     assert place_shards(machine(16), None).workers == 16
-    assert place_shards(machine(32, memory=16 * GIB), None).workers == math.floor(16 * GIB * 0.6 / 340e6)
+    assert place_shards(machine(32, memory=16 * GIB), None).workers == math.floor(16 * GIB * 0.6 / 500e6)
     assert place_shards(machine(4, memory=GIB // 4), None).workers == 1
     assert place_shards(cluster(growth=(Nodes(16, 0, 32),)), None).workers == 512
     assert place_shards(machine(2), 8).workers == 8

@@ -8,6 +8,7 @@ import sys
 import cv2
 import degradation_bytes
 import pytest
+import shard_bytes
 
 from deedsr.degradation import kernels
 
@@ -16,6 +17,7 @@ EXPECTED = {
     "png": "f84e2d69e60552b6",
     "webp": "067dc97c6a61fc62",
     "jpeg": "035871c7d1d68e26",
+    "shards": "0a1cb446b32b91a7",
 }
 
 NO_AVX = {"OPENCV_CPU_DISABLE": "AVX2,FMA3,AVX512_SKX"}
@@ -68,7 +70,7 @@ IN_SOAK = [name for name in PROCESSORS if name not in ("this one", "without AVX2
 )
 def test_bytes_are_the_same_on_every_processor(processor):
     """Also on those of other machines that run this test: the hashes are written down above."""
-    assert json.loads(run(PROCESSORS[processor], degradation_bytes.__file__)) == EXPECTED
+    assert json.loads(run(PROCESSORS[processor], shard_bytes.__file__)) == EXPECTED
 
 
 AVX2, FMA3 = 11, 12  # in OpenCV's enumeration

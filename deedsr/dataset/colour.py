@@ -131,7 +131,11 @@ def _of_exif(exif: Image.Exif, model: str) -> bytes | None:
     declared = details.get(ExifTags.Base.ColorSpace)
     if declared == 1:
         return None
-    if declared == 2 or exif.get_ifd(ExifTags.IFD.Interop).get(1) == "R03":  # what cameras call Adobe RGB
+    try:
+        adobe = declared == 2 or exif.get_ifd(ExifTags.IFD.Interop).get(1) == "R03"  # what cameras call Adobe RGB
+    except KeyError:  # Pillow below 13, of a file without that part
+        adobe = False
+    if adobe:
         return _profile(_ADOBE_RGB, _ADOBE_GAMMA, model)
     white, primaries, table = (
         exif.get(tag)

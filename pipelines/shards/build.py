@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,6 @@ import pyarrow as pa
 
 from deedsr.dataset.manifest import STATE
 from deedsr.dataset.pictures import RejectedImage
-from deedsr.dataset.tar import TarWriter
 from deedsr.dataset.worker import prepare_worker
 from deedsr.degradation.recipe import Recipe
 from deedsr.errors import DeeDSRError
@@ -27,6 +26,7 @@ from pipelines.shards.plan import ShardPlan
 from pipelines.shards.record import COLUMNS, ShardRecord, table_of, tar_name, write_record
 from pipelines.shards.samples import Draft, Drafts, Share, rejection, samples_of
 from pipelines.shards.sources import Source, is_table, read_source
+from pipelines.shards.tar import ShardTar
 from pipelines.storage import Storage
 from pipelines.storage.errors import explained
 
@@ -51,8 +51,8 @@ class ShardWork(Protocol):
 class ShardDraft:
     """A shard while it is written: a temporary tar, and what its record will say."""
 
-    def __init__(self, plan: ShardPlan, file: Any, columns: pa.Schema):
-        self.plan, self._file, self._tar, self._columns = plan, file, TarWriter(file), columns
+    def __init__(self, plan: ShardPlan, file: str, tar: ShardTar, columns: pa.Schema):
+        self.plan, self._file, self._tar, self._columns = plan, file, tar, columns
         self.sources: list[tuple[str, str | None]] = []
         self.rejected: list[dict[str, Any]] = []
         self._rows: list[dict[str, Any]] = []
@@ -66,8 +66,8 @@ class ShardDraft:
         }
         key = row["key"]
         for member, data in draft.members.items():
-            name = f"{key}.json" if member == "json" else f"{key}.{member}.{row[f'{member}_ext']}"
-            row[f"{member}_offset"], row[f"{member}_size"] = self._tar.add(name, data), len(data)
+            extension = member if member == "json" else f"{member}.{row[f'{member}_ext']}"
+            row[f"{member}_offset"], row[f"{member}_size"] = self._tar.add(key, extension, data), len(data)
         self._rows.append(row)
 
     def commit(self, out: Storage) -> ShardRecord:
@@ -78,7 +78,7 @@ class ShardDraft:
             sha256 = self._tar.finish()
             name = tar_name(self.plan, sha256)
             rows = table_of(({"hr_shard": name, **row, "shard": name} for row in self._rows), self._columns)
-            out.write(name, Path(self._file.name))
+            out.write(name, Path(self._file))
             record = ShardRecord(name, sha256, self._tar.size, len(self._rows), self.sources, rows, self.rejected)
         write_record(self.plan, record, out)
         return record
@@ -87,8 +87,12 @@ class ShardDraft:
 @contextmanager
 def shard_draft(plan: ShardPlan, columns: pa.Schema = COLUMNS) -> Iterator[ShardDraft]:
     prepare_worker()
-    with tempfile.NamedTemporaryFile(prefix="deedsr-", suffix=".tar") as file, explained("write", file.name):
-        yield ShardDraft(plan, file, columns)
+    with (
+        tempfile.NamedTemporaryFile(prefix="deedsr-", suffix=".tar") as file,
+        explained("write", file.name),
+        closing(ShardTar(file)) as tar,
+    ):
+        yield ShardDraft(plan, file.name, tar, columns)
 
 
 MakeSamples = Callable[[Source, bytes, bytes | None, Recipe, Share], Drafts]

@@ -24,6 +24,7 @@ from pipelines.shards.plan import ShardPlan, derived_plan, plan_shards
 from pipelines.shards.record import Inventory
 from pipelines.shards.run import PlanParts, running
 from pipelines.shards.sources import Source, list_pairs, list_sources
+from pipelines.shards.versions import warn_of_versions
 from pipelines.storage import Storage, open_storage
 
 __all__ = ["ShardsResult", "export_pairs", "generate", "regenerate", "run_job"]
@@ -132,6 +133,7 @@ def run_job(
 ) -> ShardsResult:
     """Makes the shards that `plans()` gives and `out` does not hold, and the dataset of all of them."""
     begin = time.time()
+    warn_of_versions()
     out.require_writable()
     before = _version(out)
     first_plans = iter(plans())

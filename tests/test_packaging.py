@@ -1,0 +1,158 @@
+"""What is declared is what is imported; the wheel installs alone and enlarges a picture without the pipeline."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import cv2
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from jobs import cli
+from pipelines.shards import versions
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+BASE = [Requirement(line) for line in PROJECT["dependencies"]]
+PIPELINE = [Requirement(line) for line in PROJECT["optional-dependencies"]["pipeline"]]
+PACKAGES = packages_distributions()
+
+
+def names(requirements) -> set[str]:
+    return {canonicalize_name(requirement.name) for requirement in requirements}
+
+
+def modules(layer: str) -> set[str]:
+    """Top-level modules of others that a layer imports anywhere."""
+    found = set()
+    for path in (ROOT / layer).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add(node.module.partition(".")[0])
+    return found - sys.stdlib_module_names - {"deedsr", "pipelines", "jobs"}
+
+
+def providers(module: str) -> set[str]:
+    return {canonicalize_name(name) for name in PACKAGES[module]}
+
+
+def test_what_is_imported_is_declared():
+    assert [module for module in modules("deedsr") if not providers(module) & names(BASE)] == []
+    product = modules("deedsr") | modules("pipelines") | modules("jobs")
+    assert [module for module in product if not providers(module) & names(BASE + PIPELINE)] == []
+
+
+def test_what_is_declared_is_imported():
+    product = modules("deedsr") | modules("pipelines") | modules("jobs")
+    provided = set().union(*map(providers, product))
+    assert names(BASE + PIPELINE) - provided == set()
+    assert {module for module in product if not providers(module) & names(BASE)} == cli.PIPELINE
+
+
+def test_ranges_have_two_ends_and_those_of_the_shards_bytes_are_warned_of(caplog, monkeypatch):
+    declared = {requirement.name: requirement.specifier for requirement in BASE + PIPELINE}
+    assert [name for name, range in declared.items() if {end.operator for end in range} != {">=", "<"}] == []
+    for name, (low, high) in versions.SEEN.items():
+        assert {str(end) for end in declared[name]} == {f">={low}", f"<{high}"}
+    versions.warn_of_versions()
+    assert caplog.messages == []
+    monkeypatch.setitem(versions.SEEN, "pillow", ("10", "11.1"))
+    versions.warn_of_versions()
+    [message] = caplog.messages
+    assert re.search(r"pillow [\d.]+ is outside 10 to below 11\.1", message)
+
+
+@pytest.mark.parametrize("lock", sorted((ROOT / "requirements").glob("*.txt")), ids=lambda path: path.stem)
+def test_exact_versions_lie_in_the_ranges(lock):
+    pins = dict(line.split("==") for line in lock.read_text().splitlines())
+    for requirement in BASE + PIPELINE:
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
+
+
+WITHOUT = """
+import sys
+for name in sys.argv.pop(1).split(","):
+    sys.modules[name] = None
+from jobs import cli
+raise SystemExit(cli.main(sys.argv[1:]))
+"""
+
+
+def without_pipeline(*words: str) -> subprocess.CompletedProcess:
+    lacking = ",".join(cli.PIPELINE - {"requests"})  # which diffusers needs too
+    return subprocess.run([sys.executable, "-c", WITHOUT, lacking, *words], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_help_needs_no_pipeline():
+    every = "[*map(str.split, cli.COMMANDS), []]"
+    code = WITHOUT.replace("cli.main(sys.argv[1:])", f"any(cli.main([*words, '--help']) for words in {every})")
+    done = subprocess.run(
+        [sys.executable, "-c", code, ",".join(cli.PIPELINE)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage:") == len(cli.COMMANDS) + 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("shards", "--source", "deedsr/assets/photos", "--out", "{out}"),
+        ("verify", "{out}"),
+        ("inspect", "{out}"),
+        ("train", "learner", "--data", "{out}", "--out", "{out}"),
+        ("evaluate", "--model", "tiny", "--data", "{out}", "--out", "{out}"),
+        ("upscale", "s3://bucket/picture.png", "--out", "{out}"),
+        ("compare", "--out", "{out}/x.html"),
+        ("submit", "jobs/shards.yaml", "--address", "http://127.0.0.1:1"),
+        ("demo", "--out", "{out}"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_command_without_the_pipeline_names_what_installs_it(words, tmp_path):
+    done = without_pipeline(*(word.format(out=tmp_path / "out") for word in words))
+    assert done.returncode in (1, 2)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: this needs ")
+    assert "pip install 'deedsr[pipeline]'" in last
+    assert "Traceback" not in done.stderr
+
+
+def test_the_wheel_in_an_environment_of_its_own_enlarges_a_picture_offline(lr, tmp_path):
+    """Its dependencies are those of this process; the pipeline's are hidden."""
+    shutil.copytree(ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "benchmarks"))
+    quiet = {"capture_output": True, "text": True, "cwd": tmp_path}
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(tmp_path / "source")]
+    done = subprocess.run(build, **quiet)
+    assert done.returncode == 0, done.stderr
+    [wheel], [sdist] = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+    assert max(wheel.stat().st_size, sdist.stat().st_size) < 25e6
+    with tarfile.open(sdist) as tar:  # and nothing that is no part of the package
+        folders = {name.split("/")[1] for name in tar.getnames() if name.count("/") > 1}
+    assert folders == {"deedsr", "pipelines", "jobs", "requirements", "deedsr.egg-info"}
+
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", "own"], **quiet, check=True)
+    python = tmp_path / "own" / "bin" / "python"
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(install, **quiet, check=True)
+    cv2.imwrite(str(tmp_path / "picture.png"), lr)
+    offline = {"HF_HUB_OFFLINE": "1", "HTTPS_PROXY": "http://127.0.0.1:1", "PYTHONPATH": sysconfig.get_path("purelib")}
+    words = ["upscale", "picture.png", "--out", "upscaled", "--steps", "2"]
+    command = [str(python), "-c", WITHOUT, ",".join(cli.PIPELINE - {"requests"}), *words]
+    done = subprocess.run(command, **quiet, env=os.environ | offline)
+    assert done.returncode == 0, done.stderr
+    assert cv2.imread(str(tmp_path / "upscaled" / "picture.png")).shape == (144, 256, 3)
+    where = subprocess.run(
+        [str(python), "-c", "import deedsr; print(deedsr.__file__)"], **quiet, env=os.environ | offline
+    )
+    assert Path(where.stdout).is_relative_to(tmp_path / "own")
