@@ -278,7 +278,7 @@ def test_a_working_directory_of_any_name_has_its_own_store(store, name, tmp_path
     assert tracking.tracking_uri(uri) == uri
     with pytest.raises(UsageError, match="is a file on"):
         tracking.require_shared_store(uri, [{"NodeManagerHostname": "elsewhere", "Alive": True}])
-    with start(uri) as run:
+    with start(uri, experiment="deedsr-of-this-folder") as run:
         run.log_metrics({"loss": 1.0}, 1)
         run.log_text("said", "said.txt")
     again = tracking.connect(uri)
