@@ -51,6 +51,7 @@ def test_every_preset_has_a_plan_on_every_machine_with_default_options(stage, na
         require_valid(plan, machine(cores, gpus), train, unit)
         assert plan.gpus == bool(gpus)
         assert plan.workers[0] == plan.workers[1] <= (gpus or cores)
+        assert plan.micro_batch == train.micro_batch_size  # whole, so that rounding is the same on every machine
 
 
 @pytest.mark.parametrize(("stage", "name"), NAMES)
