@@ -126,15 +126,13 @@ class FromSources:
     @contextmanager
     def _each(self, pieces: Iterator["_Piece"], plan: ShardPlan, out: Storage, cpus: int) -> Iterator[Iterator[Drafts]]:
         """What each piece gives."""
-        if cpus > 1:  # each in another process than this one
-            yield in_order(self._make, pieces, cpus, guarded=self._make_guarded)
-            return
         attempt = f"{ATTEMPTS}/{plan.id}"
         tried = out.exists(attempt)
         if not tried:
             out.write(attempt, b"")
         with _guarded(self.samples) if tried else nullcontext(self.samples) as samples:
-            yield (_drafts(piece, self.recipe, samples) for piece in pieces)
+            here = lambda piece: _drafts(piece, self.recipe, samples)
+            yield in_order(self._make, pieces, cpus, here=here, guarded=self._make_guarded)
 
     def _make(self, piece: "_Piece") -> Drafts:
         return _drafts(piece, self.recipe, self.samples)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import groupby
 from typing import Any, BinaryIO
 
 import pyarrow.parquet
@@ -41,12 +41,10 @@ class FromHR:
             rows.setdefault(row["content"], row)  # its variants hold the same HR
         wanted = [(row, variant) for row in rows.values() for variant in range(self.recipe.variants_of(row["source"]))]
         with shard_draft(plan) as draft, Tars(self.hr) as tars:
-            if cpus == 1:
-                samples = self._samples(wanted, tars)
-            else:
-                samples = chain.from_iterable(in_order(self._make, _pieces(wanted, cpus), cpus))
-            for sample, uri in samples:
-                draft.add(sample, uri)
+            here = lambda some: list(self._samples(some, tars))
+            for samples in in_order(self._make, _pieces(wanted, cpus), cpus, here=here):
+                for sample, uri in samples:
+                    draft.add(sample, uri)
             return draft.commit(out)
 
     def _make(self, wanted: list["Wanted"]) -> list[tuple[Draft, str]]:
