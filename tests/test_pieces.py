@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -94,11 +96,11 @@ def test_one_photograph_is_made_in_pieces_with_the_same_bytes(photos, one_shard,
         assert contents(tmp_path / str(cpus)) == contents(tmp_path / "1")
 
 
-def meeting(source, data, lr_data, recipe, share, folder):
-    """Samples as always, once two processes are at it at the same time."""
+def meeting(source, data, lr_data, recipe, share, folder, count=2):
+    """Samples as always, once so many processes are at it at the same time."""
     (folder / str(os.getpid())).touch()
-    deadline = time.monotonic() + 100
-    while len(list(folder.iterdir())) < 2:
+    deadline = time.monotonic() + 50 * count
+    while len(list(folder.iterdir())) < count:
         assert time.monotonic() < deadline, "alone"
         time.sleep(0.01)
     return samples_of(source, data, lr_data, recipe, share)
@@ -116,6 +118,32 @@ def test_a_shard_of_few_sources_is_made_by_several_processes_at_a_time(photos, o
     work = FromSources(one_shard, partial(meeting, folder=tmp_path / "here"))
     result = run_job(plans, work, open_storage(tmp_path / "out"), one_shard, 2, False)
     assert (result.shards, result.samples) == (1, count * 8)
+
+
+@pytest.mark.soak
+def test_three_shards_keep_sixteen_cpus_busy(photos, one_shard, tmp_path):
+    """On a cluster of its own, of 16 CPUs, in a process of its own."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "photos").mkdir()
+    for number, path in enumerate(sorted((photos / "validation").glob("*.jpg"))[:6] * 3):
+        shutil.copy(path, tmp_path / "photos" / f"{number}.jpg")
+    six = {"min_sources": 6, "target_sources": 6, "max_sources": 6}
+    recipe = Recipe.model_validate(one_shard.model_dump(mode="json") | {"shard": six})
+    script = f"import test_pieces; test_pieces.sixteen({str(tmp_path)!r}, {recipe.model_dump_json()!r})"
+    environment = {**os.environ, "DEEDSR_CPUS": "16", "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shards, samples = map(int, (tmp_path / "made").read_text().split())
+    assert (shards, samples) == (3, 18 * 8)
+    assert len(list((tmp_path / "here").iterdir())) == 16
+
+
+def sixteen(folder: str, recipe_json: str) -> None:
+    recipe, place = Recipe.model_validate_json(recipe_json), Path(folder)
+    plans = lambda: plan_shards(list_sources([str(place / "photos")]), recipe)
+    work = FromSources(recipe, partial(meeting, folder=place / "here", count=16))
+    result = run_job(plans, work, open_storage(place / "out"), recipe, None, False)
+    (place / "made").write_text(f"{result.shards} {result.samples}")
 
 
 def deadly(source, data, lr_data, recipe, share, kills, times):
