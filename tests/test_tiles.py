@@ -159,6 +159,18 @@ def test_normalisation_does_not_drift_between_tiles_of_the_kl_autoencoder(monkey
     assert shared[1] < alone[1]
 
 
+@torch.no_grad()
+def test_statistics_of_tiles_in_half_precision_are_kept_in_fp32():
+    """Activations around 300: their variance is beyond what fp16 holds."""
+    norm = torch.nn.GroupNorm(2, 4).half()
+    x = (300 * torch.randn(1, 4, 64, 64, generator=seeded())).half()
+    expected = torch.nn.functional.group_norm(x.float(), 2)
+    windows = lambda: tiled_vae.adjoining(64, 64, 32)
+    with tiled_vae.shared_statistics(norm, 64, 64, 32, 0, lambda some: norm(torch.cat([w.of(x) for w in some]))):
+        for window in windows():
+            torch.testing.assert_close(norm(window.of(x)).float(), window.of(expected), atol=0.05, rtol=0.05)
+
+
 def sampled(pipe: DeeDSRPipeline, picture: np.ndarray, tile: int, **options) -> torch.Tensor:
     return pipe(picture, tile=tile, generator=seeded(), output_type="pt", **options).images[0]
 

@@ -83,7 +83,6 @@ def test_samples_are_permuted_within_windows_of_shards(index):
         ({"num_workers": "many"}, "train.num_workers"),
         ({"lr": -1.0}, "train.lr"),
         ({"max_steps": 0}, "train.max_steps"),
-        ({"precision": "bf16"}, "train.zero_stage"),
         ({"compile": True, "zero_stage": 3}, "train.compile"),
         ({"ema_decay": 1.0}, "train.ema_decay"),
         ({"schedule_steps": 100}, "train.schedule_steps"),

@@ -92,6 +92,8 @@ class StatisticsNetwork(nn.Module):
         return self.layers(x_BS).to(self.layers[0].weight.dtype)  # between layers in fp32, whatever the weights are in
 
 
+@torch.autocast("cuda", enabled=False)
+@torch.autocast("cpu", enabled=False)
 def high_pass(x_BCHW: torch.Tensor) -> torch.Tensor:
     """What a 5x5 binomial blur removes, amplified: noise and compression artefacts with little of the picture."""
     channels = x_BCHW.shape[1]

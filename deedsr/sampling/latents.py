@@ -61,7 +61,7 @@ def encode_latents(vae: Any, x_BCHW: torch.Tensor, noise_BChw: torch.Tensor | No
     mean_BChw, std_BChw = latent_moments(vae, x_BCHW)
     if noise_BChw is None or std_BChw is None:
         return mean_BChw
-    return mean_BChw + std_BChw * noise_BChw.to(x_BCHW.dtype)
+    return mean_BChw + std_BChw * noise_BChw
 
 
 def decode_latents(vae: Any, z_BChw: torch.Tensor) -> torch.Tensor:

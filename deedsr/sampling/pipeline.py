@@ -210,7 +210,8 @@ class DeeDSRPipeline(DiffusionPipeline):
 
         # 2. The degradation, from the LR as it is; once, it does not depend on the step.
         vectors_BVD = self._vectors(lr_BCHW, mosaic if settings.degradation_per_tile else None)
-        degradation = self.adapter.condition_encoder.prepare(vectors_BVD.flatten(0, 1))
+        with self._mixed_precision():
+            degradation = self.adapter.condition_encoder.prepare(vectors_BVD.flatten(0, 1))
 
         # 3. The LR latent, of the enlarged picture.
         z_lr_BChw = self._encode(lr_BCHW, self._noise(latent_shape, generators), mosaic)
@@ -320,7 +321,8 @@ class DeeDSRPipeline(DiffusionPipeline):
             x_t = scheduler.scale_model_input(x_BChw, t)
             x_0, output = z_lr_BChw, None
             if strength < 1:  # else nothing of what the UNet says would be kept
-                output = self._predict(x_t, t, z_lr_BChw, degradation, mosaic)
+                with self._mixed_precision():
+                    output = self._predict(x_t, t, z_lr_BChw, degradation, mosaic)
             if strength > 0:
                 abar = alpha_bar(scheduler, t)
                 if output is not None:
@@ -328,6 +330,11 @@ class DeeDSRPipeline(DiffusionPipeline):
                 output = model_output(x_0, x_t, abar, prediction)
             x_BChw = scheduler.step(output, t, x_BChw, **step_options).prev_sample
         return x_BChw
+
+    def _mixed_precision(self) -> torch.autocast:
+        """Autocast where the adapter's weights are in more precision than the base's, as training keeps them."""
+        dtype = self.unet.dtype
+        return torch.autocast(self._execution_device.type, dtype, enabled=self.adapter.dtype != dtype)
 
     def _predict(
         self,

@@ -83,19 +83,19 @@ def shared_statistics(
     statistics: dict[nn.Module, tuple[torch.Tensor, ...]] = {}
 
     def moments(norm: nn.GroupNorm, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Variance and mean of each channel's group."""
+        """Variance and mean of each channel's group, fp32: fp16 ends at 65,504, and bf16 has eight bits."""
         x_BCHW = x if x.ndim == 4 else x.unflatten(2, (rows, columns))  # attention has its positions in a row
         scale = x_BCHW.shape[2] / rows
         parts = [part.scaled(scale).of(one).flatten(1) for part, one in zip(inner, x_BCHW, strict=True)]
         grouped = torch.cat(parts, 1).float().view(norm.num_groups, -1)
         of_groups = torch.var_mean(grouped, 1, correction=0)
-        return tuple(each.repeat_interleave(norm.num_channels // norm.num_groups).to(x.dtype) for each in of_groups)
+        return tuple(each.repeat_interleave(norm.num_channels // norm.num_groups) for each in of_groups)
 
     def normalise(norm: nn.GroupNorm, inputs: tuple[torch.Tensor], _: torch.Tensor) -> torch.Tensor:
         if norm not in statistics:
             statistics[norm] = moments(norm, inputs[0])
         variance, mean = statistics[norm]
-        return F.batch_norm(inputs[0], mean, variance, norm.weight, norm.bias, eps=norm.eps)
+        return F.batch_norm(inputs[0], mean, variance, norm.weight.float(), norm.bias.float(), eps=norm.eps)
 
     hooks = [norm.register_forward_hook(normalise) for norm in norms]
     try:

@@ -142,17 +142,17 @@ class AdapterStage:
         questions["guidance"] = np.float32(options.diffusion.noise_guidance * min(1, 2 * rng.random()))
         return Draws((top, left, rows, columns), encoding_noise, questions)
 
-    def _encoded(self, batch: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents of LR and HR, and the degradation vectors: computed, or as they were stored."""
+    def _encoded(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents of LR and HR, and the degradation vectors, all fp32: computed, or as they were stored."""
         vector_BD = batch["degradation"] if "degradation" in batch else self.learner(batch["lr"])
         if "z_lr" in batch:
-            return batch["z_lr"].to(dtype), batch["z_hr"].to(dtype), vector_BD.to(dtype)
+            return batch["z_lr"].float(), batch["z_hr"].float(), vector_BD.float()
         images = enlarge(batch["lr_crop"], self.scale), batch["hr_crop"]
         z_lr, z_hr = (
-            encode_latents(self.vae, (2 * image - 1).to(dtype), batch["encoding_noise"][:, i])
+            encode_latents(self.vae, (2 * image - 1).to(self.vae.dtype), batch["encoding_noise"][:, i]).float()
             for i, image in enumerate(images)
         )
-        return z_lr, z_hr, vector_BD.to(dtype)
+        return z_lr, z_hr, vector_BD
 
     def loss(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         loss_B = self.losses(model, batch)
@@ -165,17 +165,16 @@ class AdapterStage:
         return min(self.options.diffusion.max_timestep or steps, steps)
 
     def losses(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
-        """The loss of each sample (B,)."""
-        dtype = next(self.unet.parameters()).dtype
+        """The loss of each sample (B,). Noise, target and loss are fp32; what the networks compute in is `model`'s."""
         with torch.no_grad():
-            z_lr, z_hr, degradation_BD = self._encoded(batch, dtype)
-            noise, t = batch["noise"].to(dtype), batch["timestep"]
+            z_lr, z_hr, degradation_BD = self._encoded(batch)
+            noise, t = batch["noise"], batch["timestep"]
             abar_B = self.scheduler.alphas_cumprod.to(t.device)[t]
             # As sampling meets it: x_t holds what guidance and the steps before made of the LR, not the HR yet. Seen
             # from the HR, which is the answer all the same, that difference is noise too.
-            pull = batch["guidance"].to(dtype).view(-1, 1, 1, 1) * (z_lr - z_hr)
+            pull = batch["guidance"].view(-1, 1, 1, 1) * (z_lr - z_hr)
             noisy = self.scheduler.add_noise(z_hr + pull, noise, t)
-            noise = noise + (abar_B / (1 - abar_B)).sqrt().to(dtype).view(-1, 1, 1, 1) * pull
+            noise = noise + (abar_B / (1 - abar_B)).sqrt().view(-1, 1, 1, 1) * pull
             kind = self.scheduler.config["prediction_type"]
             if kind == "epsilon":
                 target = noise
@@ -184,7 +183,7 @@ class AdapterStage:
             else:
                 target = z_hr
         prediction = model(noisy, t, z_lr, degradation_BD)
-        loss_B = F.mse_loss(prediction.float(), target.float(), reduction="none").mean((1, 2, 3))
+        loss_B = F.mse_loss(prediction.float(), target, reduction="none").mean((1, 2, 3))
         if self.options.diffusion.snr_gamma:
             loss_B = loss_B * snr_weight(abar_B, self.options.diffusion.snr_gamma, kind)
         return loss_B

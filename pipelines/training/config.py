@@ -26,7 +26,7 @@ class TrainOptions:
     micro_batch_size: int | None = None  # samples per forward on one worker; null = all it gets
     num_workers: int | str = "auto"  # auto = the most that the batch divides over; a number; a range such as 1..4
     zero_stage: Literal[0, 1, 2, 3] = 0  # DeepSpeed ZeRO
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16 keeps fp32 master weights (needs zero_stage 1, 2 or 3)
+    precision: Literal["fp32", "bf16"] = "fp32"  # of forwards; weights, gradients and what adds up stay fp32
     exact_sums: bool = True  # gradients add up in float64: the same on any number of workers, for 8 bytes a weight
     seed: int = 0  # of initial weights, order of samples and every draw
     checkpoint_every: int = 200  # optimizer steps
@@ -272,8 +272,6 @@ def check(options: LearnerOptions | AdapterOptions) -> None:
             f"train.gpus_per_worker must be 0 or 1, got {train.gpus_per_worker:g}: a worker is one process with one "
             "device, and NCCL refuses two processes on one GPU; use more or fewer workers with --train.num_workers"
         )
-    if train.precision == "bf16" and train.zero_stage == 0:
-        raise UsageError("train.precision bf16 needs train.zero_stage 1, 2 or 3, which keep fp32 master weights; got 0")
     if train.compile and train.zero_stage == 3:
         raise UsageError(
             "train.compile cannot see into zero_stage 3, which fetches weights as they are used: use 0 to 2"

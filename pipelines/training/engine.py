@@ -54,7 +54,12 @@ class Engine:
             "zero_optimization": {"stage": options.zero_stage, "memory_efficient_linear": not options.exact_sums},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            "bf16": {"enabled": options.precision == "bf16"},
+            # Parameters, gradients and their sums stay fp32, on the wire too; only what a forward computes is bf16.
+            "torch_autocast": {
+                "enabled": options.precision == "bf16",
+                "dtype": "bfloat16",
+                "lower_precision_safe_modules": [],
+            },
             "steps_per_print": 10**9,
         }
         if options.compile:
