@@ -196,14 +196,15 @@ def training_step(folder: Path, checkpointing: bool, threads: int) -> dict[str, 
     return {"arm": "checkpointing" if checkpointing else "plain"} | numbers
 
 
-# Bytes a trained parameter costs one GPU of n: weight, gradient, fp32 master and Adam's two moments.
+# Bytes a trained parameter costs one GPU of n: weight and gradient, Adam's two moments, and ZeRO's copy of the weight,
+# all fp32; in bf16, autocast's copy of the weight besides, while a forward and its backward last.
 STATES: dict[str, Callable[[int], float]] = {
     "fp32, ZeRO 0": lambda n: 4 + 4 + 8,
-    "fp32, ZeRO 2": lambda n: 4 + (4 + 4 + 8) / n,
-    "bf16, ZeRO 1": lambda n: 2 + 2 + 12 / n,
-    "bf16, ZeRO 2": lambda n: 2 + (2 + 12) / n,
-    "bf16, ZeRO 3": lambda n: (2 + 2 + 12) / n,
-    "bf16, ZeRO 2, optimizer offloaded": lambda n: 2 + 2 / n,
+    "fp32, ZeRO 2": lambda n: 4 + (4 + 12) / n,
+    "bf16, ZeRO 1": lambda n: 2 + 4 + 4 + 12 / n,
+    "bf16, ZeRO 2": lambda n: 2 + 4 + (4 + 12) / n,
+    "bf16, ZeRO 3": lambda n: 2 + (4 + 4 + 12) / n,
+    "bf16, ZeRO 2, optimizer offloaded": lambda n: 2 + 4 + 4 / n,
 }
 FROZEN = {"unet": 865_910_724, "vae": 83_653_863}  # in the precision of training
 LEARNER = 85_011_008  # always fp32
