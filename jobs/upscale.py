@@ -23,6 +23,7 @@ class UpscaleOptions(SamplingOptions):
     quality: PositiveInt = 95  # of JPEG and WebP, 1 to 100
     overwrite: bool = False  # make every result anew, and replace whatever lies in its place (never an input)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto = a CUDA GPU if there is one, on a cluster always
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the networks; auto = fp16 on a CUDA GPU, else fp32
     ray: bool = False  # spread the pictures over the cluster of RAY_ADDRESS, or over this machine's CPUs or GPUs
     workers: PositiveInt | None = None  # with --ray, at a time; null = one on every GPU, or every CPU with device cpu
 
@@ -41,6 +42,7 @@ def run(options: UpscaleOptions) -> Outcome:
         ray=options.ray,
         workers=options.workers,
         device=options.device,
+        precision=options.precision,
         **options.sampling(),
     )
     return Outcome(dataclasses.asdict(result), complete=not result.failed)

@@ -54,6 +54,32 @@ def run(inputs, out, model, **options):
     return upscale([str(given) for given in inputs], str(out), model=model, progress=False, **options)
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_is_near_fp32_and_no_result_of_another_precision_is_reused(folder, model, tmp_path, precision):
+    run([folder / "a.png"], tmp_path / "out", model)
+    full = np.asarray(Image.open(tmp_path / "out" / "a.png"), np.float32)
+    [image] = run([folder / "a.png"], tmp_path / "out", model, precision=precision).images
+    assert not image["reused"]
+    half = np.asarray(Image.open(tmp_path / "out" / "a.png"), np.float32)
+    assert 0 < np.abs(half - full).mean() < 2
+    [image] = run([folder / "a.png"], tmp_path / "out", model, precision=precision).images
+    assert image["reused"]
+
+
+def test_a_picture_that_half_precision_spoils_is_made_again_in_fp32_with_a_warning(folder, tmp_path, caplog):
+    pipe = make_pipeline(num_inference_steps=2)
+    with torch.no_grad():  # what is between them is beyond fp16
+        pipe.vae.decoder.layers[4].weight.mul_(1e5)
+        pipe.vae.decoder.layers[7].weight.mul_(1e-5)
+    pipe.save_pretrained(tmp_path / "model")
+    run([folder / "a.png"], tmp_path / "full", str(tmp_path / "model"), precision="fp32")
+    run([folder / "a.png"], tmp_path / "half", str(tmp_path / "model"), precision="fp16")
+    assert "a.png: black or not finite in half precision, made again in fp32" in caplog.text
+    full, half = (np.asarray(Image.open(tmp_path / name / "a.png")) for name in ("full", "half"))
+    assert full.any()
+    assert np.array_equal(full, half)
+
+
 def written(out: Path) -> list[str]:
     return sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
 

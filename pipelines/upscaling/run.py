@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from deedsr.errors import UsageError
 from pipelines import cluster
-from pipelines.models import model_digest, pinned, resolve_model
+from pipelines.models import Precision, model_digest, pinned, resolve_model
 from pipelines.placement import Device, place_networks
 from pipelines.spread import place, spread
 from pipelines.storage import Storage, open_storage, waiting
@@ -43,6 +43,7 @@ def upscale(
     ray: bool = False,
     workers: int | None = None,
     device: Device = "auto",
+    precision: Precision = "auto",
     seed: int = 0,
     progress: bool = True,
     steps: int | None = None,
@@ -63,6 +64,8 @@ def upscale(
         ray: spread the pictures over the cluster that `RAY_ADDRESS` names, else over this machine.
         workers: with `ray`, pictures at a time; None = one on every GPU, or every CPU where the device is the CPU.
         device: `auto` = a CUDA GPU where this machine has one, and on a cluster always; `cpu`; `cuda`; `mps`.
+        precision: that the networks compute in, `fp32`, `bf16` or `fp16`; `auto` = fp16 on a CUDA GPU, else fp32. A
+            picture that comes out black or not finite in half precision is made again in fp32.
         seed: of every picture's noise, so that a picture comes out the same alone and among others.
         progress: show a progress bar on stderr.
         steps: sampling steps.
@@ -83,7 +86,8 @@ def upscale(
     settings = ModelFolder.read(resolve_model(model)).sampling.chosen(num_inference_steps=steps, **sampling)
     if not ray:
         place_networks(cluster.this_machine(), device, 1, "upscale")
-    work = Upscaler(model, model_digest(model, base), settings, seed, quality, overwrite, target, base, device)
+    digest = model_digest(model, base)
+    work = Upscaler(model, digest, settings, seed, quality, overwrite, target, base, device, precision)
     target.require_writable()
 
     reasons = conflicts(sources, target)

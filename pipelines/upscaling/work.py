@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,7 @@ import numpy as np
 
 from deedsr import __version__
 from deedsr.errors import DeeDSRError
-from pipelines.models import load_pipeline, resolve_model
+from pipelines.models import Precision, load_pipeline, resolve_model
 from pipelines.placement import Device
 from pipelines.storage import Storage
 from pipelines.storage.waiting import patiently
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from deedsr.sampling.settings import SamplingSettings
 
 __all__ = ["Done", "Upscaler"]
+
+logger = logging.getLogger(__name__)
 
 
 class TooLarge(DeeDSRError):
@@ -60,6 +63,7 @@ class Upscaler:
     out: Storage
     base: str | None = None  # where the model's base lies, if not where it says
     device: Device = "auto"  # see `pipelines.models.usable_device`
+    precision: Precision = "auto"  # see `pipelines.models.load_pipeline`
 
     def __call__(self, source: Source) -> Done:
         """Raises DeeDSRError for what would fail with every other picture as well: the model, a full disk."""
@@ -77,10 +81,10 @@ class Upscaler:
         except DeeDSRError as error:
             return done(reason=str(error))
         waited = time.monotonic()
-        pipeline = self._pipeline
+        _ = self._pipeline  # loaded before the clock of the first picture goes on
         began += time.monotonic() - waited
         try:
-            enlarged = picture.enlarged(self._enlarge(pipeline, picture), deep=holds_deep(format) and picture.deep)
+            enlarged = picture.enlarged(self._enlarge(picture, source.uri), deep=holds_deep(format) and picture.deep)
         except TooLarge as error:
             return done(reason=str(error))
         height, width = enlarged.pixels_HWC.shape[:2]
@@ -93,7 +97,7 @@ class Upscaler:
         return done()
 
     def _mark(self, data: bytes, format: str) -> str:
-        """What a result is made of, 32 hexadecimal digits; the processor only changes rounding."""
+        """What a result is made of, 32 hexadecimal digits; device and `auto` precision only change rounding."""
         made_of = {
             "version": __version__,
             "model": self.digest,
@@ -103,6 +107,8 @@ class Upscaler:
             "quality": self.quality if format in LOSSY else None,
             "input": hashlib.sha256(data).hexdigest(),
         }
+        if self.precision != "auto":
+            made_of["precision"] = self.precision
         return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
 
     def _is_there(self, target: str, format: str, mark: str, output: str) -> bool:
@@ -124,14 +130,27 @@ class Upscaler:
 
     @cached_property
     def _pipeline(self) -> Any:
-        return load_pipeline(self.model, self.device, self.digest, self.base)
+        return load_pipeline(self.model, self.device, self.digest, self.base, self.precision)
 
-    def _enlarge(self, pipeline: Any, picture: Picture) -> np.ndarray:
-        """float32 (3, scale H, scale W) in [0, 1]."""
+    @cached_property
+    def _fp32_pipeline(self) -> Any:
+        return load_pipeline(self.model, self.device, self.digest, self.base, "fp32")
+
+    def _enlarge(self, picture: Picture, name: str) -> np.ndarray:
+        """float32 (3, scale H, scale W) in [0, 1]; anew in fp32 where half precision spoilt it."""
+        import torch
+
+        rgb = torch.from_numpy(picture.rgb())
+        result = self._sampled(self._pipeline, rgb)
+        if self._pipeline.unet.dtype != torch.float32 and _is_spoilt(result, rgb):
+            logger.warning("%s: black or not finite in half precision, made again in fp32", name)
+            result = self._sampled(self._fp32_pipeline, rgb)
+        return result.numpy()
+
+    def _sampled(self, pipeline: Any, rgb: Any) -> Any:
         import torch
 
         generator = torch.Generator().manual_seed(self.seed)
-        rgb = torch.from_numpy(picture.rgb())
         try:
             result = pipeline(rgb, generator=generator, output_type="pt", **self.sampling.as_dict())
         except (MemoryError, torch.OutOfMemoryError) as error:
@@ -140,7 +159,12 @@ class Upscaler:
             if "not enough memory" in str(error) or "allocate memory" in str(error):
                 raise TooLarge(rgb) from error
             raise
-        return result.images[0].cpu().numpy()
+        return result.images[0].cpu()
+
+
+def _is_spoilt(result: Any, rgb: Any) -> bool:
+    """Whether half precision overflowed: a value is not finite, or all of it is black and the picture was not."""
+    return not result.isfinite().all() or bool(result.max() < 1 / 255 < rgb.max())
 
 
 def _read(source: Source) -> bytes:
