@@ -1,0 +1,300 @@
+"""What a GPU computes, and how fast: numbers against the CPU's, both trainings, latents, sampling, shards, a profile.
+
+    python -m benchmarks.gpu [--arms numerics training sampling] [--minutes 6] [--work FOLDER] [--size full]
+
+Without a GPU everything runs at a tiny size on the CPU, for form. With one, `training`, `learner`, `latents`,
+`sampling` and `profile` run at Stable Diffusion 2.1-base's size, with random weights that are written into `--work`
+first (5 GB, kept). Arms: numerics, training, sampling (the default set), more-training, trainer (with Ray), learner,
+latents,
+more-sampling, shards (with Ray), profile; or `all`. An arm begins no further measurement after `--minutes`, and each
+measurement has a process of its own, so that one that fails says so and the others go on. What is measured is kept in
+`--work`/results.jsonl at once. Needs this checkout and its dependencies, and no network. Prints tables and, last, one
+JSON line.
+
+Bounds that are checked: the first loss on GPU and CPU within 1e-5 in fp32 (TF32 off); later ones no further apart than
+twice what two CPU runs with other numbers of threads are; bf16's mean loss of 50 steps within 1 % of fp32's; stopped
+and continued equal to undisturbed; pictures in fp32, bf16 and fp16 at 60, 50 and 55 dB of the CPU's.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines.machine import this_machine
+
+DEFAULT = ("numerics", "training", "sampling")
+DECIBELS = {"fp32": 60, "bf16": 50, "fp16": 55}
+GOALS = {"samples_per_second": 180, "share": 0.95, "seconds": 0.8, "seconds_of_16": 0.25}
+Row = dict[str, Any]
+
+
+class Bench:
+    """Runs tasks, and keeps what they gave. Rows: what was asked, what was measured, `ok` where there is a bound."""
+
+    def __init__(self, work: Path, size: str, device: str, minutes: float):
+        self.work, self.size, self.device, self.seconds = work, size, device, 60 * minutes
+        self.rows: list[Row] = []
+        self.arm, self._until = "", math.inf
+        self.measured = 5.0 if device == "cuda" else 0.5  # seconds of a rate
+        work.mkdir(parents=True, exist_ok=True)
+
+    def begin(self, arm: str) -> None:
+        self.arm, self._until = arm, time.monotonic() + self.seconds
+
+    def task(self, task: str, device: str | None = None, **asked: Any) -> Row | None:
+        """What a task answers; None, and a row that says why, where it failed or there is no time left."""
+        left = self._until - time.monotonic()
+        if left <= 0:
+            self.keep({"task": task, **asked, "failed": "no time left"})
+            return None
+        device = device or self.device
+        asked = {"size": self.size, "work": str(self.work), **asked}
+        environment = os.environ | {"DS_ACCELERATOR": device, "OMP_WAIT_POLICY": "passive"}
+        if device == "cpu":
+            environment["CUDA_VISIBLE_DEVICES"] = ""
+        command = [sys.executable, "-m", "benchmarks.gpu_tasks", task, json.dumps(asked)]
+        try:
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=left + 60)
+            said = [line for line in done.stdout.splitlines() if line.startswith("ANSWER")]
+            if said:
+                return json.loads(said[-1].removeprefix("ANSWER"))
+            why = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), f"exit {done.returncode}")
+        except subprocess.TimeoutExpired:
+            why = "took too long"
+        self.keep({"task": task, **asked, "failed": why[-300:]})
+        return None
+
+    def keep(self, row: Row) -> None:
+        row = {"arm": self.arm, **row}
+        self.rows.append(row)
+        with (self.work / "results.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        shown = {key: value for key, value in row.items() if key not in ("arm", "work", "operators")}
+        print(f"{self.arm:14}" + "  ".join(f"{key} {_short(value)}" for key, value in shown.items()), flush=True)
+        for name, share in row.get("operators", {}).items():
+            print(f"{'':14}{share:6.1%}  {name}", flush=True)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# ---- arms
+
+
+def numerics(bench: Bench) -> None:
+    """Losses and pictures of `tiny`, on this device and on the CPU."""
+    small = {"size": "tiny"}
+    for stage, micro in (("adapter", 2), ("learner", 32)):
+        run = lambda steps, stage=stage, micro=micro, **asked: (
+            bench.task("losses", stage=stage, micro=micro, steps=steps, **small | asked) or {}
+        ).get("losses")
+        cpu, threads, here = run(20, device="cpu"), run(20, device="cpu", threads=2), run(20)
+        if cpu and threads and here:
+            apart = lambda one, other: max(abs(a - b) / abs(b) for a, b in zip(one, other, strict=True))
+            first, bound = apart(here[:1], cpu[:1]), max(2 * apart(threads, cpu), 1e-6)
+            bench.keep({"what": f"{stage}, fp32 against the CPU", "first_step": first, "ok": first <= 1e-5})
+            bench.keep({"what": f"{stage}, 20 steps", "apart": apart(here, cpu), "bound": bound,
+                        "ok": apart(here, cpu) <= bound})  # fmt: skip
+        full, half = run(50), run(50, precision="bf16")
+        if full and half:
+            off = abs(np.mean(half) / np.mean(full) - 1)
+            bench.keep({"what": f"{stage}, bf16, mean loss of 50 steps", "off": float(off), "ok": bool(off <= 0.01)})
+        for zero in (0, 1, 2, 3) if bench.device == "cuda" else (0, 2):
+            whole, stopped = run(20, precision="bf16", zero=zero), run(20, precision="bf16", zero=zero, stop=10)
+            if whole and stopped:
+                what = f"{stage}, bf16, ZeRO {zero}, stopped at 10 and continued"
+                bench.keep({"what": what, "ok": whole == stopped})
+    folder = Path(tempfile.mkdtemp(dir=bench.work))
+    sample = lambda name, **asked: (
+        bench.task("picture", out=str(folder / name), steps=8, side=64, **small | asked) is not None
+        and np.load(folder / name)
+    )
+    expected = sample("cpu.npy", device="cpu", precision="fp32")
+    for precision, bound in DECIBELS.items():
+        found = sample(f"{precision}.npy", precision=precision)
+        if expected is not False and found is not False:
+            psnr = float(-10 * np.log10(np.mean((found - expected) ** 2) + 1e-12))
+            bench.keep({"what": f"picture, {precision} against the CPU", "psnr_db": psnr, "ok": psnr >= bound})
+    shutil.rmtree(folder)
+
+
+def training(bench: Bench, sizes: tuple[int, ...] = (8,), **asked: Any) -> None:
+    """Adapter on latents: a bare loop and the trainer's engine in turns, with the device's matrix rate beside."""
+    asked = {"stage": "adapter", "precision": "bf16", "seconds": bench.measured} | asked
+    card = bench.task("matmul", precision=asked["precision"], seconds=1)
+    for micro in sizes if bench.device == "cuda" else (2,):
+        rates = {}
+        for loop, zero in (("bare", 0), ("engine", 2)):
+            answer = bench.task("train", loop=loop, zero=zero, micro=micro, **asked)
+            if answer is None:
+                continue
+            rates[loop] = answer["samples_per_second"]
+            of_card = {"share_of_card": answer["tflops"] / card["tflops"]} if card and "tflops" in answer else {}
+            bench.keep({"loop": loop, "micro": micro, **asked, **answer, **of_card})
+        if len(rates) == 2:
+            share = rates["engine"] / rates["bare"]
+            bench.keep({"what": f"engine / bare loop, micro-batch {micro}", "share": share, "goal": GOALS["share"]})
+
+
+def more_training(bench: Bench) -> None:
+    training(bench, (16, 32, 64))
+    training(bench, (32,), checkpointing=True)
+    training(bench, (8, 32), compile=True)
+    training(bench, (4,), latents=False)
+    training(bench, (2,), precision="fp32", tf32=False)
+    training(bench, (2,), precision="fp32", tf32=True)
+
+
+def learner(bench: Bench) -> None:
+    training(bench, (48,), stage="learner") if bench.size == "full" else training(bench, stage="learner", micro=32)
+
+
+def latents(bench: Bench) -> None:
+    for precision in ("bf16", "fp32"):
+        asked = {"micro": 16 if bench.device == "cuda" else 2, "precision": precision, "seconds": bench.measured}
+        card = bench.task("matmul", precision="bf16" if precision == "bf16" else "tf32", seconds=1)
+        answer = bench.task("latents", **asked)
+        if answer and card:
+            bench.keep(asked | answer | {"share_of_card": answer["tflops"] / card["tflops"]})
+
+
+def sampling(
+    bench: Bench,
+    cases: tuple[tuple[int, int, int], ...] = ((128, 1, 50),),
+    precisions: tuple[str, ...] = ("fp16",),
+) -> None:
+    """`cases`: (LR side, pictures, steps). A CPU is slow in half precision."""
+    for precision in precisions if bench.device == "cuda" else ("fp32",):
+        for side, pictures, steps in cases if bench.device == "cuda" else ((32, 1, 4),):
+            asked = {"side": side, "pictures": pictures, "steps": steps, "precision": precision}
+            if answer := bench.task("sampling", **asked):
+                bench.keep(asked | answer | ({"goal": GOALS["seconds"]} if (side, pictures) == (128, 1) else {}))
+
+
+def more_sampling(bench: Bench) -> None:
+    cases = ((128, 1, 15), (128, 4, 50), (128, 16, 50), (512, 1, 50))
+    sampling(bench, cases)
+    sampling(bench, ((128, 1, 50),), ("fp32", "bf16"))
+
+
+def profile(bench: Bench) -> None:
+    asked = {"micro": 8 if bench.device == "cuda" else 2, "precision": "bf16"}
+    if answer := bench.task("profile", **asked):
+        bench.keep(asked | answer)
+
+
+def shards(bench: Bench) -> None:
+    """`deedsr shards` of 4K sources on all cores."""
+    from benchmarks.sources_4k import make_sources
+
+    with tempfile.TemporaryDirectory(dir=bench.work) as folder:
+        count = 4 * this_machine().cpus if bench.device == "cuda" else 2
+        make_sources(Path(folder) / "sources", count)
+        command(bench, f"shards --source {folder}/sources --out {folder}/shards --tracking false")
+
+
+def trainer(bench: Bench) -> None:
+    """`deedsr train adapter` on latents of the shipped photographs: the command from its start to its end."""
+    photographs = Path(__file__).parent.parent / "deedsr" / "assets" / "photos" / "train"
+    places = "--base tiny --learner tiny"
+    preset, steps = "tiny", 20
+    if bench.size == "full":
+        places, preset, steps = f"--base {bench.work}/base --learner {bench.work}/learner", "fast", 100
+    device = "" if bench.device == "cuda" else "--train.gpus_per_worker 0"
+    with tempfile.TemporaryDirectory(dir=bench.work) as folder:
+        store = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+        made = command(bench, f"shards --source {photographs} --out {folder}/shards", **store)
+        made = made and command(bench, f"latents --data {folder}/shards {places} --out {folder}/latents", **store)
+        if made:
+            command(bench, f"train adapter --preset {preset} --data {folder}/latents {places} --out {folder}/adapter "
+                    f"--train.max_steps {steps} --train.log_every 5 {device}", **store)  # fmt: skip
+
+
+def command(bench: Bench, line: str, **environment: str) -> bool:
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "deedsr", *line.split(), "--json"],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=bench.seconds + 60,
+    )
+    row: Row = {"command": " ".join(line.split()[:2]), "seconds_in_all": time.monotonic() - began}
+    if done.returncode:
+        bench.keep(row | {"failed": done.stderr.strip().splitlines()[-1][-300:]})
+    else:
+        bench.keep(row | {k: v for k, v in json.loads(done.stdout).items() if isinstance(v, int | float)})
+    return not done.returncode
+
+
+ARMS: dict[str, Callable[[Bench], None]] = {
+    "numerics": numerics,
+    "training": training,
+    "sampling": sampling,
+    "more-training": more_training,
+    "trainer": trainer,
+    "learner": learner,
+    "latents": latents,
+    "more-sampling": more_sampling,
+    "shards": shards,
+    "profile": profile,
+}
+
+
+def surroundings(device: str) -> Row:
+    import torch
+
+    card = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "commit": commit or "unknown"}
+    return {"card": card, "cores": this_machine().cpus, **versions}
+
+
+def wants(arms: list[str]) -> Iterator[str]:
+    yield from ARMS if "all" in arms else arms
+
+
+def main() -> None:
+    import torch
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", default=list(DEFAULT), choices=[*ARMS, "all"])
+    parser.add_argument("--minutes", type=float, default=6.0)
+    parser.add_argument("--size", choices=("tiny", "full"))
+    parser.add_argument("--work", type=Path)
+    asked = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = asked.size or ("full" if device == "cuda" else "tiny")
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(asked.work or Path(folder), size, device, asked.minutes)
+        about = surroundings(device)
+        bench.keep(about)
+        if size == "full" and not (bench.work / "learner").exists() and set(asked.arms) - {"numerics", "shards"}:
+            from benchmarks.full_size import write_base
+
+            write_base(bench.work)
+        for arm in wants(asked.arms):
+            bench.begin(arm)
+            ARMS[arm](bench)
+    bounds = [row for row in bench.rows if "ok" in row]
+    failed = [row for row in bench.rows if "failed" in row]
+    print(f"{sum(row['ok'] for row in bounds)} of {len(bounds)} bounds hold; {len(failed)} measurements failed")
+    print(json.dumps(about | {"device": device, "size": size, "rows": bench.rows[1:]}))
+    sys.exit(bool(failed) or not all(row["ok"] for row in bounds))
+
+
+if __name__ == "__main__":
+    main()
