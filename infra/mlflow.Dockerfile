@@ -2,5 +2,5 @@
 FROM python:3.11-slim-bookworm
 RUN pip install --no-cache-dir mlflow==3.17.2 boto3==1.44.5 psycopg2-binary==2.9.13
 RUN useradd --create-home --uid 1000 mlflow
-USER mlflow
+USER 1000
 WORKDIR /home/mlflow

@@ -34,11 +34,11 @@ class Loads(HTMLParser):
 class Browser:
     """A page in headless Chromium, driven over its DevTools protocol."""
 
-    def __init__(self, binary, profile):
+    def __init__(self, binary, profile, *more_flags):
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
         flags += ["--disable-background-networking", "--disable-component-update", "--remote-debugging-port=0"]
         self.process = subprocess.Popen(
-            [binary, *flags, f"--user-data-dir={profile}", "about:blank"],
+            [binary, *flags, *more_flags, f"--user-data-dir={profile}", "about:blank"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -90,11 +90,13 @@ class Browser:
             "value"
         )
 
-    def open(self, path, width):
+    def open(self, place, width):
+        """Shows a file, or what is at an address."""
+        url = place if isinstance(place, str) else place.as_uri()
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
-        self.send("Page.navigate", url=path.as_uri())
+        self.send("Page.navigate", url=url)
         for _ in range(300):
-            if self.run(f"location.href == {json.dumps(path.as_uri())} && document.readyState == 'complete'"):
+            if self.run(f"location.href.startsWith({json.dumps(url)}) && document.readyState == 'complete'"):
                 return
             time.sleep(0.1)
         raise AssertionError("the page did not load within 30 s")

@@ -139,14 +139,20 @@ def ray_cluster(s3_server):
 
 
 @pytest.fixture(scope="session")
-def browser(tmp_path_factory):
-    """A page in headless Chromium; tests that need one are skipped where there is none."""
-    from browser import Browser
-
+def chromium() -> str:
+    """The binary of Chromium; tests that need one are skipped where there is none."""
     binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if binary is None:
         pytest.skip("no chromium binary on the PATH: the page was not looked at in a browser")
-    browser = Browser(binary, tmp_path_factory.mktemp("profile"))
+    return binary
+
+
+@pytest.fixture(scope="session")
+def browser(chromium, tmp_path_factory):
+    """A page in headless Chromium."""
+    from browser import Browser
+
+    browser = Browser(chromium, tmp_path_factory.mktemp("profile"))
     yield browser
     browser.close()
 
