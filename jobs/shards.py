@@ -116,6 +116,7 @@ def _run_tracked(options: ShardsOptions, recipe: "Recipe") -> dict[str, Any]:
         name=options.out.rstrip("/").rpartition("/")[2],
         config=dataclasses.asdict(options) | {"recipe": recipe.model_dump(mode="json")},
         tags={"deedsr.kind": "shards", "deedsr.recipe.digest": recipe.digest},
+        out=options.out,
     ) as run:
         result = _make(options, recipe)
         _log(run, result, Dataset.open(options.out))

@@ -50,7 +50,8 @@ class Head:
     ):
         # Sockets lie below it, and a socket's path has 107 characters at most: pytest's own folders are too deep.
         self.folder = Path(tempfile.mkdtemp(prefix="dsr", dir="/tmp"))
-        token = self.folder / "token"
+        token = self.folder / ".ray" / "auth_token"
+        token.parent.mkdir()
         token.write_text(secrets.token_hex(32))
         gcs, dashboard, client, agent, agent_grpc, runtime_env, metrics = free_ports(7)
         self.address = f"http://127.0.0.1:{dashboard}"
@@ -126,17 +127,26 @@ class Head:
                     found.append(process)
         return found
 
-    def start_submit(self, job: dict, *words: str, **environment: str) -> subprocess.Popen:
+    @property
+    def shell(self) -> dict[str, str]:
+        """Environment of a fresh shell of somebody whose home has the head's token."""
+        ours = ("RAY_", "AUTOSCALER_", "MLFLOW_")
+        kept = {name: value for name, value in self.environment.items() if not name.startswith(ours)}
+        return kept | {"HOME": str(self.folder)}
+
+    def start_submit(self, job: dict | None, *words: str, **environment: str) -> subprocess.Popen:
+        """`deedsr submit` of a job file with this content; of `words` alone where it is None."""
         path = self.folder / "job.yaml"
         path.write_text(yaml.safe_dump(job))
+        words = (*words, "--json") if "--address" in words else (*words, "--address", self.address, "--json")
         return subprocess.Popen(
-            [sys.executable, "-m", "deedsr", "submit", str(path), "--address", self.address, "--json", *words],
-            env=self.environment | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+            [sys.executable, "-m", "deedsr", "submit", *([] if job is None else [str(path)]), *words],
+            env=self.shell | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
             # Tests that a shell runs in the background have SIGINT ignored, and what they start would too.
             preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
 
-    def submit(self, job: dict, *words: str, **environment: str) -> tuple[int, str, str]:
+    def submit(self, job: dict | None, *words: str, **environment: str) -> tuple[int, str, str]:
         """(exit code, stdout, stderr) of `deedsr submit`."""
         with self.start_submit(job, *words, **environment) as process:
             output, log = process.communicate(timeout=240)

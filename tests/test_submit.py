@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import secrets
 import signal
 import sqlite3
@@ -31,13 +32,13 @@ def test_a_shards_job_outlives_ctrl_c_is_followed_again_and_yields_the_digest_of
     out = head.folder / "dataset"
     # Sources by a path inside the uploaded working directory.
     options = {"source": [str(photos.relative_to(ROOT))], "out": str(out), "recipe": str(recipe)}
-    job = {"command": "shards", "name": "shards", "working_dir": str(ROOT), "options": options}
+    job = {"command": "shards", "name": "shards", "working_dir": str(ROOT), "options": options, "mlflow": "nodes"}
 
     with head.start_submit(job, "--wait") as first:
         said = []
         for line in first.stderr:
             said.append(line)
-            if " runs: " in line:
+            if line.endswith(" runs\n"):
                 break
         else:
             pytest.fail("".join(said) + (head.folder / "head.log").read_text())
@@ -46,7 +47,8 @@ def test_a_shards_job_outlives_ctrl_c_is_followed_again_and_yields_the_digest_of
         output, log = first.communicate(timeout=60)
     assert first.returncode == 130, log
     assert output == ""
-    assert f"ray job stop {job_id} --address {head.address}" in log
+    assert f"deedsr submit --follow {job_id} --address {head.address}" in log
+    assert f"deedsr submit --stop {job_id} --address {head.address}" in log
     assert "Traceback" not in log
 
     code, output, log = head.submit(job, "--wait")
@@ -73,12 +75,15 @@ def test_a_failed_job_is_exit_1_and_its_own_error_is_in_the_log(head):
     assert code == 1, log
     assert json.loads(output)["status"] == "FAILED"
     assert "manifest.json" in log
+    assert log.count("has no manifest.json") == 1
+    assert output.count("manifest.json") == 0
+    assert not re.search(r"gitignore|gcs://|Runtime env is setting up|Running entrypoint", log), log
     assert "Traceback" not in log
 
 
 def test_a_cluster_without_gpu_and_autoscaler_is_refused_at_once_naming_the_option(head, small_dataset):
     options = {"model": "tiny", "data": small_dataset, "out": str(head.folder / "evaluation")}
-    job = {"command": "evaluate", "options": options, "working_dir": str(ROOT)}
+    job = {"command": "evaluate", "options": options, "working_dir": str(ROOT), "mlflow": "nodes"}
     code, _, log = head.submit(job, "--wait")
     assert code == 1, log
     assert "error: this cluster has no GPU and no autoscaler that could add one: --device cpu" in log
@@ -90,7 +95,10 @@ def test_without_the_token_nothing_is_accepted(head):
     wrong.write_text(secrets.token_hex(32))
     code, _, log = head.submit({"command": "verify", "options": {"uri": "s3://b/p"}}, RAY_AUTH_TOKEN_PATH=str(wrong))
     assert code == 1
-    assert "token" in log
+    assert f"error: the cluster at {head.address} refuses the token of {wrong}" in log
+    code, _, log = head.submit({"command": "verify", "options": {"uri": "s3://b/p"}}, HOME=str(head.folder / "ray"))
+    assert code == 1
+    assert "wants a token and there is none: copy the cluster's to ~/.ray/auth_token" in log
     assert "Traceback" not in log
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(f"{head.address}/api/jobs/", timeout=5)
@@ -105,7 +113,9 @@ def test_sigterm_to_the_head_leaves_nothing_behind(head):
     assert head.processes() == []
 
 
-def test_an_address_where_nobody_answers_is_one_clear_error(capsys):
+def test_an_address_where_nobody_answers_is_one_clear_error(capsys, monkeypatch):
+    monkeypatch.setenv("YOUR_BUCKET", "photos")
+    monkeypatch.setenv("YOUR_MLFLOW_HOST", "mlflow.internal")
     [port] = free_ports(1)
     code = cli.main(["submit", str(ROOT / "jobs" / "shards.yaml"), "--address", f"http://127.0.0.1:{port}"])
     assert code == 1
