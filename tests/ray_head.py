@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -40,6 +41,7 @@ class Head:
 
     `node_types`: by name the most nodes and the resources of each, such as `{"gpu": (1, {"CPU": 2, "GPU": 1})}`. Nodes
     are processes of this machine, GPUs are none, and a node ends when it was idle for `idle_seconds`.
+    `line`: a line of a shell that starts a head in a fresh one, in place of our own; places and ports are added to it.
     """
 
     def __init__(
@@ -47,19 +49,20 @@ class Head:
         cpus: int,
         node_types: Mapping[str, tuple[int, Mapping[str, float]]] | None = None,
         idle_seconds: float = 10,
+        line: str | None = None,
     ):
         # Sockets lie below it, and a socket's path has 107 characters at most: pytest's own folders are too deep.
         self.folder = Path(tempfile.mkdtemp(prefix="dsr", dir="/tmp"))
-        token = self.folder / ".ray" / "auth_token"
-        token.parent.mkdir()
-        token.write_text(secrets.token_hex(32))
+        self.token = self.folder / ".ray" / "auth_token"
+        self.token.parent.mkdir()
+        self.token.write_text(secrets.token_hex(32))
         gcs, dashboard, client, agent, agent_grpc, runtime_env, metrics = free_ports(7)
         self.address = f"http://127.0.0.1:{dashboard}"
         self.gcs_address = f"127.0.0.1:{gcs}"
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
             "PATH": f"{BIN}:{os.environ['PATH']}",  # the entry point's `python` is looked up here
             "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_AUTH_TOKEN_PATH": str(self.token),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # there are no other nodes to drain to
             "OMP_NUM_THREADS": "1",
@@ -86,6 +89,9 @@ class Head:
                 "RAY_CLOUD_INSTANCE_ID": _HEAD_ID,
                 "RAY_OVERRIDE_NODE_ID_FOR_TESTING": _HEAD_ID,
             }
+        if line is not None:
+            self.environment = self.shell
+            command = ["bash", "-c", shlex.join([line, *map(str, command[4:])]).replace(shlex.quote(line), line, 1)]
         self.log = (self.folder / "head.log").open("wb")
         self.process = subprocess.Popen(
             command, env=self.environment, stdout=self.log, stderr=self.log, cwd=self.folder, start_new_session=True
@@ -93,7 +99,7 @@ class Head:
 
     def get(self, path: str) -> Any:
         """The dashboard's answer as JSON."""
-        token = Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+        token = self.token.read_text()
         request = urllib.request.Request(f"{self.address}{path}", headers={"Authorization": f"Bearer {token}"})
         with urllib.request.urlopen(request, timeout=10) as answer:
             return json.load(answer)

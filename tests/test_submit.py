@@ -6,6 +6,8 @@ import re
 import secrets
 import signal
 import sqlite3
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 from ray_head import ROOT, Head, free_ports, running
+from tunnel import Tunnel
 
 from jobs import cli
 
@@ -102,6 +105,155 @@ def test_without_the_token_nothing_is_accepted(head):
     assert "Traceback" not in log
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(f"{head.address}/api/jobs/", timeout=5)
+
+
+COUNTING = "for i in $(seq 1 20); do echo line $i.; sleep 1; done"
+
+
+def entry(head: Head, command: str, **job) -> str:
+    """Submits a shell command as a job, as anybody may; returns its id."""
+    job = {"entrypoint": command, "submission_id": f"job-{secrets.token_hex(4)}"} | job
+    code = f"from pipelines.dashboard import Dashboard; Dashboard({head.address!r}).submit(**{job!r})"
+    subprocess.run([sys.executable, "-c", code], env=head.shell, cwd=ROOT, check=True)
+    return job["submission_id"]
+
+
+def state(head: Head, job_id: str) -> str:
+    return head.get(f"/api/jobs/{job_id}")["status"]
+
+
+@pytest.mark.soak
+def test_following_survives_a_tunnel_that_is_cut_and_shows_every_line_once(head):
+    job_id = entry(head, COUNTING)
+    with (
+        Tunnel(head.address) as tunnel,
+        head.start_submit(None, "--follow", job_id, "--address", tunnel.address) as following,
+    ):
+        for line in following.stderr:
+            if line == "line 4.\n":
+                break
+        tunnel.cut()
+        time.sleep(3)
+        tunnel.mend()
+        output, log = following.communicate(timeout=120)
+    assert following.returncode == 0, log
+    assert json.loads(output)["status"] == "SUCCEEDED"
+    assert re.findall(r"^line (\d+)\.$", log, re.MULTILINE) == [str(number) for number in range(5, 21)]
+    assert f"lost the connection to {tunnel.address}" in log
+    assert "connected again" in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.soak
+def test_a_connection_that_does_not_come_back_is_exit_3_and_how_to_follow(head):
+    job_id = entry(head, COUNTING)
+    code = "from jobs import cli, following; cli.set_up_process(); following.AWAY_SECONDS = 3; exit(cli.main())"
+    with Tunnel(head.address) as tunnel:
+        words = ["submit", "--follow", job_id, "--address", tunnel.address]
+        with subprocess.Popen(
+            [sys.executable, "-c", code, *words], env=head.shell, cwd=ROOT, text=True, stderr=subprocess.PIPE
+        ) as following:
+            for line in following.stderr:
+                if line == "line 2.\n":
+                    break
+            tunnel.cut()
+            _, log = following.communicate(timeout=60)
+    assert following.returncode == 3, log
+    assert log.splitlines()[-1].startswith("error: no connection to ")
+    assert log.splitlines()[-1].endswith(f"deedsr submit --follow {job_id} --address {tunnel.address}")
+    assert state(head, job_id) == "RUNNING"
+    code, output, log = head.submit(None, "--stop", job_id)
+    assert (code, json.loads(output)["status"]) == (0, "STOPPED"), log
+
+
+@pytest.mark.soak
+def test_a_pending_job_says_what_for_is_found_again_by_all_that_it_does_and_can_be_ended(head, photos):
+    holder = entry(head, "sleep 600", entrypoint_num_cpus=2)
+    folder = head.folder / "code"
+    folder.mkdir()
+    (folder / "module.py").write_text("one")
+    options = {"source": [str(photos)], "out": str(head.folder / "waiting")}
+    job = {"command": "shards", "options": options, "working_dir": str(folder), "entrypoint_num_cpus": 1}
+    job |= {"mlflow": "nodes"}
+    code, output, log = head.submit(job)
+    assert code == 0, log
+    started = json.loads(output)
+    assert started["status"] == "PENDING"
+    assert started["follow"] == f"deedsr submit --follow {started['job_id']} --address {head.address}"
+    assert started["stop"] == f"deedsr submit --stop {started['job_id']} --address {head.address}"
+    code, output, log = head.submit(job)
+    assert json.loads(output)["job_id"] == started["job_id"], log
+
+    for change in ({"runtime_env": {"env_vars": {"A": "b"}}}, {"options": options | {"recipe": "light"}}):
+        code, _, log = head.submit(job | change)
+        assert code == 2, log
+        assert f"{started['job_id']} has not ended and has the same out, {options['out']}, with other options" in log
+    (folder / "module.py").write_text("two")
+    code, _, log = head.submit(job)
+    assert code == 2, log
+    assert f"end it first: {started['stop']}" in log
+
+    with head.start_submit(None, "--follow", started["job_id"]) as following:
+        for line in following.stderr:
+            assert " runs" not in line
+            if "waits" in line:
+                break
+        following.send_signal(signal.SIGINT)
+        following.communicate(timeout=60)
+    assert re.search(r"waits, for \d+ s now: \{CPU 1\} for its command, free: 0 CPU$", line.strip()), line
+
+    code, output, log = head.submit(None, "--stop", started["job_id"])
+    assert (code, json.loads(output)["status"]) == (0, "STOPPED"), log
+    code, output, log = head.submit(job)
+    assert json.loads(output)["job_id"] != started["job_id"], log
+    for job_id in (json.loads(output)["job_id"], holder):
+        assert head.submit(None, "--stop", job_id)[0] == 0
+
+
+@pytest.mark.soak
+def test_a_training_that_is_stopped_has_its_checkpoint_and_its_run_is_killed(head, small_dataset):
+    out = head.folder / "stopped"
+    train = {"max_steps": 100000, "num_workers": 1, "gpus_per_worker": 0, "checkpoint_every": 100000}
+    options = {"preset": "tiny", "data": small_dataset, "out": str(out), "train": train}
+    job = {"command": "train learner", "options": options, "working_dir": str(ROOT), "mlflow": "nodes"}
+    code, output, log = head.submit(job)
+    assert code == 0, log
+    job_id = json.loads(output)["job_id"]
+
+    def query(text: str) -> list[tuple]:
+        with contextlib.closing(sqlite3.connect(head.folder / "mlflow.db")) as store:
+            return store.execute(text).fetchall()
+
+    steps = (
+        "SELECT step FROM metrics JOIN tags USING (run_uuid) WHERE tags.key = 'deedsr.kind' AND tags.value = 'learner'"
+    )
+    deadline = time.monotonic() + 150
+    while time.monotonic() < deadline and not query(f"{steps} AND metrics.step > 5"):
+        time.sleep(1)
+    assert list(out.glob("checkpoint-*")) == []
+    code, output, log = head.submit(None, "--stop", job_id)
+    assert (code, json.loads(output)["status"]) == (0, "STOPPED"), log
+    assert list(out.glob("checkpoint-*")), list(out.iterdir())
+    assert query("SELECT status FROM runs JOIN tags USING (run_uuid) WHERE tags.value = 'learner'") == [("KILLED",)]
+
+
+@pytest.mark.soak
+def test_the_documents_own_lines_start_a_head_and_submit_to_it_from_a_fresh_shell(tmp_path, small_dataset):
+    text = (ROOT / "docs" / "clusters.md").read_text()
+    blocks = re.findall(r"^```\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    [start] = [line for block in blocks for line in block.splitlines() if "ray start --head" in line]
+    [submit, _] = [block for block in blocks if "deedsr submit jobs/shards.yaml --address" in block][0].splitlines()
+    [ray_submit] = [block for block in blocks if "ray job submit" in block]
+    verify = tmp_path / "verify.yaml"
+    verify.write_text(yaml.safe_dump({"command": "verify", "options": {"uri": small_dataset}}))
+    with running(Head(cpus=2, line=start)) as own:
+        own_job = f"{ray_submit.partition(' shards ')[0]} verify {small_dataset}"
+        for line in (submit.replace("jobs/shards.yaml", str(verify)), own_job):
+            line = line.replace("http://127.0.0.1:8265", own.address)
+            done = subprocess.run(["bash", "-c", line], env=own.shell, cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"{own.address}/api/jobs/", timeout=5)
 
 
 def test_sigterm_to_the_head_leaves_nothing_behind(head):
