@@ -134,9 +134,10 @@ def _load(path: Path, tree: dict[str, Any]) -> JobFile:
     commands = [name for name in COMMANDS if name not in ("submit", "demo", "inspect")]
     if job.command not in commands:
         raise UsageError(f"{path}: command must be one of {', '.join(commands)}; got {job.command!r}")
-    _, parser = load(job.command)
+    command, parser = load(job.command)
     try:
         options = parser.read(job.arguments).options
+        command.check(options)
     except UsageError as error:
         raise UsageError(f"{path}: options: {error}") from None
     _check_store(path, job, options)

@@ -92,10 +92,16 @@ class Head:
         if line is not None:
             self.environment = self.shell
             command = ["bash", "-c", shlex.join([line, *map(str, command[4:])]).replace(shlex.quote(line), line, 1)]
-        self.log = (self.folder / "head.log").open("wb")
+        self.command = command
+        self.start()
+
+    def start(self) -> None:
+        """Starts the head, for the first time or after `stop`: at the same places, without what it knew before."""
+        self.log = (self.folder / "head.log").open("ab")
         self.process = subprocess.Popen(
-            command, env=self.environment, stdout=self.log, stderr=self.log, cwd=self.folder, start_new_session=True
-        )
+            self.command, env=self.environment, stdout=self.log, stderr=self.log, cwd=self.folder,
+            start_new_session=True,
+        )  # fmt: skip
 
     def get(self, path: str) -> Any:
         """The dashboard's answer as JSON."""

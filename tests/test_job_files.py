@@ -160,6 +160,14 @@ def test_what_only_resembles_a_credential_is_none():
     assert list(suspicious(harmless)) == []
 
 
+def test_options_that_the_command_would_refuse_are_refused_before_sending(tmp_path):
+    train = {"num_workers": 3, "global_batch_size": 64}
+    job = LEARNER | {"options": LEARNER["options"] | {"train": train}}
+    assert "options: train.global_batch_size" in refusal(tmp_path / "job.yaml", job)
+    job = {"command": "shards", "options": {"out": "s3://b/o"}, "mlflow": "nodes"}
+    assert "options: give one of --source" in refusal(tmp_path / "job.yaml", job)
+
+
 def test_packages_by_a_path_of_this_machine_are_refused(tmp_path):
     job = LEARNER | {"runtime_env": {"pip": ["./mine.whl"]}, "mlflow": "nodes"}
     assert "runtime_env.pip: './mine.whl' is a path of this machine" in refusal(tmp_path / "job.yaml", job)
@@ -195,6 +203,6 @@ def test_a_value_with_a_comma_in_quotes_or_brackets_is_one(tmp_path):
     }
     [found] = load_job_files(write(tmp_path / "job.yaml", job), ['metrics="psnr,ssim"'])
     assert found.options["metrics"] == "psnr,ssim"
-    shards = {"command": "shards", "options": {"out": "s3://b/o"}, "mlflow": "nodes"}
+    shards = {"command": "shards", "options": {"out": "s3://b/o", "hr_from": None}, "mlflow": "nodes"}
     [found] = load_job_files(write(tmp_path / "job.yaml", shards), ["source=[s3://b/p, s3://b/q]"])
     assert found.options["source"] == ["s3://b/p", "s3://b/q"]

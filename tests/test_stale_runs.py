@@ -72,7 +72,7 @@ def test_a_run_without_heartbeat_for_ten_minutes_is_ended_and_one_with_is_not(st
         "dead": "KILLED", "shards": "RUNNING", "training": "RUNNING", "new": "RUNNING", "ended": "KILLED",
     }  # fmt: skip
     ended = MlflowClient(store).get_run(runs["dead"]).info
-    assert 10 * 60 < time.time() - ended.end_time / 1000 < 12 * 60 or ended.end_time >= ended.start_time
+    assert ended.end_time == ended.start_time  # its last heartbeat is older than this
 
 
 def test_only_those_that_are_old_enough(store, tmp_path, capsys):

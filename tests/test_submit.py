@@ -64,6 +64,12 @@ def test_a_shards_job_outlives_ctrl_c_is_followed_again_and_yields_the_digest_of
     remote = json.loads((out / "manifest.json").read_text())
     assert remote["digest"] == local["digest"]
     assert remote["digest"] in log  # the job's log was followed to its end
+    [uploaded] = (head.folder / "ray" / "session_latest" / "runtime_resources" / "working_dir_files").glob(
+        "_ray_pkg_*/"
+    )
+    assert (uploaded / "pipelines" / "shards" / "plan.py").is_file()
+    assert (uploaded / "pipelines" / "templates" / "base.html").is_file()
+    assert {path.name for path in uploaded.iterdir()}.isdisjoint({"docs", "tests", ".git", ".venv"})
     with contextlib.closing(sqlite3.connect(head.folder / "mlflow.db")) as store:
         tags = dict(store.execute("SELECT key, value FROM tags").fetchall())
         pictures = list((head.folder / "mlartifacts").rglob("pictures/pair-*.png"))
@@ -204,10 +210,29 @@ def test_a_pending_job_says_what_for_is_found_again_by_all_that_it_does_and_can_
 
     code, output, log = head.submit(None, "--stop", started["job_id"])
     assert (code, json.loads(output)["status"]) == (0, "STOPPED"), log
-    code, output, log = head.submit(job)
-    assert json.loads(output)["job_id"] != started["job_id"], log
-    for job_id in (json.loads(output)["job_id"], holder):
+    code, output, log = head.submit(job | {"name": "shards"}, "--set", "recipe=light,heavy")
+    assert code == 0, log
+    several = json.loads(output)["jobs"]
+    assert [each["job_id"].rsplit("-", 3)[0] for each in several] == ["shards-recipe-light", "shards-recipe-heavy"]
+    assert started["job_id"] not in [each["job_id"] for each in several]
+    for job_id in (*[each["job_id"] for each in several], holder):
         assert head.submit(None, "--stop", job_id)[0] == 0
+
+
+@pytest.mark.soak
+def test_a_head_that_is_started_anew_has_forgotten_the_job_and_submitting_again_is_said(head):
+    job_id = entry(head, "sleep 600")
+    with head.start_submit(None, "--follow", job_id) as following:
+        while not following.stderr.readline().endswith(" runs\n"):
+            assert following.poll() is None
+        head.stop()
+        head.start()
+        head.wait_until_ready()
+        output, log = following.communicate(timeout=120)
+    assert following.returncode == 1, log
+    assert "lost the connection" in log
+    assert f"error: the cluster at {head.address} knows no job {job_id}; a head that was started anew" in log
+    assert "Traceback" not in log
 
 
 @pytest.mark.soak
@@ -241,16 +266,23 @@ def test_a_training_that_is_stopped_has_its_checkpoint_and_its_run_is_killed(hea
 def test_the_documents_own_lines_start_a_head_and_submit_to_it_from_a_fresh_shell(tmp_path, small_dataset):
     text = (ROOT / "docs" / "clusters.md").read_text()
     blocks = re.findall(r"^```\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    [start] = [line for block in blocks for line in block.splitlines() if "ray start --head" in line]
-    [submit, _] = [block for block in blocks if "deedsr submit jobs/shards.yaml --address" in block][0].splitlines()
-    [ray_submit] = [block for block in blocks if "ray job submit" in block]
+    lines = [line for block in blocks for line in block.splitlines()]
+    [start] = [line for line in lines if "ray start --head" in line]
+    [submit] = [line for line in lines if line.startswith("deedsr submit jobs/shards.yaml --address")]
+    [ray_submit] = [line for line in lines if "ray job submit" in line]
+    [kubernetes] = [line for line in lines if "kubectl get secret" in line and "deedsr submit" in line]
     verify = tmp_path / "verify.yaml"
     verify.write_text(yaml.safe_dump({"command": "verify", "options": {"uri": small_dataset}}))
     with running(Head(cpus=2, line=start)) as own:
+        kubectl = own.folder / "kubectl"
+        kubectl.write_text(f"#!/bin/sh\ncat {own.token}\n")
+        kubectl.chmod(0o755)
+        shell = own.shell | {"PATH": f"{own.folder}:{own.shell['PATH']}", "RAY_API_SERVER_ADDRESS": own.address}
         own_job = f"{ray_submit.partition(' shards ')[0]} verify {small_dataset}"
-        for line in (submit.replace("jobs/shards.yaml", str(verify)), own_job):
-            line = line.replace("http://127.0.0.1:8265", own.address)
-            done = subprocess.run(["bash", "-c", line], env=own.shell, cwd=ROOT, capture_output=True, text=True)
+        without_file = shell | {"HOME": str(tmp_path)}
+        for line, variables in ((submit, shell), (own_job, shell), (kubernetes, without_file)):
+            line = line.replace("http://127.0.0.1:8265", own.address).replace("jobs/shards.yaml", str(verify))
+            done = subprocess.run(["bash", "-c", line], env=variables, cwd=ROOT, capture_output=True, text=True)
             assert done.returncode == 0, done.stdout + done.stderr
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(f"{own.address}/api/jobs/", timeout=5)
