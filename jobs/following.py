@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import re
+import secrets
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -64,22 +65,28 @@ def follow(board: Dashboard, job_id: str) -> Any:
         time.sleep(POLL_SECONDS)
 
 
-def stop(board: Dashboard, job_id: str) -> Any:
-    """Has the job end, whether it runs or is pending, and waits until it has; returns Ray's `JobDetails`."""
-    contact, line, asked = _Contact(board, job_id), _Line(), None
+def stop(board: Dashboard, job_id: str) -> str:
+    """Has the job end, whether it runs or is pending, and waits until it has; returns its status."""
+    contact, line, asked, remover = _Contact(board, job_id), _Line(), None, ""
     while True:
         try:
             details = board.job(job_id)
             contact.regain()
             if details.status.is_terminal():
-                return details
+                return "STOPPED" if asked == "PENDING" else str(details.status)
             if details.status != asked:
                 asked = details.status
                 if asked == "PENDING":
-                    board.drop(job_id, f"{job_id}-end-{int(time.time())}")
+                    remover = f"{job_id}-end-{secrets.token_hex(2)}"
+                    board.drop(job_id, remover)
                 else:
                     board.stop(job_id)
-            line.say(f"{job_id} ends", lambda: "a training checkpoints first")
+            if asked == "PENDING" and board.job(remover).status == "FAILED":
+                raise DeeDSRError(
+                    f"{job_id} is pending and could not be ended: {how_to(remover, board.address)['follow']}"
+                )
+            reason = "a job on the head removes it" if asked == "PENDING" else "a training checkpoints first"
+            line.say(f"{job_id} ends", lambda reason=reason: reason)
         except Unreachable as error:
             contact.lose(error)
         time.sleep(POLL_SECONDS)

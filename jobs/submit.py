@@ -51,8 +51,7 @@ def run(options: SubmitOptions) -> Outcome:
     jobs = load_job_files(Path(options.job), options.set) if options.job else []
     board = Dashboard(address)
     if options.stop:
-        details = stop(board, options.stop)
-        return Outcome({"job_id": options.stop, "status": str(details.status), "address": board.address})
+        return Outcome({"job_id": options.stop, "status": stop(board, options.stop), "address": board.address})
     if options.follow:
         return _ended(board, options.follow)
     ids = _submitted(board, jobs)
