@@ -6,7 +6,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from deedsr.errors import DeeDSRError
@@ -51,7 +51,7 @@ def follow(board: Dashboard, job_id: str) -> Any:
                 logger.info("%s %s", job_id, "is pending" if details.status == "PENDING" else "runs")
             status = details.status
             if status == "PENDING":
-                line.say(f"{job_id} waits", lambda: _awaited(board, job_id))
+                line.say(lambda seconds: f"{job_id} is pending, waiting {seconds:.0f} s for {_awaited(board, job_id)}")
             else:
                 asyncio.run(log.copy(board.log(job_id)))
             if status.is_terminal():
@@ -86,7 +86,7 @@ def stop(board: Dashboard, job_id: str) -> str:
                     f"{job_id} is pending and could not be ended: {how_to(remover, board.address)['follow']}"
                 )
             reason = "a job on the head removes it" if asked == "PENDING" else "a training checkpoints first"
-            line.say(f"{job_id} ends", lambda reason=reason: reason)
+            line.say(lambda seconds, reason=reason: f"waiting {seconds:.0f} s for the end of {job_id}: {reason}")
         except Unreachable as error:
             contact.lose(error)
         time.sleep(POLL_SECONDS)
@@ -118,16 +118,17 @@ class _Contact:
 
 
 class _Line:
-    """A line every half minute, with the seconds since the first was due."""
+    """A line every half minute."""
 
     def __init__(self) -> None:
         self._began = self._said = time.monotonic()
 
-    def say(self, subject: str, reason: Any) -> None:
+    def say(self, line: Callable[[float], str]) -> None:
+        """Logs `line` of the seconds since the start, if it is time for one."""
         now = time.monotonic()
         if now - self._said >= LINE_SECONDS:
             self._said = now
-            logger.info("%s, for %.0f s now: %s", subject, now - self._began, reason())
+            logger.info("%s", line(now - self._began))
 
 
 def _awaited(board: Dashboard, job_id: str) -> str:
@@ -135,7 +136,7 @@ def _awaited(board: Dashboard, job_id: str) -> str:
     try:
         wanted = board.reserves(job_id)
         if not wanted:
-            return "its environment is being made (upload, packages)"
+            return "its environment (upload, packages)"
         words = ", ".join(f"{kind} {amount:g}" for kind, amount in wanted.items())
         free = board.free()
         there = ", ".join(f"{free.get(kind, 0):g} {kind}" for kind in wanted)
@@ -143,8 +144,8 @@ def _awaited(board: Dashboard, job_id: str) -> str:
     except Unreachable:
         raise
     except DeeDSRError as error:
-        return str(error)
-    return f"{{{words}}} for its command, free: {there}" + ("" if fits else "; no node there has as much")
+        return f"what the cluster does not say: {error}"
+    return f"{{{words}}}: free: {there}" + ("" if fits else "; no node there has as much")
 
 
 class _Log:

@@ -120,8 +120,9 @@ def _client(address: str) -> Any:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # one line for each package and each .gitignore
+    for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+        # A line for each package, each .gitignore and each connection.
+        logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)
     headers, source = _authorization()
 
     class Client(JobSubmissionClient):

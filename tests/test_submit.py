@@ -86,7 +86,7 @@ def test_a_failed_job_is_exit_1_and_its_own_error_is_in_the_log(head):
     assert "manifest.json" in log
     assert log.count("has no manifest.json") == 1
     assert output.count("manifest.json") == 0
-    assert not re.search(r"gitignore|gcs://|Runtime env is setting up|Running entrypoint", log), log
+    assert not re.search(r"gitignore|gcs://|WebSocket|Runtime env is setting up|Running entrypoint", log), log
     assert "Traceback" not in log
 
 
@@ -202,11 +202,11 @@ def test_a_pending_job_says_what_for_is_found_again_by_all_that_it_does_and_can_
     with head.start_submit(None, "--follow", started["job_id"]) as following:
         for line in following.stderr:
             assert " runs" not in line
-            if "waits" in line:
+            if "waiting" in line:
                 break
         following.send_signal(signal.SIGINT)
         following.communicate(timeout=60)
-    assert re.search(r"waits, for \d+ s now: \{CPU 1\} for its command, free: 0 CPU$", line.strip()), line
+    assert re.search(r"is pending, waiting \d+ s for \{CPU 1\}: free: 0 CPU$", line.strip()), line
 
     code, output, log = head.submit(None, "--stop", started["job_id"])
     assert (code, json.loads(output)["status"]) == (0, "STOPPED"), log
