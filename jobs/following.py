@@ -7,6 +7,7 @@ import secrets
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 from deedsr.errors import DeeDSRError
@@ -51,7 +52,7 @@ def follow(board: Dashboard, job_id: str) -> Any:
                 logger.info("%s %s", job_id, "is pending" if details.status == "PENDING" else "runs")
             status = details.status
             if status == "PENDING":
-                line.say(lambda seconds: f"{job_id} is pending, waiting {seconds:.0f} s for {_awaited(board, job_id)}")
+                line.say(f"{job_id} is pending, waiting", partial(_awaited, board, job_id))
             else:
                 asyncio.run(log.copy(board.log(job_id)))
             if status.is_terminal():
@@ -86,7 +87,7 @@ def stop(board: Dashboard, job_id: str) -> str:
                     f"{job_id} is pending and could not be ended: {how_to(remover, board.address)['follow']}"
                 )
             reason = "a job on the head removes it" if asked == "PENDING" else "a training checkpoints first"
-            line.say(lambda seconds, reason=reason: f"waiting {seconds:.0f} s for the end of {job_id}: {reason}")
+            line.say("waiting", partial(str, f"the end of {job_id}: {reason}"))
         except Unreachable as error:
             contact.lose(error)
         time.sleep(POLL_SECONDS)
@@ -123,12 +124,12 @@ class _Line:
     def __init__(self) -> None:
         self._began = self._said = time.monotonic()
 
-    def say(self, line: Callable[[float], str]) -> None:
-        """Logs `line` of the seconds since the start, if it is time for one."""
+    def say(self, waiting: str, reason: Callable[[], str]) -> None:
+        """Logs `waiting`, for how long and for what, if it is time for a line."""
         now = time.monotonic()
         if now - self._said >= LINE_SECONDS:
             self._said = now
-            logger.info("%s", line(now - self._began))
+            logger.info("%s %.0f s for %s", waiting, now - self._began, reason())
 
 
 def _awaited(board: Dashboard, job_id: str) -> str:
