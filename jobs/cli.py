@@ -1,7 +1,7 @@
 """The command line: finds the command, reads its options, runs it, prints the result.
 
 stdout holds the result and nothing else; logs, progress bars and errors go to stderr. Exit codes: 0 done; 1 the work
-failed, or part of it; 2 the command or its configuration is wrong; 130 interrupted.
+failed, or part of it; 2 the command or its configuration is wrong; 3 a job that was followed goes on; 130 interrupted.
 """
 
 import contextlib
@@ -41,8 +41,9 @@ COMMANDS = {
     "upscale": ("jobs.upscale", "enlarge pictures"),
     "export": ("jobs.export", "a trained model and its base in one folder"),
     "compare": ("jobs.compare", "the runs of an experiment side by side"),
+    "runs close-stale": ("jobs.runs_close_stale", "end runs in MLflow whose process was killed"),
     "doctor": ("jobs.doctor", "what this machine, a place for results, MLflow and a cluster lack"),
-    "submit": ("jobs.submit", "send a job file to a Ray cluster"),
+    "submit": ("jobs.submit", "send a job file to a Ray cluster, follow a job or stop one"),
 }
 
 

@@ -42,3 +42,4 @@ class Command:
     example: str  # shown by --help
     operand: str = ""  # the option that may be typed without its name
     presets: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # the first is the default
+    check: Callable[[Any], None] = lambda options: None  # refuses what can be refused without looking at any data

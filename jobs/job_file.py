@@ -7,10 +7,11 @@
     name: shards                        # the submission id begins with it
     working_dir: ..                     # uploaded and made the working directory; relative to this file;
                                         # null: nothing is uploaded, the cluster's image has deedsr installed
-    excludes: [big_folder/]             # left out of the upload, besides .gitignore and EXCLUDES below
+    excludes: [big_folder/]             # left out of the upload, besides .gitignore and EXCLUDES of jobs/upload.py
     runtime_env:
       env_vars: {MLFLOW_TRACKING_URI: "http://mlflow:5000"}
       pip: []                           # packages that the cluster's image lacks
+    mlflow: null                        # nodes: their environment has MLFLOW_TRACKING_URI; none: the run may be lost
     entrypoint_num_cpus: 0              # reserved for the command itself, which then runs on a worker node; with 0 on
     entrypoint_num_gpus: 0              # the head; tasks, actors and training workers ask for their own
     entrypoint_memory: 0                # bytes
@@ -20,19 +21,26 @@ Secrets have no place in it: AWS credentials come from the cluster's environment
 
 import re
 import shlex
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from deedsr.errors import UsageError
+from jobs.credentials import suspicious
 from jobs.options import mapping_of, spelled, words_of
+from jobs.site import filled, overridden
+from jobs.upload import EXCLUDES
 from pipelines.tracking.provenance import git_commit
+from pipelines.tracking.stale import USER_VARIABLE, user
+from pipelines.tracking.store import sqlite_path, tracking_uri
 
-EXCLUDES = [".git/", ".venv/", "**/__pycache__/", "/tests/", "/benchmarks/", "/demo/", "/out/", "/mlruns/", "*.db"]
-SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|CREDENTIAL|ACCESS_KEY|API_KEY", re.IGNORECASE)
-SECRET_VALUE = re.compile(r"://[^/@\s]+:[^/@\s]+@")  # user and password inside a URL
+STORE = "MLFLOW_TRACKING_URI"
+WITH_STORE = ("shards", "latents", "train learner", "train adapter", "evaluate", "compare", "runs close-stale")
+# Between SIGTERM and SIGKILL of a job that is stopped, in which a training checkpoints. Ray's default is 3.
+STOP_SECONDS = {"RAY_JOB_STOP_WAIT_TIME_S": "120"}
 
 
 class RuntimeEnvironment(BaseModel):
@@ -43,16 +51,13 @@ class RuntimeEnvironment(BaseModel):
     env_vars: dict[str, str] = {}
     pip: list[str] = []
 
-    @field_validator("env_vars")
+    @field_validator("pip")
     @classmethod
-    def _no_secret(cls, env_vars: dict[str, str]) -> dict[str, str]:
-        for name, value in env_vars.items():
-            if SECRET_NAME.search(name) or SECRET_VALUE.search(value):
-                raise ValueError(
-                    f"{name} looks like a secret, and a job file is stored and shown by the cluster; "
-                    "set it in the environment of the cluster's nodes or use an instance role"
-                )
-        return env_vars
+    def _no_path(cls, pip: list[str]) -> list[str]:
+        for requirement in pip:
+            if re.match(r"[./~]|file:|-r", requirement):
+                raise ValueError(f"{requirement!r} is a path of this machine, which the cluster cannot read")
+        return pip
 
 
 class JobFile(BaseModel):
@@ -62,10 +67,11 @@ class JobFile(BaseModel):
 
     command: str
     options: dict[str, Any] = {}
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,40}$")] = "deedsr"
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,99}$")] = "deedsr"
     working_dir: str | None = None
     excludes: list[str] = []
     runtime_env: RuntimeEnvironment = RuntimeEnvironment()
+    mlflow: Literal["nodes", "none"] | None = None
     entrypoint_num_cpus: Annotated[float, Field(ge=0)] = 0
     entrypoint_num_gpus: Annotated[float, Field(ge=0)] = 0
     entrypoint_memory: Annotated[int, Field(ge=0)] = 0
@@ -83,30 +89,58 @@ class JobFile(BaseModel):
     def ray_runtime_env(self) -> dict[str, Any]:
         """Ray's runtime environment, without what is empty."""
         environment: dict[str, Any] = self.runtime_env.model_dump(exclude_defaults=True)
+        variables = STOP_SECONDS | {USER_VARIABLE: user()}
         if self.working_dir is not None:
             environment |= {"working_dir": self.working_dir, "excludes": EXCLUDES + self.excludes}
             if commit := git_commit():  # the upload leaves .git behind
-                environment["env_vars"] = {"DEEDSR_GIT_COMMIT": commit} | self.runtime_env.env_vars
-        return environment
+                variables["DEEDSR_GIT_COMMIT"] = commit
+        return environment | {"env_vars": variables | self.runtime_env.env_vars}
+
+
+def load_job_files(path: Path, settings: Sequence[str] = ()) -> list[JobFile]:
+    """The jobs of a job file, one for each combination of the values of `settings` (`--set`).
+
+    Raises UsageError, naming the key and the remedy, for whatever the command or the cluster would refuse.
+    """
+    jobs = [_load(path, tree) for tree in overridden(mapping_of(path), list(settings), path)]
+    for key, values in (("name", [job.name for job in jobs]), ("out", [job.options.get("out") for job in jobs])):
+        if twice := [value for value in values if value is not None and values.count(value) > 1]:
+            raise UsageError(f"--set makes several jobs with {key} {twice[0]}: give values whose names differ")
+    return jobs
 
 
 def load_job_file(path: Path) -> JobFile:
-    """Read and check a job file, its command's options included; UsageError names the key and the remedy."""
+    """The one job of a job file; see `load_job_files`."""
+    [job] = load_job_files(path)
+    return job
+
+
+def _load(path: Path, tree: dict[str, Any]) -> JobFile:
     from jobs.cli import COMMANDS, load
 
+    # First, because the other errors show values.
+    for key in suspicious(tree):
+        raise UsageError(
+            f"{path}: {key} looks like a credential, and jobs are stored and shown by the cluster; set it in the "
+            "environment of the cluster's nodes or use an instance role"
+        )
     try:
-        job = JobFile.model_validate(mapping_of(path))
+        job = JobFile.model_validate(filled(tree, path))
     except ValidationError as error:
         raise UsageError("\n".join(f"{path}: {_said(problem)}" for problem in error.errors())) from None
+    for key in suspicious(job.model_dump()):
+        raise UsageError(f"{path}: {key} gets what looks like a credential from the site's names")
     # Pages and demos are written to the disk of whoever runs the command, here a node of the cluster.
     commands = [name for name in COMMANDS if name not in ("submit", "demo", "inspect")]
     if job.command not in commands:
         raise UsageError(f"{path}: command must be one of {', '.join(commands)}; got {job.command!r}")
-    _, parser = load(job.command)
+    command, parser = load(job.command)
     try:
-        parser.read(job.arguments)
+        options = parser.read(job.arguments).options
+        command.check(options)
     except UsageError as error:
         raise UsageError(f"{path}: options: {error}") from None
+    _check_store(path, job, options)
     out = str(job.options["out"]) if "out" in job.options else "s3://"
     if "://" not in out and not PurePosixPath(out).is_absolute():
         raise UsageError(
@@ -119,6 +153,26 @@ def load_job_file(path: Path) -> JobFile:
             raise UsageError(f"{path}: working_dir {folder} is not a folder")
         job = job.model_copy(update={"working_dir": str(folder)})
     return job
+
+
+def _check_store(path: Path, job: JobFile, options: Any) -> None:
+    """Refuses a job whose MLflow run would vanish with its working directory, unless it says so."""
+    store = job.runtime_env.env_vars.get(STORE)
+    if store is not None:
+        try:
+            file = sqlite_path(tracking_uri(store))
+        except UsageError as error:
+            raise UsageError(f"{path}: runtime_env.env_vars: {error}") from None
+        if file is None or ":////" in store:
+            return
+    no_run = any(getattr(options, name, False) for name in ("plan",)) or getattr(options, "tracking", True) is False
+    if job.command in WITH_STORE and job.mlflow is None and not no_run:
+        raise UsageError(
+            f"{path}: "
+            + (f"{STORE}={store} lies in" if store else f"runtime_env.env_vars has no {STORE}, so the run would lie in")
+            + " a working directory that vanishes with the job; name the MLflow server there, or say `mlflow: nodes` "
+            "where the nodes' environment names it, or `mlflow: none` where the run may be lost"
+        )
 
 
 def _said(problem: Any) -> str:

@@ -68,6 +68,7 @@ def _run_tracked(options: LatentsOptions) -> dict[str, Any]:
         config=dataclasses.asdict(options),
         parents=parents,
         tags={"deedsr.kind": "latents"},
+        out=options.out,
     ) as run:
         run.log_dataset(pixels, context="pixels")
         result = _make(options)

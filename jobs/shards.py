@@ -44,13 +44,8 @@ class ShardsOptions:
 def run(options: ShardsOptions) -> Outcome:
     from deedsr.degradation.recipe import load_recipe
 
-    given = [name for name in ("source", "hr_from", "join") if getattr(options, name)]
-    if len(given) > 1 or not (given or options.gc):
-        raise UsageError("give one of --source, --hr-from and --join" + (", not several" if given else ""))
-    if options.pairs and not options.source:
-        raise UsageError("--pairs gives the LR partners of the pictures of --source: give that as well")
-    _refuse_idle(options)
-    if not given:
+    check(options)
+    if not (options.source or options.hr_from or options.join):
         return Outcome(_cleared(options.out))
     recipe = load_recipe(options.recipe)
     if options.plan:
@@ -59,8 +54,13 @@ def run(options: ShardsOptions) -> Outcome:
     return Outcome(outcome | (_cleared(options.out) if options.gc else {}))
 
 
-def _refuse_idle(options: ShardsOptions) -> None:
-    """Options that would have no effect beside the others."""
+def check(options: ShardsOptions) -> None:
+    """Refuses options that do not go together, or that would have no effect beside the others."""
+    given = [name for name in ("source", "hr_from", "join") if getattr(options, name)]
+    if len(given) > 1 or not (given or options.gc):
+        raise UsageError("give one of --source, --hr-from and --join" + (", not several" if given else ""))
+    if options.pairs and not options.source:
+        raise UsageError("--pairs gives the LR partners of the pictures of --source: give that as well")
     defaults = {field.name: field.default for field in dataclasses.fields(ShardsOptions)}
     idle = [] if options.plan else ["nodes", "cores", "price"]
     where = "without --plan"
@@ -116,6 +116,7 @@ def _run_tracked(options: ShardsOptions, recipe: "Recipe") -> dict[str, Any]:
         name=options.out.rstrip("/").rpartition("/")[2],
         config=dataclasses.asdict(options) | {"recipe": recipe.model_dump(mode="json")},
         tags={"deedsr.kind": "shards", "deedsr.recipe.digest": recipe.digest},
+        out=options.out,
     ) as run:
         result = _make(options, recipe)
         _log(run, result, Dataset.open(options.out))
@@ -136,4 +137,6 @@ def _log(run: "Run", result: "ShardsResult", dataset: "Dataset") -> None:
         run.log_picture(f"pair-{sample.key}", np.hstack([enlarged, sample.hr]))
 
 
-COMMAND = Command(ShardsOptions, run, example="deedsr shards --source photos --out shards --recipe light --workers 2")
+COMMAND = Command(
+    ShardsOptions, run, example="deedsr shards --source photos --out shards --recipe light --workers 2", check=check
+)

@@ -1,126 +1,160 @@
-"""Send a job file to a Ray cluster through its Jobs API.
+"""Send a job file to a Ray cluster through its Jobs API, follow a job or stop one.
 
-The file's options are checked here, before anything is sent. A job that is already running there is not started a
-second time: it is followed. Submitting again after it failed or was stopped continues where it got to, because every
-command continues with the same --out. Ctrl-C ends the following, never the job.
+Everything is checked here, before anything is sent. An equal job (command, options, code, environment) that has not
+ended is not started a second time: it is followed. Submitting again after it failed or was stopped continues where it
+got to, because every command continues with the same --out. Ctrl-C ends the following, never the job.
 """
 
-import asyncio
 import dataclasses
+import hashlib
+import json
 import logging
 import os
 import secrets
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from deedsr.errors import DeeDSRError, UsageError
+from deedsr.errors import UsageError
 from jobs.command import Command, Outcome
-from jobs.job_file import JobFile, load_job_file
-from pipelines.cluster import dashboard
-
-if TYPE_CHECKING:
-    from ray.job_submission import JobDetails, JobSubmissionClient
+from jobs.following import follow, how_to, stop
+from jobs.job_file import JobFile, load_job_files
+from jobs.upload import package
+from pipelines.dashboard import Dashboard
 
 logger = logging.getLogger(__name__)
 
-POLL_SECONDS = 1.0
+# Of the job in Ray's metadata.
+IDENTITY, OUT = "deedsr.job", "deedsr.out"
 
 
 @dataclasses.dataclass
 class SubmitOptions:
-    job: str  # job file, such as jobs/shards.yaml
+    job: str | None = None  # job file, such as jobs/shards.yaml
+    set: list[str] = dataclasses.field(
+        default_factory=list
+    )  # over the file's options: train.lr=3e-5; 1e-5,3e-5: a job each
+    follow: str | None = None  # id of a job to follow until it has ended
+    stop: str | None = None  # id of a job to end; also one that still waits to start
     address: str | None = None  # the cluster's dashboard; null = RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265
     wait: bool = False  # follow the logs until the job has ended
 
 
 def run(options: SubmitOptions) -> Outcome:
-    job = load_job_file(Path(options.job))
+    given = [name for name in ("job", "follow", "stop") if getattr(options, name)]
+    if len(given) != 1:
+        raise UsageError("give one of JOB (a job file such as jobs/shards.yaml), --follow ID and --stop ID")
     address = options.address or os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
     if not address.startswith(("http://", "https://")):
         raise UsageError(f"--address takes the http(s) address of a Ray dashboard, got {address!r}")
-    client = connect(address)
-    try:
-        job_id = running(client, job) or submit(client, job)
-        details = report(client, job, job_id, address, options.wait)
-    except (RuntimeError, ConnectionError) as error:
-        raise DeeDSRError(f"the cluster at {address} refused or went away: {error}") from error
-    values = {"job_id": job_id, "status": str(details.status), "entrypoint": job.entrypoint, "address": address}
-    if details.status in ("FAILED", "STOPPED"):
-        return Outcome(values | {"message": details.message}, complete=False)
-    return Outcome(values)
+    jobs = load_job_files(Path(options.job), options.set) if options.job else []
+    board = Dashboard(address)
+    if options.stop:
+        return Outcome({"job_id": options.stop, "status": stop(board, options.stop), "address": board.address})
+    if options.follow:
+        return _ended(board, options.follow)
+    ids = _submitted(board, jobs)
+    ends = [_ended(board, job_id) if options.wait else _started(board, job_id) for job_id in ids]
+    if len(ends) == 1:
+        return ends[0]
+    return Outcome({"jobs": [dict(end.values) for end in ends]}, complete=all(end.complete for end in ends))
 
 
-def report(client: "JobSubmissionClient", job: JobFile, job_id: str, address: str, wait: bool) -> "JobDetails":
-    """What has become of the job, after its end if `wait`. Ctrl-C says how to reach the job, which goes on."""
-    try:
-        logger.info("%s runs: %s", job_id, job.entrypoint)
-        if wait:
-            follow(client, job_id)
-        return client.get_job_info(job_id)
-    except KeyboardInterrupt:
-        how = " or ".join(f"ray job {verb} {job_id} --address {address}" for verb in ("stop", "logs --follow"))
-        print(f"{job_id} keeps running; stop or follow it with: {how}", file=sys.stderr)
-        raise
+def _submitted(board: Dashboard, jobs: list[JobFile]) -> list[str]:
+    """Submission ids of jobs that are equal to these and have not ended, or that are submitted now."""
+    identities = [_identity(job) for job in jobs]
+    for job in jobs:
+        _require_room(board, job)
+    there = [details for details in board.jobs() if details.submission_id and not details.status.is_terminal()]
+    known = {(details.metadata or {}).get(IDENTITY): details.submission_id for details in there}
+    for job, identity in zip(jobs, identities, strict=True):
+        rival = next((d for d in there if (d.metadata or {}).get(OUT) == _out(job) != ""), None)
+        if rival is not None and identity not in known:
+            raise UsageError(
+                f"{rival.submission_id} has not ended and has the same out, {_out(job)}, with other options, code or "
+                f"environment; end it first: {how_to(rival.submission_id, board.address)['stop']}"
+            )
+    return [
+        _found(known[identity]) if identity in known else _submit(board, job, identity)
+        for job, identity in zip(jobs, identities, strict=True)
+    ]
 
 
-def connect(address: str) -> "JobSubmissionClient":
-    """A client of the cluster's Jobs API; DeeDSRError when nobody answers or the token is refused."""
-    import requests
-
-    try:
-        return dashboard(address)
-    except (ConnectionError, requests.ConnectionError, requests.Timeout):
-        raise DeeDSRError(f"no Ray dashboard answers at {address}; start the cluster or give --address") from None
-    except DeeDSRError:
-        raise
-    except Exception as error:
-        raise DeeDSRError(f"cannot use the cluster at {address}: {' '.join(str(error).split())}") from error
+def _found(job_id: str) -> str:
+    logger.info("%s is the same job and has not ended", job_id)
+    return job_id
 
 
-def running(client: "JobSubmissionClient", job: JobFile) -> str | None:
-    """Submission id of a job with the same entry point that has not ended, if there is one."""
-    for details in client.list_jobs():
-        if details.entrypoint == job.entrypoint and details.submission_id and not details.status.is_terminal():
-            logger.info("this job was submitted before and has not ended")
-            return details.submission_id
-    return None
-
-
-def submit(client: "JobSubmissionClient", job: JobFile) -> str:
-    """Upload the working directory, start the job, return its submission id."""
-    job_id = client.submit_job(
+def _submit(board: Dashboard, job: JobFile, identity: str) -> str:
+    job_id = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    board.submit(
         entrypoint=job.entrypoint,
-        submission_id=f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}",
+        submission_id=job_id,
         runtime_env=job.ray_runtime_env(),
+        metadata={IDENTITY: identity, OUT: _out(job)},
         entrypoint_num_cpus=job.entrypoint_num_cpus,
         entrypoint_num_gpus=job.entrypoint_num_gpus,
         entrypoint_memory=job.entrypoint_memory or None,
     )
+    logger.info("submitted %s: %s", job_id, job.entrypoint)
     return job_id
 
 
-def follow(client: "JobSubmissionClient", job_id: str) -> None:
-    """Copy the job's log to stderr until the job has ended; a broken connection is taken up again."""
-    shown = 0
+def _identity(job: JobFile) -> str:
+    """Digest of all that a job does: command, options, the code that is uploaded, environment, reservations.
 
-    async def tail() -> None:
-        nonlocal shown
-        seen = 0
-        async for text in client.tail_job_logs(job_id):
-            # A new connection tells the log from its beginning.
-            sys.stderr.write(text[max(0, shown - seen) :])
-            sys.stderr.flush()
-            seen += len(text)
-            shown = max(shown, seen)
+    Raises UsageError for what Ray would refuse.
+    """
+    from ray.runtime_env import RuntimeEnv
 
-    while not client.get_job_status(job_id).is_terminal():
-        try:
-            asyncio.run(tail())
-        except RuntimeError as error:
-            logger.warning("lost the log of %s (%s); connecting again", job_id, error)
-        time.sleep(POLL_SECONDS)
+    code = package(Path(job.working_dir), job.ray_runtime_env()["excludes"], job.options) if job.working_dir else None
+    try:
+        RuntimeEnv(**job.runtime_env.model_dump(exclude_defaults=True))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"runtime_env: Ray refuses it: {' '.join(str(error).split())}") from error
+    same: list[Any] = [job.entrypoint, code, job.runtime_env.model_dump()]
+    same += [job.entrypoint_num_cpus, job.entrypoint_num_gpus, job.entrypoint_memory]
+    return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
+
+
+def _out(job: JobFile) -> str:
+    return str(job.options.get("out") or "").rstrip("/")
+
+
+def _require_room(board: Dashboard, job: JobFile) -> None:
+    """Refuses a reservation for the command that no node of a cluster which cannot grow has."""
+    wanted = {"CPU": job.entrypoint_num_cpus, "GPU": job.entrypoint_num_gpus, "memory": job.entrypoint_memory}
+    wanted = {kind: amount for kind, amount in wanted.items() if amount}
+    fits = [node for node in board.nodes() if all(node.get(kind, 0) >= amount for kind, amount in wanted.items())]
+    if wanted and not fits and not board.grows():
+        words = ", ".join(f"{kind} {amount:g}" for kind, amount in wanted.items())
+        raise UsageError(
+            f"no node of the cluster at {board.address} has {{{words}}} for the command, and no autoscaler adds one: "
+            "lower entrypoint_num_cpus, entrypoint_num_gpus and entrypoint_memory (0: the command runs on the head)"
+        )
+
+
+def _started(board: Dashboard, job_id: str) -> Outcome:
+    """Of a job that is not followed."""
+    return Outcome(
+        {"job_id": job_id, "status": str(board.job(job_id).status), "address": board.address}
+        | how_to(job_id, board.address)
+    )
+
+
+def _ended(board: Dashboard, job_id: str) -> Outcome:
+    """Of a job after its end. Ctrl-C says how to reach the job, which goes on."""
+    try:
+        details = follow(board, job_id)
+    except KeyboardInterrupt:
+        how = " or ".join(how_to(job_id, board.address).values())
+        print(f"{job_id} goes on; follow or stop it with: {how}", file=sys.stderr)
+        raise
+    values = {"job_id": job_id, "status": str(details.status), "address": board.address}
+    if details.status == "FAILED" and details.driver_exit_code is None:  # else the log that was followed says why
+        values["message"] = str(details.message).strip()
+    return Outcome(values, complete=details.status == "SUCCEEDED")
 
 
 COMMAND = Command(

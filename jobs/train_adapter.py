@@ -6,7 +6,7 @@ The same command with the same --out continues from the last checkpoint, and doe
 import dataclasses
 
 from jobs.command import Command, Outcome
-from pipelines.training.config import PRESETS, AdapterOptions
+from pipelines.training.config import PRESETS, AdapterOptions, check
 
 
 def run(options: AdapterOptions) -> Outcome:
@@ -19,5 +19,6 @@ COMMAND = Command(
     AdapterOptions,
     run,
     presets=PRESETS["adapter"],
+    check=check,
     example="deedsr train adapter --data shards --learner runs/learner --base tiny --out runs/adapter --preset tiny",
 )

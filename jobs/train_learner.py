@@ -6,7 +6,7 @@ The same command with the same --out continues from the last checkpoint, and doe
 import dataclasses
 
 from jobs.command import Command, Outcome
-from pipelines.training.config import PRESETS, LearnerOptions
+from pipelines.training.config import PRESETS, LearnerOptions, check
 
 
 def run(options: LearnerOptions) -> Outcome:
@@ -19,5 +19,6 @@ COMMAND = Command(
     LearnerOptions,
     run,
     presets=PRESETS["learner"],
+    check=check,
     example="deedsr train learner --data shards --out runs/learner --preset tiny --train.max_steps 400",
 )

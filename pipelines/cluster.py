@@ -26,7 +26,6 @@ __all__ = [
     "Waiting",
     "arrow_filesystem",
     "connect",
-    "dashboard",
     "data",
     "error_values",
     "is_local",
@@ -35,6 +34,7 @@ __all__ = [
     "nodes",
     "offer",
     "raise_error",
+    "require_docstrings",
     "scratch",
     "this_machine",
     "wait_for",
@@ -151,16 +151,6 @@ def _answers(address: str) -> bool:
     finally:
         channel.close()
     return True
-
-
-def dashboard(address: str) -> Any:
-    """A client of the Jobs API at `address`, http(s)://HOST:PORT. Raises what Ray's client raises."""
-    require_docstrings()
-    import requests
-    from ray.job_submission import JobSubmissionClient
-
-    requests.head(address, timeout=_ANSWER_SECONDS)  # the client itself waits for ever
-    return JobSubmissionClient(address)
 
 
 def _session_folder() -> str | None:

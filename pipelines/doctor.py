@@ -220,14 +220,14 @@ def _cluster(address: str | None) -> Iterator[Check]:
         return
     try:
         yield Check("cluster", _reach(address))
-    except Exception as error:  # of Ray's client: connection, token, version
+    except Exception as error:  # of ours: connection, token; of Ray's client: version
         yield Check("cluster", _said(error), False, f"start it, or the tunnel to {_masked(address)}, and its token")
 
 
 def _reach(address: str) -> str:
-    from pipelines.cluster import dashboard
+    from pipelines.dashboard import Dashboard
 
-    return f"{address}: {len(dashboard(address).list_jobs())} jobs listed"
+    return f"{address}: {len(Dashboard(address).jobs())} jobs listed"
 
 
 def _said(error: BaseException) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -40,6 +41,7 @@ class Head:
 
     `node_types`: by name the most nodes and the resources of each, such as `{"gpu": (1, {"CPU": 2, "GPU": 1})}`. Nodes
     are processes of this machine, GPUs are none, and a node ends when it was idle for `idle_seconds`.
+    `line`: a line of a shell that starts a head in a fresh one, in place of our own; places and ports are added to it.
     """
 
     def __init__(
@@ -47,18 +49,20 @@ class Head:
         cpus: int,
         node_types: Mapping[str, tuple[int, Mapping[str, float]]] | None = None,
         idle_seconds: float = 10,
+        line: str | None = None,
     ):
         # Sockets lie below it, and a socket's path has 107 characters at most: pytest's own folders are too deep.
         self.folder = Path(tempfile.mkdtemp(prefix="dsr", dir="/tmp"))
-        token = self.folder / "token"
-        token.write_text(secrets.token_hex(32))
+        self.token = self.folder / ".ray" / "auth_token"
+        self.token.parent.mkdir()
+        self.token.write_text(secrets.token_hex(32))
         gcs, dashboard, client, agent, agent_grpc, runtime_env, metrics = free_ports(7)
         self.address = f"http://127.0.0.1:{dashboard}"
         self.gcs_address = f"127.0.0.1:{gcs}"
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
             "PATH": f"{BIN}:{os.environ['PATH']}",  # the entry point's `python` is looked up here
             "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_AUTH_TOKEN_PATH": str(self.token),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # there are no other nodes to drain to
             "OMP_NUM_THREADS": "1",
@@ -85,14 +89,23 @@ class Head:
                 "RAY_CLOUD_INSTANCE_ID": _HEAD_ID,
                 "RAY_OVERRIDE_NODE_ID_FOR_TESTING": _HEAD_ID,
             }
-        self.log = (self.folder / "head.log").open("wb")
+        if line is not None:
+            self.environment = self.shell
+            command = ["bash", "-c", shlex.join([line, *map(str, command[4:])]).replace(shlex.quote(line), line, 1)]
+        self.command = command
+        self.start()
+
+    def start(self) -> None:
+        """Starts the head, for the first time or after `stop`: at the same places, without what it knew before."""
+        self.log = (self.folder / "head.log").open("ab")
         self.process = subprocess.Popen(
-            command, env=self.environment, stdout=self.log, stderr=self.log, cwd=self.folder, start_new_session=True
-        )
+            self.command, env=self.environment, stdout=self.log, stderr=self.log, cwd=self.folder,
+            start_new_session=True,
+        )  # fmt: skip
 
     def get(self, path: str) -> Any:
         """The dashboard's answer as JSON."""
-        token = Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+        token = self.token.read_text()
         request = urllib.request.Request(f"{self.address}{path}", headers={"Authorization": f"Bearer {token}"})
         with urllib.request.urlopen(request, timeout=10) as answer:
             return json.load(answer)
@@ -126,17 +139,26 @@ class Head:
                     found.append(process)
         return found
 
-    def start_submit(self, job: dict, *words: str, **environment: str) -> subprocess.Popen:
+    @property
+    def shell(self) -> dict[str, str]:
+        """Environment of a fresh shell of somebody whose home has the head's token."""
+        ours = ("RAY_", "AUTOSCALER_", "MLFLOW_")
+        kept = {name: value for name, value in self.environment.items() if not name.startswith(ours)}
+        return kept | {"HOME": str(self.folder)}
+
+    def start_submit(self, job: dict | None, *words: str, **environment: str) -> subprocess.Popen:
+        """`deedsr submit` of a job file with this content; of `words` alone where it is None."""
         path = self.folder / "job.yaml"
         path.write_text(yaml.safe_dump(job))
+        words = (*words, "--json") if "--address" in words else (*words, "--address", self.address, "--json")
         return subprocess.Popen(
-            [sys.executable, "-m", "deedsr", "submit", str(path), "--address", self.address, "--json", *words],
-            env=self.environment | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+            [sys.executable, "-m", "deedsr", "submit", *([] if job is None else [str(path)]), *words],
+            env=self.shell | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
             # Tests that a shell runs in the background have SIGINT ignored, and what they start would too.
             preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
 
-    def submit(self, job: dict, *words: str, **environment: str) -> tuple[int, str, str]:
+    def submit(self, job: dict | None, *words: str, **environment: str) -> tuple[int, str, str]:
         """(exit code, stdout, stderr) of `deedsr submit`."""
         with self.start_submit(job, *words, **environment) as process:
             output, log = process.communicate(timeout=240)

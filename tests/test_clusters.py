@@ -16,7 +16,7 @@ from jobs.job_file import load_job_file
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
+JOBS = sorted(set((ROOT / "jobs").glob("*.yaml")) - set((ROOT / "jobs").glob("site*.yaml")))
 # Size of the instances: vCPU, GiB, GPUs.
 INSTANCES = {
     "m6i.2xlarge": (8, 32, 0), "c6i.4xlarge": (16, 32, 0), "g5.4xlarge": (16, 64, 1), "p4d.24xlarge": (96, 1152, 8),
@@ -113,8 +113,11 @@ def test_the_documents_start_a_head_that_listens_on_this_machine_alone_and_asks_
 
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
-def test_shipped_job_files_are_valid_and_named_after_themselves(path):
+def test_shipped_job_files_are_valid_with_the_names_of_a_site_and_named_after_themselves(path, monkeypatch):
+    for name, value in yaml.safe_load((ROOT / "jobs" / "site.example.yaml").read_text()).items():
+        monkeypatch.setenv(name.replace("-", "_"), value)
     job = load_job_file(path)
+    assert "YOUR-" not in job.model_dump_json()
     assert job.name == path.stem
     assert job.entrypoint_num_cpus == job.entrypoint_num_gpus == 0  # on the head, which offers nothing to reserve
     assert Path(job.working_dir, "deedsr", "__main__.py").is_file()

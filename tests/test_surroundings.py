@@ -68,7 +68,9 @@ def test_a_cluster_that_does_not_answer_is_one_error(silence, request, photos, t
     assert f"no Ray cluster answers at RAY_ADDRESS={address}: start it" in ran.stderr
 
 
-def test_a_dashboard_that_takes_connections_and_says_nothing_is_one_error(mute, capsys):
+def test_a_dashboard_that_takes_connections_and_says_nothing_is_one_error(mute, capsys, monkeypatch):
+    monkeypatch.setenv("YOUR_BUCKET", "photos")
+    monkeypatch.setenv("YOUR_MLFLOW_HOST", "mlflow.internal")
     assert cli.main(["submit", "jobs/shards.yaml", "--address", f"http://{mute}"]) == 1
     assert f"no Ray dashboard answers at http://{mute}" in capsys.readouterr().err
 

@@ -21,6 +21,7 @@ from deedsr.errors import UsageError
 from deedsr.metrics import niqe_of_features
 from deedsr.metrics.niqe import BLOCK
 from pipelines import cluster, tracking
+from pipelines.claims import running
 from pipelines.dataset import Dataset
 from pipelines.evaluation.work import METHODS, METRICS, Evaluated, Evaluator
 from pipelines.models import model_digest, pinned, resolve_model, training_run
@@ -132,14 +133,18 @@ def evaluate(
         "seed": seed,
         "sampling": sampling.as_dict(),
     }
-    with tracking.start_run(
-        experiment,
-        name=Path(str(model).rstrip("/")).name,
-        config=config,
-        dataset=dataset,
-        parents={"adapter": training_run(model)},
-        tags={"deedsr.kind": "evaluation", "deedsr.out": tracking.masked_uri(out)},
-    ) as run:
+    with (
+        running(storage),
+        tracking.start_run(
+            experiment,
+            name=Path(str(model).rstrip("/")).name,
+            config=config,
+            dataset=dataset,
+            parents={"adapter": training_run(model)},
+            tags={"deedsr.kind": "evaluation"},
+            out=out,
+        ) as run,
+    ):
         shown = {keys[i] for i in _evenly(len(keys), LOGGED_PICTURES)}
         records, features = {}, {}
         for done in tqdm(compute(pairs), total=len(pairs), desc="evaluate", unit="sample", disable=not progress):

@@ -53,6 +53,7 @@ def build_missing(
     parallel = plan.workers
     if actors is None:
         logger.info("shards: %s", plan)
+        cluster.wait_for(plan, "")
     per_row = min(max(count // (parallel * _ROWS_PER_WORKER), 1), _MAX_SHARDS_PER_ROW)
     rows = [
         {"part": name, "shards": shards[start : start + per_row], "cpus": 1}

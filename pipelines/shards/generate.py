@@ -13,6 +13,7 @@ from tqdm import tqdm
 from deedsr.dataset.manifest import MANIFEST, REJECTED, SAMPLES, HRSource, LatentsSource, kept_copy
 from deedsr.degradation.recipe import Recipe
 from deedsr.errors import DeeDSRError, UsageError
+from pipelines.claims import running
 from pipelines.dataset import Dataset
 from pipelines.placement import WorkPlan
 from pipelines.shards.assemble import Inherited, assemble, records_of
@@ -22,7 +23,7 @@ from pipelines.shards.duplicates import mark_duplicates
 from pipelines.shards.execute import build_missing
 from pipelines.shards.plan import ShardPlan, derived_plan, plan_shards
 from pipelines.shards.record import Inventory
-from pipelines.shards.run import PlanParts, running
+from pipelines.shards.run import PlanParts
 from pipelines.shards.sources import Source, list_pairs, list_sources
 from pipelines.shards.versions import warn_of_versions
 from pipelines.storage import Storage, open_storage

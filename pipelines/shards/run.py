@@ -1,47 +1,23 @@
-"""What one run of the shards job leaves in its output while it works: a sign of life, and its plan in parts.
+"""What one run of the shards job leaves in its output while it works: its plan in parts, beside its heartbeat.
 
 Workers read the plan from there, a part at a time, so that neither the driver nor Ray holds it.
 """
 
-import json
-import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 
-from deedsr.dataset.manifest import STATE
 from pipelines import claims
 from pipelines.shards.plan import ShardPlan
 from pipelines.shards.record import Inventory
-from pipelines.storage import Storage, waiting
+from pipelines.storage import Storage
 
-__all__ = ["PlanParts", "live_runs", "read_part", "running"]
+__all__ = ["PlanParts", "live_runs", "read_part"]
 
-RUNS = f"{STATE}/runs"
 _SHARDS_PER_PART = 64
-
-
-@contextmanager
-def running(out: Storage) -> Iterator[Storage]:
-    """The folder of a new run, removed with all it holds when the run ends; a killed run leaves it to `--gc`."""
-    name = f"{RUNS}/{uuid.uuid4().hex[:12]}"
-    folder = out.child(name)
-
-    def claim() -> None:
-        folder.write(claims.CLAIM, json.dumps(claims.of_this_process()).encode())
-
-    claim()
-    try:
-        with claims.heartbeat(claim):
-            yield folder
-    finally:
-        with waiting.cleaning(f"what this run left in {folder.uri}"):
-            out.delete_many([entry.path for entry in out.list(name)])
 
 
 def live_runs(out: Storage) -> list[str]:
     """Runs that gave a sign of life in the last ten minutes, in words."""
-    found = [json.loads(out.read(e.path)) for e in out.list(RUNS) if e.path.endswith(f"/{claims.CLAIM}")]
-    return [claims.named(claim) for claim in found if claims.is_alive(claim)]
+    return [claims.named(claim) for claim in claims.found(out) if claims.is_alive(claim)]
 
 
 class PlanParts:

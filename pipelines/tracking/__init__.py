@@ -13,13 +13,16 @@ ends is `Run.unsent()`, for the next one to `take_up`.
 
 from pipelines.tracking.provenance import DatasetInput, HasDigest
 from pipelines.tracking.run import Run, find_run, open_run, start_run
+from pipelines.tracking.stale import Closed, close_stale
 from pipelines.tracking.store import EXPERIMENTS, connect, masked_uri, require_shared_store, tracking_uri
 
 __all__ = [
     "EXPERIMENTS",
+    "Closed",
     "DatasetInput",
     "HasDigest",
     "Run",
+    "close_stale",
     "connect",
     "find_run",
     "masked_uri",

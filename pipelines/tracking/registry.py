@@ -15,6 +15,7 @@ from deedsr.errors import UsageError
 from pipelines.storage import Storage, is_hidden
 from pipelines.storage.transfer import kept
 from pipelines.tracking.run import Run
+from pipelines.tracking.stale import OUT_TAG
 from pipelines.tracking.store import connect, masked_uri, quoted, sqlite_path, tracking_uri
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 SCHEME = "models:/"
 PARTS = ("adapter", "learner")  # folders of a model
 DESCRIPTIONS = ("deedsr.json", "training.json")  # files beside them
-OUT_TAG, WEIGHTS_TAG = "deedsr.out", "deedsr.weights"
+WEIGHTS_TAG = "deedsr.weights"
 
 
 class Version(NamedTuple):

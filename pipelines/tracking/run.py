@@ -25,6 +25,7 @@ from pipelines.tracking.provenance import (
     param_text,
     plain,
 )
+from pipelines.tracking.stale import USER_TAG, close_stale, presence, user
 from pipelines.tracking.store import StoreAway, cause, connect, experiment_id, masked_uri, quoted
 from pipelines.tracking.store import tracking_uri as resolve_uri
 
@@ -56,6 +57,7 @@ def start_run(
     system_metrics: bool = True,
     patient: bool = False,
     permit: Callable[[], bool] = lambda: True,
+    out: str | None = None,
 ) -> "Run":
     """Start a run, or continue `run_id`.
 
@@ -73,6 +75,7 @@ def start_run(
             whose run is written by a worker says False.
         patient: the work outlives the store: a run to continue needs no store yet, and `finish` raises nothing.
         permit: whether this process may still write the run, asked before each sending; once False, it writes no more.
+        out: where the results go. Runs of this user that were killed there end as KILLED; see `stale`.
 
     Raises:
         UsageError: the store cannot be reached, or has no run `run_id`.
@@ -88,10 +91,14 @@ def start_run(
     def begin() -> None:
         if not new:
             run._set_running()
+        if out is not None:
+            with run._reaching_store():
+                close_stale(run.client, out, apart_from=run.id)
         run._log_config(config)
         run.set_tags(
             {COMMIT_TAG: git_commit(), **{VERSION_TAG + k: v for k, v in library_versions().items()}}
             | {PARENT_TAG + role: parent for role, parent in (parents or {}).items()}
+            | (presence(out) if out else {USER_TAG: user()})
             | dict(tags or {})
         )
         if dataset is not None:

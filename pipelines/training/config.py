@@ -282,7 +282,6 @@ def check(options: LearnerOptions | AdapterOptions) -> None:
             f"register_as must be a name that MLflow's registry takes, without / and :, and not with quotes of both "
             f"kinds, or null, got {model!r}"
         )
-    worker_range(train.num_workers)
     if isinstance(options, LearnerOptions):
         contrast, group = options.contrast, options.model.norm_group
         if contrast.queue_size < 1 or not 0 <= contrast.momentum < 1 or contrast.temperature <= 0:
@@ -307,7 +306,9 @@ def check(options: LearnerOptions | AdapterOptions) -> None:
                 "model.statistics must be widths of 1 or more, such as [512,512], and with preset tiny, which has no "
                 f"convolutions, not empty; got {widths}"
             )
+        _check_workers(train, block)
         return
+    _check_workers(train, 1)
     if {"global", "local"} <= set(options.model.ablate):
         raise UsageError(
             "model.ablate global and local together leave nothing that tells the base of the LR image: leave out one"
@@ -319,6 +320,12 @@ def check(options: LearnerOptions | AdapterOptions) -> None:
         raise UsageError(f"diffusion.max_timestep must be 1 or more, got {diffusion.max_timestep}")
     if not 0 <= diffusion.noise_guidance <= 1 or diffusion.snr_gamma < 0:
         raise UsageError("diffusion.noise_guidance must be in [0, 1] and diffusion.snr_gamma 0 or more")
+
+
+def _check_workers(train: TrainOptions, unit: int) -> None:
+    if given := worker_range(train.num_workers):
+        for workers in range(given[0], given[1] + 1):  # an elastic run may come to have any number between
+            micro_batch(train, workers, unit)
 
 
 def micro_batch(train: TrainOptions, world_size: int, unit: int = 1) -> tuple[int, int]:

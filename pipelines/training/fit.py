@@ -22,9 +22,7 @@ from pipelines.training.config import (
     LearnerOptions,
     TrainOptions,
     check,
-    micro_batch,
     resolved,
-    worker_range,
 )
 from pipelines.training.feasibility import require_best_metric
 from pipelines.training.progress import progress_bar
@@ -153,9 +151,6 @@ def _fit(
     parents: dict[str, str | None],
     progress: bool,
 ) -> TrainResult:
-    if given := worker_range(options.train.num_workers):
-        for workers in range(given[0], given[1] + 1):  # an elastic run may come to have any number between
-            micro_batch(options.train, workers, unit)
     out = open_storage(options.out)
     began = TrainingRecord.read(out)
     options = with_schedule(options, began.config if began else None)
@@ -234,7 +229,8 @@ def _train(
         dataset=dataset,
         parents=parents,
         run_id=record.run_id if record else None,
-        tags={"deedsr.kind": stage, "deedsr.out": tracking.masked_uri(options.out)},
+        tags={"deedsr.kind": stage},
+        out=options.out,
         tracking_uri=uri,
         system_metrics=False,
         patient=True,

@@ -1,0 +1,34 @@
+"""End runs in MLflow that nobody writes any more: as KILLED, with the time of their last heartbeat.
+
+Of the store of MLFLOW_TRACKING_URI. A killed process leaves its run RUNNING; the next command on the same --out ends it
+too. A run with a heartbeat of the last ten minutes is left alone, and so are those of other users.
+"""
+
+import re
+from dataclasses import dataclass
+from datetime import timedelta
+
+from deedsr.errors import UsageError
+from jobs.command import Command, Outcome
+
+UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+
+
+@dataclass
+class CloseStaleOptions:
+    older: str = "10m"  # only runs without heartbeat for so long: 30m, 1h, 2d
+    everyone: bool = False  # also runs of other users
+
+
+def run(options: CloseStaleOptions) -> Outcome:
+    from pipelines import tracking
+
+    match = re.fullmatch(r"(\d+)([smhd])", options.older)
+    if not match:
+        raise UsageError(f"--older takes a time such as 30m, 1h or 2d, got {options.older!r}")
+    client = tracking.connect(tracking.tracking_uri())
+    done = tracking.close_stale(client, older=timedelta(**{UNITS[match[2]]: int(match[1])}), everyone=options.everyone)
+    return Outcome({"closed": done.closed, "left": [f"{run_id}: {reason}" for run_id, reason in done.left.items()]})
+
+
+COMMAND = Command(CloseStaleOptions, run, example="deedsr runs close-stale --older 1h")
