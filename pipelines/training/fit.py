@@ -12,11 +12,12 @@ from typing import TypeVar
 
 from deedsr.errors import UsageError
 from pipelines import cluster, tracking
+from pipelines.claims import held
 from pipelines.dataset import Dataset
 from pipelines.placement import TrainingPlan, place_training
 from pipelines.storage import Storage, open_storage
 from pipelines.training import checkpoint, tracked
-from pipelines.training.claim import Claim, held
+from pipelines.training.claim import Claim
 from pipelines.training.config import (
     AdapterOptions,
     LearnerOptions,
@@ -163,7 +164,7 @@ def _fit(
     done = _finished(out, record, options)
     if record and done and record.published == done.step:
         return _result(record.run_id, out, done)
-    with held(out) as claim:
+    with held(Claim(out)) as claim:
         record = _continued(out, stage, options, inputs)  # whoever held it before may have gone on
         done = _finished(out, record, options)
         if record and done:
