@@ -309,9 +309,13 @@ def assert_same(one: Path, other: Path) -> None:
             assert (one / name).read_bytes() == (other / name).read_bytes()
 
 
-def test_a_cluster_computes_the_same(on_cluster, evaluated, model, small_dataset, tmp_path):
-    evaluate(model, small_dataset, str(tmp_path), limit=6, seed=3, device="cpu", progress=False)
-    assert_same(tmp_path, evaluated[0])
+def test_a_cluster_computes_the_same_where_paths_are_relative_to_the_command(
+    on_cluster, evaluated, model, small_dataset, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    data, relative_model = os.path.relpath(small_dataset), os.path.relpath(model)
+    evaluate(relative_model, data, "out", base=relative_model, limit=6, seed=3, device="cpu", progress=False)
+    assert_same(tmp_path / "out", evaluated[0])
 
 
 @pytest.mark.soak

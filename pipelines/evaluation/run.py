@@ -126,7 +126,9 @@ def evaluate(
     storage = open_storage(out)
     storage.require_writable()
     # Workers need nothing of the index, which the dataset keeps and its copy does not.
-    work = Evaluator(pinned(model), replace(dataset), tuple(metrics), sampling, seed, device, base=base)
+    work = Evaluator(
+        pinned(model), replace(dataset), tuple(metrics), sampling, seed, device, base=pinned(base) if base else None
+    )
     config = {
         "model": model,
         "base": base,

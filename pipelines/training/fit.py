@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from deedsr.errors import UsageError
 from pipelines import cluster, tracking
@@ -118,20 +118,14 @@ def _initial(stage: str, options: LearnerOptions | AdapterOptions) -> dict[str, 
 
 
 def _located(options: Options) -> Options:
-    """Relative paths made absolute: workers, and whoever loads the model later, have other working directories.
-    Names of MLflow's registry become what they mean now."""
+    """Names and relative paths as workers, and whoever loads the model later, can use them."""
     from pipelines.models import pinned
 
-    places = {
-        name: getattr(options, name) for name in ("data", "out", "learner", "base", "init") if hasattr(options, name)
-    }
-    places |= {name: pinned(places[name]) for name in ("learner", "init") if places.get(name)}
-    local = {
-        name: os.path.abspath(place)
-        for name, place in places.items()
-        if place not in ("", "tiny", None) and "://" not in place and (name in ("data", "out") or Path(place).exists())
-    }
-    return replace(options, **places | local)
+    networks = {name: getattr(options, name) for name in ("learner", "base", "init") if getattr(options, name, None)}
+    places = {name: getattr(options, name) for name in ("data", "out")}
+    located: dict[str, Any] = {name: pinned(network) for name, network in networks.items()}
+    located |= {name: open_storage(place).uri for name, place in places.items() if place and "://" not in place}
+    return replace(options, **located)
 
 
 def _open(stage: str, options: LearnerOptions | AdapterOptions) -> Dataset:
