@@ -27,11 +27,15 @@ from pipelines.training.config import (
     resolved,
     worker_range,
 )
-from pipelines.training.feasibility import require_best_metric
+from pipelines.training.feasibility import (
+    check_adapter_data,
+    check_learner_data,
+    require_best_metric,
+    warn_of_idle,
+)
 from pipelines.training.progress import progress_bar
 from pipelines.training.record import RECORD, TrainingRecord
 from pipelines.training.schedule import with_schedule
-from pipelines.training.suitability import check_adapter_data, check_learner_data
 from pipelines.training.supervision import WITHOUT_GPUS, supervised
 
 logger = logging.getLogger(__name__)
@@ -154,6 +158,7 @@ def _fit(
     out = open_storage(options.out)
     began = TrainingRecord.read(out)
     options = with_schedule(options, began.config if began else None)
+    warn_of_idle(options, dataset)
     record = _continued(out, stage, options, inputs)
     done = _finished(out, record, options)
     if record and done and record.published == done.step:
