@@ -21,7 +21,7 @@ from small_networks import make_pipeline
 from deedsr.errors import DatasetNotCommitted, DeeDSRError, UsageError
 from deedsr.metrics import niqe_set, psnr_y, ssim_y
 from jobs.cli import main
-from pipelines.claims import Claim, held
+from pipelines.claims import Claim, Superseded, held
 from pipelines.dataset import Dataset
 from pipelines.evaluation import evaluate
 from pipelines.storage import open_storage, publish
@@ -284,6 +284,23 @@ def test_a_second_evaluation_into_the_same_place_is_refused(evaluated, model, sm
     with held(Claim(open_storage(out))), pytest.raises(UsageError, match=rf"is being written by .*{os.getpid()}"):
         evaluate(model, small_dataset, str(out), limit=1, progress=False)
     assert json.loads((out / "results.json").read_text()) == results
+
+
+def test_an_evaluation_that_another_command_has_replaced_writes_nothing_more(model, small_dataset, tmp_path):
+    def replace() -> None:
+        while not measured(tmp_path):
+            time.sleep(0.005)
+        claim = json.loads((tmp_path / "claim.json").read_text())
+        open_storage(tmp_path).write("claim.json", json.dumps(claim | {"command": "another"}).encode())
+
+    thread = threading.Thread(target=replace, daemon=True)
+    thread.start()
+    with pytest.raises(Superseded, match="works in .* in place of this command"):
+        evaluate(model, small_dataset, str(tmp_path), limit=24, metrics=["psnr"], progress=False)
+    thread.join()
+    assert not (tmp_path / "results.json").exists()
+    assert status_of(tmp_path)[1] == "RUNNING"  # it is the other's run now
+    assert json.loads((tmp_path / "claim.json").read_text())["command"] == "another"
 
 
 @pytest.fixture
