@@ -256,12 +256,14 @@ def test_only_what_is_the_same_is_continued(model, small_dataset, tmp_path, capl
     other_model = tmp_path / "other-model"
     make_pipeline("kl", num_inference_steps=2).save_pretrained(other_model)
     out = tmp_path / "out"
+    runs: set[str] = set()
 
     def reused(alone: bool = False, **changes) -> int:
         caplog.clear()
         options = {"model": model, "data": small_dataset, "limit": 2, "metrics": ["psnr"], "progress": False} | changes
         result = evaluate(out=str(out), **options)
         assert status_of(out) == (result.run_id, "FINISHED")
+        runs.add(result.run_id)
         assert len({path.parent for path in measured(out)}) == 1
         said = re.search(r"(\d+) of \d+ samples are measured already", caplog.text)
         if alone:
@@ -278,6 +280,7 @@ def test_only_what_is_the_same_is_continued(model, small_dataset, tmp_path, capl
     assert reused(steps=1, seed=1) == 0
     assert reused(steps=1, seed=1, metrics=["ssim"]) == 0
     assert reused(steps=1, seed=1, metrics=["ssim"], model=str(other_model), alone=True) == 0
+    assert len(runs) == 7
 
 
 def test_a_second_evaluation_into_the_same_place_is_refused(evaluated, model, small_dataset):
@@ -300,6 +303,7 @@ def test_an_evaluation_that_another_command_has_replaced_writes_nothing_more(mod
         evaluate(model, small_dataset, str(tmp_path), limit=24, metrics=["psnr"], progress=False)
     thread.join()
     assert not (tmp_path / "results.json").exists()
+    assert len(measured(tmp_path)) < 24
     assert status_of(tmp_path)[1] == "RUNNING"  # it is the other's run now
     assert json.loads((tmp_path / "claim.json").read_text())["command"] == "another"
 
