@@ -140,11 +140,16 @@ def may_read(path: str | Path) -> bool:
 
 
 def opened_file(path: str, flags: int) -> int:
-    """An opener of files alone: FileNotFoundError for a pipe, which would wait for a writer, or a device."""
-    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return descriptor
-    os.close(descriptor)
+    """An opener of files alone: FileNotFoundError for a pipe, which would wait for a writer, a socket or a device."""
+    try:
+        descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # of a socket
+            raise
+    else:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
     raise FileNotFoundError(errno.ENOENT, "Not a regular file", path)
 
 

@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import os
 import socket
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -56,17 +59,32 @@ def _is_place(source: str) -> bool:
     return source.startswith(("s3://", "file://", "/"))
 
 
-def pinned(model: str) -> str:
-    """What `models:/...` means today, for workers and continuations: a location, or else a fixed version.
+def pinned(name: str) -> str:
+    """What a model, learner or base means where the command is given, for workers, whose working directory is another
+    one, and for continuations: the absolute path of a local folder; the location, or else the fixed version, of
+    `models:/...`. Any other name comes back as it is.
 
-    Raises UsageError where there is none. Any other name comes back as it is.
+    Raises UsageError where the registry has no such model.
     """
-    if not model.startswith("models:"):
-        return model
+    if not name.startswith("models:"):
+        local = Path(os.path.expanduser(name))
+        return os.path.abspath(local) if name != "tiny" and "://" not in name and local.exists() else name
     from pipelines.tracking import registry
 
-    version = registry.find(model)
+    version = registry.find(name)
     return version.source if _is_place(version.source) else version.uri
+
+
+@contextmanager
+def on_a_worker() -> Iterator[None]:
+    """Says on which machine a model is missing that was found where the command was given, and where it must lie."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(
+            f"on {socket.gethostname()}: {error}. Workers read models by themselves: give a folder that all machines "
+            "share, an s3:// location or a hub id"
+        ) from error
 
 
 def resolve_model(model: str | Path) -> Path:
@@ -135,13 +153,14 @@ def load_pipeline(
     from deedsr.sampling.model_folder import ModelFolder
     from deedsr.sampling.pipeline import DeeDSRPipeline
 
-    if digest is not None and model_digest(model, base) != digest:
-        raise DeeDSRError(f"the model {model} is another one here than when the command was given")
-    folder = resolve_model(model)
     place = usable_device(device)
-    pipeline = DeeDSRPipeline.from_pretrained(
-        folder, base=base_of(ModelFolder.read(folder), base), torch_dtype=_dtype(precision, place)
-    )
+    with on_a_worker() if digest else nullcontext():
+        if digest is not None and model_digest(model, base) != digest:
+            raise DeeDSRError(f"the model {model} is another one here than when the command was given")
+        folder = resolve_model(model)
+        pipeline = DeeDSRPipeline.from_pretrained(
+            folder, base=base_of(ModelFolder.read(folder), base), torch_dtype=_dtype(precision, place)
+        )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(place)
 

@@ -23,6 +23,7 @@ from picture_files import (
     colour_exif,
     encoded,
     exif,
+    few_bits_png,
     from_adobe_rgb,
     from_black_ink,
     from_display_p3,
@@ -181,6 +182,14 @@ def pngs() -> list[Case]:
         Case("one bit.png", encoded(bits, "PNG"), rgb(np.asarray(bits.convert("L")))),
         Case("grey.png", png(GREY[..., None]), rgb(GREY)),
         Case("grey with a hole.png", png(GREY[..., None], chunk(b"tRNS", bytes([0, GREY[0, 0]]))), rgb(holes)),
+        *(
+            Case(
+                f"grey of {bits} bits with a hole.png",
+                few_bits_png(GREY >> (8 - bits), bits, chunk(b"tRNS", bytes([0, 1]))),
+                rgb(np.where(GREY >> (8 - bits) == 1, 255, (GREY >> (8 - bits)) * (255 // (2**bits - 1)))),
+            )
+            for bits in (1, 2, 4)
+        ),
         Case("colour with a hole.png", encoded(PHOTO, "PNG", transparency=tuple(map(int, PHOTO[0, 0]))), colour_hole),
         Case("grey alpha.png", png(np.dstack([GREY, ALPHA])), over_white(rgb(GREY), ALPHA)),
         Case("alpha.png", png(np.dstack([PHOTO, ALPHA])), over_white(PHOTO, ALPHA)),
@@ -304,6 +313,9 @@ def tiffs() -> list[Case]:
         Case("deep alpha.tif", tiff(deep_alpha, 2, extra=2), over_white(deep, ALPHA)),
         Case("deep premultiplied alpha.tif", tiff(premultiplied, 2, extra=1), over_white(deep, ALPHA), 0.5),
         Case("deep grey.tif", tiff(DEEP[..., :1], 1), rgb(deep[..., 0])),
+        Case("deep grey alpha.tif", tiff(np.dstack([DEEP[..., :1], deep_alpha[..., 3:]]), 1, extra=2), UNSUPPORTED),
+        Case("deep palette.tif", tiff(DEEP[..., :1], 3), UNSUPPORTED),
+        Case("colours of 32 bits.tif", tiff(PHOTO.astype(np.float32), 2), UNSUPPORTED),
         Case("deep negative.tif", tiff(DEEP[..., :1], 0), rgb(255 - deep[..., 0])),
         Case("deep planes.tif", tiff(DEEP, 2, planar=True), UNSUPPORTED),
         Case("floats.tif", tiff(PHOTO[..., :1].astype(np.float32), 1), UNSUPPORTED),

@@ -57,6 +57,16 @@ def png(pixels: np.ndarray, *chunks: bytes, interlaced: bool = False) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(body)
 
 
+def few_bits_png(levels_HW: np.ndarray, bits: int, *chunks: bytes) -> bytes:
+    """Grey of 1, 2 or 4 bits, from levels that fit."""
+    height, width = levels_HW.shape
+    packed = np.packbits(np.unpackbits(levels_HW[..., None], axis=2)[..., -bits:].reshape(height, -1), axis=1)
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    raw = b"".join(b"\0" + row.tobytes() for row in packed)
+    body = [chunk(b"IHDR", header), *chunks, chunk(b"IDAT", zlib.compress(raw)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+
+
 def tiff(pixels: np.ndarray, photometric: int, big_endian: bool = False, planar: bool = False, **tags: int) -> bytes:
     """One uncompressed strip (or one for each plane) of uint8, uint16 or float32 (H, W, channels)."""
     height, width, channels = pixels.shape

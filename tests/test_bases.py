@@ -22,8 +22,8 @@ from deedsr.sampling.schedule import ddim
 from pipelines.dataset import Dataset
 from pipelines.models import resolve_learner
 from pipelines.training.config import AdapterOptions, DiffusionOptions
+from pipelines.training.feasibility import check_adapter_data
 from pipelines.training.fit import train_adapter
-from pipelines.training.suitability import check_adapter_data
 
 UNET = {
     "block_out_channels": (16, 32),

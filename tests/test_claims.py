@@ -16,11 +16,11 @@ from test_outage import begin, empty_store, log, store  # noqa: F401
 
 from deedsr.errors import UsageError
 from pipelines import tracking
-from pipelines.claims import CLAIM, of_this_process
+from pipelines.claims import CLAIM, Superseded, held, of_this_process
 from pipelines.storage import Storage, open_storage
 from pipelines.training import checkpoint, tracked
 from pipelines.training.checkpoint import Checkpoint, Keep, Writer
-from pipelines.training.claim import Claim, Superseded, held
+from pipelines.training.claim import Claim
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -35,11 +35,11 @@ def found(out: Storage) -> dict:
 
 
 def test_an_out_is_one_command_s_until_it_ends(out):
-    with held(out):
-        with pytest.raises(UsageError, match=rf"\(process {os.getpid()}\): .*`kill {os.getpid()}`"), held(out):
+    with held(Claim(out)):
+        with pytest.raises(UsageError, match=rf"\(process {os.getpid()}\): .*`kill {os.getpid()}`"), held(Claim(out)):
             pass
         assert not found(out).get("ended")
-    with held(out) as second:
+    with held(Claim(out)) as second:
         assert second.holds()
         assert found(out)["attempt"] == 2
 
@@ -80,11 +80,11 @@ def test_a_dead_command_is_followed_by_the_next_one(tmp_path, claim, alive):
     out = open_storage(str(tmp_path))
     out.write(CLAIM, json.dumps(of_this_process() | {"command": "before", "attempt": 7} | claim).encode())
     if alive:
-        with pytest.raises(UsageError, match="is being trained by"), held(out):
+        with pytest.raises(UsageError, match="is being trained by"), held(Claim(out)):
             pass
         return
     before = Claim(out, "before")
-    with held(out) as now:
+    with held(Claim(out)) as now:
         assert found(out)["attempt"] == 8
         with pytest.raises(Superseded, match="in place of this command"):
             before.check()
@@ -95,11 +95,11 @@ def test_a_dead_command_is_followed_by_the_next_one(tmp_path, claim, alive):
 
 
 def test_a_killed_command_of_this_machine_is_not_waited_for(tmp_path):
-    code = "import os, sys, signal; from pipelines.training import claim; from pipelines.storage import open_storage; "
-    code += "claim.held(open_storage(sys.argv[1])).__enter__(); os.kill(os.getpid(), signal.SIGKILL)"
+    code = "import os, sys, signal; from pipelines import claims; from pipelines.storage import open_storage; "
+    code += "claims.held(claims.Claim(open_storage(sys.argv[1]))).__enter__(); os.kill(os.getpid(), signal.SIGKILL)"
     killed = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
     assert os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT).si_status == signal.SIGKILL
-    with held(open_storage(str(tmp_path))) as claim:  # nobody has waited for it: it is a zombie
+    with held(Claim(open_storage(str(tmp_path)))) as claim:  # nobody has waited for it: it is a zombie
         assert claim.holds()
     killed.wait()
 
@@ -107,7 +107,7 @@ def test_a_killed_command_of_this_machine_is_not_waited_for(tmp_path):
 def test_a_claim_that_is_damaged_or_removed_is_nobody_s(tmp_path):
     out = open_storage(str(tmp_path))
     out.write(CLAIM, b'{"comm')
-    with held(out) as claim:
+    with held(Claim(out)) as claim:
         assert claim.holds()
         (tmp_path / CLAIM).unlink()
         with pytest.raises(Superseded, match="was removed"):
@@ -125,7 +125,7 @@ def workers_of(claim: Claim) -> Claim:
 def test_a_group_of_workers_that_was_replaced_commits_nothing_and_sends_nothing(out, store):  # noqa: F811
     run = begin(store)
     run.close()
-    with held(out) as claim:
+    with held(Claim(out)) as claim:
         claim.run_id = run.id
         old = workers_of(claim)
         old_run = tracking.open_run(store.uri, run.id, system_metrics=False, permit=old.holds)

@@ -28,7 +28,7 @@ from pipelines.training.config import (
     LearnerOptions,
     TrainOptions,
 )
-from pipelines.training.fit import train_adapter, train_learner
+from pipelines.training.fit import _located, train_adapter, train_learner
 
 
 @pytest.fixture(scope="module")
@@ -320,3 +320,16 @@ def test_a_killed_driver_is_continued_by_the_same_command_without_gap_or_doubled
     result = json.loads(second.stdout)
     assert result["step"] == 60
     assert _steps(result["run_id"]) == list(range(1, 61))
+
+
+def test_what_a_command_was_given_means_the_same_to_workers_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for folder in ("runs/learner", "home/init"):
+        (tmp_path / folder).mkdir(parents=True)
+    given = AdapterOptions(data="~/shards", out="adapter", learner="runs/learner", base="a-hub/model", init="~/init")
+    located = _located(given)
+    assert (located.data, located.out) == (f"{tmp_path}/home/shards", f"{tmp_path}/adapter")
+    assert (located.learner, located.init) == (f"{tmp_path}/runs/learner", f"{tmp_path}/home/init")
+    assert (located.base, _located(dataclasses.replace(given, base="tiny")).base) == ("a-hub/model", "tiny")
+    assert _located(LearnerOptions(data="s3://bucket/a", out="file:///b")).data == "s3://bucket/a"

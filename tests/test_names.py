@@ -1,8 +1,10 @@
 """Claims on names that come from outside: whatever a system allows is read and written, and none leads elsewhere."""
 
+import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -31,6 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = [
     *("photos [2019]", "a*b", "what?", "{x,y}", "{1..3}", "100%", "a%20b", "a+b", "a#b", "a&b=c;d", "~nobody", "-dash"),
     *(" spaces ", "quote'\"`$(x)", "back\\slash", "naïve é", "e\u0301", "日本", "\u202eltr", "😀", "x" * 200, "dot."),
+    *("%2F", "&amp;", "<b>", "a|b", "\\", "$HOME", "!", "Thumbs.db", ","),
     *("a..b", "con", "s3:", "list.txt", "x.tar", "..a", "new\nline", "tab\tbell\a"),
 ]
 
@@ -214,6 +217,9 @@ def test_hidden_files_beside_weights_change_no_digest(model, tmp_path):
         sidecar.unlink()
 
 
+NOTHING = ["loop.png", "gone.png", "pipe.png", "device.png", "socket.png"]
+
+
 @pytest.fixture
 def odd_folder(tmp_path, png) -> Path:
     """a.png, and entries that are nothing to read."""
@@ -223,6 +229,9 @@ def odd_folder(tmp_path, png) -> Path:
     (folder / "gone.png").symlink_to("nowhere.png")
     (folder / "inside").symlink_to(".")
     os.mkfifo(folder / "pipe.png")
+    (folder / "device.png").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(folder):  # a socket's path is short
+        server.bind("socket.png")
     (folder / "folder.png").mkdir()
     return folder
 
@@ -230,9 +239,9 @@ def odd_folder(tmp_path, png) -> Path:
 def test_an_entry_that_is_nothing_to_read_stops_no_folder_and_is_named(odd_folder, model, tmp_path):
     result = enlarged([odd_folder], tmp_path / "out", model)
     assert [Path(image["input"]).name for image in result.images] == ["a.png", "b.png"]
-    assert {Path(failure["input"]).name for failure in result.failed} == {"loop.png", "gone.png", "pipe.png"}
+    assert {Path(failure["input"]).name for failure in result.failed} == set(NOTHING)
     assert {failure["reason"].partition(":")[0] for failure in result.failed} == {"there is no such file"}
-    assert problems(listed(odd_folder)) == dict.fromkeys(["gone.png", "loop.png", "pipe.png"], "gone")
+    assert problems(listed(odd_folder)) == dict.fromkeys(NOTHING, "gone")
     with pytest.raises(UsageError, match=r"loop\.png does not exist"):
         enlarged([odd_folder / "a.png", odd_folder / "loop.png"], tmp_path / "out", model)
 

@@ -141,6 +141,9 @@ def _read(data: bytes, format: str | None) -> Stored:
     _check_size(*image.size)
     exif = _exif(image)
     orientation = int(exif.get(ExifTags.Base.Orientation, 1))
+    if format == "PNG" and image.mode == "L" and isinstance(key := image.info.get("transparency"), int):
+        highest = 2 ** data[24] - 1  # of the file's 2, 4 or 8 bits: Pillow brings the pixels to 8, and not this level
+        image.info["transparency"] = (key & highest) * (255 // highest)
     if format == "JPEG":
         colour, alpha = _jpeg(data, image), None
     else:
@@ -160,7 +163,16 @@ def _opened(data: bytes, format: str | None) -> ImageFile.ImageFile:
     try:
         return Image.open(io.BytesIO(data), formats=(format,))
     except UnidentifiedImageError:  # it begins as that format does
-        raise RejectedImage(_BROKEN) from None
+        raise RejectedImage(_UNSUPPORTED if format == "TIFF" and _is_unknown_tiff(data) else _BROKEN) from None
+
+
+def _is_unknown_tiff(data: bytes) -> bool:
+    """Whether Pillow reads the header and knows no such pixels: 16-bit grey with alpha, a mask, five channels."""
+    try:
+        TiffImageFile(io.BytesIO(data))
+    except SyntaxError as error:
+        return "unknown pixel mode" in str(error)
+    return False
 
 
 def _check_size(width: int, height: int) -> None:

@@ -139,7 +139,7 @@ def find_folder(name: str | Path) -> Path:
         raise UsageError(f"{path} is a file: give the folder of a model")
     if match := _HUB_ID.fullmatch(str(name)):
         return _download(match[1], match[2])
-    raise UsageError(f"there is no model folder {name}")
+    raise UsageError(f"there is no model folder {name}: give one, a hub id such as OWNER/MODEL, or tiny")
 
 
 def find_base(name: str | Path) -> Path:

@@ -2,9 +2,13 @@
 
 OUT/results.json                     figures of the set and of every sample, settings, lineage; written last
 OUT/pictures/KEY.{lr,bicubic,model,hr}.png
+OUT/_state/                          what is measured so far, see `state`
+OUT/claim.json                       one command at a time, see `pipelines.claims`
 """
 
+import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,17 +25,18 @@ from deedsr.errors import UsageError
 from deedsr.metrics import niqe_of_features
 from deedsr.metrics.niqe import BLOCK
 from pipelines import cluster, tracking
-from pipelines.claims import running
+from pipelines.claims import Claim, held
 from pipelines.dataset import Dataset
+from pipelines.evaluation.state import PICTURES, RESULTS, Measured, State
 from pipelines.evaluation.work import METHODS, METRICS, Evaluated, Evaluator
 from pipelines.models import model_digest, pinned, resolve_model, training_run
 from pipelines.placement import Device, place_networks
 from pipelines.spread import place, spread
-from pipelines.storage import open_storage
+from pipelines.storage import Storage, open_storage
 from pipelines.storage.waiting import patiently
 from pipelines.strips import strip
 
-RESULTS = "results.json"
+logger = logging.getLogger(__name__)
 LOGGED_PICTURES = 8  # comparisons among the artifacts of the MLflow run
 
 
@@ -71,7 +76,9 @@ def evaluate(
 ) -> EvaluationResult:
     """Measure a model beside bicubic interpolation; figures and pictures go to `out`, and into an MLflow run.
 
-    Computed in this process, or in actors of the cluster that `RAY_ADDRESS` names.
+    Computed in this process, or in actors of the cluster that `RAY_ADDRESS` names. Each sample is kept in `out` as it
+    is measured: the same call continues with what is missing and the MLflow run that it began, and does nothing when
+    all is done. One with another model, dataset or setting begins anew in `out`.
 
     Args:
         model: `tiny`, or a model's folder, URI, hub id or `models:/NAME/VERSION`.
@@ -88,7 +95,8 @@ def evaluate(
         experiment: of MLflow.
         progress: show a progress bar on stderr.
 
-    Raises UsageError before any work for unknown metrics, an empty split, or scales that differ.
+    Raises UsageError before any work for unknown metrics, an empty split, scales that differ, or an `out` that another
+    command writes.
     """
     from deedsr.sampling.model_folder import ModelFolder
 
@@ -114,14 +122,13 @@ def evaluate(
     }
     sampling = folder.sampling.chosen(**wanted)
     table = dataset.index(split)
-    pairs = [table.take([row]) for row in rows]
-    keys = [pair["key"][0].as_py() for pair in pairs]
+    pairs = {pair["key"][0].as_py(): pair for pair in (table.take([row]) for row in rows)}
     storage = open_storage(out)
     storage.require_writable()
     # Workers need nothing of the index, which the dataset keeps and its copy does not.
-    work = Evaluator(pinned(model), replace(dataset), tuple(metrics), sampling, seed, device, base=base)
-    compute = _computing(work, len(pairs))
-
+    work = Evaluator(
+        pinned(model), replace(dataset), tuple(metrics), sampling, seed, device, base=pinned(base) if base else None
+    )
     config = {
         "model": model,
         "base": base,
@@ -133,48 +140,99 @@ def evaluate(
         "seed": seed,
         "sampling": sampling.as_dict(),
     }
-    with (
-        running(storage),
-        tracking.start_run(
-            experiment,
-            name=Path(str(model).rstrip("/")).name,
-            config=config,
-            dataset=dataset,
-            parents={"adapter": training_run(model)},
-            tags={"deedsr.kind": "evaluation"},
-            out=out,
-        ) as run,
-    ):
-        shown = {keys[i] for i in _evenly(len(keys), LOGGED_PICTURES)}
-        records, features = {}, {}
-        for done in tqdm(compute(pairs), total=len(pairs), desc="evaluate", unit="sample", disable=not progress):
-            files = {name: f"pictures/{done.key}.{name}.png" for name in done.pictures}
-            for name, picture in done.pictures.items():
-                patiently(partial(storage.write, files[name], _png(picture)))
-            if done.key in shown:
-                run.log_picture(done.key, strip(*(done.pictures[name] for name in ("lr", "bicubic", "model", "hr"))))
-            record = {"key": done.key, "source": done.source, "metrics": done.metrics, "pictures": files}
-            records[done.key] = record
-            features[done.key] = done.features
+    about = {
+        "format_version": 1,
+        "created_by": f"deedsr {deedsr.__version__}",
+        "model": model,
+        "scale": dataset.scale,
+        "dataset": {"uri": dataset.uri, "digest": dataset.digest, "split": split},
+        "sampling": sampling.as_dict(),
+        "seed": seed,
+    }
+    return _Evaluation(work, pairs, storage, experiment, config, about, progress).run()
 
-        samples = [records[key] for key in keys]
-        summary = {
-            method: _summary(method, metrics, samples, [features[key][method] for key in keys if "niqe" in metrics])
-            for method in METHODS
-        }
-        results = {
-            "format_version": 1,
-            "created_by": f"deedsr {deedsr.__version__}",
-            "run_id": run.id,
-            "model": model,
-            "scale": dataset.scale,
-            "dataset": {"uri": dataset.uri, "digest": dataset.digest, "split": split},
-            "sampling": sampling.as_dict(),
-            "seed": seed,
-            "metrics": summary,
-            "samples": samples,
-        }
-        text = json.dumps(results, indent=1, allow_nan=False)
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """An evaluation whose options are checked. `about`: what `results.json` says of it."""
+
+    work: Evaluator
+    pairs: dict[str, pa.Table]  # by key, in the order of the results
+    out: Storage
+    experiment: str
+    config: dict[str, Any]
+    about: dict[str, Any]
+    progress: bool
+
+    def run(self) -> EvaluationResult:
+        digest = model_digest(self.work.model, base=self.work.base)
+        with held(Claim(self.out)) as claim:
+            state = self._state(digest)
+            samples = state.measured(self.pairs)
+            run_id = state.run_id()
+            if run_id and len(samples) == len(self.pairs) and (results := state.results(run_id)):
+                return self._result(results)
+            if samples:
+                logger.info("evaluate: %d of %d samples are measured already", len(samples), len(self.pairs))
+            missing = [pair for key, pair in self.pairs.items() if key not in samples]
+            compute = _computing(self.work, digest, len(missing)) if missing else iter
+            with self._started(run_id, claim) as run:
+                state.begin(run.id)
+                for done in self._with_bar(compute(missing), len(samples)):
+                    claim.check()
+                    samples[done.key] = self._kept(done, state)
+                self._log_pictures(run)
+                results = self._results(run, samples)
+            claim.check()
+            patiently(partial(self.out.write, RESULTS, _text(results).encode()))
+        return self._result(results)
+
+    def _state(self, digest: str) -> State:
+        samples = self.work.made_of(digest)
+        whole = {"samples": samples, "keys": [*self.pairs], "experiment": self.experiment}
+        whole["store"] = tracking.masked_uri(tracking.tracking_uri())
+        return State(self.out, _digest(samples), _digest(whole))
+
+    def _started(self, run_id: str | None, claim: Claim) -> tracking.Run:
+        return tracking.start_run(
+            self.experiment,
+            name=Path(str(self.config["model"]).rstrip("/")).name,
+            config=self.config,
+            dataset=self.work.dataset,
+            parents={"adapter": training_run(self.config["model"])},
+            run_id=run_id,
+            tags={"deedsr.kind": "evaluation"},
+            permit=claim.holds,
+            out=self.out.uri,
+        )
+
+    def _with_bar(self, computed: Iterator[Evaluated], before: int) -> Iterator[Evaluated]:
+        whole = len(self.pairs)
+        return iter(
+            tqdm(computed, initial=before, total=whole, desc="evaluate", unit="sample", disable=not self.progress)
+        )
+
+    def _kept(self, done: Evaluated, state: State) -> Measured:
+        """What came of one pair, written: the pictures, and then that they are whole."""
+        files = {name: f"{PICTURES}/{done.key}.{name}.png" for name in done.pictures}
+        for name, picture in done.pictures.items():
+            patiently(partial(self.out.write, files[name], _png(picture)))
+        record = {"key": done.key, "source": done.source, "metrics": done.metrics, "pictures": files}
+        sample = Measured(record, done.features)
+        state.add(sample)
+        return sample
+
+    def _log_pictures(self, run: tracking.Run) -> None:
+        keys = [*self.pairs]
+        for key in (keys[i] for i in _evenly(len(keys), LOGGED_PICTURES)):
+            names = ("lr", "bicubic", "model", "hr")
+            run.log_picture(key, strip(*(_pixels(self.out.read(f"{PICTURES}/{key}.{name}.png")) for name in names)))
+
+    def _results(self, run: tracking.Run, measured: dict[str, Measured]) -> dict[str, Any]:
+        """What `results.json` holds, logged."""
+        samples = [measured[key] for key in self.pairs]
+        summary = {method: _summary(method, self.work.metrics, samples) for method in METHODS}
+        results = self.about | {"run_id": run.id, "metrics": summary, "samples": [sample.record for sample in samples]}
         run.log_metrics(
             {
                 f"{method}.{name}": value
@@ -183,17 +241,22 @@ def evaluate(
                 if value is not None
             }
         )
-        run.log_text(text, RESULTS)
-        patiently(partial(storage.write, RESULTS, text.encode()))
-    return EvaluationResult(summary, run.id, len(samples), f"{storage.uri}/{RESULTS}", dataset.digest)
+        run.log_text(_text(results), RESULTS)
+        return results
+
+    def _result(self, results: dict[str, Any]) -> EvaluationResult:
+        place = f"{self.out.uri}/{RESULTS}"
+        return EvaluationResult(results["metrics"], results["run_id"], len(self.pairs), place, self.work.dataset.digest)
 
 
-def _computing(work: Evaluator, pairs: int) -> Callable[[list[pa.Table]], Iterator[Evaluated]]:
-    """`work` in this process, or in actors of the cluster that `RAY_ADDRESS` names, once one can start there."""
+def _computing(work: Evaluator, digest: str, pairs: int) -> Callable[[list[pa.Table]], Iterator[Evaluated]]:
+    """`work` in this process, or in actors of the cluster that `RAY_ADDRESS` names, once one can start there.
+
+    `digest`: see `pipelines.models.model_digest`.
+    """
     if cluster.is_named():
-        work = replace(work, digest=model_digest(work.model, base=work.base))
         plan = place("evaluate", pairs, work.device)
-        return partial(spread, replace(work, device=plan.device), plan=plan, command="evaluate")
+        return partial(spread, replace(work, digest=digest, device=plan.device), plan=plan, command="evaluate")
     place_networks(cluster.this_machine(), work.device, 1, "evaluate")
     _ = work.pipeline  # one that cannot be loaded leaves no run behind
     return partial(map, work)
@@ -233,20 +296,30 @@ def _check_metrics(metrics: Sequence[str], dataset: Dataset, split: str) -> None
         )
 
 
-def _summary(
-    method: str, metrics: Sequence[str], records: list[dict[str, Any]], features: list[np.ndarray]
-) -> dict[str, float | None]:
+def _summary(method: str, metrics: Sequence[str], samples: Sequence[Measured]) -> dict[str, float | None]:
     summary: dict[str, float | None] = {}
     for name in metrics:
         if name == "niqe":
             try:
-                summary[name] = niqe_of_features(np.concatenate(features))
+                summary[name] = niqe_of_features(np.concatenate([sample.features[method] for sample in samples]))
             except ValueError:  # the pictures are flat
                 summary[name] = None
         else:
-            values = [record["metrics"][method][name] for record in records]
+            values = [sample.record["metrics"][method][name] for sample in samples]
             summary[name] = None if None in values else float(np.mean(values))
     return summary
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _text(results: dict[str, Any]) -> str:
+    return json.dumps(results, indent=1, allow_nan=False)
+
+
+def _pixels(png: bytes) -> np.ndarray:
+    return cv2.cvtColor(cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
 
 
 def _png(picture: np.ndarray) -> bytes:

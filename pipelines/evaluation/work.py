@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 
+from deedsr import __version__
 from deedsr.dataset.keys import generator
 from deedsr.metrics import niqe_features, psnr_y, ssim_y
 from pipelines.dataset import Dataset
@@ -64,6 +65,18 @@ class Evaluator:
             {method: self._measure(picture, hr) for method, picture in enlarged.items()},
             {method: niqe_features(picture) for method, picture in enlarged.items()} if "niqe" in self.metrics else {},
         )
+
+    def made_of(self, digest: str) -> dict[str, Any]:
+        """What the figures of a pair follow from. `digest`: of the model, see `pipelines.models.model_digest`."""
+        return {
+            "version": __version__,
+            "model": digest,
+            "dataset": self.dataset.digest,
+            "metrics": self.metrics,
+            "sampling": self.sampling.as_dict(),
+            "seed": self.seed,
+            "device": self.device,
+        }
 
     @cached_property
     def pipeline(self) -> Any:

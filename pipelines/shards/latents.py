@@ -23,7 +23,7 @@ from deedsr.errors import DeeDSRError, UsageError
 from deedsr.sampling.digests import part_digest
 from pipelines import cluster
 from pipelines.dataset import Dataset
-from pipelines.models import load_vae, resolve_base, resolve_learner, usable_device
+from pipelines.models import load_vae, on_a_worker, pinned, resolve_base, resolve_learner, usable_device
 from pipelines.placement import Device, place_networks
 from pipelines.shards.build import shard_draft
 from pipelines.shards.derive import PLACES, Tars, rows_of
@@ -66,6 +66,7 @@ def make_latents(
     storage = open_storage(out)
     if storage.uri == dataset.uri:
         raise UsageError(f"--out {storage.uri} is the dataset that the pixels come from: choose another")
+    base, learner = pinned(base), pinned(learner) if learner else None
     source = latents_source(dataset, base, learner, precision)
     work = FromPixels(
         replace(source, dataset="", uri=""), dataset.storage, index_of(dataset), dataset.hr_dataset().storage, base,
@@ -202,15 +203,16 @@ class Networks:
         device = usable_device(device_type)
         if device.type == "cpu":
             torch.set_num_threads(1)  # there is an actor for each CPU
-        folder = resolve_base(base)
+        with on_a_worker():
+            folder = resolve_base(base)
+            learner_folder = resolve_learner(learner) if learner else None
         _require_same("base", base, part_digest(folder / "vae"), source.vae)
         dtype = torch.bfloat16 if source.precision == "bf16" else torch.float32
         vae = freeze(load_vae(folder, torch_dtype=dtype)).to(device, memory_format=torch.channels_last)
-        if learner is None:
+        if learner_folder is None:
             return cls(vae, None, device)
-        folder = resolve_learner(learner)
-        _require_same("learner", learner, part_digest(folder), source.learner)
-        loaded = DegradationLearner.from_pretrained(folder, low_cpu_mem_usage=False)
+        _require_same("learner", str(learner), part_digest(learner_folder), source.learner)
+        loaded = DegradationLearner.from_pretrained(learner_folder, low_cpu_mem_usage=False)
         return cls(vae, freeze(loaded).to(device), device)
 
     def encode(self, pairs: tuple[Pair, ...], scale: int) -> list[Latents]:

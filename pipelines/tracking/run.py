@@ -169,6 +169,7 @@ class Run:
         self.id = run_id
         self.tracking_uri = tracking_uri
         self.patient = patient
+        self._permit = permit
         self._monitor: Any = None
         self._finished = False
         name = f"the MLflow store {masked_uri(tracking_uri)}"
@@ -284,7 +285,8 @@ class Run:
             self.later(lambda: self._terminate(status))
             return self._close(to_the_end=status == "FINISHED")
         self.close()
-        self._terminate(status)
+        if self._permit():
+            self._terminate(status)
         return True
 
     def _terminate(self, status: str) -> None:

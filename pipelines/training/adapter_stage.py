@@ -22,7 +22,7 @@ from deedsr.sampling.model_card import copy_base_licence, write_card
 from deedsr.sampling.model_folder import FORMAT_VERSION, load_part
 from deedsr.sampling.schedule import ddim
 from pipelines.dataset import Dataset
-from pipelines.models import load_vae, resolve_base, resolve_learner, resolve_model
+from pipelines.models import load_vae, on_a_worker, resolve_base, resolve_learner, resolve_model
 from pipelines.training.config import AdapterOptions
 from pipelines.training.initial import initial_weights
 from pipelines.training.metrics import by_timestep, middles
@@ -48,10 +48,11 @@ class AdapterStage:
         self.options, self.scale, self.latents = options, scale, latents
 
     def fetch(self) -> None:
-        resolve_base(self.options.base)
-        resolve_learner(self.options.learner)
-        if self.options.init is not None:
-            resolve_model(self.options.init)
+        with on_a_worker():
+            resolve_base(self.options.base)
+            resolve_learner(self.options.learner)
+            if self.options.init is not None:
+                resolve_model(self.options.init)
 
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         base = resolve_base(self.options.base)

@@ -22,9 +22,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from deedsr.errors import DeeDSRError, UsageError
+from pipelines.claims import Superseded
 from pipelines.storage import Storage, waiting
 from pipelines.storage.errors import Faulty
-from pipelines.training.claim import Superseded
 
 logger = logging.getLogger(__name__)
 PARTS = ("trained", "optimizer", "state")

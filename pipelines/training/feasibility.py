@@ -1,18 +1,74 @@
-"""Whether a training will log the metric by which its best checkpoint is kept: asked before any work."""
+"""Refuses a training that cannot work, before any worker starts: data that do not suit its stage, sizes that its
+networks cannot take, a metric that is never logged. What has no effect in it is warned of."""
 
+import logging
+import math
 from difflib import get_close_matches
 from pathlib import Path
+
+import pyarrow.compute as pc
 
 from deedsr.errors import UsageError
 from pipelines.dataset import Dataset
 from pipelines.training.config import AdapterOptions, LearnerOptions
 from pipelines.training.metrics import bucket_names, middles
 
-__all__ = ["logged_metrics", "require_best_metric"]
+__all__ = ["check_adapter_data", "check_learner_data", "logged_metrics", "require_best_metric", "warn_of_idle"]
 
+logger = logging.getLogger(__name__)
 _ALWAYS = {"loss", "loss_smoothed", "lr", "grad_norm", "skipped_steps", "samples_per_second", "data_wait_share"}
 _MEMORY = {"memory/rss_mib", "memory/gpu_allocated_mib", "memory/gpu_peak_mib"}
 _RANKS = {"top1", "top5"}
+
+
+def check_learner_data(options: LearnerOptions, dataset: Dataset) -> None:
+    """Refuse LR images without equal quadrants, and data in which no sample has a negative."""
+    crop, scale = dataset.recipe.crop.size, dataset.scale
+    if crop // scale % 2:
+        raise UsageError(
+            f"the LR images in {dataset.uri} have {crop // scale} px a side, and the learner compares their quadrants, "
+            f"which needs an even number: make shards with a crop.size that is a multiple of {2 * scale}"
+        )
+    index, contrast = dataset.index("train"), options.contrast
+    groups = index["degradation_group"]
+    if groups.null_count == 0 and len(pc.unique(groups)) == 1:
+        raise UsageError(
+            f"all samples in {dataset.uri} share one degradation, so none is a negative of another and there is "
+            "nothing to learn: make shards with a larger distinct_degradations, or 0, or with more variants"
+        )
+    in_the_block = contrast.batch_negatives and contrast.batch_block > 1 and index.num_rows > 1
+    if len(pc.unique(index["source_sha256"])) == 1 and not in_the_block:
+        raise UsageError(
+            f"all samples in {dataset.uri} come from one photograph, whose keys in the queue are no negatives, so "
+            "there is nothing to learn: add photographs, or take the other samples of a block as negatives by "
+            "--contrast.batch_negatives true, which needs several variants and a batch_block above 1"
+        )
+
+
+def check_adapter_data(options: AdapterOptions, dataset: Dataset, base: Path, learner: Path) -> None:
+    """Refuse crops that the base's networks cannot take, a learner without weights, unknown sampling settings."""
+    from deedsr.sampling.base import picture_unit
+    from deedsr.sampling.settings import SamplingSettings
+    from deedsr.sampling.weights import tensor_shapes
+
+    crop, scale = dataset.recipe.crop.size, dataset.scale
+    unit = picture_unit(base)  # of the HR
+    lr_unit = unit // math.gcd(unit, scale)
+    whole, wanted = crop // scale, options.diffusion.lr_crop
+    side = min(wanted, whole) if wanted else whole
+    if side % lr_unit:
+        what = f"diffusion.lr_crop {wanted}" if side == wanted else f"the recipe's crop.size {crop} in {dataset.uri}"
+        other = f"shards with a crop.size that is a multiple of {lr_unit * scale}"
+        fitting = f"--diffusion.lr_crop {side - side % lr_unit} or another multiple of {lr_unit}"
+        raise UsageError(
+            f"{what} gives training pictures of {side * scale} px, and the base {options.base} takes multiples of "
+            f"{lr_unit * scale}: give {fitting + ', or ' if side >= lr_unit else ''}{other}"
+        )
+    tensor_shapes(learner)
+    try:
+        SamplingSettings.of(options.sampling)
+    except UsageError as error:
+        raise UsageError(f"sampling: {error}") from None
 
 
 def require_best_metric(options: LearnerOptions | AdapterOptions, dataset: Dataset, base: Path | None = None) -> None:
@@ -57,3 +113,21 @@ def _timesteps(options: AdapterOptions, base: Path) -> int:
 
     steps = int(read_config(base, "scheduler").get("num_train_timesteps", 1000))
     return min(options.diffusion.max_timestep or steps, steps)
+
+
+def warn_of_idle(options: LearnerOptions | AdapterOptions, dataset: Dataset) -> None:
+    """Warns of settings without an effect in so short a training, or on such data. They are not refused, because a
+    preset may have set them."""
+    train = options.train
+    if train.validate_every > train.max_steps:
+        logger.warning(
+            "there will be no validation: train.validate_every is %d and train.max_steps %d",
+            train.validate_every, train.max_steps,
+        )  # fmt: skip
+    elif train.validate_every and dataset.index("validation").num_rows == 0:
+        logger.warning("there will be no validation: %s has no sample in its validation split", dataset.uri)
+    if train.warmup_steps >= train.max_steps:
+        logger.warning(
+            "the learning rate never leaves its warm-up: train.warmup_steps is %d and train.max_steps %d",
+            train.warmup_steps, train.max_steps,
+        )  # fmt: skip

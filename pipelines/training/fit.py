@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from deedsr.errors import UsageError
 from pipelines import cluster, tracking
+from pipelines.claims import held
 from pipelines.dataset import Dataset
 from pipelines.placement import TrainingPlan, place_training
 from pipelines.storage import Storage, open_storage
 from pipelines.training import checkpoint, tracked
-from pipelines.training.claim import Claim, held
+from pipelines.training.claim import Claim
 from pipelines.training.config import (
     AdapterOptions,
     LearnerOptions,
@@ -24,11 +25,15 @@ from pipelines.training.config import (
     check,
     resolved,
 )
-from pipelines.training.feasibility import require_best_metric
+from pipelines.training.feasibility import (
+    check_adapter_data,
+    check_learner_data,
+    require_best_metric,
+    warn_of_idle,
+)
 from pipelines.training.progress import progress_bar
 from pipelines.training.record import RECORD, TrainingRecord
 from pipelines.training.schedule import with_schedule
-from pipelines.training.suitability import check_adapter_data, check_learner_data
 from pipelines.training.supervision import WITHOUT_GPUS, supervised
 
 logger = logging.getLogger(__name__)
@@ -115,20 +120,14 @@ def _initial(stage: str, options: LearnerOptions | AdapterOptions) -> dict[str, 
 
 
 def _located(options: Options) -> Options:
-    """Relative paths made absolute: workers, and whoever loads the model later, have other working directories.
-    Names of MLflow's registry become what they mean now."""
+    """Names and relative paths as workers, and whoever loads the model later, can use them."""
     from pipelines.models import pinned
 
-    places = {
-        name: getattr(options, name) for name in ("data", "out", "learner", "base", "init") if hasattr(options, name)
-    }
-    places |= {name: pinned(places[name]) for name in ("learner", "init") if places.get(name)}
-    local = {
-        name: os.path.abspath(place)
-        for name, place in places.items()
-        if place not in ("", "tiny", None) and "://" not in place and (name in ("data", "out") or Path(place).exists())
-    }
-    return replace(options, **places | local)
+    networks = {name: getattr(options, name) for name in ("learner", "base", "init") if getattr(options, name, None)}
+    places = {name: getattr(options, name) for name in ("data", "out")}
+    located: dict[str, Any] = {name: pinned(network) for name, network in networks.items()}
+    located |= {name: open_storage(place).uri for name, place in places.items() if place and "://" not in place}
+    return replace(options, **located)
 
 
 def _open(stage: str, options: LearnerOptions | AdapterOptions) -> Dataset:
@@ -154,11 +153,12 @@ def _fit(
     out = open_storage(options.out)
     began = TrainingRecord.read(out)
     options = with_schedule(options, began.config if began else None)
+    warn_of_idle(options, dataset)
     record = _continued(out, stage, options, inputs)
     done = _finished(out, record, options)
     if record and done and record.published == done.step:
         return _result(record.run_id, out, done)
-    with held(out) as claim:
+    with held(Claim(out)) as claim:
         record = _continued(out, stage, options, inputs)  # whoever held it before may have gone on
         done = _finished(out, record, options)
         if record and done:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from deedsr.errors import DeeDSRError
+from pipelines.claims import Superseded
 from pipelines.dataset import Dataset
 from pipelines.storage import Storage, open_storage, publish, waiting
 from pipelines.storage.errors import FAILURES
 from pipelines.training import checkpoint, tracked
-from pipelines.training.claim import Claim, Superseded
+from pipelines.training.claim import Claim
 from pipelines.training.config import (
     AdapterOptions,
     LearnerOptions,

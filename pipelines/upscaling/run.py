@@ -82,7 +82,7 @@ def upscale(
         raise UsageError(f"--quality must be 1 to 100, got {quality}")
     target = open_storage(out)
     sources = find_sources(inputs, target, format)
-    model = pinned(model)
+    model, base = pinned(model), pinned(base) if base else None
     settings = ModelFolder.read(resolve_model(model)).sampling.chosen(num_inference_steps=steps, **sampling)
     if not ray:
         place_networks(cluster.this_machine(), device, 1, "upscale")

@@ -1,4 +1,6 @@
-"""Data from which a learner can learn nothing is refused before anything starts."""
+"""Data from which a learner can learn nothing is refused before anything starts, settings without effect are named."""
+
+import dataclasses
 
 import pytest
 
@@ -7,8 +9,8 @@ from deedsr.errors import UsageError
 from pipelines.dataset import Dataset
 from pipelines.shards import generate
 from pipelines.training.config import ContrastOptions, LearnerModelOptions, LearnerOptions, TrainOptions
+from pipelines.training.feasibility import check_learner_data, warn_of_idle
 from pipelines.training.fit import train_learner
-from pipelines.training.suitability import check_learner_data
 
 
 @pytest.fixture
@@ -62,3 +64,19 @@ def test_samples_that_all_share_one_degradation_are_no_negatives_of_each_other(m
 
 def test_lr_images_without_equal_quadrants_are_refused(made, refused):
     refused(made(2, crop={"size": 68}), "have 17 px a side, .* multiple of 8")
+
+
+def test_settings_without_an_effect_in_so_short_a_training_are_warned_of(small_dataset, caplog):
+    dataset = Dataset.open(small_dataset)
+
+    def warned(data: Dataset = dataset, **train) -> str:
+        caplog.clear()
+        warn_of_idle(LearnerOptions(train=TrainOptions(**{"max_steps": 10} | train)), data)
+        return caplog.text
+
+    assert warned() == warned(validate_every=10, warmup_steps=9) == ""
+    assert "no validation: train.validate_every is 11 and train.max_steps 10" in warned(validate_every=11)
+    assert "never leaves its warm-up: train.warmup_steps is 10 and train.max_steps 10" in warned(warmup_steps=10)
+    without = dataclasses.replace(dataset)
+    vars(without)["_samples"] = dataset.index("train")  # as read from a dataset whose recipe leaves none
+    assert "has no sample in its validation split" in warned(without, validate_every=1)
