@@ -3,6 +3,7 @@
 Runs of the shards job and trainings have one; what follows from a claim is theirs to say.
 """
 
+import json
 import logging
 import os
 import socket
@@ -18,7 +19,7 @@ from pipelines import machine
 from pipelines.storage import waiting
 from pipelines.storage.errors import FAILURES
 
-__all__ = ["CLAIM", "DEAD_AFTER", "heartbeat", "is_alive", "named", "of_this_process"]
+__all__ = ["CLAIM", "DEAD_AFTER", "heartbeat", "is_alive", "named", "of_this_process", "parsed"]
 
 logger = logging.getLogger(__name__)
 CLAIM = "claim.json"
@@ -35,6 +36,17 @@ def of_this_process() -> dict[str, Any]:
         "processes": machine.process_space(),
         "alive": time.time(),
     }
+
+
+def parsed(data: bytes, **more: type) -> dict[str, Any]:
+    """A claim as it was written, with the fields `more`; {} where it is none, as damaged and foreign files are."""
+    try:
+        claim = json.loads(data)
+    except ValueError:
+        return {}
+    fields = {"host": str, "pid": int, "alive": float, **more}
+    whole = isinstance(claim, dict) and all(isinstance(claim.get(name), kind) for name, kind in fields.items())
+    return claim if whole else {}
 
 
 def is_alive(claim: Mapping[str, Any]) -> bool:

@@ -218,38 +218,42 @@ def test_a_training_that_waits_for_a_node_or_hangs_says_so_and_ends_when_it_is_t
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
     train = dataclasses.replace(learner_options.train, max_steps=1_000_000, checkpoint_every=20, num_workers=1,
                                 gpus_per_worker=0)  # fmt: skip
-    options = dataclasses.replace(learner_options, out=str(tmp_path / "run" / "learner"), train=train)
+    folder = tmp_path / "run"
+    options = dataclasses.replace(learner_options, out=str(folder / "learner"), train=train)
     tracking.connect(store)
 
-    def begun(name: str) -> Command:
+    def begun(options: LearnerOptions, name: str) -> Command:
         return Command(options, name, RAY_ADDRESS=cluster.address)
+
+    def processes_of_ray_train() -> list[str]:
+        found = [p.cmdline() for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+        return [words[0] for words in found if words and words[0].startswith(("ray::Train", "ray::RayTrain"))]
 
     def assert_ended(command: Command) -> None:
         try:
             command.process.communicate(timeout=30)
         finally:
             print(command.log.read_text()[-3000:])
-            command.process.kill()
+            if command.process.poll() is None:
+                command.process.kill()
         assert command.process.returncode == 130
         assert not list(command.out.glob("_ray-*"))
         assert json.loads((command.out / "claim.json").read_text())["ended"]
-        time.sleep(3)
-        left = [p.cmdline() for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
-        assert not [words for words in left if words and words[0].startswith(("ray::Train", "ray::RayTrain"))]
         if (command.out / "training.json").exists():
             run_id = json.loads((command.out / "training.json").read_text())["run_id"]
             assert tracking.connect(store).get_run(run_id).info.status == "KILLED"
 
     try:
-        command = begun("before-the-first-start")
-        command.wait_for_line("train learner: 1 worker")
-        time.sleep(5)
-        command.process.send_signal(signal.SIGTERM)
-        assert_ended(command)
-
         node = cluster.add_node(num_cpus=1, **small)
-        command = begun("worker-that-hangs")
+        command = begun(options, "worker-that-hangs")
         command.wait_for_step(20)
+
+        second = begun(dataclasses.replace(options, out=str(folder / "second")), "before-the-first-start")
+        second.wait_for_line("s for 1 x {CPU 1}: free: 0 CPU")
+        second.process.send_signal(signal.SIGTERM)
+        assert_ended(second)
+        assert command.process.poll() is None
+
         [worker] = command.workers(psutil.Process())
         worker.suspend()
         command.process.send_signal(signal.SIGINT)
@@ -257,14 +261,18 @@ def test_a_training_that_waits_for_a_node_or_hangs_says_so_and_ends_when_it_is_t
         assert command.process.poll() is None
         command.process.send_signal(signal.SIGINT)
         assert_ended(command)
+        time.sleep(3)
+        assert not processes_of_ray_train()
 
-        command = begun("lost-node")
+        command = begun(options, "lost-node")
         command.wait_for_step(newest(command.out) + 20)
         cluster.remove_node(node, allow_graceful=False)
         command.wait_for_line("workers failed: ")
         command.wait_for_line("s for 1 x {CPU 1}: free: 0 CPU")
         command.process.send_signal(signal.SIGTERM)
         assert_ended(command)
+        time.sleep(3)
+        assert not processes_of_ray_train()
         assert "Traceback" not in command.log.read_text()
     finally:
         cluster.shutdown()

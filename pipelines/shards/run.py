@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from deedsr.dataset.manifest import STATE
+from deedsr.errors import DeeDSRError
 from pipelines import claims
 from pipelines.shards.plan import ShardPlan
 from pipelines.shards.record import Inventory
@@ -38,10 +39,27 @@ def running(out: Storage) -> Iterator[Storage]:
             out.delete_many([entry.path for entry in out.list(name)])
 
 
-def live_runs(out: Storage) -> list[str]:
-    """Runs that gave a sign of life in the last ten minutes, in words."""
-    found = [json.loads(out.read(e.path)) for e in out.list(RUNS) if e.path.endswith(f"/{claims.CLAIM}")]
-    return [claims.named(claim) for claim in found if claims.is_alive(claim)]
+def live_runs(out: Storage) -> dict[str, str]:
+    """Runs with a heartbeat in the last ten minutes: the location of the claim, and the process in words.
+
+    Raises DeeDSRError where a claim cannot be read: its run may be at work.
+    """
+    alive = {}
+    for entry in out.list(RUNS):
+        place = f"{out.uri}/{entry.path}"
+        if not entry.path.endswith(f"/{claims.CLAIM}"):
+            continue
+        try:
+            claim = claims.parsed(out.read(entry.path))
+        except FileNotFoundError:  # it has just ended
+            continue
+        if not claim:
+            raise DeeDSRError(
+                f"{place} is damaged. A run at work writes it again within a minute; if it stays so, delete it"
+            )
+        if claims.is_alive(claim):
+            alive[place] = claims.named(claim)
+    return alive
 
 
 class PlanParts:

@@ -44,7 +44,7 @@ class Claim:
                 raise UsageError(
                     f"{self.out.uri} is being trained by {claims.named(found)}: wait for it, end it there (`kill "
                     f"{found['pid']}` has it checkpoint), or choose another --out. One that was killed on another "
-                    f"machine counts as alive for ten minutes, or until {CLAIM} is deleted"
+                    f"machine counts as alive for ten minutes: delete {self.out.uri}/{CLAIM} to continue it at once"
                 )
             claim = claims.of_this_process() | {"command": self.command, "attempt": found.get("attempt", 0) + 1}
             with suppress(Conflict):
@@ -97,11 +97,9 @@ class Claim:
         try:
             # Before the content, which may only be newer: then a write over this version fails.
             version = self.out.stat(CLAIM).version
-            return json.loads(self.out.read(CLAIM)), version
+            return claims.parsed(self.out.read(CLAIM), command=str, attempt=int), version
         except FileNotFoundError:
             return {}, None
-        except ValueError:
-            return {}, version
 
     def _write(self, claim: dict[str, Any], version: str | None) -> dict[str, Any]:
         self.out.write(CLAIM, json.dumps(claim).encode(), expected=version)
