@@ -274,5 +274,6 @@ def test_a_training_that_waits_for_a_node_or_hangs_says_so_and_ends_when_it_is_t
         time.sleep(3)
         assert not processes_of_ray_train()
         assert "Traceback" not in command.log.read_text()
+        assert "raylet" not in command.log.read_text()
     finally:
         cluster.shutdown()
