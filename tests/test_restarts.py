@@ -168,15 +168,17 @@ def three_nodes():
 @pytest.mark.soak
 @pytest.mark.timeout(1500)
 def test_a_lost_node_costs_its_worker_until_it_returns(learner_options, store, three_nodes, tmp_path):  # noqa: F811
-    """And one that Ray is told to drain is left with a checkpoint of the step at hand, before it is gone."""
+    """One that returns, and one that Ray is told to drain, cost no step: the workers checkpoint the one at hand before
+    there are others. A command that was interrupted at once is followed by the next one without a wait."""
     cluster, nodes = three_nodes
     train = dataclasses.replace(learner_options.train, max_steps=1_000_000, checkpoint_every=20, num_workers="1..3",
                                 global_batch_size=12, micro_batch_size=2, keep_checkpoints=1000,
                                 gpus_per_worker=0)  # fmt: skip
     contrast = dataclasses.replace(learner_options.contrast, batch_block=2)
     out = str(tmp_path / "run" / "learner")
-    command = Command(dataclasses.replace(learner_options, out=out, train=train, contrast=contrast),
-                      RAY_ADDRESS=cluster.address)  # fmt: skip
+    options = dataclasses.replace(learner_options, out=out, train=train, contrast=contrast)
+    command = Command(options, RAY_ADDRESS=cluster.address)
+    at_hand = lambda: sum(bool(saved.step % 20) for saved in checkpoint.committed(open_storage(out)))
 
     def seconds_to(workers: int) -> float:
         """Until so many workers have committed a checkpoint."""
@@ -192,13 +194,21 @@ def test_a_lost_node_costs_its_worker_until_it_returns(learner_options, store, t
     down = seconds_to(2)
     cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
     up = seconds_to(3)
+    assert at_hand() == 1
     words = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", cluster.address,
              "--node-id", nodes[2].node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot",
              "--deadline-remaining-seconds", "600"]  # fmt: skip
     subprocess.run(words, check=True, capture_output=True)
     seconds_to(2)
-    assert any(saved.step % 20 for saved in checkpoint.committed(open_storage(out))), "it checkpointed where it was"
+    assert at_hand() == 2
     print(f"seconds: {started:.0f} to the first checkpoint, {down:.0f} after a lost node, {up:.0f} after its return")
+    for _ in range(2):
+        command.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+    command.process.communicate(timeout=30)
+    assert command.process.returncode == 130
+    command = Command(options, "again", RAY_ADDRESS=cluster.address)
+    command.wait_for_step(newest(command.out) + 20, seconds=120)
     command.process.send_signal(signal.SIGTERM)
     command.process.communicate(timeout=120)
     assert command.process.returncode == 130
