@@ -7,16 +7,18 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+from fault_proxy import FaultProxy
 from test_training import learner_options  # noqa: F401
 from training_process import run
 
 from pipelines import tracking
-from pipelines.storage import open_storage
+from pipelines.storage import open_storage, publish
 from pipelines.training import checkpoint
 from pipelines.training.config import LearnerOptions
 
@@ -215,6 +217,33 @@ def test_a_lost_node_costs_its_worker_until_it_returns(learner_options, store, t
     run_id = json.loads((command.out / "training.json").read_text())["run_id"]
     steps = [m.step for m in tracking.connect(store).get_metric_history(run_id, "loss")]
     assert sorted(steps) == list(range(1, newest(command.out) + 1))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_a_training_whose_shards_are_away_says_so_waits_and_ends_when_it_is_told_to(
+    learner_options, store, bucket, s3_server, tmp_path  # noqa: F811
+):  # fmt: skip
+    away = threading.Event()
+    data = f"{bucket}/{tmp_path.name}"
+    publish(Path(learner_options.data), data)
+    train = dataclasses.replace(learner_options.train, max_steps=1_000_000, checkpoint_every=20, num_workers=2,
+                                hang_seconds=10.0, max_failures=0, cache_gb=0.0)  # fmt: skip
+    options = dataclasses.replace(learner_options, data=data, out=str(tmp_path / "run" / "learner"), train=train)
+    with FaultProxy(s3_server, lambda number: "reset" if away.is_set() else None) as proxy:
+        command = Command(options, AWS_ENDPOINT_URL=proxy.endpoint)
+        command.wait_for_step(20)
+        away.set()
+        command.wait_for_line("workers wait for storage")
+        time.sleep(30)  # longer than a step may hang
+        away.clear()
+        command.wait_for_step(newest(command.out) + 40)
+        assert "workers failed" not in command.log.read_text()
+        away.set()
+        time.sleep(15)
+        command.process.send_signal(signal.SIGTERM)
+        command.process.communicate(timeout=40)
+    assert command.process.returncode == 130
 
 
 @pytest.mark.soak

@@ -1,6 +1,7 @@
 """What Ray Train sets up in its workers' processes, and what it knows of their nodes."""
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -140,10 +141,12 @@ class Asked:
         self.progress, self.rank = progress, rank
         self._answer: Any = None
         self._last = Stop.NO
+        self._lock = threading.Lock()  # the loop asks, and while it waits for storage another thread
 
     def __call__(self) -> Stop:
         if self.rank == 0 and self._last is not Stop.END:
-            self._last = self._answered() or self._last
+            with self._lock:
+                self._last = self._answered() or self._last
         if self._last is Stop.END:
             return Stop.END
         return Stop.MOVE if self._last or self._node_is_drained() else terminated()
