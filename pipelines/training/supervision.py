@@ -47,7 +47,11 @@ def supervised(stage: str, trainer: Any, progress: Any, plan: TrainingPlan, clai
         except DeeDSRError:
             raise
         except Exception as error:
-            raise _explained(stage, error) from error
+            failure = _explained(stage, error)
+            if interrupted.is_set():  # workers that had no step to checkpoint after
+                logger.warning("%s", failure)
+                raise KeyboardInterrupt from error
+            raise failure from error
     if interrupted.is_set():
         raise KeyboardInterrupt(said)
     if said:
