@@ -91,6 +91,7 @@ def cluster(network: Network, names: str = "right", **environment: str) -> Itera
 
 
 def start_ray(host: Host, *words: str, **environment: str) -> Process:
+    (host.folder / "log" / "ray").unlink(missing_ok=True)  # `joined` reads there whether this one has started
     return host.keep(BIN / "ray", "start", "--block", OBJECT_STORE, *words, log="ray", **environment)
 
 
