@@ -302,7 +302,7 @@ def test_a_training_that_waits_for_a_node_ends_when_it_is_told_to_and_is_continu
         time.sleep(3)
         assert not [process for name in ("head", "node1") for process in network[name].processes("ray::RayTrain")]
         network["node2"].boot()
-        start_node(network["node2"])
+        joined(start_node(network["node2"]))
         process = learner(deedsr, out)
         process.result()
     table.add(f"SIGTERM in a wait: {ended:.0f} s", learner=(weights(out), process.seconds))
