@@ -36,6 +36,7 @@ __all__ = [
     "is_alive",
     "named",
     "of_this_process",
+    "parsed",
     "running",
 ]
 
@@ -58,6 +59,17 @@ def of_this_process() -> dict[str, Any]:
     }
 
 
+def parsed(data: bytes, **more: type) -> dict[str, Any]:
+    """A claim as it was written, with the fields `more`; {} where it is none, as damaged and foreign files are."""
+    try:
+        claim = json.loads(data)
+    except ValueError:
+        return {}
+    fields = {"host": str, "pid": int, "alive": float, **more}
+    whole = isinstance(claim, dict) and all(isinstance(claim.get(name), kind) for name, kind in fields.items())
+    return claim if whole else {}
+
+
 def is_alive(claim: Mapping[str, Any]) -> bool:
     """Whether its process had a heartbeat in the last ten minutes and is not known to have died since."""
     if time.time() - claim.get("alive", 0.0) >= DEAD_AFTER.total_seconds():
@@ -71,9 +83,11 @@ def found(out: Storage) -> Iterator[dict[str, Any]]:
     """The claims on `out`."""
     for path in [CLAIM, *(entry.path for entry in out.list(RUNS) if entry.path.endswith(f"/{CLAIM}"))]:
         try:
-            yield json.loads(out.read(path))
-        except (FileNotFoundError, ValueError):  # it ended meanwhile; or is nobody's
+            claim = parsed(out.read(path))
+        except FileNotFoundError:  # it ended meanwhile
             continue
+        if claim:
+            yield claim
 
 
 def named(claim: Mapping[str, Any]) -> str:
@@ -144,7 +158,8 @@ class Claim:
                 raise UsageError(
                     f"{self.out.uri} is being {self.doing} by {named(found)}: wait for it, end it there (`kill "
                     f"{found['pid']}`; the same command continues it), or choose another --out. One that was killed on "
-                    f"another machine counts as alive for ten minutes, or until {CLAIM} is deleted"
+                    f"another machine counts as alive for ten minutes: delete {self.out.uri}/{CLAIM} to continue it at "
+                    "once"
                 )
             claim = of_this_process() | {"command": self.command, "attempt": found.get("attempt", 0) + 1}
             with suppress(Conflict):
@@ -190,11 +205,9 @@ class Claim:
         try:
             # Before the content, which may only be newer: then a write over this version fails.
             version = self.out.stat(CLAIM).version
-            return json.loads(self.out.read(CLAIM)), version
+            return parsed(self.out.read(CLAIM), command=str, attempt=int), version
         except FileNotFoundError:
             return {}, None
-        except ValueError:
-            return {}, version
 
     def _write(self, claim: dict[str, Any], version: str | None) -> dict[str, Any]:
         self.out.write(CLAIM, json.dumps(claim).encode(), expected=version)

@@ -36,14 +36,15 @@ class FaultProxy:
         faults: tuple[str, ...] = FAULTS,
         seed: int = 0,
         slow: float = 0.2,
+        address: str = "127.0.0.1",
     ):
         self.target = urlsplit(target).netloc
         self.share, self.faults, self.slow = share, faults, slow
         self.requests, self.sent, self.injected = 0, 0, Counter[str]()
         self._random, self._lock = random.Random(seed), threading.Lock()
-        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server = _Server((address, 0), _Handler)
         self._server.proxy = self
-        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        self.endpoint = f"http://{address}:{self._server.server_port}"
 
     def draw(self) -> str | None:
         with self._lock:

@@ -104,10 +104,23 @@ class Process:
     def running(self) -> bool:
         return self.popen.poll() is None
 
+    def terminate(self) -> None:
+        """SIGTERM to the command itself, which `nsenter` has as its child."""
+        [command] = psutil.Process(self.popen.pid).children()
+        command.terminate()
+
+    def code(self, seconds: float = 900) -> int:
+        """Its exit code, once it has ended."""
+        try:
+            return self.popen.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"runs for more than {seconds:.0f} s: {self.log.read_text()[-4000:]}") from None
+        finally:
+            self.seconds = time.monotonic() - self.began
+
     def result(self, seconds: float = 900) -> dict[str, Any]:
         """What it printed as JSON. Fails if the command did."""
-        code = self.popen.wait(seconds)
-        self.seconds = time.monotonic() - self.began
+        code = self.code(seconds)
         assert code == 0, f"exit code {code} after {self.seconds:.0f} s: {self.log.read_text()[-4000:]}"
         return json.loads(self.output.read_text())
 
@@ -160,6 +173,26 @@ class Host:
 
     def mend(self) -> None:
         self._bridge.configure_network(f"link set {self.name} master bridge0 up")
+
+    def lose(self, other: str) -> None:
+        """Drops all packets to the host `other` from now on; what comes from there is received, and never answered."""
+        assert self._namespaces is not None, f"{self.name} is off"
+        self._namespaces.configure_network(
+            f"neighbour replace {ADDRESSES[other]} lladdr {_mac('10.77.0.254')} dev eth0 nud permanent"
+        )
+
+    def processes(self, name: str) -> list[psutil.Process]:
+        """Those whose command line begins with `name`."""
+        if self._namespaces is None:
+            return []
+        here, found = os.stat(f"/proc/{self._namespaces.pid}/ns/net").st_ino, []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if os.stat(f"/proc/{process.pid}/ns/net").st_ino == here and "".join(process.cmdline()[:1]).startswith(
+                    name
+                ):
+                    found.append(process)
+        return found
 
     def start(self, *words: str | Path, log: str, **environment: str) -> Process:
         """Runs a command in the host's folder."""

@@ -80,8 +80,9 @@ def test_a_dead_command_is_followed_by_the_next_one(tmp_path, claim, alive):
     out = open_storage(str(tmp_path))
     out.write(CLAIM, json.dumps(of_this_process() | {"command": "before", "attempt": 7} | claim).encode())
     if alive:
-        with pytest.raises(UsageError, match="is being trained by"), held(Claim(out)):
+        with pytest.raises(UsageError, match="is being trained by") as refused, held(Claim(out)):
             pass
+        assert f"delete {tmp_path}/{CLAIM} to continue it at once" in str(refused.value)
         return
     before = Claim(out, "before")
     with held(Claim(out)) as now:
@@ -104,9 +105,10 @@ def test_a_killed_command_of_this_machine_is_not_waited_for(tmp_path):
     killed.wait()
 
 
-def test_a_claim_that_is_damaged_or_removed_is_nobody_s(tmp_path):
+@pytest.mark.parametrize("damaged", [b'{"comm', b"\xff\xfe", b"[]", b"null", b'{"attempt": 1, "alive": 9e99}'])
+def test_a_claim_that_is_damaged_or_removed_is_nobody_s(tmp_path, damaged):
     out = open_storage(str(tmp_path))
-    out.write(CLAIM, b'{"comm')
+    out.write(CLAIM, damaged)
     with held(Claim(out)) as claim:
         assert claim.holds()
         (tmp_path / CLAIM).unlink()

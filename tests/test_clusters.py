@@ -1,15 +1,23 @@
 """The files that describe clusters and servers are ones that their readers accept."""
 
+import contextlib
 import json
+import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
+import tempfile
+import time
 from copy import deepcopy
 from pathlib import Path
 
 import jsonschema
+import psutil
 import pytest
 import yaml
+from ray_head import BIN, free_ports
 
 from jobs.cli import load
 from jobs.job_file import load_job_file
@@ -159,3 +167,68 @@ def test_the_mlflow_server_is_the_pinned_one_on_loopback_and_holds_no_secret():
     example = (ROOT / "infra" / "mlflow.env.example").read_text()
     assert "\nMLFLOW_CORS_ALLOWED_ORIGINS=https://YOUR-MLFLOW-HOST\n" in example
     assert re.findall(r"^(?:POSTGRES_PASSWORD|AWS_SECRET_ACCESS_KEY)=(.+)$", example, re.MULTILINE) == []
+
+
+@pytest.fixture
+def unit(tmp_path) -> Path:
+    """The unit of a node with its paths as they are here."""
+    text = (ROOT / "infra" / "ray-node.service").read_text().replace("/opt/deedsr/infra", str(ROOT / "infra"))
+    path = tmp_path / "ray-node.service"
+    path.write_text(text)
+    return path
+
+
+def test_the_unit_of_a_node_starts_it_again_and_its_command_is_there(unit):
+    lines = [line for line in unit.read_text().splitlines() if "=" in line and not line.startswith("#")]
+    fields = dict(line.split("=", 1) for line in lines)
+    command, *options = fields["ExecStart"].split()
+    assert os.access(command, os.X_OK)
+    subprocess.run(["sh", "-n", command], check=True)
+    assert options == ["$RAY_START_OPTIONS"]
+    assert fields["Restart"] == "always"
+    assert "RAY_AUTH_MODE=token" in fields["Environment"]
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not there")
+def test_systemd_accepts_the_unit_of_a_node(unit):
+    checked = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True)
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
+@pytest.fixture
+def short_folder():
+    """Ray's sockets lie below it, whose paths must be short."""
+    folder = tempfile.mkdtemp(prefix="dsr", dir="/tmp")
+    yield folder
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if folder in " ".join(process.cmdline()):
+                process.kill()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("ended", ["raylet", "node"])
+def test_a_node_ends_with_its_raylet_and_when_it_is_told_to(ended, short_folder):
+    [port] = free_ports(1)
+    options = ["--head", "--node-ip-address=127.0.0.1", f"--port={port}", f"--temp-dir={short_folder}", "--num-cpus=0",
+               "--include-dashboard=false", f"--object-store-memory={100 << 20}"]  # fmt: skip
+    environment = os.environ | {
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "0" * 64,
+    }
+    node = psutil.Popen([ROOT / "infra" / "ray-node", *options], env=environment, start_new_session=True)
+
+    def raylets() -> list[psutil.Process]:
+        return [process for process in node.children(recursive=True) if process.name() == "raylet"]
+
+    deadline = time.monotonic() + 100
+    while not raylets():
+        assert node.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    time.sleep(5)  # it has been seen
+    assert node.poll() is None
+    (raylets()[0] if ended == "raylet" else node).send_signal(signal.SIGTERM)
+    assert node.wait(60) == (1 if ended == "raylet" else 0)

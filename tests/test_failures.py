@@ -274,9 +274,9 @@ def test_a_training_whose_storage_is_away_for_a_minute_ends_as_an_undisturbed_on
     cache_gb, learner_options, bucket, s3_server, monkeypatch, tmp_path  # noqa: F811
 ):  # fmt: skip
     """Shards and checkpoints are on S3. With copies of the shards it trains on meanwhile and waits with its checkpoint;
-    without, a read may fail, and Ray Train starts the workers again."""
+    without, all workers wait for the one whose read waits, far beyond the time after which a step counts as hung."""
     away = threading.Event()
-    changes = {"max_steps": 300, "checkpoint_every": 20, "cache_gb": cache_gb}
+    changes = {"max_steps": 300, "checkpoint_every": 20, "cache_gb": cache_gb, "hang_seconds": 10.0}
     undisturbed = run(variants(learner_options, tmp_path / "undisturbed", **changes), 2)
     remote = f"{bucket}/outage-{cache_gb:.0f}"
     publish(Path(learner_options.data), f"{remote}/shards")
@@ -290,11 +290,7 @@ def test_a_training_whose_storage_is_away_for_a_minute_ends_as_an_undisturbed_on
         away.set()
         time.sleep(60)
         away.clear()
-        codes = group.join()
-        if any(codes) and not cache_gb:
-            group = Group(options, 2, out=f"{remote}/out")
-            codes = group.join()
-        assert codes == [0, 0], group.log()
+        assert group.join() == [0, 0], group.log()
         assert proxy.injected["reset"] > 5
         monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
     assert dict(group.curve()) == dict(undisturbed.curve())

@@ -104,6 +104,6 @@ def test_planned_moves_cost_none_of_the_failures_and_each_restart_is_one_line(pr
     decisions = [policy.make_decision(error) for error in (moved, moved, failed, moved, failed)]
     assert decisions == [FailureDecision.RETRY] * 4 + [FailureDecision.RAISE]
     lines = ray.get(progress.look.remote())[2]
-    assert [index for index, line in enumerate(lines) if "was told to end" in line] == [0, 1, 3]
+    assert [index for index, line in enumerate(lines) if "were told to end" in line] == [0, 1, 3]
     assert len(lines) == 4
     assert lines[2] == "workers failed: RuntimeError: out of memory. They are started again from the last checkpoint"

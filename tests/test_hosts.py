@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import hosts
 import mlflow
 import pytest
 import yaml
+from fault_proxy import FaultProxy
 from hosts import ADDRESSES, BIN, BUCKET, MLFLOW, RAY, Host, Network, Process, wait_until
 
 from deedsr.degradation.recipe import Recipe
@@ -23,6 +25,8 @@ NODES = ("node1", "node2")
 OBJECT_STORE = f"--object-store-memory={200 << 20}"
 LEARNER = ["--preset=tiny", "--train.max_steps=40", "--train.checkpoint_every=5", "--train.log_every=1"]
 ADAPTER = ["--preset=tiny", "--base=tiny", "--train.max_steps=6"]
+ENDLESS = ["--train.max_steps=1000000", "--train.schedule=constant", "--train.keep_checkpoints=1000"]
+WORKER = "ray::RayTrainWorker"
 Deedsr = Callable[..., Process]  # starts `deedsr` with these words
 
 
@@ -66,30 +70,33 @@ def recipe(network, small_recipe) -> Recipe:
 
 
 @contextmanager
-def cluster(network: Network, names: str) -> Iterator[Deedsr]:
+def cluster(network: Network, names: str = "right", **environment: str) -> Iterator[Deedsr]:
     """A Ray cluster of a head without CPUs and two nodes of one CPU; gives what runs a command on the head.
 
-    `names`: what their /etc/hosts say of themselves. `ray start` is repeated on a node when it ends.
+    `names`: what their /etc/hosts say of themselves; `environment`: of Ray and of the command. `ray start` is repeated
+    on a node when it ends.
     """
     for name in ("head", *NODES):
         network[name].set_names(names)
         network[name].boot()
     try:
-        joined(start_ray(network["head"], "--head", "--num-cpus=0"))
-        for process in [start_node(network[name]) for name in NODES]:
+        joined(start_ray(network["head"], "--head", "--num-cpus=0", **environment))
+        for process in [start_node(network[name], **environment) for name in NODES]:
             joined(process)
-        yield lambda *words, log: network["head"].start(BIN / "deedsr", *words, "--json", log=log, RAY_ADDRESS=RAY)
+        environment = {"RAY_ADDRESS": RAY} | environment
+        yield lambda *words, log: network["head"].start(BIN / "deedsr", *words, "--json", log=log, **environment)
     finally:
         for name in ("head", *NODES):
             network[name].kill()
 
 
-def start_ray(host: Host, *words: str) -> Process:
-    return host.keep(BIN / "ray", "start", "--block", OBJECT_STORE, *words, log="ray")
+def start_ray(host: Host, *words: str, **environment: str) -> Process:
+    (host.folder / "log" / "ray").unlink(missing_ok=True)  # `joined` reads there whether this one has started
+    return host.keep(BIN / "ray", "start", "--block", OBJECT_STORE, *words, log="ray", **environment)
 
 
-def start_node(host: Host) -> Process:
-    return start_ray(host, f"--address={RAY}", "--num-cpus=1")
+def start_node(host: Host, **environment: str) -> Process:
+    return start_ray(host, f"--address={RAY}", "--num-cpus=1", **environment)
 
 
 def joined(ray: Process) -> None:
@@ -101,10 +108,23 @@ def shards(deedsr: Deedsr, out: str) -> Process:
     return deedsr("shards", *places, "--recipe", "recipe.yaml", log=out.replace("/", "-"))
 
 
-def learner(deedsr: Deedsr, out: str, workers: int = 2) -> Process:
+def learner(deedsr: Deedsr, out: str, workers: int | str = 2, *options: str) -> Process:
     places = [f"--data={BUCKET}/local/shards", f"--out={BUCKET}/{out}"]
     devices = [f"--train.num_workers={workers}", "--train.gpus_per_worker=0"]
-    return deedsr("train", "learner", *places, *LEARNER, *devices, log=out.replace("/", "-"))
+    return deedsr("train", "learner", *places, *LEARNER, *devices, *options, log=out.replace("/", "-"))
+
+
+def saved(out: str) -> list[checkpoint.Checkpoint]:
+    return checkpoint.committed(open_storage(f"{BUCKET}/{out}"))
+
+
+def wait_for_step(out: str, step: int, process: Process) -> None:
+    """Until a checkpoint of that step or a later one is committed."""
+    wait_until(lambda: bool(done := saved(out)) and done[-1].step >= step, process)
+
+
+def tars(out: str) -> int:
+    return sum(entry.path.endswith(".tar") for entry in open_storage(f"{BUCKET}/{out}").list())
 
 
 def adapter(deedsr: Deedsr, out: str, workers: int = 2) -> Process:
@@ -121,10 +141,13 @@ def weights(out: str) -> str:
     return hashlib.sha256(b"".join(model.read(path) for path in files)).hexdigest()
 
 
+def run_id(out: str) -> str:
+    return json.loads(open_storage(f"{BUCKET}/{out}").read("training.json"))["run_id"]
+
+
 def logged_steps(out: str) -> list[int]:
     """Steps of the loss curve in the MLflow store."""
-    record = json.loads(open_storage(f"{BUCKET}/{out}").read("training.json"))
-    return [metric.step for metric in mlflow.MlflowClient(MLFLOW).get_metric_history(record["run_id"], "loss")]
+    return [metric.step for metric in mlflow.MlflowClient(MLFLOW).get_metric_history(run_id(out), "loss")]
 
 
 class Table:
@@ -203,26 +226,136 @@ FAULTS = pytest.mark.parametrize("fault", [kill, cut], ids=lambda fault: fault._
 @FAULTS
 def test_a_shards_job_that_loses_a_node_yields_the_same_digest(network, local, table, fault):
     out = f"{fault.__name__}/shards"
-    with cluster(network, "right") as deedsr:
+    with cluster(network) as deedsr:
         process = shards(deedsr, out)
-        written = lambda: sum(entry.path.endswith(".tar") for entry in open_storage(f"{BUCKET}/{out}").list())
-        wait_until(lambda: written() >= 3, process)
+        wait_until(lambda: tars(out) >= 3, process)
         fault(network["node2"])
         result = process.result()
     table.add(f"node2: {fault.__name__}", shards=(result["digest"], process.seconds))
     assert result["digest"] == local["shards"]
-    assert result["written"] == written()
+    assert result["written"] == tars(out)
 
 
 @FAULTS
 def test_a_training_that_loses_a_node_yields_the_same_weights_and_a_whole_curve(network, local, table, fault):
     out = f"{fault.__name__}/learner"
-    with cluster(network, "right") as deedsr:
+    with cluster(network) as deedsr:
         process = learner(deedsr, out)
-        committed = lambda: [saved.step for saved in checkpoint.committed(open_storage(f"{BUCKET}/{out}"))]
-        wait_until(lambda: max(committed(), default=0) >= 10, process)
+        wait_for_step(out, 10, process)
         fault(network["node2"])
         process.result()
     table.add(f"node2: {fault.__name__}", learner=(weights(out), process.seconds))
     assert weights(out) == local["learner"]
     assert logged_steps(out) == list(range(1, 41))
+
+
+def test_a_node_that_dies_while_the_workers_connect_costs_no_failure(network, local, table):
+    out = "connecting/learner"
+    with cluster(network) as deedsr:
+        process = learner(deedsr, out, 2, "--train.max_failures=0")
+        wait_until(lambda: all(network[name].processes(WORKER) for name in NODES), process)
+        kill(network["node2"])
+        process.result()
+    table.add("node2: killed at the start", learner=(weights(out), process.seconds))
+    assert weights(out) == local["learner"]
+
+
+def test_a_worker_that_loses_only_the_head_writes_nothing_beside_its_replacement(network, local, table):
+    """It keeps S3 and MLflow, and trains on until it finds that it was replaced."""
+    out, alone = "isolated/learner", "isolated/alone"
+    quick = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "1000"}  # of a node's death
+    with cluster(network, **quick) as deedsr:
+        process = learner(deedsr, out, 1, *ENDLESS)
+        wait_for_step(out, 10, process)
+        [node] = [network[name] for name in NODES if network[name].processes(WORKER)]
+        first = saved(out)[-1]
+        node.lose("head")
+        wait_until(lambda: saved(out)[-1].attempt > first.attempt, process)
+        replaced = next(done for done in saved(out) if done.attempt > first.attempt)
+        wait_until(lambda: not node.processes(WORKER), process)
+        wait_for_step(out, saved(out)[-1].step + 5, process)
+        process.terminate()
+        assert process.code(60) == 130
+        learner(deedsr, alone, 1, *ENDLESS, f"--train.max_steps={replaced.step}").result()
+    table.add("worker without head", learner=(saved(alone)[-1].sha256["trained"], process.seconds))
+    assert replaced.step > first.step + 5, "it trained on alone"
+    attempts = [done.attempt for done in saved(out)]
+    assert attempts == sorted(attempts)
+    assert replaced.sha256 == saved(alone)[-1].sha256
+    assert logged_steps(out) == list(range(1, saved(out)[-1].step + 1))
+
+
+def test_a_training_that_waits_for_a_node_ends_when_it_is_told_to_and_is_continued(network, local, table):
+    out = "waiting/learner"
+    with cluster(network) as deedsr:
+        process = learner(deedsr, out)
+        wait_for_step(out, 10, process)
+        network["node2"].kill()
+        wait_until(lambda: "s for 2 x {CPU 1}: free: " in process.log.read_text(), process)
+        process.terminate()
+        began = time.monotonic()
+        assert process.code(30) == 130
+        ended = time.monotonic() - began
+        assert "Traceback" not in process.log.read_text()
+        assert not [entry.path for entry in open_storage(f"{BUCKET}/{out}").list() if entry.path.startswith("_ray")]
+        assert mlflow.MlflowClient(MLFLOW).get_run(run_id(out)).info.status == "KILLED"
+        time.sleep(3)
+        assert not [process for name in ("head", "node1") for process in network[name].processes("ray::RayTrain")]
+        network["node2"].boot()
+        joined(start_node(network["node2"]))
+        process = learner(deedsr, out)
+        process.result()
+    table.add(f"SIGTERM in a wait: {ended:.0f} s", learner=(weights(out), process.seconds))
+    assert weights(out) == local["learner"]
+    assert logged_steps(out) == list(range(1, 41))
+
+
+def test_an_elastic_training_goes_on_without_a_node_and_with_it_when_it_is_back(network, local, table):
+    out = "elastic/learner"
+    with cluster(network) as deedsr:
+        process = learner(deedsr, out, "1..2", *ENDLESS)
+
+        def seconds_to(workers: int) -> float:
+            """Until so many workers have committed a checkpoint."""
+            began = time.monotonic()
+            wait_until(lambda: sum(len(network[name].processes(WORKER)) for name in NODES) == workers, process)
+            wait_for_step(out, max((done.step for done in saved(out)), default=0) + 5, process)
+            return time.monotonic() - began
+
+        seconds_to(2)
+        network["node2"].kill()
+        down = seconds_to(1)
+        network["node2"].boot()
+        start_node(network["node2"])
+        up = seconds_to(2)
+        process.terminate()
+        assert process.code(60) == 130
+    table.add(f"1..2: {down:.0f} s down, {up:.0f} s up")
+    assert logged_steps(out) == list(range(1, saved(out)[-1].step + 1))
+
+
+def test_shards_outlast_an_s3_that_refuses_for_a_minute_and_name_it_when_it_stays_so(network, local, table):
+    refuses = threading.Event()
+    server = FaultProxy(hosts.S3, lambda number: "reset" if refuses.is_set() else None, address=ADDRESSES["s3"])
+    environment = {"AWS_ENDPOINT_URL": server.endpoint, "DEEDSR_STORAGE_SECONDS": "75"}
+    with server, cluster(network, **environment) as deedsr:
+
+        def begun(out: str) -> Process:
+            process = shards(deedsr, out)
+            wait_until(lambda: tars(out) >= 3, process)
+            refuses.set()
+            return process
+
+        process = begun("refused/minute")
+        time.sleep(60)
+        refuses.clear()
+        made = process.result()["digest"]
+        table.add("S3 refuses for 60 s", shards=(made, process.seconds))
+        assert made == local["shards"]
+
+        process = begun("refused/ever")
+        assert process.code(300) == 1
+    [error] = [line for line in process.log.read_text().splitlines() if line.startswith("error: ")]
+    table.add(f"S3 refuses: {error[:60]}")
+    assert f"{BUCKET}/refused/ever" in error
+    assert "cannot list" not in error

@@ -7,16 +7,18 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+from fault_proxy import FaultProxy
 from test_training import learner_options  # noqa: F401
 from training_process import run
 
 from pipelines import tracking
-from pipelines.storage import open_storage
+from pipelines.storage import open_storage, publish
 from pipelines.training import checkpoint
 from pipelines.training.config import LearnerOptions
 
@@ -168,15 +170,17 @@ def three_nodes():
 @pytest.mark.soak
 @pytest.mark.timeout(1500)
 def test_a_lost_node_costs_its_worker_until_it_returns(learner_options, store, three_nodes, tmp_path):  # noqa: F811
-    """And one that Ray is told to drain is left with a checkpoint of the step at hand, before it is gone."""
+    """One that returns, and one that Ray is told to drain, cost no step: the workers checkpoint the one at hand before
+    there are others. A command that was interrupted at once is followed by the next one without a wait."""
     cluster, nodes = three_nodes
     train = dataclasses.replace(learner_options.train, max_steps=1_000_000, checkpoint_every=20, num_workers="1..3",
                                 global_batch_size=12, micro_batch_size=2, keep_checkpoints=1000,
                                 gpus_per_worker=0)  # fmt: skip
     contrast = dataclasses.replace(learner_options.contrast, batch_block=2)
     out = str(tmp_path / "run" / "learner")
-    command = Command(dataclasses.replace(learner_options, out=out, train=train, contrast=contrast),
-                      RAY_ADDRESS=cluster.address)  # fmt: skip
+    options = dataclasses.replace(learner_options, out=out, train=train, contrast=contrast)
+    command = Command(options, RAY_ADDRESS=cluster.address)
+    at_hand = lambda: sum(bool(saved.step % 20) for saved in checkpoint.committed(open_storage(out)))
 
     def seconds_to(workers: int) -> float:
         """Until so many workers have committed a checkpoint."""
@@ -192,19 +196,54 @@ def test_a_lost_node_costs_its_worker_until_it_returns(learner_options, store, t
     down = seconds_to(2)
     cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
     up = seconds_to(3)
+    assert at_hand() == 1
     words = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", cluster.address,
              "--node-id", nodes[2].node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot",
              "--deadline-remaining-seconds", "600"]  # fmt: skip
     subprocess.run(words, check=True, capture_output=True)
     seconds_to(2)
-    assert any(saved.step % 20 for saved in checkpoint.committed(open_storage(out))), "it checkpointed where it was"
+    assert at_hand() == 2
     print(f"seconds: {started:.0f} to the first checkpoint, {down:.0f} after a lost node, {up:.0f} after its return")
+    for _ in range(2):
+        command.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+    command.process.communicate(timeout=30)
+    assert command.process.returncode == 130
+    command = Command(options, "again", RAY_ADDRESS=cluster.address)
+    command.wait_for_step(newest(command.out) + 20, seconds=120)
     command.process.send_signal(signal.SIGTERM)
     command.process.communicate(timeout=120)
     assert command.process.returncode == 130
     run_id = json.loads((command.out / "training.json").read_text())["run_id"]
     steps = [m.step for m in tracking.connect(store).get_metric_history(run_id, "loss")]
     assert sorted(steps) == list(range(1, newest(command.out) + 1))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_a_training_whose_shards_are_away_says_so_waits_and_ends_when_it_is_told_to(
+    learner_options, store, bucket, s3_server, tmp_path  # noqa: F811
+):  # fmt: skip
+    away = threading.Event()
+    data = f"{bucket}/{tmp_path.name}"
+    publish(Path(learner_options.data), data)
+    train = dataclasses.replace(learner_options.train, max_steps=1_000_000, checkpoint_every=20, num_workers=2,
+                                hang_seconds=10.0, max_failures=0, cache_gb=0.0)  # fmt: skip
+    options = dataclasses.replace(learner_options, data=data, out=str(tmp_path / "run" / "learner"), train=train)
+    with FaultProxy(s3_server, lambda number: "reset" if away.is_set() else None) as proxy:
+        command = Command(options, AWS_ENDPOINT_URL=proxy.endpoint)
+        command.wait_for_step(20)
+        away.set()
+        command.wait_for_line("workers wait for storage")
+        time.sleep(30)  # longer than a step may hang
+        away.clear()
+        command.wait_for_step(newest(command.out) + 40)
+        assert "workers failed" not in command.log.read_text()
+        away.set()
+        time.sleep(15)
+        command.process.send_signal(signal.SIGTERM)
+        command.process.communicate(timeout=40)
+    assert command.process.returncode == 130
 
 
 @pytest.mark.soak
@@ -218,38 +257,42 @@ def test_a_training_that_waits_for_a_node_or_hangs_says_so_and_ends_when_it_is_t
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
     train = dataclasses.replace(learner_options.train, max_steps=1_000_000, checkpoint_every=20, num_workers=1,
                                 gpus_per_worker=0)  # fmt: skip
-    options = dataclasses.replace(learner_options, out=str(tmp_path / "run" / "learner"), train=train)
+    folder = tmp_path / "run"
+    options = dataclasses.replace(learner_options, out=str(folder / "learner"), train=train)
     tracking.connect(store)
 
-    def begun(name: str) -> Command:
+    def begun(options: LearnerOptions, name: str) -> Command:
         return Command(options, name, RAY_ADDRESS=cluster.address)
+
+    def processes_of_ray_train() -> list[str]:
+        found = [p.cmdline() for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+        return [words[0] for words in found if words and words[0].startswith(("ray::Train", "ray::RayTrain"))]
 
     def assert_ended(command: Command) -> None:
         try:
             command.process.communicate(timeout=30)
         finally:
             print(command.log.read_text()[-3000:])
-            command.process.kill()
+            if command.process.poll() is None:
+                command.process.kill()
         assert command.process.returncode == 130
         assert not list(command.out.glob("_ray-*"))
         assert json.loads((command.out / "claim.json").read_text())["ended"]
-        time.sleep(3)
-        left = [p.cmdline() for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
-        assert not [words for words in left if words and words[0].startswith(("ray::Train", "ray::RayTrain"))]
         if (command.out / "training.json").exists():
             run_id = json.loads((command.out / "training.json").read_text())["run_id"]
             assert tracking.connect(store).get_run(run_id).info.status == "KILLED"
 
     try:
-        command = begun("before-the-first-start")
-        command.wait_for_line("train learner: 1 worker")
-        time.sleep(5)
-        command.process.send_signal(signal.SIGTERM)
-        assert_ended(command)
-
         node = cluster.add_node(num_cpus=1, **small)
-        command = begun("worker-that-hangs")
+        command = begun(options, "worker-that-hangs")
         command.wait_for_step(20)
+
+        second = begun(dataclasses.replace(options, out=str(folder / "second")), "before-the-first-start")
+        second.wait_for_line("s for 1 x {CPU 1}: free: 0 CPU")
+        second.process.send_signal(signal.SIGTERM)
+        assert_ended(second)
+        assert command.process.poll() is None
+
         [worker] = command.workers(psutil.Process())
         worker.suspend()
         command.process.send_signal(signal.SIGINT)
@@ -257,14 +300,19 @@ def test_a_training_that_waits_for_a_node_or_hangs_says_so_and_ends_when_it_is_t
         assert command.process.poll() is None
         command.process.send_signal(signal.SIGINT)
         assert_ended(command)
+        time.sleep(3)
+        assert not processes_of_ray_train()
 
-        command = begun("lost-node")
+        command = begun(options, "lost-node")
         command.wait_for_step(newest(command.out) + 20)
         cluster.remove_node(node, allow_graceful=False)
         command.wait_for_line("workers failed: ")
         command.wait_for_line("s for 1 x {CPU 1}: free: 0 CPU")
         command.process.send_signal(signal.SIGTERM)
         assert_ended(command)
+        time.sleep(3)
+        assert not processes_of_ray_train()
         assert "Traceback" not in command.log.read_text()
+        assert "raylet" not in command.log.read_text()
     finally:
         cluster.shutdown()

@@ -77,8 +77,14 @@ def test_garbage_is_not_collected_under_a_run_that_works_nor_where_no_dataset_is
         collect_garbage(str(tmp_path))
     out = str(tmp_path / "out")
     generate([str(photos / "validation")], out, few, 2, progress=False)
-    with run.running(open_storage(out)), pytest.raises(DeeDSRError, match=f"process {os.getpid()}"):
-        collect_garbage(out)
+    with run.running(open_storage(out)) as folder:
+        claim = f"{folder.uri}/claim.json"
+        with pytest.raises(DeeDSRError, match=f"process {os.getpid()}.*delete {claim} to go on at once"):
+            collect_garbage(out)
+        for damaged in (b'{"ho', b"\xff", b"[]", b"{}"):
+            Path(claim).write_bytes(damaged)
+            with pytest.raises(DeeDSRError, match=f"{claim} is damaged. A run at work writes it again"):
+                collect_garbage(out)
     # A killed run leaves its claim; after ten minutes without a sign of life it counts as dead.
     dead = Path(out) / "_state" / "runs" / "0123"
     dead.mkdir(parents=True)

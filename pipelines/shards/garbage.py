@@ -32,8 +32,8 @@ def collect_garbage(out: str) -> Garbage:
     storage = open_storage(out)
     if alive := live_runs(storage):
         raise DeeDSRError(
-            f"{storage.uri} is being written by {', '.join(alive)}: wait for its end. A run that was killed on "
-            "another machine counts as alive for ten minutes"
+            f"{storage.uri} is being written by {', '.join(alive.values())}: wait for its end. A run that was killed "
+            f"on another machine counts as alive for ten minutes: delete {', '.join(alive)} to go on at once"
         )
     shards = {shard.name: (shard.sha256[:12], shard.bytes) for shard in dataset.manifest.shards}
     kept = {MANIFEST, SAMPLES, REJECTED, *shards, *(kept_copy(*file) for file in dataset.manifest.files.items())}

@@ -5,6 +5,7 @@ Workers read the plan from there, a part at a time, so that neither the driver n
 
 from collections.abc import Iterable, Iterator
 
+from deedsr.errors import DeeDSRError
 from pipelines import claims
 from pipelines.shards.plan import ShardPlan
 from pipelines.shards.record import Inventory
@@ -15,9 +16,27 @@ __all__ = ["PlanParts", "live_runs", "read_part"]
 _SHARDS_PER_PART = 64
 
 
-def live_runs(out: Storage) -> list[str]:
-    """Runs that gave a sign of life in the last ten minutes, in words."""
-    return [claims.named(claim) for claim in claims.found(out) if claims.is_alive(claim)]
+def live_runs(out: Storage) -> dict[str, str]:
+    """Runs with a heartbeat in the last ten minutes: the location of the claim, and the process in words.
+
+    Raises DeeDSRError where a claim cannot be read: its run may be at work.
+    """
+    alive = {}
+    for entry in out.list(claims.RUNS):
+        place = f"{out.uri}/{entry.path}"
+        if not entry.path.endswith(f"/{claims.CLAIM}"):
+            continue
+        try:
+            claim = claims.parsed(out.read(entry.path))
+        except FileNotFoundError:  # it has just ended
+            continue
+        if not claim:
+            raise DeeDSRError(
+                f"{place} is damaged. A run at work writes it again within a minute; if it stays so, delete it"
+            )
+        if claims.is_alive(claim):
+            alive[place] = claims.named(claim)
+    return alive
 
 
 class PlanParts:

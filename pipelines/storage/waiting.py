@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeVar
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines.storage.errors import Faulty, Full, Refused
 
-__all__ = ["Wait", "cleaning", "interrupted", "limit", "patiently", "within"]
+__all__ = ["Wait", "cleaning", "fails", "interrupted", "limit", "patiently", "within"]
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -28,7 +28,9 @@ _LINE_SECONDS = 30.0
 _UNSAID_SECONDS = 5.0  # requests to a busy S3 fail now and then: what is over so soon is not logged
 _LONGEST_PAUSE = 10.0
 _CLEANING_SECONDS = 10.0
+_ATTEMPT_SECONDS = 60.0  # that lie between two failures at most: a pause, a connection and an answer that do not come
 
+_failed = -math.inf  # when something last failed here that is tried again
 interrupted = threading.Event()  # the command was asked to end: nothing is waited for any more
 
 
@@ -40,6 +42,11 @@ class _Bounds(NamedTuple):
 
 _UNBOUNDED = _Bounds()
 _bounds: ContextVar[_Bounds] = ContextVar("bounds", default=_UNBOUNDED)
+
+
+def fails() -> bool:
+    """Whether this process waits for storage now, as far as it knows."""
+    return time.monotonic() - _failed < _ATTEMPT_SECONDS
 
 
 def limit() -> float:
@@ -88,10 +95,12 @@ class Wait:
 
     def pause(self, failure: object) -> float | None:
         """Seconds until the next attempt; None where there is to be none."""
+        global _failed
         now = time.monotonic()
         left = self._limit - (now - self._began)
         if left <= 0 or self._bounds.over.is_set() or interrupted.is_set():
             return None
+        _failed = now
         if now >= self._next_line:
             self._next_line = now + _LINE_SECONDS
             self._bounds.say(f"{failure}; tried again for {left:.0f} s more ({VARIABLE})")

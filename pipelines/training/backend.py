@@ -1,6 +1,7 @@
 """What Ray Train sets up in its workers' processes, and what it knows of their nodes."""
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -15,7 +16,7 @@ from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPo
 
 from pipelines.models import usable_device
 from pipelines.training.interruption import Stop, listen, terminated
-from pipelines.training.restarts import RestartPolicy
+from pipelines.training.restarts import ElasticPolicy, RestartPolicy
 
 NODE_SECONDS = 90.0  # by then Ray knows of a node that is gone
 
@@ -94,10 +95,13 @@ def use_interface_of(address: str) -> None:
 
 
 class RestartingTrainer(TorchTrainer):
-    """TorchTrainer whose restarts follow `RestartPolicy`."""
+    """TorchTrainer whose restarts follow `RestartPolicy`, with a range of workers `ElasticPolicy` too."""
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
-        settings["failure_policy"] = RestartPolicy(self.run_config.failure_config, self.train_loop_config["progress"])
+        progress = self.train_loop_config["progress"]
+        settings["failure_policy"] = RestartPolicy(self.run_config.failure_config, progress)
+        if self.scaling_config.elasticity_enabled:
+            settings["scaling_policy"] = ElasticPolicy(self.scaling_config, progress)
         return super()._initialize_and_run_controller(**settings)
 
 
@@ -136,18 +140,23 @@ class Asked:
     def __init__(self, progress: Any, rank: int):
         self.progress, self.rank = progress, rank
         self._answer: Any = None
+        self._last = Stop.NO
+        self._lock = threading.Lock()  # the loop asks, and while it waits for storage another thread
 
     def __call__(self) -> Stop:
-        if self.rank == 0 and self._driver_said_so():
+        if self.rank == 0 and self._last is not Stop.END:
+            with self._lock:
+                self._last = self._answered() or self._last
+        if self._last is Stop.END:
             return Stop.END
-        return Stop.MOVE if self._node_is_drained() else terminated()
+        return Stop.MOVE if self._last or self._node_is_drained() else terminated()
 
-    def _driver_said_so(self) -> bool:
+    def _answered(self) -> Stop:
         if self._answer is None:
-            self._answer = self.progress.ending.remote()
+            self._answer = self.progress.stop.remote()
         ready, _ = ray.wait([self._answer], timeout=0)
         if not ready:
-            return False
+            return Stop.NO
         answer, self._answer = self._answer, None
         return ray.get(answer)
 

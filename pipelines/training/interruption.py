@@ -11,7 +11,7 @@ _terminated = threading.Event()
 
 class Stop(Enum):
     NO = ""
-    MOVE = "move"  # this worker's machine goes away: checkpoint, and go on elsewhere
+    MOVE = "move"  # this worker's machine goes away, or there is room for more: checkpoint, and go on elsewhere
     END = "end"  # whoever started the training wants it to end
 
     def __bool__(self) -> bool:
@@ -19,11 +19,14 @@ class Stop(Enum):
 
 
 class Moved(DeeDSRError):
-    """Checkpointed because a machine goes away; the worker group is to be started again."""
+    """Checkpointed because a machine goes away or more are there; the worker group is to be started again."""
 
     def __init__(self, step: int):
         self.step = step
-        super().__init__(f"a worker was told to end (SIGTERM, or its node is drained): checkpointed at step {step}")
+        super().__init__(
+            "the workers were told to end (SIGTERM to one, a drained node, or another number of workers): checkpointed "
+            f"at step {step}"
+        )
 
     def __reduce__(self) -> tuple[type["Moved"], tuple[int]]:
         return type(self), (self.step,)

@@ -8,6 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pipelines.training.interruption import Stop
+
 POLL_SECONDS = 0.5
 LINE_SECONDS = 30.0  # between two lines where no terminal draws a bar
 SHOWN = {  # metric: name and format on the bar
@@ -24,8 +26,9 @@ class Progress:
     def __init__(self) -> None:
         self.step, self.values = 0, dict[str, float]()
         self.messages: list[str] = []
-        self.ended = False
+        self.asked = Stop.NO
         self.controller: Any = None
+        self.requester = ""
         self.working = False
 
     def tell(self, step: int, values: Mapping[str, float]) -> None:
@@ -36,14 +39,22 @@ class Progress:
 
     def end(self) -> None:
         """Workers are to checkpoint and end."""
-        self.ended = True
+        self.asked = Stop.END
 
-    def ending(self) -> bool:
-        return self.ended
+    def move(self) -> None:
+        """Workers are to checkpoint and to be started again, as many as there is room for."""
+        self.asked = self.asked or Stop.MOVE
 
-    def controlled(self, controller: Any) -> None:
-        """`controller`: the actor that starts the workers."""
-        self.controller = controller
+    def stop(self) -> Stop:
+        """What the workers are to do. They are asked to move once."""
+        asked = self.asked
+        if asked is Stop.MOVE:
+            self.asked = Stop.NO
+        return asked
+
+    def controlled(self, controller: Any, requester: str) -> None:
+        """`controller`: the actor that starts the workers; `requester`: its name where Ray reserves resources."""
+        self.controller, self.requester = controller, requester
 
     def works(self, working: bool) -> None:
         """Whether there are workers that could checkpoint."""
@@ -52,6 +63,9 @@ class Progress:
     def group(self) -> tuple[Any, bool]:
         """The controller, None before it has begun, and whether its workers are at work."""
         return self.controller, self.working
+
+    def reserved_by(self) -> str:
+        return self.requester
 
     def look(self) -> tuple[int, dict[str, float], list[str]]:
         messages, self.messages = self.messages, []

@@ -1,4 +1,4 @@
-"""When Ray Train starts the workers again, and what the driver learns of it. Runs in Ray Train's controller.
+"""When Ray Train starts the workers again, how many, and what the driver learns of it. Runs in Ray Train's controller.
 
 It leans on what is Ray's own, in the version that is pinned: look here when that changes.
 """
@@ -8,15 +8,16 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
-from ray.train import FailureConfig
+from ray.train import FailureConfig, ScalingConfig
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from deedsr.errors import UsageError
 from pipelines.training.interruption import Moved
 
-__all__ = ["GroupWatch", "RestartPolicy"]
+__all__ = ["ElasticPolicy", "GroupWatch", "RestartPolicy"]
 
 _WITHOUT_WORKERS = {"INITIALIZING", "SCHEDULING", "RESCHEDULING", "RESTARTING", "RESIZING"}
 _PAUSE = 0.2  # seconds
@@ -46,6 +47,20 @@ class RestartPolicy(DefaultFailurePolicy):
         return decision
 
 
+class ElasticPolicy(ElasticScalingPolicy):
+    """Ray Train's, but that workers checkpoint before there are more or fewer of them: Ray Train would end them where
+    they are, and lose the steps since the last checkpoint."""
+
+    def __init__(self, scaling_config: ScalingConfig, progress: Any):
+        super().__init__(scaling_config)
+        self.progress = progress
+
+    def make_decision_for_running_worker_group(self, **group: Any) -> ScalingDecision:
+        if not isinstance(super().make_decision_for_running_worker_group(**group), NoopDecision):
+            self.progress.move.remote()  # they end as moved, and are started again in the new size
+        return NoopDecision()
+
+
 class GroupWatch(ControllerCallback):
     """Tells `progress` who starts the workers, and whether they are at work."""
 
@@ -54,7 +69,9 @@ class GroupWatch(ControllerCallback):
         self._state = ""
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        self.progress.controlled.remote(ray.get_runtime_context().current_actor)
+        # As `ScalingPolicy` names itself.
+        requester = f"train-{train_run_context.run_id}"
+        self.progress.controlled.remote(ray.get_runtime_context().current_actor, requester)
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         name = current_state._state_type.state_name

@@ -47,7 +47,11 @@ def supervised(stage: str, trainer: Any, progress: Any, plan: TrainingPlan, clai
         except DeeDSRError:
             raise
         except Exception as error:
-            raise _explained(stage, error) from error
+            failure = _explained(stage, error)
+            if interrupted.is_set():  # workers that had no step to checkpoint after
+                logger.warning("%s", failure)
+                raise KeyboardInterrupt from error
+            raise failure from error
     if interrupted.is_set():
         raise KeyboardInterrupt(said)
     if said:
@@ -77,16 +81,22 @@ def _awaited(
 
 @contextmanager
 def _ending_controller(progress: Any) -> Iterator[None]:
-    """Ends the controller if it is there still; Ray ends its workers with it."""
+    """Ends the controller if it is there still; Ray ends its workers with it, and reserves nothing for them any more.
+
+    An elastic training counts what is reserved for others as taken: the same command again would wait three minutes.
+    """
     try:
         yield
     finally:
         import ray
 
         with suppress(Exception):  # it has ended by itself, or Ray is gone
-            controller, _ = ray.get(progress.group.remote(), timeout=_ANSWER_SECONDS)
+            asked = [progress.group.remote(), progress.reserved_by.remote()]
+            (controller, _), requester = ray.get(asked, timeout=_ANSWER_SECONDS)
             if controller is not None:
                 ray.kill(controller)
+                coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
+                ray.get(coordinator.cancel_request.remote(requester), timeout=_ANSWER_SECONDS)
 
 
 @contextmanager

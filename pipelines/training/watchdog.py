@@ -19,7 +19,7 @@ class Watchdog:
 
     def __init__(self, seconds: float):
         self.seconds = seconds
-        self._slowest, self._last = 0.0, 0.0
+        self._slowest, self._last, self._ends = 0.0, 0.0, 0.0
 
     def beat(self) -> None:
         """The loop has made a step."""
@@ -34,7 +34,13 @@ class Watchdog:
         self._last = 0.0
         self._arm(self.seconds + seconds)
 
+    def extend(self) -> None:
+        """From another thread: the step at hand has reason to wait, and begins anew."""
+        if time.monotonic() + self.seconds > self._ends:
+            self.patience(0)
+
     def _arm(self, seconds: float) -> None:
+        self._ends = time.monotonic() + seconds
         if self.seconds:
             faulthandler.dump_traceback_later(seconds, exit=True)
 

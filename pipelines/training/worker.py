@@ -18,6 +18,7 @@ from pipelines.dataset import Dataset
 from pipelines.storage import Storage, open_storage, publish, waiting
 from pipelines.storage.errors import FAILURES
 from pipelines.training import checkpoint, tracked
+from pipelines.training.blocked_reads import BlockedReads
 from pipelines.training.claim import Claim
 from pipelines.training.config import (
     AdapterOptions,
@@ -122,16 +123,19 @@ def train(
     check = claim.check if claim else lambda: None
     run_id, attempt = (claim.run_id, claim.attempt) if claim else ("", 0)
     index = dataset.index("train")
+    world_size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     keep = checkpoint.Keep(plan.keep_checkpoints, plan.best_metric, plan.best_mode)
     with (
         Watchdog(plan.hang_seconds) as watchdog,
+        BlockedReads(watchdog, _store(), rank, asked, say) as blocked,
         checkpoint.Writer(out, keep, check, say) as writer,
         Records(out, check) as records,
         ShardCache(int(plan.cache_gb * 1e9)) as shards,
     ):
         # 1. networks, and what an earlier part of this run left
         module = stage.build(device, torch.bfloat16 if plan.precision == "bf16" else torch.float32)
-        found = read_agreed(out, device)
+        with blocked.reading():
+            found = read_agreed(out, device)
         first_step, loss_value = 0, float("nan")
         latest: dict[str, float] = {}  # what was logged last, by metric
         losses = LossWindow(plan.spike_sigma)
@@ -148,7 +152,6 @@ def train(
             ema = {name: average.to(device) for name, average in under(state, "ema.").items()}
 
         # 2. engine and data
-        world_size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         micro, accumulation = micro_batch(plan, world_size, stage.unit)
         optimizer_state = found[1]["optimizer"] if found else None
         engine = Engine(module, plan, micro=micro, accumulation=accumulation, optimizer_state=optimizer_state)
@@ -177,7 +180,8 @@ def train(
             read, waited = [], 0.0
             for part in range(accumulation):
                 before = time.perf_counter()
-                read.append(next(batches))
+                with blocked.reading():
+                    read.append(next(batches))
                 batch = {name: t.to(device) for name, t in read[-1].items()}
                 waited += time.perf_counter() - before
                 loss, more = stage.loss(engine, batch)
@@ -260,6 +264,11 @@ def train(
                 lost = error
         if engine.sum(torch.tensor(float(lost is not None), device=device)):
             raise Unwritable(f"the model could not be written: {lost}")
+
+
+def _store() -> Any:
+    """What the workers of the process group share; torch has no other name for it."""
+    return torch.distributed.distributed_c10d._get_default_store()
 
 
 def _until_written(engine: Engine, writer: checkpoint.Writer, asked: Callable[[], Stop]) -> None:
