@@ -24,7 +24,7 @@ MIN_SIDE = 16  # pixels that VGG16's poolings need
 
 class DISTS(LearnedMetric):
     name, title, digits = "dists", "DISTS", 4
-    definition = "VGG16 with Hann-window L2 pooling, RGB in 0..1, full size, border 0, mean over pictures"
+    definition = "border 0, VGG16 with Hann-window L2 pooling, RGB in 0..1, full size, mean over pictures"
     source = "Ding et al. 2020, DISTS_pytorch 0.1"
     higher_is_better = False
 

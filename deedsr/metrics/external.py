@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deedsr.errors import UsageError
+from deedsr.errors import DeeDSRError, UsageError
 from deedsr.metrics.metric import Metric, Setting
 
 __all__ = ["PROVIDERS"]
@@ -40,8 +40,11 @@ class ExternalMetric(Metric):
 
         pictures = (picture, reference) if self.needs_reference else (picture,)
         tensors = [torch.tensor(p).permute(2, 0, 1)[None].to(self.setting.device).float() / 255 for p in pictures]
-        with torch.inference_mode():
-            return float(self.compute(*tensors))
+        try:
+            with torch.inference_mode():
+                return float(self.compute(*tensors))
+        except Exception as error:  # of any kind: it is another package's
+            raise DeeDSRError(f"{self.name} failed: {type(error).__name__}: {error}") from error
 
 
 def _imported(package: str, name: str) -> ModuleType:
@@ -60,7 +63,10 @@ def pyiqa(name: str, setting: Setting) -> Metric:
     names = package.list_models()
     if name not in names or name.startswith("fid"):
         raise UsageError(f"pyiqa has no metric {name!r} of single pictures; it has {', '.join(names)}")
-    metric = package.create_metric(name, device=setting.device)
+    try:
+        metric = package.create_metric(name, device=setting.device)
+    except Exception as error:  # of any kind: it is another package's, which may want to download weights
+        raise UsageError(f"pyiqa:{name} cannot be loaded: {type(error).__name__}: {error}") from error
     return ExternalMetric(
         "pyiqa",
         name,

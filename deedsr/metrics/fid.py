@@ -26,25 +26,25 @@ def frechet_distance(x_NF: np.ndarray, y_NF: np.ndarray) -> float:
     """
     if min(len(x_NF), len(y_NF)) < 2:
         raise ValueError(f"FID needs two pictures in each set, got {len(x_NF)} and {len(y_NF)}")
-    means, roots = [], []
-    for features_NF in (x_NF, y_NF):
-        features_NF = features_NF.astype(np.float64)
-        means.append(features_NF.mean(axis=0))
-        centred_NF = (features_NF - means[-1]) / np.sqrt(len(features_NF) - 1)
-        # Of more pictures than features the triangle of a QR decomposition has the same covariance.
-        tall = centred_NF.shape[0] > centred_NF.shape[1]
-        roots.append(np.linalg.qr(centred_NF, mode="r") if tall else centred_NF)
-    traces = sum(float(np.sum(root**2)) for root in roots)
-    cross = float(np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum())
-    return float(np.sum((means[0] - means[1]) ** 2)) + traces - 2 * cross
+    (x_mean, x_root), (y_mean, y_root) = (_mean_and_root(features_NF) for features_NF in (x_NF, y_NF))
+    cross = np.linalg.svd(x_root @ y_root.T, compute_uv=False).sum()
+    return float(np.sum((x_mean - y_mean) ** 2) + np.sum(x_root**2) + np.sum(y_root**2) - 2 * cross)
+
+
+def _mean_and_root(features_NF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of features, and a matrix X with the covariance X'X."""
+    features_NF = features_NF.astype(np.float64)
+    mean_F = features_NF.mean(axis=0)
+    centred_NF = (features_NF - mean_F) / np.sqrt(len(features_NF) - 1)
+    if centred_NF.shape[0] <= centred_NF.shape[1]:
+        return mean_F, centred_NF
+    triangle_FF: np.ndarray = np.linalg.qr(centred_NF, mode="r")  # smaller, with the same covariance
+    return mean_F, triangle_FF
 
 
 class FID(LearnedMetric):
     name, title = "fid", "FID"
-    definition = (
-        "Inception v3 of 2015-12-05, RGB resized to 299x299 by Pillow's bicubic without rounding, border 0, over the two "
-        "sets"
-    )
+    definition = "border 0, Inception v3 of 2015-12-05, RGB resized to 299x299 by Pillow's bicubic without rounding, over two sets"
     source = "Heusel et al. 2017, clean-fid 0.1.35 in its mode clean"
     higher_is_better = False
     of_pictures = False

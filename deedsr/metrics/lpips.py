@@ -24,7 +24,7 @@ MIN_SIDE = 35  # pixels that AlexNet's poolings need
 
 class LPIPS(LearnedMetric):
     name, title, digits = "lpips", "LPIPS", 4
-    definition = "AlexNet, v0.1, RGB in -1..1, full size, border 0, mean over pictures"
+    definition = "border 0, AlexNet, v0.1, RGB in -1..1, full size, mean over pictures"
     source = "Zhang et al. 2018, lpips 0.1.4"
     higher_is_better = False
 

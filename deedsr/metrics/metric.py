@@ -51,7 +51,7 @@ class Metric(ABC):
         """The figure of a set from what was measured of its pictures; None where it has none."""
         return None if None in measured else float(np.mean(measured))
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027
         """Load what `measure` needs. Raises UsageError where a file is missing or another than expected."""
 
     def statement(self) -> str:

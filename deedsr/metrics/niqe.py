@@ -149,8 +149,8 @@ def niqe_set(images: Iterable[np.ndarray]) -> float:
 class NIQE(Metric):
     name, title = "niqe", "NIQE"
     definition = (
-        "luma .299 R + .587 G + .114 B rounded to integers, blocks of 96 px, one fit for each picture of 512 px a side "
-        "or more, border 0, mean over pictures"
+        "border 0, luma .299 R + .587 G + .114 B rounded to integers, blocks of 96 px, one fit for each picture of 512 "
+        "px a side or more, mean over pictures"
     )
     source = "Mittal et al. 2013, as IQA-PyTorch's niqe"
     higher_is_better = False
@@ -163,7 +163,7 @@ class NIQE(Metric):
 
 class SetNIQE(Metric):
     name, title = "niqe_set", "NIQE of the set"
-    definition = "Y of BT.601 (16 to 235) rounded to integers, blocks of 96 px, one fit over all pictures, border 0"
+    definition = "border 0, Y of BT.601 (16 to 235) rounded to integers, blocks of 96 px, one fit over all pictures"
     source = "Mittal et al. 2013; this project's own form for small crops"
     higher_is_better = False
     needs_reference = False

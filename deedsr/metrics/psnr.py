@@ -29,7 +29,7 @@ class PSNR(Metric):
 
     def __init__(self, setting: Setting = Setting()):
         super().__init__(setting)
-        self.definition = f"Y of BT.601 (16 to 235) not rounded, peak 255, border {setting.border}, mean over pictures"
+        self.definition = f"border {setting.border}, Y of BT.601 (16 to 235) not rounded, peak 255, mean over pictures"
 
     def measure(self, picture: np.ndarray, reference: np.ndarray | None) -> float:
         assert reference is not None

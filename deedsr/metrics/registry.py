@@ -25,7 +25,9 @@ WITHOUT_WEIGHTS = ("psnr", "ssim", "niqe", "niqe_set")  # what `deedsr evaluate`
 def known() -> dict[str, type[Metric]]:
     """The metrics of this package by name."""
     package = importlib.import_module("deedsr.metrics")
-    modules = [importlib.import_module(f"deedsr.metrics.{found.name}") for found in pkgutil.iter_modules(package.__path__)]
+    modules = [
+        importlib.import_module(f"deedsr.metrics.{found.name}") for found in pkgutil.iter_modules(package.__path__)
+    ]
     return {metric.name: metric for module in modules for metric in getattr(module, "METRICS", ())}
 
 
@@ -64,7 +66,7 @@ def selected(names: Sequence[str], setting: Setting = Setting()) -> dict[str, Me
 
 def described() -> str:
     """One line for each metric of this package, and where others come from."""
-    lines = [f"  {name:<9} {metric().title}: {metric().statement()}" for name, metric in known().items()]
+    lines = [f"  {name:<9} {metric().statement()}" for name, metric in known().items()]
     return "\n".join([*lines, f"  {'others':<9} {_prefixes()}"])
 
 

@@ -49,8 +49,8 @@ class SSIM(Metric):
     def __init__(self, setting: Setting = Setting()):
         super().__init__(setting)
         self.definition = (
-            "Y of BT.601 rounded to integers, 11x11 Gaussian window of sigma 1.5, population covariance, windows inside, "
-            f"negative contrast-structure term as 0, border {setting.border}, mean over pictures"
+            f"border {setting.border}, Y of BT.601 rounded to integers, 11x11 Gaussian window of sigma 1.5, population "
+            "covariance, windows inside, negative contrast-structure term as 0, mean over pictures"
         )
 
     def measure(self, picture: np.ndarray, reference: np.ndarray | None) -> float:

@@ -18,11 +18,13 @@ from tqdm import tqdm
 
 import deedsr
 from deedsr.errors import UsageError
-from deedsr.metrics import niqe_of_features
+from deedsr.metrics.metric import Metric
 from deedsr.metrics.niqe import BLOCK
+from deedsr.metrics.registry import WITHOUT_WEIGHTS
+from deedsr.metrics.ssim import WINDOW
 from pipelines import cluster, tracking
 from pipelines.dataset import Dataset
-from pipelines.evaluation.work import METHODS, METRICS, Evaluated, Evaluator
+from pipelines.evaluation.work import METHODS, Evaluated, Evaluator
 from pipelines.models import model_digest, pinned, resolve_model, training_run
 from pipelines.placement import Device, place_networks
 from pipelines.spread import place, spread
@@ -51,7 +53,9 @@ def evaluate(
     out: str,
     *,
     base: str | None = None,
-    metrics: Sequence[str] = METRICS,
+    metrics: Sequence[str] = WITHOUT_WEIGHTS,
+    metric_weights: str | None = None,
+    border: int = 0,
     split: str = "validation",
     limit: int | None = None,
     steps: int | None = None,
@@ -77,7 +81,10 @@ def evaluate(
         data: a finished dataset of the model's scale.
         out: folder or S3 prefix.
         base: where the model's base lies: folder, URI or hub id; None = where the model says.
-        metrics: of METRICS. PSNR and SSIM are means over the samples, NIQE is one fit over the blocks of all.
+        metrics: names that `deedsr.metrics.registry` knows.
+        metric_weights: folder or S3 prefix with weights files of LPIPS, DISTS and FID; None = only the cache of
+            torch's hub is searched.
+        border: pixels that PSNR and SSIM leave out on each side.
         split: `train` or `validation`.
         limit: measure at most so many samples, evenly spread over the split.
         steps, noise_guidance, noise_guidance_share, eta, color_fix, solver, tile, degradation_per_tile,
@@ -93,7 +100,10 @@ def evaluate(
 
     dataset = Dataset.open(data).require_pixels("evaluation")
     rows = _rows(dataset, split, limit)
-    _check_metrics(metrics, dataset, split)
+    if border < 0 or dataset.recipe.crop.size - 2 * border < WINDOW:
+        raise UsageError(
+            f"border must be 0 or more and leave {WINDOW} pixels of HR crops of {dataset.recipe.crop.size}, got {border}"
+        )
     folder = ModelFolder.read(resolve_model(model))
     if folder.scale != dataset.scale:
         raise UsageError(
@@ -119,6 +129,9 @@ def evaluate(
     storage.require_writable()
     # Workers need nothing of the index, which the dataset keeps and its copy does not.
     work = Evaluator(pinned(model), replace(dataset), tuple(metrics), sampling, seed, device, base=base)
+    work = replace(work, border=border, metric_weights=metric_weights)
+    measures = _prepared(work)
+    definitions = {name: metric.statement() for name, metric in measures.items()}
     compute = _computing(work, len(pairs))
 
     config = {
@@ -127,6 +140,7 @@ def evaluate(
         "data": data,
         "out": out,
         "metrics": list(metrics),
+        "definitions": definitions,
         "split": split,
         "limit": limit,
         "seed": seed,
@@ -141,7 +155,8 @@ def evaluate(
         tags={"deedsr.kind": "evaluation", "deedsr.out": tracking.masked_uri(out)},
     ) as run:
         shown = {keys[i] for i in _evenly(len(keys), LOGGED_PICTURES)}
-        records, features = {}, {}
+        records: dict[str, dict[str, Any]] = {}
+        found: dict[str, dict[str, dict[str, np.ndarray]]] = {}
         for done in tqdm(compute(pairs), total=len(pairs), desc="evaluate", unit="sample", disable=not progress):
             files = {name: f"pictures/{done.key}.{name}.png" for name in done.pictures}
             for name, picture in done.pictures.items():
@@ -150,11 +165,16 @@ def evaluate(
                 run.log_picture(done.key, strip(*(done.pictures[name] for name in ("lr", "bicubic", "model", "hr"))))
             record = {"key": done.key, "source": done.source, "metrics": done.metrics, "pictures": files}
             records[done.key] = record
-            features[done.key] = done.features
+            found[done.key] = done.features
 
         samples = [records[key] for key in keys]
+        figures = [sample["metrics"] for sample in samples]
+        features = [found[key] for key in keys]
         summary = {
-            method: _summary(method, metrics, samples, [features[key][method] for key in keys if "niqe" in metrics])
+            method: {
+                name: metric.summary([done[method][name] for done in (figures if metric.of_pictures else features)])
+                for name, metric in measures.items()
+            }
             for method in METHODS
         }
         results = {
@@ -166,6 +186,7 @@ def evaluate(
             "dataset": {"uri": dataset.uri, "digest": dataset.digest, "split": split},
             "sampling": sampling.as_dict(),
             "seed": seed,
+            "definitions": definitions,
             "metrics": summary,
             "samples": samples,
         }
@@ -214,34 +235,18 @@ def _evenly(count: int, wanted: int) -> list[int]:
     return [number * count // wanted for number in range(wanted)] if wanted < count else list(range(count))
 
 
-def _check_metrics(metrics: Sequence[str], dataset: Dataset, split: str) -> None:
-    for name in metrics:
-        if name not in METRICS:
-            raise UsageError(f"unknown metric {name!r}: there are {', '.join(METRICS)}")
-    if not metrics:
-        raise UsageError(f"no metric given: there are {', '.join(METRICS)}")
-    side = dataset.recipe.crop.size
-    if "niqe" in metrics and side < BLOCK:
+def _prepared(work: Evaluator) -> dict[str, Metric]:
+    """The metrics with their weights, before any work; of this process, which may have no GPU."""
+    measures = replace(work, device="cpu").measures
+    side = work.dataset.recipe.crop.size
+    if "niqe_set" in measures and side < BLOCK:
         raise UsageError(
-            f"niqe needs HR crops of {BLOCK} pixels or more, those of {dataset.uri} have {side}: "
+            f"niqe_set needs HR crops of {BLOCK} pixels or more, those of {work.dataset.uri} have {side}: "
             "leave it out of the metrics"
         )
-
-
-def _summary(
-    method: str, metrics: Sequence[str], records: list[dict[str, Any]], features: list[np.ndarray]
-) -> dict[str, float | None]:
-    summary: dict[str, float | None] = {}
-    for name in metrics:
-        if name == "niqe":
-            try:
-                summary[name] = niqe_of_features(np.concatenate(features))
-            except ValueError:  # the pictures are flat
-                summary[name] = None
-        else:
-            values = [record["metrics"][method][name] for record in records]
-            summary[name] = None if None in values else float(np.mean(values))
-    return summary
+    for metric in measures.values():
+        metric.prepare()
+    return measures
 
 
 def _png(picture: np.ndarray) -> bytes:
