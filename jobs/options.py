@@ -156,8 +156,8 @@ class CommandParser(ArgumentParser):
         ]
         return " ".join([f"deedsr {self.command}", *words, "[options]"])
 
-    def format_help(self) -> str:
-        return super().format_help() + (f"\n{self.details()}\n" if self.details else "")
+    def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
+        return super().format_help(formatter) + (f"\n{self.details()}\n" if self.details else "")
 
     def _add_options(self) -> None:
         if self.operand:

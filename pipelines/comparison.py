@@ -201,10 +201,7 @@ def _text_table(group: RunGroup) -> str:
             run["run_id"][:8],
             run["status"].lower(),
             duration_text(run["seconds"]) if run["seconds"] is not None else "running",
-            *(
-                metric_text(run["metrics"][m], _metric_of(m).rsplit(".", 1)[-1]) if m in run["metrics"] else "-"
-                for m in metrics
-            ),
+            *(_figure(run["metrics"].get(row), row) for row in metrics),
             *(_short(run["config"][name]) for name in settings),
         ]
         for run in group.runs
@@ -217,6 +214,10 @@ def _text_table(group: RunGroup) -> str:
         for line in zip(*columns, strict=True)
     ]
     return "\n".join([group.title, *("  " + line for line in lines)])
+
+
+def _figure(value: float | None, row: str) -> str:
+    return "-" if value is None else metric_text(value, _metric_of(row).rpartition(".")[2])
 
 
 def _short(value: str | None) -> str:

@@ -57,7 +57,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics of several methods on the same pairs of one dataset: `metrics[method][name]`, names of `deedsr.metrics.registry`.
+    """Metrics of several methods on the same pairs of one dataset: `metrics[method][name]`, names of the registry.
 
     The first method is the one that the others are compared with (bicubic). None: the figure cannot be told.
     """

@@ -38,13 +38,12 @@ def _mean_and_root(features_NF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     centred_NF = (features_NF - mean_F) / np.sqrt(len(features_NF) - 1)
     if centred_NF.shape[0] <= centred_NF.shape[1]:
         return mean_F, centred_NF
-    triangle_FF: np.ndarray = np.linalg.qr(centred_NF, mode="r")  # smaller, with the same covariance
-    return mean_F, triangle_FF
+    return mean_F, np.linalg.qr(centred_NF).R  # smaller, with the same covariance
 
 
 class FID(LearnedMetric):
     name, title = "fid", "FID"
-    definition = "border 0, Inception v3 of 2015-12-05, RGB resized to 299x299 by Pillow's bicubic without rounding, over two sets"
+    definition = "border 0, Inception v3 of 2015-12-05, RGB at 299x299 by Pillow's bicubic, not rounded, over two sets"
     source = "Heusel et al. 2017, clean-fid 0.1.35 in its mode clean"
     higher_is_better = False
     of_pictures = False

@@ -1,6 +1,6 @@
 """Published weights files of metrics: where they lie on this machine, and their tensors.
 
-No file is downloaded and none is unpickled: torch's own format is read with `weights_only=True`, safetensors as they are.
+No file is downloaded and none is unpickled: torch's own format is read with `weights_only=True`, or safetensors.
 """
 
 import hashlib

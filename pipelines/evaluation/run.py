@@ -101,9 +101,7 @@ def evaluate(
     dataset = Dataset.open(data).require_pixels("evaluation")
     rows = _rows(dataset, split, limit)
     if border < 0 or dataset.recipe.crop.size - 2 * border < WINDOW:
-        raise UsageError(
-            f"border must be 0 or more and leave {WINDOW} pixels of HR crops of {dataset.recipe.crop.size}, got {border}"
-        )
+        raise UsageError(f"border must leave {WINDOW} pixels of HR crops of {dataset.recipe.crop.size}, got {border}")
     folder = ModelFolder.read(resolve_model(model))
     if folder.scale != dataset.scale:
         raise UsageError(
@@ -128,8 +126,17 @@ def evaluate(
     storage = open_storage(out)
     storage.require_writable()
     # Workers need nothing of the index, which the dataset keeps and its copy does not.
-    work = Evaluator(pinned(model), replace(dataset), tuple(metrics), sampling, seed, device, base=base)
-    work = replace(work, border=border, metric_weights=metric_weights)
+    work = Evaluator(
+        pinned(model),
+        replace(dataset),
+        tuple(metrics),
+        sampling,
+        seed,
+        device,
+        base=base,
+        border=border,
+        metric_weights=metric_weights,
+    )
     measures = _prepared(work)
     definitions = {name: metric.statement() for name, metric in measures.items()}
     compute = _computing(work, len(pairs))
