@@ -16,13 +16,13 @@ RESAMPLES = 10_000
 MOST = 100.0  # dB of equal pictures, which JSON can hold
 
 
-def measure(picture: np.ndarray, hr: np.ndarray, scale: int, perceptual: PerceptualDistance) -> dict[str, float]:
+def measure(picture: np.ndarray, hr: np.ndarray, perceptual: PerceptualDistance) -> dict[str, float]:
     """Of a uint8 RGB picture against its HR; `noise` is a sum over the HR's flat patches, so that it may be pooled."""
     deviations, flat = patch_deviations(picture), patch_deviations(hr) <= FLAT
     return {
-        "psnr_y": min(psnr_y(picture, hr, scale), MOST),
+        "psnr_y": min(psnr_y(picture, hr), MOST),
         "psnr_rgb": psnr(picture, hr),
-        "ssim_y": ssim_y(picture, hr, scale),
+        "ssim_y": ssim_y(picture, hr),
         "niqe": niqe(picture),
         "perceptual": perceptual(picture, hr),
         "noise": float(deviations[flat].sum()),

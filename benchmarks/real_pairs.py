@@ -2,9 +2,9 @@
 
     python -m benchmarks.real_pairs --lr DIR --hr DIR [--model tiny] [--settings JSON] [--every 4] [--sheet FILE]
 
-The folders are the user's: pairs are matched by the order of their names. PSNR-Y leaves no border out. NIQE is one fit
-per picture, on luma rounded to integers (.299, .587, .114). The perceptual distance is that of
-`benchmarks.tiny_figures`. Intervals are 95 % paired bootstraps over pictures. Results are kept under `--work`.
+The folders are the user's: pairs are matched by the order of their names. PSNR-Y and NIQE are those of `deedsr evaluate`.
+The perceptual distance is that of `benchmarks.tiny_figures`. Intervals are 95 % paired bootstraps over pictures. Results
+are kept under `--work`.
 """
 
 import argparse
@@ -23,12 +23,10 @@ from benchmarks.kept import Kept, fingerprint
 from benchmarks.perceptual import PerceptualDistance
 from benchmarks.picture_measures import consistency, interval
 from benchmarks.realesrgan import RealESRGAN
-from benchmarks.tiny_figures import CODE, Pair, sampled, settings, weights
-from deedsr.metrics import psnr_y
-from deedsr.metrics.niqe import niqe_of_luma
+from benchmarks.tiny_figures import CODE, PACKAGE, Pair, sampled, settings, weights
+from deedsr.metrics import niqe, psnr_y
 from pipelines.models import load_pipeline
 
-REC601 = np.array([0.299, 0.587, 0.114])
 SHEET_SIDE = 352
 PEER = "RealESRGAN x4plus"
 
@@ -43,8 +41,8 @@ def read_pairs(lr: Path, hr: Path, every: int) -> list[Pair]:
 
 def measured(picture: np.ndarray, hr: np.ndarray, perceptual: PerceptualDistance) -> dict[str, float]:
     return {
-        "psnr_y": psnr_y(picture, hr, border=0),
-        "niqe": niqe_of_luma(np.round(picture @ REC601)),
+        "psnr_y": psnr_y(picture, hr),
+        "niqe": niqe(picture),
         "perceptual": perceptual(picture, hr),
     }
 
@@ -80,7 +78,7 @@ def main() -> None:
     for pair in tqdm(pairs, mininterval=10):
         for name, method in methods.items():
             picture = method(pair)
-            key = fingerprint("real pairs", picture, pair.hr)
+            key = fingerprint("real pairs", PACKAGE / "metrics", picture, pair.hr)
             row = kept.row(key, lambda picture=picture, pair=pair: measured(picture, pair.hr, perceptual))
             rows[name].append(row | {"consistency": consistency(picture, pair.lr)})
     table = {name: {key: np.array([row[key] for row in found]) for key in found[0]} for name, found in rows.items()}

@@ -52,7 +52,7 @@ def quality(srs: Sequence[np.ndarray], pairs: Sequence[Pair]) -> dict[str, float
     """Means over the pictures, NIQE as one fit over all of them."""
     return {
         "consistency": float(np.mean([consistency(sr, pair.lr) for sr, pair in zip(srs, pairs, strict=True)])),
-        "psnr_y": float(np.mean([psnr_y(sr, pair.hr, 4) for sr, pair in zip(srs, pairs, strict=True)])),
+        "psnr_y": float(np.mean([psnr_y(sr, pair.hr) for sr, pair in zip(srs, pairs, strict=True)])),
         "niqe": niqe_set(srs),
         "perceptual": float(np.mean([perceptual_distance()(sr, pair.hr) for sr, pair in zip(srs, pairs, strict=True)])),
     }

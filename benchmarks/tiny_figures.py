@@ -153,7 +153,7 @@ class Methods:
     def measured(self, method: str, pair: Pair) -> dict[str, float]:
         picture = self.picture(method, pair)
         key = fingerprint(self.measures, picture, pair.hr)
-        row = self.kept.row(key, lambda: measure(picture, pair.hr, SCALE, self.perceptual))
+        row = self.kept.row(key, lambda: measure(picture, pair.hr, self.perceptual))
         return row | {"consistency": consistency(picture, pair.lr)}
 
 
@@ -190,7 +190,7 @@ def autoencoded(pipeline: Any, crops: list[ValidationCrop]) -> dict[str, Figure]
             decoded = decode_latents(pipeline.vae, encode_latents(pipeline.vae, x_BCHW))[0]
         picture = to_uint8((decoded / 2 + 0.5).clamp(0, 1))
         figures["rgb"].append(psnr(picture, crop.hr))
-        figures["y"].append(psnr_y(picture, crop.hr, SCALE))
+        figures["y"].append(psnr_y(picture, crop.hr))
     return {name: interval(mean(np.array(values)), len(values)) for name, values in figures.items()}
 
 

@@ -127,6 +127,7 @@ def load(name: str) -> tuple[Command, CommandParser]:
         description=f"{(module.__doc__ or '').strip()}\n\nexample:\n  {command.example}",
         operand=command.operand,
         presets=command.presets,
+        details=command.details,
     )
     return command, parser
 

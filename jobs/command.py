@@ -22,6 +22,8 @@ class Outcome:
 
 def readable(value: Any) -> str:
     """A value for people: floats to four digits, lists and nested mappings one item a line."""
+    if value is None:
+        return "-"
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Mapping) and any(isinstance(item, Mapping) for item in value.values()):
@@ -40,6 +42,7 @@ class Command:
     options: type
     run: Callable[[Any], Outcome]
     example: str  # shown by --help
+    details: Callable[[], str] | None = None  # shown by --help, last
     operand: str = ""  # the option that may be typed without its name
     presets: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # the first is the default
     check: Callable[[Any], None] = lambda options: None  # refuses what can be refused without looking at any data

@@ -157,7 +157,7 @@ class Chain:
 
     def evaluation(self, name: str) -> dict[str, Any]:
         words = ["evaluate", "--model", self._model(name), "--data", str(self.out / "shards")]
-        words += ["--out", str(self.out / "evaluation" / name), "--limit", "18"]
+        words += ["--out", str(self.out / "evaluation" / name), "--limit", "18", "--metrics", "psnr,ssim,niqe_set"]
         return self._run(
             f"Evaluation of {LABELS[name]}", words, lambda v: f"PSNR-Y {v['metrics']['model']['psnr']:.2f} dB"
         )

@@ -13,7 +13,7 @@ import re
 import tokenize
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -119,7 +119,7 @@ class CommandParser(ArgumentParser):
     """Parser of one command. A mistake is one `UsageError` that names the key, the value and what is accepted.
 
     `kind`: dataclass of the options. `operand`: the option that may be typed without its name. `presets`: name ->
-    nested values that stand under everything else; the first is the default.
+    nested values that stand under everything else; the first is the default. `details`: makes the end of the help.
     """
 
     def __init__(
@@ -130,7 +130,9 @@ class CommandParser(ArgumentParser):
         description: str,
         operand: str = "",
         presets: Mapping[str, Mapping[str, Any]] | None = None,
+        details: Callable[[], str] | None = None,
     ):
+        self.details = details
         self.kind, self.command, self.operand, self.presets = kind, command, operand, presets or {}
         self.options = {option.key: option for option in leaves(kind)}
         self.argv: list[str] = []
@@ -153,6 +155,9 @@ class CommandParser(ArgumentParser):
             for option in required
         ]
         return " ".join([f"deedsr {self.command}", *words, "[options]"])
+
+    def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
+        return super().format_help(formatter) + (f"\n{self.details()}\n" if self.details else "")
 
     def _add_options(self) -> None:
         if self.operand:

@@ -1,7 +1,8 @@
 """Runs of an experiment side by side: what differs in their configuration, their figures, curves and pictures.
 
 Runs are put together by what they read: the figures of two datasets (or of two splits of one) never share a table or a
-chart. Shards runs are the exception, since every one of them makes a dataset: they form one group.
+chart. Shards runs are the exception, since every one of them makes a dataset: they form one group. Figures of a metric
+whose definition differs among the runs of a group stand in a row for each definition.
 """
 
 import tempfile
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 MAX_PICTURES = 24  # in a page, over all runs
 SYSTEM_PREFIX = "system/"
+DEFINITION_PREFIX = "definitions."  # of the parameters that say how an evaluation's metrics are defined
+DEFINED = ", definition"  # behind a metric's name: the definitions themselves are among the settings that differ
 
 
 @dataclass(frozen=True)
@@ -133,10 +136,12 @@ def _described(members: Sequence[tuple[str, "StoredRun"]]) -> list[dict[str, Any
     configs = [_config(run) for _, run in members]
     names = {name for config in configs for name in config}
     different = sorted(name for name in names if len({config.get(name) for config in configs}) > 1)
+    rows = _rows_of_metrics([run for _, run in members], configs)
     described = []
     for (experiment, run), config in zip(members, configs, strict=True):
         info, tags = run.info, run.data.tags
-        metrics = {k: v for k, v in sorted(run.data.metrics.items()) if not k.startswith(SYSTEM_PREFIX)}
+        shown = {k: v for k, v in sorted(run.data.metrics.items()) if not k.startswith(SYSTEM_PREFIX)}
+        metrics = {rows[info.run_id, name]: value for name, value in shown.items()}
         described.append(
             {
                 "run_id": info.run_id,
@@ -154,6 +159,27 @@ def _described(members: Sequence[tuple[str, "StoredRun"]]) -> list[dict[str, Any
             }
         )
     return described
+
+
+def _rows_of_metrics(runs: Sequence["StoredRun"], configs: Sequence[dict[str, str]]) -> dict[tuple[str, str], str]:
+    """(run id, metric) -> the row that it stands in: its name, with a number where the runs' definitions differ."""
+    definitions: dict[str, dict[str, str]] = {}  # metric -> run id -> definition, empty where none was recorded
+    for run, config in zip(runs, configs, strict=True):
+        for name in run.data.metrics:
+            definition = config.get(f"{DEFINITION_PREFIX}{name.rpartition('.')[2]}", "")
+            definitions.setdefault(name, {})[run.info.run_id] = definition
+    rows = {}
+    for name, of_runs in definitions.items():
+        numbers = {definition: number for number, definition in enumerate(sorted(set(of_runs.values()) - {""}), 1)}
+        for run_id, definition in of_runs.items():
+            marked = f"{name}{DEFINED} {numbers.get(definition, 'not recorded')}"
+            rows[run_id, name] = marked if len(set(of_runs.values())) > 1 else name
+    return rows
+
+
+def _metric_of(row: str) -> str:
+    """The metric that a row holds, as runs call it."""
+    return row.partition(DEFINED)[0]
 
 
 def _config(run: "StoredRun") -> dict[str, str]:
@@ -175,7 +201,7 @@ def _text_table(group: RunGroup) -> str:
             run["run_id"][:8],
             run["status"].lower(),
             duration_text(run["seconds"]) if run["seconds"] is not None else "running",
-            *(metric_text(run["metrics"][m], m.rsplit(".", 1)[-1]) if m in run["metrics"] else "-" for m in metrics),
+            *(_figure(run["metrics"].get(row), row) for row in metrics),
             *(_short(run["config"][name]) for name in settings),
         ]
         for run in group.runs
@@ -188,6 +214,10 @@ def _text_table(group: RunGroup) -> str:
         for line in zip(*columns, strict=True)
     ]
     return "\n".join([group.title, *("  " + line for line in lines)])
+
+
+def _figure(value: float | None, row: str) -> str:
+    return "-" if value is None else metric_text(value, _metric_of(row).rpartition(".")[2])
 
 
 def _short(value: str | None) -> str:
@@ -239,7 +269,7 @@ def _charts(client: "MlflowClient", group: RunGroup, labels: dict[str, str]) -> 
         family, _, member = name.rpartition("/")
         together = family.endswith("loss_timestep")
         for run in group.runs:
-            history = client.get_metric_history(run["run_id"], name) if name in run["metrics"] else []
+            history = client.get_metric_history(run["run_id"], _metric_of(name)) if name in run["metrics"] else []
             points = sorted({(m.step, m.value) for m in history})
             if len(points) > 1:
                 label = labels[run["run_id"]]

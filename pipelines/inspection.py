@@ -101,7 +101,7 @@ def read_pairs(dataset: Dataset, table: pa.Table, shown: set[int], progress: boo
     def read(row: int) -> Pair:
         sample = dataset.read(table, row)
         enlarged = cv2.resize(sample.lr, sample.hr.shape[1::-1], interpolation=cv2.INTER_CUBIC)
-        psnr = psnr_y(enlarged, sample.hr, dataset.scale)
+        psnr = psnr_y(enlarged, sample.hr)
         stratum, group = column(STRATUM, row), column(GROUP, row)
         if row not in shown:
             return Pair(stratum, psnr, None)

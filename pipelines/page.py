@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from deedsr.metrics.registry import known
 from pipelines.curves import number_text
 
 if TYPE_CHECKING:
@@ -13,19 +14,6 @@ if TYPE_CHECKING:
 
 MAX_SIDE = 1280  # px: larger pictures are reduced for the page
 WEBP_QUALITY = 90
-
-# Name as readers know it, unit, and whether more is better (+1) or less (-1).
-METRICS: dict[str, tuple[str, str, int]] = {
-    "psnr": ("PSNR-Y", "dB", 1),
-    "ssim": ("SSIM-Y", "", 1),
-    "niqe": ("NIQE", "", -1),
-    "lpips": ("LPIPS", "", -1),
-    "dists": ("DISTS", "", -1),
-    "fid": ("FID", "", -1),
-    "musiq": ("MUSIQ", "", 1),
-    "maniqa": ("MANIQA", "", 1),
-    "clipiqa": ("CLIP-IQA", "", 1),
-}
 
 
 def write_page(out: str | Path, template: str, **content: Any) -> Path:
@@ -46,7 +34,7 @@ def write_page(out: str | Path, template: str, **content: Any) -> Path:
         "bytes": bytes_text,
         "share": share_text,
     }
-    html = environment.get_template(template).render(metric_names=METRICS, **content)
+    html = environment.get_template(template).render(metric_names=known(), **content)
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{uuid4().hex[:8]}")
@@ -88,9 +76,7 @@ def data_uri(image_HWC: "np.ndarray", lossless: bool = False) -> str:
 
 def metric_text(value: float, metric: str = "") -> str:
     """A metric to the digits in which it is usually given; other figures to four significant digits."""
-    if metric in METRICS:
-        return f"{value:.4f}" if metric in ("ssim", "lpips", "dists") else f"{value:.2f}"
-    return number_text(value)
+    return f"{value:.{known()[metric].digits}f}" if metric in known() else number_text(value)
 
 
 def count_text(value: int) -> str:

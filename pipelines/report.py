@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deedsr.errors import DeeDSRError
+from deedsr.metrics.registry import known
 from pipelines.curves import Curve, draw
-from pipelines.page import METRICS, data_uri, read_picture, write_page
+from pipelines.page import data_uri, read_picture, write_page
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,7 +57,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics of several methods on the same pairs of one dataset: `metrics[method][name]`, names of `page.METRICS`.
+    """Metrics of several methods on the same pairs of one dataset: `metrics[method][name]`, names of the registry.
 
     The first method is the one that the others are compared with (bicubic). None: the figure cannot be told.
     """
@@ -70,7 +71,8 @@ class Evaluation:
 def evaluation_of(results: Mapping[str, Mapping[str, Any]], note: str = "") -> Evaluation:
     """The table of several `results.json` by label (`{"This demo": {...}, "tiny": {...}}`), bicubic first.
 
-    Raises DeeDSRError when they were not taken on the same pairs: such figures may not share a table.
+    Raises DeeDSRError when they were not taken on the same pairs, or by metrics of other definitions: such figures may
+    not share a table.
     """
     pairs = {
         label: (found["dataset"]["digest"], tuple(sample["key"] for sample in found["samples"]))
@@ -80,6 +82,16 @@ def evaluation_of(results: Mapping[str, Mapping[str, Any]], note: str = "") -> E
         told = ", ".join(f"{label}: {len(keys)} pairs of {digest[:12]}" for label, (digest, keys) in pairs.items())
         raise DeeDSRError(f"evaluations of different pairs cannot share a table ({told}): evaluate on one dataset")
     ((digest, keys),) = set(pairs.values())
+    stated: dict[str, set[str | None]] = {}
+    for found in results.values():
+        for name in found["metrics"]["model"]:
+            stated.setdefault(name, set()).add(found.get("definitions", {}).get(name))
+    for name, definitions in stated.items():
+        if len(definitions) > 1:
+            told = " / ".join(sorted(definition or "not recorded" for definition in definitions))
+            raise DeeDSRError(
+                f"figures of different definitions of {name} cannot share a table ({told}): evaluate again"
+            )
     metrics = {"Bicubic": next(iter(results.values()))["metrics"]["bicubic"]}
     metrics |= {label: found["metrics"]["model"] for label, found in results.items()}
     return Evaluation(digest, len(keys), metrics, note)
@@ -230,19 +242,19 @@ def busiest_spot(image_HWC: "np.ndarray") -> tuple[float, float]:
 
 def metric_rows(metrics: Mapping[str, Mapping[str, float | None]]) -> dict[str, Any]:
     """A table of methods by metrics: value, difference from the first method, and whether it is the best."""
-    names = [name for name in METRICS if any(name in row for row in metrics.values())]
-    names += sorted({name for row in metrics.values() for name in row} - set(names))
+    names = list(dict.fromkeys(name for row in metrics.values() for name in row))
     columns = {name: [row.get(name) for row in metrics.values()] for name in names}
 
     def cell(name: str, number: int) -> dict[str, Any]:
-        sign = METRICS[name][2] if name in METRICS else 1
+        # Of a metric of another package the direction is not known here: none is called the best.
+        sign = 0 if name not in known() else 1 if known()[name].higher_is_better else -1
         value, baseline = columns[name][number], columns[name][0]
         told = [sign * other for other in columns[name] if other is not None]
         difference = value - baseline if number and value is not None and baseline is not None else None
         return {
             "name": name,
             "value": value,
-            "best": value is not None and len(told) > 1 and sign * value == max(told),
+            "best": sign != 0 and value is not None and len(told) > 1 and sign * value == max(told),
             "difference": difference,
             "better": difference is not None and sign * difference > 0,
         }

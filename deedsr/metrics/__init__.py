@@ -1,6 +1,7 @@
-"""Image quality: PSNR and SSIM on the Y channel, NIQE."""
+"""Image quality: metrics by name (`registry`), and PSNR-Y, SSIM-Y and NIQE as plain functions."""
 
-from deedsr.metrics.fidelity import psnr_y, ssim_y
 from deedsr.metrics.niqe import niqe, niqe_features, niqe_of_features, niqe_set
+from deedsr.metrics.psnr import psnr_y
+from deedsr.metrics.ssim import ssim_y
 
 __all__ = ["niqe", "niqe_features", "niqe_of_features", "niqe_set", "psnr_y", "ssim_y"]

@@ -1,11 +1,14 @@
 """NIQE: how far an image's local statistics are from those of natural photographs (Mittal et al. 2013).
 
+Two definitions, whose figures are not comparable: `niqe`, one fit for each picture, as published tables have it; and
+`niqe_set`, one fit over the blocks of many pictures, for crops too small for a fit of their own.
+
 Letters: N blocks, S side of a block, F features of a block (18 at each of two scales).
 The parameter file `niqe_parameters.npz` holds the multivariate Gaussian fitted by the authors to pristine
 photographs, and the 7x7 window (sigma 7/6) of the local mean.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.resources import as_file, files
 
@@ -13,9 +16,13 @@ import numpy as np
 from scipy.ndimage import correlate, correlate1d
 from scipy.special import gamma
 
-from deedsr.metrics.luma import luma
+from deedsr.metrics.luma import grey, luma
+from deedsr.metrics.metric import Metric
+
+__all__ = ["BLOCK", "METRICS", "MIN_SIDE", "niqe", "niqe_features", "niqe_of_features", "niqe_set"]
 
 BLOCK = 96  # pixels a side; the second scale has the same blocks at half the size
+MIN_SIDE = 512  # pixels: in a smaller picture there are too few blocks for a fit of its own
 _NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1))  # (down, right) shifts whose products are fitted
 
 
@@ -59,9 +66,8 @@ def _block_features(x_NSS: np.ndarray) -> np.ndarray:
     return np.stack(columns, axis=1)
 
 
-def _normalise(y: np.ndarray) -> np.ndarray:
+def _normalise(y: np.ndarray, window: np.ndarray) -> np.ndarray:
     """Luma minus its local mean, over its local deviation."""
-    window = _parameters()["gaussian_window"]
     mean = correlate(y, window, mode="nearest")
     deviation = np.sqrt(np.abs(correlate(y**2, window, mode="nearest") - mean**2))
     return (y - mean) / (deviation + 1)
@@ -78,23 +84,15 @@ def _half_size(y: np.ndarray) -> np.ndarray:
     return y
 
 
-def niqe_features(image: np.ndarray) -> np.ndarray:
-    """What NIQE looks at in a uint8 RGB image (H, W, 3): 36 numbers of each whole block of 96 x 96 pixels, (N, 36).
-
-    Blocks without variation are left out, so N may be 0.
-    """
-    return _features(np.round(luma(image)))
-
-
-def _features(y: np.ndarray) -> np.ndarray:
-    """Of integer luma (H, W)."""
+def _features(y: np.ndarray, window: np.ndarray) -> np.ndarray:
+    """Of integer luma (H, W): 36 numbers of each whole block, (N, 36). Blocks without variation are left out."""
     rows, columns = (side // BLOCK for side in y.shape)
     if not rows or not columns:
         return np.empty((0, 36))
     y = y[: rows * BLOCK, : columns * BLOCK]
     scales = []
     for side in (BLOCK, BLOCK // 2):
-        blocks = _normalise(y).reshape(rows, side, columns, side).swapaxes(1, 2).reshape(-1, side, side)
+        blocks = _normalise(y, window).reshape(rows, side, columns, side).swapaxes(1, 2).reshape(-1, side, side)
         with np.errstate(divide="ignore", invalid="ignore"):
             scales.append(_block_features(blocks))
         y = _half_size(y)
@@ -115,21 +113,68 @@ def niqe_of_features(features_NF: np.ndarray) -> float:
     return float(np.sqrt(difference_F @ np.linalg.pinv(covariance_FF) @ difference_F))
 
 
+def niqe(image: np.ndarray) -> float:
+    """NIQE of one uint8 RGB image (H, W, 3), as published tables have it. Lower is more natural.
+
+    A sharp photograph has 2.6 to 5, a bicubic enlargement by 4 has 7 to 10. Grain and over-sharpening lower it too.
+    Below `MIN_SIDE` pixels a side the fit has too few blocks to mean much. Raises ValueError for fewer than two.
+    """
+    return niqe_of_features(_picture_features(image))
+
+
+def _picture_features(image: np.ndarray) -> np.ndarray:
+    """What `niqe` takes of one image, (N, 36)."""
+    # In flat areas the sign of (luma - local mean) follows from the window's rounding to float32, and with it the fit.
+    window = _parameters()["gaussian_window"].astype(np.float32).astype(np.float64)
+    return _features(np.round(grey(image)), window)
+
+
+def niqe_features(image: np.ndarray) -> np.ndarray:
+    """What `niqe_set` takes of a uint8 RGB image (H, W, 3): 36 numbers of each whole block of 96 x 96 pixels, (N, 36).
+
+    Blocks without variation are left out, so N may be 0.
+    """
+    return _features(np.round(luma(image)), _parameters()["gaussian_window"])
+
+
 def niqe_set(images: Iterable[np.ndarray]) -> float:
     """NIQE of a set of uint8 RGB images (H, W, 3): one fit over the blocks of all of them. Lower is more natural.
 
-    This is how crops of 256 pixels can be judged, each too small for a fit of its own. A sharp photograph has 2.6
-    to 5, a bicubic enlargement by 4 has 7 to 10. Grain and over-sharpening lower it too.
+    This is how crops of 256 pixels can be compared, each too small for a fit of its own.
     Raises ValueError where fewer than two blocks of 96 x 96 pixels with texture are found.
     """
     return niqe_of_features(np.concatenate([np.empty((0, 36)), *map(niqe_features, images)]))
 
 
-def niqe(image: np.ndarray) -> float:
-    """NIQE of one uint8 RGB image (H, W, 3), meaningful from 512 pixels a side on; see `niqe_set`."""
-    return niqe_set([image])
+class NIQE(Metric):
+    name, title = "niqe", "NIQE"
+    definition = (
+        "border 0, luma .299 R + .587 G + .114 B rounded to integers, blocks of 96 px, one fit for each picture of 512 "
+        "px a side or more, mean over pictures"
+    )
+    source = "Mittal et al. 2013, as IQA-PyTorch's niqe"
+    higher_is_better = False
+    needs_reference = False
+
+    def measure(self, picture: np.ndarray, reference: np.ndarray | None) -> float | None:
+        features_NF = _picture_features(picture) if min(picture.shape[:2]) >= MIN_SIDE else np.empty((0, 36))
+        return niqe_of_features(features_NF) if len(features_NF) >= 2 else None  # fewer: the picture is flat
 
 
-def niqe_of_luma(y: np.ndarray) -> float:
-    """NIQE of one picture's integer luma (H, W), for protocols that weigh the colours otherwise."""
-    return niqe_of_features(_features(y))
+class SetNIQE(Metric):
+    name, title = "niqe_set", "NIQE of the set"
+    definition = "border 0, Y of BT.601 (16 to 235) rounded to integers, blocks of 96 px, one fit over all pictures"
+    source = "Mittal et al. 2013; this project's own form for small crops"
+    higher_is_better = False
+    needs_reference = False
+    of_pictures = False
+
+    def measure(self, picture: np.ndarray, reference: np.ndarray | None) -> np.ndarray:
+        return niqe_features(picture)
+
+    def summary(self, measured: Sequence[np.ndarray]) -> float | None:
+        features_NF = np.concatenate(measured)
+        return niqe_of_features(features_NF) if len(features_NF) >= 2 else None  # fewer: the pictures are flat
+
+
+METRICS = (NIQE, SetNIQE)

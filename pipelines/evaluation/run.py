@@ -22,13 +22,15 @@ from tqdm import tqdm
 
 import deedsr
 from deedsr.errors import UsageError
-from deedsr.metrics import niqe_of_features
+from deedsr.metrics.metric import Metric
 from deedsr.metrics.niqe import BLOCK
+from deedsr.metrics.registry import WITHOUT_WEIGHTS
+from deedsr.metrics.ssim import WINDOW
 from pipelines import cluster, tracking
 from pipelines.claims import Claim, held
 from pipelines.dataset import Dataset
 from pipelines.evaluation.state import PICTURES, RESULTS, Measured, State
-from pipelines.evaluation.work import METHODS, METRICS, Evaluated, Evaluator
+from pipelines.evaluation.work import METHODS, Evaluated, Evaluator
 from pipelines.models import model_digest, pinned, resolve_model, training_run
 from pipelines.placement import Device, place_networks
 from pipelines.spread import place, spread
@@ -57,7 +59,9 @@ def evaluate(
     out: str,
     *,
     base: str | None = None,
-    metrics: Sequence[str] = METRICS,
+    metrics: Sequence[str] = WITHOUT_WEIGHTS,
+    metric_weights: str | None = None,
+    border: int = 0,
     split: str = "validation",
     limit: int | None = None,
     steps: int | None = None,
@@ -85,7 +89,10 @@ def evaluate(
         data: a finished dataset of the model's scale.
         out: folder or S3 prefix.
         base: where the model's base lies: folder, URI or hub id; None = where the model says.
-        metrics: of METRICS. PSNR and SSIM are means over the samples, NIQE is one fit over the blocks of all.
+        metrics: names that `deedsr.metrics.registry` knows.
+        metric_weights: folder or S3 prefix with weights files of LPIPS, DISTS and FID; None = only the cache of
+            torch's hub is searched.
+        border: pixels that PSNR and SSIM leave out on each side.
         split: `train` or `validation`.
         limit: measure at most so many samples, evenly spread over the split.
         steps, noise_guidance, noise_guidance_share, eta, color_fix, solver, tile, degradation_per_tile,
@@ -102,7 +109,8 @@ def evaluate(
 
     dataset = Dataset.open(data).require_pixels("evaluation")
     rows = _rows(dataset, split, limit)
-    _check_metrics(metrics, dataset, split)
+    if border < 0 or dataset.recipe.crop.size - 2 * border < WINDOW:
+        raise UsageError(f"border must leave {WINDOW} pixels of HR crops of {dataset.recipe.crop.size}, got {border}")
     folder = ModelFolder.read(resolve_model(model))
     if folder.scale != dataset.scale:
         raise UsageError(
@@ -127,14 +135,25 @@ def evaluate(
     storage.require_writable()
     # Workers need nothing of the index, which the dataset keeps and its copy does not.
     work = Evaluator(
-        pinned(model), replace(dataset), tuple(metrics), sampling, seed, device, base=pinned(base) if base else None
+        pinned(model),
+        replace(dataset),
+        tuple(metrics),
+        sampling,
+        seed,
+        device,
+        base=pinned(base) if base else None,
+        border=border,
+        metric_weights=metric_weights,
     )
+    measures = _prepared(work)
+    definitions = {name: metric.statement() for name, metric in measures.items()}
     config = {
         "model": model,
         "base": base,
         "data": data,
         "out": out,
         "metrics": list(metrics),
+        "definitions": definitions,
         "split": split,
         "limit": limit,
         "seed": seed,
@@ -148,8 +167,9 @@ def evaluate(
         "dataset": {"uri": dataset.uri, "digest": dataset.digest, "split": split},
         "sampling": sampling.as_dict(),
         "seed": seed,
+        "definitions": definitions,
     }
-    return _Evaluation(work, pairs, storage, experiment, config, about, progress).run()
+    return _Evaluation(work, measures, pairs, storage, experiment, config, about, progress).run()
 
 
 @dataclass(frozen=True)
@@ -157,6 +177,7 @@ class _Evaluation:
     """An evaluation whose options are checked. `about`: what `results.json` says of it."""
 
     work: Evaluator
+    measures: dict[str, Metric]
     pairs: dict[str, pa.Table]  # by key, in the order of the results
     out: Storage
     experiment: str
@@ -188,7 +209,7 @@ class _Evaluation:
         return self._result(results)
 
     def _state(self, digest: str) -> State:
-        samples = self.work.made_of(digest)
+        samples = self.work.made_of(digest) | {"definitions": self.about["definitions"]}
         whole = {"samples": samples, "keys": [*self.pairs], "experiment": self.experiment}
         whole["store"] = tracking.masked_uri(tracking.tracking_uri())
         return State(self.out, _digest(samples), _digest(whole))
@@ -231,7 +252,12 @@ class _Evaluation:
     def _results(self, run: tracking.Run, measured: dict[str, Measured]) -> dict[str, Any]:
         """What `results.json` holds, logged."""
         samples = [measured[key] for key in self.pairs]
-        summary = {method: _summary(method, self.work.metrics, samples) for method in METHODS}
+        summary = {
+            method: {
+                name: metric.summary(_values(name, metric, method, samples)) for name, metric in self.measures.items()
+            }
+            for method in METHODS
+        }
         results = self.about | {"run_id": run.id, "metrics": summary, "samples": [sample.record for sample in samples]}
         run.log_metrics(
             {
@@ -282,32 +308,25 @@ def _evenly(count: int, wanted: int) -> list[int]:
     return [number * count // wanted for number in range(wanted)] if wanted < count else list(range(count))
 
 
-def _check_metrics(metrics: Sequence[str], dataset: Dataset, split: str) -> None:
-    for name in metrics:
-        if name not in METRICS:
-            raise UsageError(f"unknown metric {name!r}: there are {', '.join(METRICS)}")
-    if not metrics:
-        raise UsageError(f"no metric given: there are {', '.join(METRICS)}")
-    side = dataset.recipe.crop.size
-    if "niqe" in metrics and side < BLOCK:
+def _prepared(work: Evaluator) -> dict[str, Metric]:
+    """The metrics with their weights, before any work; of this process, which may have no GPU."""
+    measures = replace(work, device="cpu").measures
+    side = work.dataset.recipe.crop.size
+    if "niqe_set" in measures and side < BLOCK:
         raise UsageError(
-            f"niqe needs HR crops of {BLOCK} pixels or more, those of {dataset.uri} have {side}: "
+            f"niqe_set needs HR crops of {BLOCK} pixels or more, those of {work.dataset.uri} have {side}: "
             "leave it out of the metrics"
         )
+    for metric in measures.values():
+        metric.prepare()
+    return measures
 
 
-def _summary(method: str, metrics: Sequence[str], samples: Sequence[Measured]) -> dict[str, float | None]:
-    summary: dict[str, float | None] = {}
-    for name in metrics:
-        if name == "niqe":
-            try:
-                summary[name] = niqe_of_features(np.concatenate([sample.features[method] for sample in samples]))
-            except ValueError:  # the pictures are flat
-                summary[name] = None
-        else:
-            values = [sample.record["metrics"][method][name] for sample in samples]
-            summary[name] = None if None in values else float(np.mean(values))
-    return summary
+def _values(name: str, metric: Metric, method: str, samples: Sequence[Measured]) -> list[Any]:
+    """What a metric found in each picture of a method."""
+    if metric.of_pictures:
+        return [sample.record["metrics"][method][name] for sample in samples]
+    return [sample.features[method][name] for sample in samples]
 
 
 def _digest(value: Any) -> str:

@@ -6,7 +6,7 @@ OUT/_state/evaluation/DIGEST/KEY.json     figures of one sample, written after i
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -28,10 +28,10 @@ _THREADS = 16  # records read at a time
 
 
 class Measured(NamedTuple):
-    """One sample: its part of `results.json`, and the features of NIQE by method, (blocks, 36)."""
+    """One sample: its part of `results.json`, and by method what metrics of a set take of it."""
 
     record: dict[str, Any]
-    features: dict[str, np.ndarray]
+    features: dict[str, dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,14 @@ class State:
         with ThreadPoolExecutor(_THREADS) as threads:
             found = dict(zip(known, threads.map(self._read, map(self._place, known)), strict=True))
         return {
-            key: Measured(stored["record"], {name: _features(rows) for name, rows in stored["features"].items()})
+            key: Measured(stored["record"], _each(_restored, stored["features"]))
             for key, stored in found.items()
             if stored and pictures.issuperset(stored["record"]["pictures"].values())
         }
 
     def add(self, sample: Measured) -> None:
-        features = {name: rows.tolist() for name, rows in sample.features.items()}
-        self._write(self._place(sample.record["key"]), {"record": sample.record, "features": features})
+        stored = {"record": sample.record, "features": _each(_plain, sample.features)}
+        self._write(self._place(sample.record["key"]), stored)
 
     def _place(self, key: str) -> str:
         return f"{self._folder}/{key}.json"
@@ -100,5 +100,14 @@ class State:
         patiently(partial(self.out.write, path, json.dumps(value).encode()))
 
 
-def _features(rows: list[list[float]]) -> np.ndarray:
-    return np.array(rows, dtype=float).reshape(-1, 36)  # JSON keeps every bit of a float, and no shape of nothing
+def _each(change: Callable[[Any], Any], features: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {method: {name: change(value) for name, value in found.items()} for method, found in features.items()}
+
+
+def _plain(values: np.ndarray) -> dict[str, Any]:
+    """JSON keeps every bit of a float, and no shape of nothing."""
+    return {"shape": values.shape, "type": str(values.dtype), "values": values.ravel().tolist()}
+
+
+def _restored(stored: Mapping[str, Any]) -> np.ndarray:
+    return np.array(stored["values"], stored["type"]).reshape(stored["shape"])

@@ -11,17 +11,18 @@ import pyarrow as pa
 
 from deedsr import __version__
 from deedsr.dataset.keys import generator
-from deedsr.metrics import niqe_features, psnr_y, ssim_y
+from deedsr.metrics.metric import Metric, Setting
+from deedsr.metrics.registry import selected
 from pipelines.dataset import Dataset
-from pipelines.models import load_pipeline
+from pipelines.models import load_pipeline, usable_device
 from pipelines.placement import Device
+from pipelines.storage import localize
 
 if TYPE_CHECKING:
     from deedsr.sampling.settings import SamplingSettings
 
-__all__ = ["METHODS", "METRICS", "Evaluated", "Evaluator"]
+__all__ = ["METHODS", "Evaluated", "Evaluator"]
 
-METRICS = ("psnr", "ssim", "niqe")  # PSNR and SSIM on Y
 METHODS = ("model", "bicubic")
 
 
@@ -32,14 +33,15 @@ class Evaluated(NamedTuple):
     source: str | None
     pictures: dict[str, np.ndarray]  # lr, METHODS, hr; uint8 RGB (height, width, 3)
     metrics: dict[str, dict[str, float | None]]  # by method: the metrics that single pictures have
-    features: dict[str, np.ndarray]  # by method: of NIQE, (blocks, 36), where it is asked for
+    features: dict[str, dict[str, np.ndarray]]  # by method: what metrics of a set take of this picture
 
 
 @dataclass(frozen=True)
 class Evaluator:
     """Samples and measures pairs of `dataset`. Pickles; each process loads the model when the first pair needs it.
 
-    `device`, `digest` and `base`: see `pipelines.models.load_pipeline`.
+    `device`, `digest` and `base`: see `pipelines.models.load_pipeline`. `border`, `metric_weights`: see
+    `deedsr.metrics.metric.Setting`; the weights may lie in object storage.
     """
 
     model: str
@@ -50,6 +52,8 @@ class Evaluator:
     device: Device
     digest: str | None = None
     base: str | None = None
+    border: int = 0
+    metric_weights: str | None = None
 
     def __call__(self, pair: pa.Table) -> Evaluated:
         """`pair`: one row of the dataset's index."""
@@ -58,13 +62,25 @@ class Evaluator:
             "model": self._sample(key, lr),
             "bicubic": cv2.resize(lr, hr.shape[1::-1], interpolation=cv2.INTER_CUBIC),
         }
-        return Evaluated(
-            key,
-            info.get("source"),
-            {"lr": lr, **enlarged, "hr": hr},
-            {method: self._measure(picture, hr) for method, picture in enlarged.items()},
-            {method: niqe_features(picture) for method, picture in enlarged.items()} if "niqe" in self.metrics else {},
-        )
+        measured = {
+            method: {name: metric.measure(picture, hr) for name, metric in self.measures.items()}
+            for method, picture in enlarged.items()
+        }
+        figures: dict[str, dict[str, float | None]] = {method: {} for method in measured}
+        features: dict[str, dict[str, np.ndarray]] = {method: {} for method in measured}
+        for method, values in measured.items():
+            for name, value in values.items():
+                if self.measures[name].of_pictures:
+                    figures[method][name] = _finite(value)
+                else:
+                    features[method][name] = value
+        return Evaluated(key, info.get("source"), {"lr": lr, **enlarged, "hr": hr}, figures, features)
+
+    @cached_property
+    def measures(self) -> dict[str, Metric]:
+        """The metrics by name. Raises UsageError where there is no such metric."""
+        weights = localize(self.metric_weights) if self.metric_weights else None
+        return selected(self.metrics, Setting(self.border, weights, str(usable_device(self.device))))
 
     def made_of(self, digest: str) -> dict[str, Any]:
         """What the figures of a pair follow from. `digest`: of the model, see `pipelines.models.model_digest`."""
@@ -90,12 +106,7 @@ class Evaluator:
         noise = torch.Generator().manual_seed(number)
         return np.asarray(self.pipeline(lr, generator=noise, **self.sampling.as_dict()).images[0])
 
-    def _measure(self, picture: np.ndarray, hr: np.ndarray) -> dict[str, float | None]:
-        measures = {"psnr": psnr_y, "ssim": ssim_y}
-        scale = self.dataset.scale
-        return {name: _finite(measures[name](picture, hr, scale)) for name in self.metrics if name in measures}
 
-
-def _finite(value: float) -> float | None:
+def _finite(value: float | None) -> float | None:
     """JSON knows no infinity, which is the PSNR of equal pictures."""
-    return value if math.isfinite(value) else None
+    return value if value is not None and math.isfinite(value) else None

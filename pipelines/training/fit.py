@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from deedsr.errors import UsageError
+from deedsr.metrics.psnr import PSNR
 from pipelines import cluster, tracking
 from pipelines.claims import held
 from pipelines.dataset import Dataset
@@ -222,10 +223,13 @@ def _train(
         made = {"shards": dataset.order_digest} | ({"latents": dataset.digest} if dataset.manifest.latents else {})
         for kind, digest in made.items():
             parents[kind] = tracking.find_run(None, {"deedsr.kind": kind, "deedsr.dataset.digest": digest})
+    config = resolved(options)
+    if stage == "adapter":
+        config["definitions"] = {f"validation/{name}": PSNR().statement() for name in ("psnr_y", "psnr_y_bicubic")}
     with tracking.start_run(
         options.experiment,
         name=Path(options.out.rstrip("/")).name,
-        config=resolved(options),
+        config=config,
         dataset=dataset,
         parents=parents,
         run_id=record.run_id if record else None,

@@ -97,7 +97,7 @@ class Validation:
                 sample = self.dataset.read(self.index, row)
                 bicubic = cv2.resize(sample.lr, sample.hr.shape[1::-1], interpolation=cv2.INTER_CUBIC)
                 picture = self._sampled(sample.key, sample.lr)
-                figures.append([psnr_y(p, sample.hr, self.dataset.scale) for p in (picture, bicubic)])
+                figures.append([psnr_y(p, sample.hr) for p in (picture, bicubic)])
                 if run is not None:
                     run.log_picture(f"validation/{sample.key}", strip(sample.lr, bicubic, picture, sample.hr), step)
         torch.distributed.barrier()

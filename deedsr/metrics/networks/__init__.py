@@ -1,0 +1,1 @@
+"""Frozen networks of the learned metrics, with the state-dict names of the published files."""

@@ -1,0 +1,179 @@
+"""Inception v3 as FID takes it: TensorFlow's network of 2015-12-05, named as in the file that pytorch-fid publishes.
+
+It differs from torchvision's: average pooling counts no padding, and the last block pools by maximum.
+Shapes: B batch, C channels, H W pixels.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, max_pool2d, relu
+
+from deedsr.metrics.weights import WeightsFile
+
+__all__ = ["FILE", "SIDE", "InceptionV3"]
+
+FILE = WeightsFile(
+    "pt_inception-2015-12-05-6726825d.pth",
+    "6726825d",
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
+    # torch-fidelity's name for it, and the TorchScript archive of clean-fid, which is refused
+    aliases=("weights-inception-2015-12-05-6726825d.pth", "inception-2015-12-05.pt"),
+)
+SIDE = 299  # pixels of its input
+
+Kernel = int | tuple[int, int]
+ROW, COLUMN = (1, 7), (7, 1)
+MEAN = partial(avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+MAX = partial(max_pool2d, kernel_size=3, stride=1, padding=1)
+REDUCE = partial(max_pool2d, kernel_size=3, stride=2)
+
+
+class Convolution(nn.Module):
+    """Convolution, batch norm, ReLU. Without stride it keeps the size of its input unless `padded` is False."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: Kernel = 1, stride: int = 1, padded: bool = True) -> None:
+        super().__init__()
+        sides = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+        padding = (sides[0] // 2, sides[1] // 2) if padded and stride == 1 else (0, 0)
+        self.conv = nn.Conv2d(inputs, outputs, sides, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(outputs, eps=1e-3)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return relu(self.bn(self.conv(x_BCHW)))
+
+
+Step = str | tuple[str, str] | Callable[[Tensor], Tensor]
+
+
+class Mixed(nn.Module):
+    """Parallel branches whose outputs are joined along the channels.
+
+    A branch is a sequence of steps: the name of a convolution, two names whose outputs are joined, or a pooling.
+    """
+
+    def __init__(self, convolutions: Mapping[str, Convolution], branches: Sequence[Sequence[Step]]) -> None:
+        super().__init__()
+        for name, convolution in convolutions.items():
+            self.add_module(name, convolution)
+        self.branches = branches
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return torch.cat([self._along(branch, x_BCHW) for branch in self.branches], dim=1)
+
+    def _along(self, branch: Sequence[Step], x_BCHW: Tensor) -> Tensor:
+        for step in branch:
+            if isinstance(step, tuple):
+                x_BCHW = torch.cat([self.get_submodule(name)(x_BCHW) for name in step], dim=1)
+            else:
+                x_BCHW = (self.get_submodule(step) if isinstance(step, str) else step)(x_BCHW)
+        return x_BCHW
+
+
+def _chain(name: str, inputs: int, *layers: tuple[int, Kernel]) -> dict[str, Convolution]:
+    """`name_1`, `name_2`, ...: convolutions one after the other, given by output channels and kernel."""
+    made = {}
+    for number, (outputs, kernel) in enumerate(layers, start=1):
+        made[f"{name}_{number}"] = Convolution(inputs, outputs, kernel)
+        inputs = outputs
+    return made
+
+
+def _block_a(inputs: int, pooled: int) -> Mixed:
+    return Mixed(
+        {"branch1x1": Convolution(inputs, 64)}
+        | _chain("branch5x5", inputs, (48, 1), (64, 5))
+        | _chain("branch3x3dbl", inputs, (64, 1), (96, 3), (96, 3))
+        | {"branch_pool": Convolution(inputs, pooled)},
+        [
+            ["branch1x1"],
+            ["branch5x5_1", "branch5x5_2"],
+            ["branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3"],
+            [MEAN, "branch_pool"],
+        ],
+    )
+
+
+def _block_b(inputs: int) -> Mixed:
+    return Mixed(
+        {"branch3x3": Convolution(inputs, 384, 3, stride=2)}
+        | _chain("branch3x3dbl", inputs, (64, 1), (96, 3))
+        | {"branch3x3dbl_3": Convolution(96, 96, 3, stride=2)},
+        [["branch3x3"], ["branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3"], [REDUCE]],
+    )
+
+
+def _block_c(inputs: int, width: int) -> Mixed:
+    return Mixed(
+        {"branch1x1": Convolution(inputs, 192)}
+        | _chain("branch7x7", inputs, (width, 1), (width, ROW), (192, COLUMN))
+        | _chain("branch7x7dbl", inputs, (width, 1), (width, COLUMN), (width, ROW), (width, COLUMN), (192, ROW))
+        | {"branch_pool": Convolution(inputs, 192)},
+        [
+            ["branch1x1"],
+            [f"branch7x7_{number}" for number in range(1, 4)],
+            [f"branch7x7dbl_{number}" for number in range(1, 6)],
+            [MEAN, "branch_pool"],
+        ],
+    )
+
+
+def _block_d(inputs: int) -> Mixed:
+    return Mixed(
+        {"branch3x3_1": Convolution(inputs, 192), "branch3x3_2": Convolution(192, 320, 3, stride=2)}
+        | _chain("branch7x7x3", inputs, (192, 1), (192, ROW), (192, COLUMN))
+        | {"branch7x7x3_4": Convolution(192, 192, 3, stride=2)},
+        [["branch3x3_1", "branch3x3_2"], [f"branch7x7x3_{number}" for number in range(1, 5)], [REDUCE]],
+    )
+
+
+def _block_e(inputs: int, pooling: Callable[[Tensor], Tensor]) -> Mixed:
+    split = lambda name, inputs: {
+        f"{name}a": Convolution(inputs, 384, (1, 3)),
+        f"{name}b": Convolution(inputs, 384, (3, 1)),
+    }
+    return Mixed(
+        {"branch1x1": Convolution(inputs, 320), "branch3x3_1": Convolution(inputs, 384)}
+        | split("branch3x3_2", 384)
+        | _chain("branch3x3dbl", inputs, (448, 1), (384, 3))
+        | split("branch3x3dbl_3", 384)
+        | {"branch_pool": Convolution(inputs, 192)},
+        [
+            ["branch1x1"],
+            ["branch3x3_1", ("branch3x3_2a", "branch3x3_2b")],
+            ["branch3x3dbl_1", "branch3x3dbl_2", ("branch3x3dbl_3a", "branch3x3dbl_3b")],
+            [pooling, "branch_pool"],
+        ],
+    )
+
+
+class InceptionV3(nn.Module):
+    """`forward(x_BCHW)`, RGB in -1..1, returns 2,048 features of each picture: means over the last feature maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.Conv2d_1a_3x3 = Convolution(3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = Convolution(32, 32, 3, padded=False)
+        self.Conv2d_2b_3x3 = Convolution(32, 64, 3)
+        self.Conv2d_3b_1x1 = Convolution(64, 80)
+        self.Conv2d_4a_3x3 = Convolution(80, 192, 3, padded=False)
+        self.Mixed_5b = _block_a(192, 32)
+        self.Mixed_5c = _block_a(256, 64)
+        self.Mixed_5d = _block_a(288, 64)
+        self.Mixed_6a = _block_b(288)
+        self.Mixed_6b = _block_c(768, 128)
+        self.Mixed_6c = _block_c(768, 160)
+        self.Mixed_6d = _block_c(768, 160)
+        self.Mixed_6e = _block_c(768, 192)
+        self.Mixed_7a = _block_d(768)
+        self.Mixed_7b = _block_e(1280, MEAN)
+        self.Mixed_7c = _block_e(2048, MAX)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        for name, layer in self.named_children():
+            if name in ("Conv2d_3b_1x1", "Mixed_5b"):
+                x_BCHW = REDUCE(x_BCHW)
+            x_BCHW = layer(x_BCHW)
+        return x_BCHW.mean(dim=(2, 3))
