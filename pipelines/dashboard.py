@@ -21,8 +21,12 @@ _CONNECT_SECONDS = 10.0  # also of the first answer
 _ANSWER_SECONDS = 60.0
 _UPLOAD_SECONDS = 600.0
 # Loggers of Ray that have a line for each package, each .gitignore, each folder left out and each connection.
-_CHATTY = ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk")
-_CHATTY += ("_private.runtime_env.packaging", "_private.runtime_env.working_dir")
+_CHATTY = (
+    "dashboard.modules.dashboard_sdk",
+    "dashboard.modules.job.sdk",
+    "_private.runtime_env.packaging",
+    "_private.runtime_env.working_dir",
+)
 _SUPERVISOR = "_ray_internal_job_actor_{}"  # the actor that runs a job's command, by submission id
 _NAMESPACE = "SUPERVISOR_ACTOR_RAY_NAMESPACE"
 
