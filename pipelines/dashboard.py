@@ -20,6 +20,13 @@ __all__ = ["Dashboard", "JobGone", "Unreachable"]
 _CONNECT_SECONDS = 10.0  # also of the first answer
 _ANSWER_SECONDS = 60.0
 _UPLOAD_SECONDS = 600.0
+# Loggers of Ray that have a line for each package, each .gitignore, each folder left out and each connection.
+_CHATTY = (
+    "dashboard.modules.dashboard_sdk",
+    "dashboard.modules.job.sdk",
+    "_private.runtime_env.packaging",
+    "_private.runtime_env.working_dir",
+)
 _SUPERVISOR = "_ray_internal_job_actor_{}"  # the actor that runs a job's command, by submission id
 _NAMESPACE = "SUPERVISOR_ACTOR_RAY_NAMESPACE"
 
@@ -120,8 +127,7 @@ def _client(address: str) -> Any:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
-        # A line for each package, each .gitignore and each connection.
+    for name in _CHATTY:
         logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)
     headers, source = _authorization()
 

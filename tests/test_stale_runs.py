@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from jobs import cli
 from pipelines import claims, tracking
 from pipelines.storage import open_storage
-from pipelines.tracking.stale import PROCESS_TAG, USER_TAG
+from pipelines.tracking.stale import PROCESS_TAG, USER_TAG, user
 
 ELSEWHERE = {"host": "worker-7", "pid": 1, "processes": "another boot"}
 
@@ -114,3 +114,10 @@ def test_the_next_command_on_the_same_out_ends_what_was_killed_there(store, tmp_
 def test_a_run_says_who_works_for_whom(store, tmp_path, monkeypatch):
     monkeypatch.setenv("DEEDSR_USER", "anna")
     assert MlflowClient(store).get_run(start(tmp_path)).data.tags["mlflow.user"] == "anna"
+
+
+def test_a_user_without_a_name_is_a_number(monkeypatch):
+    for name in ("DEEDSR_USER", "LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 54321)  # which no system of ours has a name for
+    assert user() == "54321"

@@ -86,7 +86,9 @@ def test_a_failed_job_is_exit_1_and_its_own_error_is_in_the_log(head):
     assert "manifest.json" in log
     assert log.count("has no manifest.json") == 1
     assert output.count("manifest.json") == 0
-    assert not re.search(r"gitignore|gcs://|WebSocket|Runtime env is setting up|Running entrypoint", log), log
+    assert not re.search(
+        r"gitignore|is now ignored|gcs://|WebSocket|Runtime env is setting up|Running entrypoint", log
+    ), log
     assert "Traceback" not in log
 
 

@@ -30,8 +30,13 @@ _ANSWER_SECONDS = 30.0
 
 
 def user() -> str:
-    """For whom this process works."""
-    return os.environ.get(USER_VARIABLE) or getpass.getuser()
+    """For whom this process works; a number where the system has no name, as in containers under a numeric user."""
+    if submitter := os.environ.get(USER_VARIABLE):
+        return submitter
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        return str(os.getuid()) if hasattr(os, "getuid") else "unknown"
 
 
 def presence(out: str) -> dict[str, str]:
