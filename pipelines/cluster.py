@@ -48,6 +48,7 @@ _ANSWER_SECONDS = 10.0  # that a cluster is given to answer, in which a head can
 # Ray makes sockets below its temporary folder, and systems take at most 107 bytes for the path of one.
 _LONGEST_FOLDER = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 _SHORT_FOLDERS = ("/tmp", "/var/tmp")
+_REMARKS = ("Failed to apply UDF transform", "To change retry attempts")  # of Ray Data, below what the task said
 _POLL_SECONDS = 1.0
 _kills = 0  # processes killed for want of memory before this one connected
 _LINE_SECONDS = 30.0  # between two lines on what is waited for
@@ -74,7 +75,7 @@ def connect() -> None:
 
 def last_words(error: BaseException, less: str) -> str:
     """What a failure of Ray's comes to: its last line, or that memory ran out; `less` says what would need less."""
-    text = str(error).strip()
+    text = "\n".join(line for line in str(error).strip().splitlines() if not line.startswith(_REMARKS))
     if "OutOfMemoryError" in f"{type(error).__name__} {text}" or machine.memory_kills() > _kills:
         limit = machine.this_machine().memory
         return f"a worker was killed, because the work needed more than the {limit / 1e9:.1f} GB of memory here: {less}"
@@ -181,7 +182,7 @@ def data() -> Any:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it would log as an error is raised, too
     return ray.data
 
 

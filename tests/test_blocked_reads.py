@@ -14,13 +14,13 @@ from pipelines.training.watchdog import Watchdog
 torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
 store = torch.distributed.distributed_c10d._get_default_store()
-away, said = time.monotonic() + 6, []
+away, said = time.monotonic() + 8, []
 
 def read():
     if time.monotonic() < away:
         raise Faulty("the file system fails")
 
-with Watchdog(1.0) as watchdog, BlockedReads(watchdog, store, rank, lambda: Stop.NO, said.append) as blocked:
+with Watchdog(2.0) as watchdog, BlockedReads(watchdog, store, rank, lambda: Stop.NO, said.append) as blocked:
     watchdog.beat()
     if rank == 1:
         with blocked.reading():

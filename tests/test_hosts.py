@@ -358,4 +358,6 @@ def test_shards_outlast_an_s3_that_refuses_for_a_minute_and_name_it_when_it_stay
     [error] = [line for line in process.log.read_text().splitlines() if line.startswith("error: ")]
     table.add(f"S3 refuses: {error[:60]}")
     assert f"{BUCKET}/refused/ever" in error
+    assert "no connection to the S3 endpoint" in error
     assert "cannot list" not in error
+    assert "Traceback" not in process.log.read_text()

@@ -110,6 +110,16 @@ def test_processes_that_were_killed_for_want_of_memory_are_counted(tmp_path, mem
     assert machine.memory_kills(tmp_path / "cgroup", tmp_path / "fs", tmp_path / "proc") == expected
 
 
+def test_a_task_of_ray_data_is_quoted_without_ray_data_s_advice():
+    from pipelines import cluster
+
+    said = (
+        "ray::FlatMap()\n  File 'x', line 1\nAway: cannot read x\nFailed to apply UDF transform after 1/1 attempts.\n"
+    )
+    said += "To change retry attempts, backoff, or which errors are retried, configure it"
+    assert cluster.last_words(RuntimeError(said), "less") == "Away: cannot read x"
+
+
 def test_a_worker_that_memory_killed_is_explained_by_the_limit_and_an_option(monkeypatch):
     from ray.exceptions import ActorDiedError, OutOfMemoryError
 

@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+from fault_proxy import FaultProxy
 
 from deedsr.degradation.recipe import Recipe
 from deedsr.errors import DatasetNotCommitted, DeeDSRError
+from pipelines.cluster import raise_error
 from pipelines.dataset import Dataset
-from pipelines.shards import collect_garbage, estimate, generate, run, verify
+from pipelines.shards import collect_garbage, estimate, execute, generate, run, verify
 from pipelines.shards.build import FromSources
 from pipelines.shards.estimate import _Count
 from pipelines.shards.generate import run_job
@@ -206,3 +208,14 @@ def test_files_of_others_beside_the_records_are_named_and_stop_nothing(tmp_path,
         (folder / name).write_bytes(b"")
     assert Inventory.of(open_storage(tmp_path)).records == {"a" * 64: ("b" * 12, 10240)}
     assert all(name in caplog.text for name in foreign)
+
+
+def test_a_plan_that_cannot_be_read_is_the_error_of_its_row(bucket, s3_server, tmp_path, monkeypatch):
+    """An exception would come back through Ray Data, with a traceback and advice on Ray Data's options."""
+    folder = open_storage(f"{bucket}/{tmp_path.name}")
+    monkeypatch.setenv("DEEDSR_STORAGE_SECONDS", "0")
+    with FaultProxy(s3_server, lambda number: "reset") as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        [row] = execute._task({"part": "plan-0000000.jsonl", "shards": [0], "cpus": 1}, folder, None, folder)
+    with pytest.raises(DeeDSRError, match="cannot read .*/plan-0000000.jsonl: no connection to the S3 endpoint"):
+        raise_error(row)

@@ -110,7 +110,11 @@ def _shares(sizes: list[int], cpus: int) -> list[int]:
 
 def _task(row: dict[str, Any], folder: Storage, work: ShardWork, out: Storage) -> Iterator[dict[str, Any]]:
     started = time.time()
-    plans = read_part(folder, row["part"])
+    try:
+        plans = read_part(folder, row["part"])
+    except DeeDSRError as error:
+        yield _summary("", 0) | cluster.error_values(error) | {"started": started}
+        return
     for number in row["shards"]:
         yield _build(plans[number], work, out, row["cpus"]) | {"started": started}
 
@@ -126,10 +130,14 @@ class _Actor:
 
 
 def _build(plan: ShardPlan, work: ShardWork, out: Storage, cpus: int) -> dict[str, Any]:
-    summary: dict[str, Any] = {"id": plan.id, "sources": len(plan.sources), "hash": "", "bytes": 0, "samples": 0}
+    summary = _summary(plan.id, len(plan.sources))
     try:
         record = patiently(lambda: work.build(plan, out, cpus))
     except DeeDSRError as error:
         return summary | cluster.error_values(error)
     hash, size = record_key(record)
     return summary | {"hash": hash, "bytes": size, "samples": record.samples} | cluster.error_values()
+
+
+def _summary(id: str, sources: int) -> dict[str, Any]:
+    return {"id": id, "sources": sources, "hash": "", "bytes": 0, "samples": 0}
