@@ -17,7 +17,7 @@ def made_picture(seed: int, side: int = 512) -> np.ndarray:
         cells = rng.integers(0, 256, (side // cell, side // cell, 3))
         picture += weight * np.kron(cells, np.ones((cell, cell, 1), np.int64))
     picture = picture // 8 + np.arange(side)[:, None, None] // 16
-    picture[side // 8 : side // 4, side // 8 : side // 4] = (90, 140, 201)
+    picture[: side // 4, : side // 4] = (90, 140, 201)
     return np.clip(picture, 0, 255).astype(np.uint8)
 
 
@@ -34,7 +34,7 @@ def y_of(picture: np.ndarray) -> np.ndarray:
 
 
 def psnr(picture: np.ndarray, reference: np.ndarray) -> float:
-    return 10 * math.log10(255**2 / ((y_of(picture) - y_of(reference)) ** 2).mean())
+    return 10 * math.log10(1 / (((y_of(picture) - y_of(reference)) ** 2).mean() / 255**2 + 1e-8))
 
 
 def ssim(picture: np.ndarray, reference: np.ndarray) -> float:
@@ -69,9 +69,10 @@ def niqe(picture: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> float
             blocks[number] += block_features(z[top : top + side, left : left + side])
         y = half(y)
     features = np.array(blocks)
-    off = mean - features.mean(0)
-    deviations = features - features.mean(0)
-    pooled = (covariance + deviations.T @ deviations / (len(features) - 1)) / 2
+    off = mean - np.nanmean(features, 0)
+    whole = features[~np.isnan(features).any(1)]
+    deviations = whole - whole.mean(0)
+    pooled = (covariance + deviations.T @ deviations / (len(whole) - 1)) / 2
     return math.sqrt(off @ np.linalg.pinv(pooled) @ off)
 
 
@@ -111,7 +112,7 @@ def block_features(z: np.ndarray) -> list[float]:
 
 def fitted(z: np.ndarray) -> tuple[float, float, float]:
     """Asymmetric generalised Gaussian by moments: shape, left and right scale."""
-    left, right = math.sqrt((z[z < 0] ** 2).mean()), math.sqrt((z[z > 0] ** 2).mean())
+    left, right = (math.sqrt((z[side] ** 2).mean()) if side.any() else math.nan for side in (z < 0, z > 0))
     skew = left / right
     ratio = np.abs(z).mean() ** 2 / (z**2).mean() * (skew**3 + 1) * (skew + 1) / (skew**2 + 1) ** 2
     shapes = np.arange(0.2, 10.001, 0.001)
