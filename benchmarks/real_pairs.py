@@ -2,9 +2,9 @@
 
     python -m benchmarks.real_pairs --lr DIR --hr DIR [--model tiny] [--settings JSON] [--every 4] [--sheet FILE]
 
-The folders are the user's: pairs are matched by the order of their names. PSNR-Y and NIQE are those of `deedsr evaluate`.
-The perceptual distance is that of `benchmarks.tiny_figures`. Intervals are 95 % paired bootstraps over pictures. Results
-are kept under `--work`.
+The folders are the user's: pairs are matched by the order of their names. PSNR-Y and NIQE are as in `deedsr evaluate`,
+the perceptual distance as in `benchmarks.tiny_figures`. Intervals are 95 % paired bootstraps over pictures. Results are
+kept under `--work`.
 """
 
 import argparse

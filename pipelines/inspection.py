@@ -137,9 +137,8 @@ def pair_view(sample: Sample) -> dict[str, Any]:
 def severity_histogram(pairs: Sequence[Pair]) -> Histogram:
     """Severity of the measured samples; the bins end at the least and the greatest."""
     psnr = np.array([pair.psnr for pair in pairs])
-    finite = psnr[np.isfinite(psnr)]  # a picture without any detail may come back as it was
-    severity = Histogram(None, (float(finite.min()), float(finite.max())) if len(finite) else None)
-    severity.add(finite)
+    severity = Histogram(None, (float(psnr.min()), float(psnr.max())) if len(psnr) else None)
+    severity.add(psnr)
     return severity
 
 
@@ -154,7 +153,7 @@ def strata_rows(found: Survey, strata: Mapping[str, Mapping[str, Any]], pairs: S
         names.append(None)
     rows = []
     for name in names:
-        psnr = [pair.psnr for pair in pairs if pair.stratum == name and np.isfinite(pair.psnr)]
+        psnr = [pair.psnr for pair in pairs if pair.stratum == name]
         rows.append(
             {
                 "name": name or "none",

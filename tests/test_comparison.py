@@ -61,6 +61,38 @@ def test_figures_of_two_datasets_or_splits_never_share_a_table(store, tmp_path):
         assert len({LIGHT[:12] in block, HEAVY[:12] in block}) == 2
 
 
+def test_figures_of_two_definitions_never_share_a_row(tmp_path):
+    """Three evaluations of one dataset: one from before definitions were recorded, one with a border, one without."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    for name, psnr, border in (("old", 25.125, None), ("bordered", 25.25, 4), ("whole", 25.375, 0), ("again", 25.5, 0)):
+        stated = {} if border is None else {"definitions": {"psnr": f"border {border}"}}
+        with tracking.start_run(
+            "deedsr-evaluation",
+            name=name,
+            config={"split": "validation"} | stated,
+            dataset=DatasetInput(LIGHT, "shards"),
+            tracking_uri=uri,
+            system_metrics=False,
+        ) as run:
+            for step in (1, 2):
+                run.log_metrics({"model.psnr": psnr, "model.niqe": 5.0}, step)
+    comparison = compare("deedsr-evaluation", tmp_path / "c.html", uri)
+    rows = {run["name"]: run["metrics"] for run in comparison.runs}
+    assert rows == {
+        "old": {"model.psnr, definition not recorded": 25.125, "model.niqe": 5.0},
+        "bordered": {"model.psnr, definition 2": 25.25, "model.niqe": 5.0},
+        "whole": {"model.psnr, definition 1": 25.375, "model.niqe": 5.0},
+        "again": {"model.psnr, definition 1": 25.5, "model.niqe": 5.0},
+    }
+    assert {run["name"]: run["config"]["definitions.psnr"] for run in comparison.runs}["bordered"] == "border 4"
+    page, text = (tmp_path / "c.html").read_text(), comparison.text()
+    for shown in (page, text):
+        assert "model.psnr, definition not recorded" in shown
+        assert "25.25" in shown
+        assert "border 4" in shown
+    assert page.count('<div class="chart"') == 4  # three of PSNR, one of NIQE
+
+
 def test_losses_by_timestep_share_a_chart(store, tmp_path):
     page = compare("deedsr-learner", tmp_path / "c.html", store).page
     charts = [chart for chart in Path(page).read_text().split('<div class="chart"') if "slow · 000" in chart]

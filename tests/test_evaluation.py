@@ -17,10 +17,12 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from metric_weights import write_weights
 from small_networks import make_pipeline
 
 from deedsr.errors import DatasetNotCommitted, DeeDSRError, UsageError
-from deedsr.metrics import niqe_set, psnr_y, ssim_y
+from deedsr.metrics import niqe_set, psnr_y, registry, ssim_y
+from deedsr.metrics.metric import Setting
 from jobs.cli import main
 from pipelines.claims import Claim, Superseded, held
 from pipelines.dataset import Dataset
@@ -63,7 +65,9 @@ def test_the_result_names_its_figures_its_dataset_and_its_run(evaluated, small_d
     out, result, results = evaluated
     assert result.samples == len(results["samples"]) == 6
     assert set(result.metrics) == {"model", "bicubic"}
-    assert set(result.metrics["model"]) == {"psnr", "ssim", "niqe"}
+    assert set(result.metrics["model"]) == {"psnr", "ssim", "niqe", "niqe_set"}
+    assert result.metrics["model"]["niqe"] is None  # crops of 128 px
+    assert results["definitions"] == {name: registry.find(name).statement() for name in result.metrics["model"]}
     assert result.metrics == results["metrics"]
     assert results["dataset"]["digest"] == result.dataset_digest == Dataset.open(small_dataset).digest
     assert (results["run_id"], results["sampling"]["num_inference_steps"]) == (result.run_id, 2)
@@ -80,12 +84,12 @@ def test_every_figure_can_be_told_again_from_the_pictures(evaluated):
         np.testing.assert_array_equal(cv2.resize(lr, (128, 128), interpolation=cv2.INTER_CUBIC), bicubic)
     for method in ("model", "bicubic"):
         psnr, ssim = (
-            [measure(*pair, 4) for pair in zip(pictures[method], pictures["hr"], strict=True)]
+            [measure(*pair) for pair in zip(pictures[method], pictures["hr"], strict=True)]
             for measure in (psnr_y, ssim_y)
         )
         assert [sample["metrics"][method]["psnr"] for sample in results["samples"]] == pytest.approx(psnr)
         assert result.metrics[method] == pytest.approx(
-            {"psnr": np.mean(psnr), "ssim": np.mean(ssim), "niqe": niqe_set(pictures[method])}
+            {"psnr": np.mean(psnr), "ssim": np.mean(ssim), "niqe": None, "niqe_set": niqe_set(pictures[method])}
         )
 
 
@@ -120,6 +124,28 @@ def test_the_seed_and_the_settings_reach_the_sampling(evaluated, model, small_da
     assert (other["seed"], other["sampling"]["num_inference_steps"]) == (4, 1)
 
 
+def test_learned_metrics_and_a_border_go_through_an_evaluation(model, small_dataset, tmp_path):
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    write_weights(weights)
+    names = ["lpips", "fid", "psnr"]
+    options = {"limit": 2, "steps": 1, "metrics": names, "metric_weights": str(weights), "border": 8}
+    result = evaluate(model, small_dataset, str(tmp_path / "out"), **options, progress=False)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    lpips = registry.find("lpips", Setting(weights=weights))
+    for method, values in result.metrics.items():
+        pairs = [
+            [read(tmp_path / "out" / sample["pictures"][name]) for name in (method, "hr")]
+            for sample in results["samples"]
+        ]
+        assert values["lpips"] == pytest.approx(np.mean([lpips.measure(*pair) for pair in pairs]), rel=1e-5)
+        assert values["psnr"] == pytest.approx(np.mean([psnr_y(*pair, 8) for pair in pairs]))
+        assert values["fid"] > 0
+    assert results["samples"][0]["metrics"]["model"].keys() == {"lpips", "psnr"}
+    assert results["definitions"]["lpips"] == lpips.statement()
+    assert "border 8" in results["definitions"]["psnr"]
+
+
 def test_the_mlflow_run_holds_configuration_dataset_parent_figures_and_pictures(evaluated):
     from mlflow import MlflowClient
 
@@ -133,8 +159,11 @@ def test_the_mlflow_run_holds_configuration_dataset_parent_figures_and_pictures(
     assert run.data.tags["deedsr.dataset.digest"] == result.dataset_digest
     assert run.inputs.dataset_inputs[0].dataset.digest == result.dataset_digest[:36]
     assert run.data.params["sampling.num_inference_steps"] == "2"
+    assert run.data.params["definitions.psnr"] == registry.find("psnr").statement()
     for method, values in result.metrics.items():
         for name, value in values.items():
+            if value is None:
+                continue
             assert run.data.metrics[f"{method}.{name}"] == pytest.approx(value)
     assert len(client.list_artifacts(result.run_id, "pictures")) == 6
     assert "results.json" in [artifact.path for artifact in client.list_artifacts(result.run_id)]
@@ -158,8 +187,12 @@ def test_model_dataset_and_output_may_lie_in_s3(evaluated, model, small_dataset,
     assert open_storage(f"{place}/out").read(name) == (out / name).read_bytes()
 
 
-def test_what_cannot_be_measured_is_refused_before_any_work(model, small_dataset, tmp_path, photos, small_recipe):
+def test_what_cannot_be_measured_is_refused_before_any_work(
+    model, small_dataset, tmp_path, photos, small_recipe, monkeypatch
+):
     from pipelines.shards import generate
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))  # no weights of anybody
 
     other = tmp_path / "model-x2"
     make_pipeline(scale=2).save_pretrained(other)
@@ -172,10 +205,18 @@ def test_what_cannot_be_measured_is_refused_before_any_work(model, small_dataset
     out = tmp_path / "out"
     for error, message, arguments in (
         (UsageError, "enlarges by 2, the pairs of .* differ by 4", {"model": str(other)}),
-        (UsageError, "unknown metric 'fid': there are psnr, ssim, niqe", {"metrics": ["psnr", "fid"]}),
+        (UsageError, "unknown metric 'psrn': there are .*psnr, ssim", {"metrics": ["psnr", "psrn"]}),
+        (
+            UsageError,
+            "fid needs pt_inception-.*--metric-weights",
+            {"metrics": ["psnr", "fid"]},
+        ),
+        (UsageError, "nowhere does not exist", {"metric_weights": str(tmp_path / "nowhere")}),
+        (UsageError, "border must leave 11 pixels of HR crops of 128, got 59", {"border": 59}),
+        (UsageError, "border must leave 11 pixels of HR crops of 128, got -1", {"border": -1}),
         (UsageError, "no metric given", {"metrics": []}),
         (UsageError, "no sample in its validation split", {"data": str(empty)}),
-        (UsageError, "niqe needs HR crops of 96 pixels", {"data": str(empty), "split": "train"}),
+        (UsageError, "niqe_set needs HR crops of 96 pixels", {"data": str(empty), "split": "train"}),
         (UsageError, "split must be train or validation, got 'test'", {"split": "test"}),
         (UsageError, "limit must be 1 or more, got 0", {"limit": 0}),
         (UsageError, "noise_guidance must be", {"noise_guidance": 2.0}),

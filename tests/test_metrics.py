@@ -1,12 +1,20 @@
-"""Claims about the metrics, on the shipped photographs."""
+"""Claims about the metrics without weights, on the shipped photographs and on pictures made by integer arithmetic."""
+
+import importlib
+import sys
 
 import cv2
 import numpy as np
+import plain_metrics
 import pytest
+from plain_metrics import made_picture, softened
 
-from deedsr.metrics import niqe, niqe_set, psnr_y, ssim_y
+from deedsr.errors import DeeDSRError, UsageError
+from deedsr.metrics import niqe, niqe_set, psnr_y, registry, ssim_y
 from deedsr.metrics.luma import luma
-from deedsr.metrics.niqe import _half_size
+from deedsr.metrics.metric import Setting
+from deedsr.metrics.niqe import _half_size, _parameters
+from jobs import cli
 
 
 def read(path) -> np.ndarray:
@@ -29,40 +37,63 @@ def test_luma_is_matlabs():
     np.testing.assert_allclose(luma(colours)[0], [16, 235, 81.481, 144.553, 40.966], atol=1e-9)
 
 
+# Of plain_metrics, on softened(made_picture(n)), softened twice, and the negative against made_picture(n).
+WRITTEN_DOWN = {
+    (1, "softened"): (30.5982373100, 0.8044661318, 10.4190443862),
+    (1, "twice"): (27.5941444318, 0.6371839063, 16.5696104444),
+    (1, "negative"): (13.1197033000, 0.0575419987, 10.3398424943),
+    (2, "softened"): (30.6553005285, 0.8043634270, 10.9855539406),
+}
+
+
+def changed(reference: np.ndarray, how: str) -> np.ndarray:
+    soft = softened(reference)
+    return {"softened": soft, "twice": softened(soft), "negative": 255 - reference}[how]
+
+
+@pytest.mark.parametrize(("seed", "how"), WRITTEN_DOWN)
+def test_psnr_ssim_and_niqe_are_those_of_the_definition_written_out(seed, how):
+    reference = made_picture(seed)
+    picture = changed(reference, how)
+    found = psnr_y(picture, reference), ssim_y(picture, reference), niqe(picture)
+    assert found == pytest.approx(WRITTEN_DOWN[seed, how], abs=2e-6)
+
+
+def test_the_figures_written_down_are_those_of_the_plain_transcription():
+    reference = made_picture(1)
+    picture = changed(reference, "softened")
+    pristine = _parameters()["mu_pris_param"][0], _parameters()["cov_pris_param"]
+    found = plain_metrics.psnr(picture, reference), plain_metrics.ssim(picture, reference)
+    assert (*found, plain_metrics.niqe(picture, *pristine)) == pytest.approx(WRITTEN_DOWN[1, "softened"], abs=1e-8)
+
+
 def test_psnr_of_noise_of_known_strength(sharp):
     noise = np.random.default_rng(0).choice([-8, 8], sharp.shape[:2])
     image = np.clip(sharp.astype(int), 8, 247)
     noisy = (image + noise[..., None]).astype(np.uint8)
     # a grey step of 8 is a luma step of 8 * 219 / 255
-    assert psnr_y(noisy, image.astype(np.uint8), 4) == pytest.approx(20 * np.log10(255 / (8 * 219 / 255)), abs=1e-9)
-    assert psnr_y(sharp, sharp, 4) == np.inf
+    step = 8 * 219 / 255
+    assert psnr_y(noisy, image.astype(np.uint8)) == pytest.approx(-10 * np.log10((step / 255) ** 2 + 1e-8), abs=1e-9)
+    assert psnr_y(sharp, sharp) == pytest.approx(80)
 
 
-def test_border_is_left_out(sharp):
+def test_a_border_is_left_out_only_where_it_is_asked_for(sharp):
     framed = sharp.copy()
     framed[:4] = framed[-4:] = 0
     framed[:, :4] = framed[:, -4:] = 0
-    assert psnr_y(framed, sharp, 4) == np.inf
-    assert psnr_y(framed, sharp, 3) < 40
+    for name, equal in {"psnr": 80, "ssim": 1}.items():
+        bordered, whole = (registry.find(name, Setting(border=border)) for border in (4, 0))
+        assert bordered.measure(framed, sharp) == pytest.approx(equal)
+        assert registry.find(name, Setting(border=3)).measure(framed, sharp) < 40
+        assert whole.measure(framed, sharp) == registry.find(name).measure(framed, sharp) < 0.999 * equal
+        assert "border 4" in bordered.statement()
+        assert "border 0" in whole.statement()
 
 
 def test_ssim_is_one_for_itself_and_falls_with_blur(sharp):
-    assert ssim_y(sharp, sharp, 4) == pytest.approx(1)
+    assert ssim_y(sharp, sharp) == pytest.approx(1)
     weak, strong = (cv2.GaussianBlur(sharp, (0, 0), sigma) for sigma in (1, 3))
-    assert 1 > ssim_y(weak, sharp, 4) > ssim_y(strong, sharp, 4) > 0
-
-
-def test_ssim_follows_wang_2004(sharp):
-    """The definition written out: Gaussian moments where the 11x11 window lies inside."""
-    blurred = cv2.GaussianBlur(sharp, (0, 0), 2)
-    x, y = luma(blurred, 4), luma(sharp, 4)
-    taps = cv2.getGaussianKernel(11, 1.5)
-    mean = lambda z: cv2.sepFilter2D(z, -1, taps, taps)[5:-5, 5:-5]
-    mx, my = mean(x), mean(y)
-    vx, vy, vxy = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    ssim = (2 * mx * my + c1) * (2 * vxy + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
-    assert ssim_y(blurred, sharp, 4) == pytest.approx(ssim.mean(), abs=1e-6)
+    assert 1 > ssim_y(weak, sharp) > ssim_y(strong, sharp) > 0
 
 
 def test_half_size_keeps_straight_lines_and_the_grid():
@@ -86,16 +117,185 @@ def test_niqe_of_a_set_is_one_fit_over_all_crops(sharp):
     assert together < min(singles)
 
 
+def test_niqe_of_small_and_of_flat_pictures_is_not_told(sharp):
+    one, of_a_set = registry.find("niqe"), registry.find("niqe_set")
+    flat = np.full((512, 512, 3), 128, np.uint8)
+    assert one.measure(sharp, None) == niqe(sharp)
+    assert one.measure(sharp[:511], None) is None
+    assert one.measure(flat, None) is None
+    assert one.summary([3.0, 5.0]) == 4.0
+    assert one.summary([3.0, None]) is None
+    crops = [sharp[:192, :192], sharp[192:384, 192:384]]
+    assert of_a_set.summary([of_a_set.measure(crop, None) for crop in crops]) == niqe_set(crops)
+    assert of_a_set.summary([of_a_set.measure(flat, None)]) is None
+
+
 def test_metrics_refuse_what_they_cannot_measure(sharp):
     with pytest.raises(ValueError, match="differ in size"):
-        psnr_y(sharp[:-1], sharp, 4)
+        psnr_y(sharp[:-1], sharp)
     with pytest.raises(ValueError, match="uint8 RGB"):
-        psnr_y(sharp / 255, sharp / 255, 4)
+        psnr_y(sharp / 255, sharp / 255)
     with pytest.raises(ValueError, match="nothing inside"):
         psnr_y(sharp[:8], sharp[:8], 4)
     with pytest.raises(ValueError, match="SSIM needs 11"):
         ssim_y(sharp[:18], sharp[:18], 4)
+    with pytest.raises(ValueError, match="uint8 RGB"):
+        registry.find("niqe").measure(sharp / 255, None)
     with pytest.raises(ValueError, match="NIQE needs two blocks"):
         niqe(sharp[:96, :96])
     with pytest.raises(ValueError, match="with texture, found 0"):
         niqe(np.full((512, 512, 3), 128, np.uint8))
+
+
+# --- the registry ------------------------------------------------------------------------------------------------
+
+
+def test_every_metric_says_in_one_line_what_it_is_and_the_help_shows_it(capsys):
+    assert cli.main(["evaluate", "--help"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert {*registry.WITHOUT_WEIGHTS, "lpips", "dists", "fid"} <= set(registry.known())
+    for name in registry.known():
+        metric = registry.find(name)
+        line = metric.statement()
+        assert "\n" not in line
+        assert line.startswith("border 0, ")
+        assert f"{'higher' if metric.higher_is_better else 'lower'} is better; {metric.source}" in line
+        assert [row for row in shown if row.split()[:1] == [name] and row.endswith(line)]
+    # A picture nearer to the reference, or sharper, has the better figure.
+    reference = made_picture(1)
+    for name in registry.WITHOUT_WEIGHTS:
+        metric = registry.find(name)
+        better, worse = (
+            metric.summary([metric.measure(changed(reference, how), reference)]) for how in ("softened", "twice")
+        )
+        assert (better > worse) == metric.higher_is_better
+
+
+SHARPNESS = """
+import numpy as np
+from deedsr.metrics.metric import Metric
+
+class Sharpness(Metric):
+    name, title = "sharpness", "Sharpness"
+    definition, source = "border 0, mean step between neighbours of all channels, mean over pictures", "a test"
+    higher_is_better = True
+    needs_reference = False
+
+    def measure(self, picture, reference):
+        return float(np.abs(np.diff(picture.astype(float), axis=1)).mean())
+
+def provider(name, setting):
+    if name == "nothing":
+        return None
+    if name != "steps":
+        raise ValueError(f"there is only steps, not {name}")
+    return Sharpness(setting)
+
+METRICS = (Sharpness,)
+"""
+
+
+def test_a_new_metric_is_one_file(tmp_path, monkeypatch, sharp):
+    (tmp_path / "sharpness.py").write_text(SHARPNESS)
+    package = importlib.import_module("deedsr.metrics")
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "deedsr.metrics.sharpness", raising=False)
+    registry.known.cache_clear()
+    try:
+        assert registry.find("sharpness").measure(sharp, None) > 1
+        assert "sharpness" in registry.described()
+    finally:
+        registry.known.cache_clear()
+        sys.modules.pop("deedsr.metrics.sharpness", None)
+        vars(package).pop("sharpness", None)
+
+
+def install(folder, name: str, code: str, points: str = "") -> None:
+    """A package with its metadata, as pip leaves it."""
+    (folder / f"{name}.py").write_text(code)
+    metadata = folder / f"{name}-1.5.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.5\n")
+    (metadata / "entry_points.txt").write_text(points)
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """Installs packages for one test."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    modules = set(sys.modules)
+    yield lambda *package: install(tmp_path, *package)
+    for name in set(sys.modules) - modules:
+        del sys.modules[name]
+
+
+def test_a_package_adds_metrics_through_an_entry_point(installed, sharp):
+    points = "[deedsr.metrics]\nsharp = sharp_metrics:provider\ngone = sharp_metrics_gone:provider\n"
+    installed("sharp_metrics", SHARPNESS, points)
+    metric = registry.find("sharp:steps")
+    assert metric.measure(sharp, None) == registry.find("sharp:steps").measure(sharp, None) > 1
+    assert "sharp:NAME" in registry.described()
+    for name, message in {
+        "sharp:other": "sharp:other: there is only steps, not other",
+        "sharp:nothing": "is no metric",
+        "gone:steps": "cannot be imported: No module named 'sharp_metrics_gone'",
+        "blunt:steps": "no package here offers the metrics blunt:.*sharp:NAME",
+    }.items():
+        with pytest.raises(UsageError, match=message):
+            registry.find(name)
+
+
+PYIQA = """
+class Blockiness:
+    metric_mode, lower_better = "FR", True
+
+    def __call__(self, picture, reference):
+        assert picture.shape == reference.shape == (1, 3, 512, 512)
+        return (picture - reference).abs().mean()
+
+def list_models():
+    return ["blocks", "fid", "heavy"]
+
+def create_metric(name, device):
+    if name == "heavy":
+        raise OSError("cannot download")
+    return Blockiness()
+"""
+PIQ = """
+def haarpsi(x, y):
+    return 1 - (x - y).abs().mean()
+
+class CLIPIQA:
+    def to(self, device):
+        return self
+
+    def __call__(self, x):
+        raise RuntimeError("no weights")
+"""
+
+
+def test_metrics_of_pyiqa_and_piq_are_taken_where_they_are_installed(installed, sharp):
+    for package in ("pyiqa", "piq"):
+        with pytest.raises(UsageError, match=f"{package}:x needs the package {package}.*install it yourself"):
+            registry.find(f"{package}:x")
+    installed("pyiqa", PYIQA)
+    installed("piq", PIQ)
+    darker = sharp // 2
+    distance = np.abs(sharp.astype(float) - darker).mean() / 255
+    blocks, haar = registry.find("pyiqa:blocks"), registry.find("piq:haarpsi")
+    assert blocks.measure(darker, sharp) == pytest.approx(distance, rel=1e-5)
+    assert haar.measure(darker, sharp) == pytest.approx(1 - distance, rel=1e-5)
+    assert (blocks.higher_is_better, haar.higher_is_better, blocks.needs_reference) == (False, True, True)
+    assert "blocks with the defaults of pyiqa 1.5" in blocks.statement()
+    assert not registry.find("piq:clip_iqa").needs_reference
+    with pytest.raises(DeeDSRError, match="piq:clip_iqa failed: RuntimeError: no weights"):
+        registry.find("piq:clip_iqa").measure(sharp, None)
+    for name, message in {
+        "pyiqa:fid": "no metric 'fid' of single pictures; it has blocks, fid",
+        "pyiqa:x": "no metric 'x'",
+        "pyiqa:heavy": "pyiqa:heavy cannot be loaded: OSError: cannot download",
+        "piq:x": "unknown metric piq:x: there are brisque",
+        "x": "unknown metric 'x': there are .*psnr",
+    }.items():
+        with pytest.raises(UsageError, match=message):
+            registry.find(name)

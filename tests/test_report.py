@@ -161,7 +161,7 @@ def test_drawn_values_are_told_in_their_order(pairs):
 def test_the_best_figure_is_the_highest_psnr_and_the_lowest_niqe():
     table = metric_rows({"Bicubic": {"psnr": 22.0, "niqe": 9.0}, "demo": {"psnr": 21.0, "niqe": 5.0, "ssim": None}})
     bicubic, demo = ({cell["name"]: cell for cell in row["cells"]} for row in table["rows"])
-    assert table["names"] == ["psnr", "ssim", "niqe"]
+    assert table["names"] == ["psnr", "niqe", "ssim"]
     assert (bicubic["psnr"]["best"], demo["psnr"]["best"]) == (True, False)
     assert (bicubic["niqe"]["best"], demo["niqe"]["best"]) == (False, True)
     assert (demo["psnr"]["better"], demo["niqe"]["better"]) == (False, True)
@@ -203,6 +203,25 @@ def test_evaluations_share_a_table_only_on_the_same_pairs(pairs, tmp_path):
     ):
         with pytest.raises(DeeDSRError, match="different pairs"):
             evaluation_of({"This demo": demo, "tiny": other})
+
+
+def test_evaluations_share_a_table_only_by_equal_definitions(pairs, tmp_path):
+    demo = evaluation(tmp_path / "demo", pairs, DIGEST, 21.0) | {"definitions": {"psnr": "border 0"}}
+    tiny = evaluation(tmp_path / "tiny", pairs, DIGEST, 23.0)
+    assert evaluation_of({"This demo": demo, "tiny": tiny | {"definitions": {"psnr": "border 0"}}}).samples
+    for other, told in (
+        (tiny, "border 0 / not recorded"),
+        (tiny | {"definitions": {"psnr": "border 4"}}, "0 / border 4"),
+    ):
+        with pytest.raises(DeeDSRError, match=f"definitions of psnr.*{told}"):
+            evaluation_of({"This demo": demo, "tiny": other})
+
+
+def test_no_figure_of_a_metric_of_unknown_direction_is_called_the_best():
+    table = metric_rows({"Bicubic": {"other:x": 2.0, "lpips": 0.4}, "demo": {"other:x": 1.0, "lpips": 0.3}})
+    (_, _), (other, lpips) = (row["cells"] for row in table["rows"])
+    assert (other["best"], other["better"], other["difference"]) == (False, False, -1.0)
+    assert (lpips["best"], lpips["better"]) == (True, True)
 
 
 def test_pictures_of_evaluations_stand_in_one_scene(pairs, tmp_path):

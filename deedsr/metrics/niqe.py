@@ -50,6 +50,7 @@ def _fit_asymmetric_gaussian(x_NSS: np.ndarray) -> tuple[np.ndarray, np.ndarray,
     shapes, ratios = _shape_table()
     above_N = np.clip(np.searchsorted(ratios, ratio_N), 1, len(shapes) - 1)
     nearest_N = above_N - (ratio_N - ratios[above_N - 1] < ratios[above_N] - ratio_N)
+    nearest_N[np.isnan(ratio_N)] = 0  # of a flat block, as in the authors' program
     shape_N = shapes[nearest_N]
     to_scale_N = np.sqrt(gamma(1 / shape_N) / gamma(3 / shape_N))
     return shape_N, left_N * to_scale_N, right_N * to_scale_N
@@ -85,7 +86,7 @@ def _half_size(y: np.ndarray) -> np.ndarray:
 
 
 def _features(y: np.ndarray, window: np.ndarray) -> np.ndarray:
-    """Of integer luma (H, W): 36 numbers of each whole block, (N, 36). Blocks without variation are left out."""
+    """Of integer luma (H, W): 36 numbers of each whole block, (N, 36); some are NaN in blocks without variation."""
     rows, columns = (side // BLOCK for side in y.shape)
     if not rows or not columns:
         return np.empty((0, 36))
@@ -96,21 +97,29 @@ def _features(y: np.ndarray, window: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):
             scales.append(_block_features(blocks))
         y = _half_size(y)
-    features_NF = np.concatenate(scales, axis=1)
-    return features_NF[np.isfinite(features_NF).all(axis=1)]
+    return np.concatenate(scales, axis=1)
 
 
 def niqe_of_features(features_NF: np.ndarray) -> float:
-    """NIQE from the features of all blocks, of one image or of many. Raises ValueError for fewer than two blocks."""
-    if len(features_NF) < 2:
+    """NIQE from the features of all blocks, of one image or of many. Raises ValueError for fewer than two blocks.
+
+    As in the authors' program, blocks with a NaN count in the mean by their other features, and not in the covariance.
+    """
+    textured_NF = _textured(features_NF)
+    if len(textured_NF) < 2:
         raise ValueError(
-            f"NIQE needs two blocks of {BLOCK}x{BLOCK} pixels with texture, found {len(features_NF)}: "
+            f"NIQE needs two blocks of {BLOCK}x{BLOCK} pixels with texture, found {len(textured_NF)}: "
             "give larger images, or more of them"
         )
     parameters = _parameters()
-    difference_F = parameters["mu_pris_param"][0] - features_NF.mean(axis=0)
-    covariance_FF = (parameters["cov_pris_param"] + np.cov(features_NF, rowvar=False)) / 2
+    difference_F = parameters["mu_pris_param"][0] - np.nanmean(features_NF, axis=0)
+    covariance_FF = (parameters["cov_pris_param"] + np.cov(textured_NF, rowvar=False)) / 2
     return float(np.sqrt(difference_F @ np.linalg.pinv(covariance_FF) @ difference_F))
+
+
+def _textured(features_NF: np.ndarray) -> np.ndarray:
+    """Features of the blocks with variation."""
+    return features_NF[np.isfinite(features_NF).all(axis=1)]
 
 
 def niqe(image: np.ndarray) -> float:
@@ -134,7 +143,7 @@ def niqe_features(image: np.ndarray) -> np.ndarray:
 
     Blocks without variation are left out, so N may be 0.
     """
-    return _features(np.round(luma(image)), _parameters()["gaussian_window"])
+    return _textured(_features(np.round(luma(image)), _parameters()["gaussian_window"]))
 
 
 def niqe_set(images: Iterable[np.ndarray]) -> float:
@@ -158,7 +167,7 @@ class NIQE(Metric):
 
     def measure(self, picture: np.ndarray, reference: np.ndarray | None) -> float | None:
         features_NF = _picture_features(picture) if min(picture.shape[:2]) >= MIN_SIDE else np.empty((0, 36))
-        return niqe_of_features(features_NF) if len(features_NF) >= 2 else None  # fewer: the picture is flat
+        return niqe_of_features(features_NF) if len(_textured(features_NF)) >= 2 else None  # fewer: it is flat
 
 
 class SetNIQE(Metric):

@@ -108,5 +108,5 @@ class Evaluator:
 
 
 def _finite(value: float | None) -> float | None:
-    """JSON knows no infinity, which is the PSNR of equal pictures."""
+    """JSON knows neither infinity nor NaN, which a metric of another package may give."""
     return value if value is not None and math.isfinite(value) else None
