@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deedsr.errors import DeeDSRError, UsageError
+from deedsr.errors import DeeDSRError
 from jobs.command import Command, Outcome
 from jobs.job_file import JobFile, load_job_file
 from pipelines.cluster import dashboard
@@ -38,9 +38,7 @@ class SubmitOptions:
 def run(options: SubmitOptions) -> Outcome:
     job = load_job_file(Path(options.job))
     address = options.address or os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
-    if not address.startswith(("http://", "https://")):
-        raise UsageError(f"--address takes the http(s) address of a Ray dashboard, got {address!r}")
-    client = connect(address)
+    client = dashboard(address)
     try:
         job_id = running(client, job) or submit(client, job)
         details = report(client, job, job_id, address, options.wait)
@@ -63,20 +61,6 @@ def report(client: "JobSubmissionClient", job: JobFile, job_id: str, address: st
         how = " or ".join(f"ray job {verb} {job_id} --address {address}" for verb in ("stop", "logs --follow"))
         print(f"{job_id} keeps running; stop or follow it with: {how}", file=sys.stderr)
         raise
-
-
-def connect(address: str) -> "JobSubmissionClient":
-    """A client of the cluster's Jobs API; DeeDSRError when nobody answers or the token is refused."""
-    import requests
-
-    try:
-        return dashboard(address)
-    except (ConnectionError, requests.ConnectionError, requests.Timeout):
-        raise DeeDSRError(f"no Ray dashboard answers at {address}; start the cluster or give --address") from None
-    except DeeDSRError:
-        raise
-    except Exception as error:
-        raise DeeDSRError(f"cannot use the cluster at {address}: {' '.join(str(error).split())}") from error
 
 
 def running(client: "JobSubmissionClient", job: JobFile) -> str | None:

@@ -154,13 +154,23 @@ def _answers(address: str) -> bool:
 
 
 def dashboard(address: str) -> Any:
-    """A client of the Jobs API at `address`, http(s)://HOST:PORT. Raises what Ray's client raises."""
+    """A client of the Jobs API at `address`, http(s)://HOST:PORT.
+
+    Raises UsageError for another kind of address, DeeDSRError when nobody answers or the token is refused.
+    """
+    if not address.startswith(("http://", "https://")):
+        raise UsageError(f"--address takes the http(s) address of a Ray dashboard, got {address!r}")
     require_docstrings()
     import requests
     from ray.job_submission import JobSubmissionClient
 
-    requests.head(address, timeout=_ANSWER_SECONDS)  # the client itself waits for ever
-    return JobSubmissionClient(address)
+    try:
+        requests.head(address, timeout=_ANSWER_SECONDS)  # the client itself waits for ever
+        return JobSubmissionClient(address)
+    except (ConnectionError, requests.ConnectionError, requests.Timeout):
+        raise DeeDSRError(f"no Ray dashboard answers at {address}; start the cluster or give --address") from None
+    except Exception as error:  # Ray's client has no class of its own
+        raise DeeDSRError(f"cannot use the cluster at {address}: {' '.join(str(error).split())}") from error
 
 
 def _session_folder() -> str | None:
