@@ -77,7 +77,7 @@ def _versions() -> Iterator[Check]:
     lacking = [name for name, module in PIPELINE.items() if find_spec(module) is None]
     there = ", ".join(f"{name} {_version(name)}" for name in PIPELINE if name not in lacking)
     found = there + ("; " if there and lacking else "") + (f"without {', '.join(lacking)}" if lacking else "")
-    remedy = "only `upscale` works; for everything else: pip install 'deedsr[pipeline]'" if lacking else ""
+    remedy = "only `upscale` and `export` work; for everything else: pip install 'deedsr[pipeline]'" if lacking else ""
     yield Check("pipeline", found, remedy=remedy)
 
 

@@ -158,7 +158,7 @@ def test_without_the_pipeline_libraries_it_says_what_works_and_what_to_install(h
     code, result = examined(capsys, "--out", str(healthy))
     (found,) = [check for check in result["checks"] if check["name"] == "pipeline"]
     assert code == 0
-    assert "only `upscale` works" in found["remedy"]
+    assert "only `upscale` and `export` work" in found["remedy"]
     assert "pip install 'deedsr[pipeline]'" in found["remedy"]
 
 
