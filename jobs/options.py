@@ -114,6 +114,13 @@ class HelpText(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=34, width=110)
 
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """Every spelling with its value, as up to Python 3.12; later ones give the value once."""
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        value = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return ", ".join(f"{flag} {value}" for flag in action.option_strings)
+
 
 class CommandParser(ArgumentParser):
     """Parser of one command. A mistake is one `UsageError` that names the key, the value and what is accepted.

@@ -46,8 +46,6 @@ def run(options: SubmitOptions) -> Outcome:
     if len(given) != 1:
         raise UsageError("give one of JOB (a job file such as jobs/shards.yaml), --follow ID and --stop ID")
     address = options.address or os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
-    if not address.startswith(("http://", "https://")):
-        raise UsageError(f"--address takes the http(s) address of a Ray dashboard, got {address!r}")
     jobs = load_job_files(Path(options.job), options.set) if options.job else []
     board = Dashboard(address)
     if options.stop:

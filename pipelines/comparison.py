@@ -71,6 +71,8 @@ def compare(
     Raises:
         UsageError: no store, no such experiment (the message lists those there are), or no run in it.
     """
+    import mlflow  # noqa: F401  a missing one is reported before a missing store
+
     uri = resolve_uri(tracking_uri)
     if (path := sqlite_path(uri)) and not path.exists():
         # Connecting would make an empty store here, which helps nobody who stands in the wrong folder.

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-from deedsr.errors import DeeDSRError
+from deedsr.errors import DeeDSRError, UsageError
 from pipelines.cluster import require_docstrings
 
 __all__ = ["Dashboard", "JobGone", "Unreachable"]
@@ -40,9 +40,12 @@ class JobGone(DeeDSRError):
 
 
 class Dashboard:
-    """The dashboard at `address`, http(s)://HOST:PORT. Raises Unreachable where nobody answers there."""
+    """The dashboard at `address`, http(s)://HOST:PORT. Raises UsageError for another kind of address, Unreachable where nobody answers
+    there."""
 
     def __init__(self, address: str):
+        if not address.startswith(("http://", "https://")):
+            raise UsageError(f"--address takes the http(s) address of a Ray dashboard, got {address!r}")
         require_docstrings()
         self.address = address.rstrip("/")
         self._client = _client(self.address)

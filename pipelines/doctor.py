@@ -77,7 +77,7 @@ def _versions() -> Iterator[Check]:
     lacking = [name for name, module in PIPELINE.items() if find_spec(module) is None]
     there = ", ".join(f"{name} {_version(name)}" for name in PIPELINE if name not in lacking)
     found = there + ("; " if there and lacking else "") + (f"without {', '.join(lacking)}" if lacking else "")
-    remedy = "only `upscale` works; for everything else: pip install 'deedsr[pipeline]'" if lacking else ""
+    remedy = "only `upscale` and `export` work; for everything else: pip install 'deedsr[pipeline]'" if lacking else ""
     yield Check("pipeline", found, remedy=remedy)
 
 
@@ -143,7 +143,7 @@ def _disks(out: str | None) -> Iterator[Check]:
             remedy = "set XDG_CACHE_HOME to one that you may write" if name == "cache" else "choose another folder"
             yield Check(name, f"{place} cannot be written", False, remedy)
         elif free < _LEAST_DISK:
-            yield Check(name, found, False, f"free some: {_LEAST_DISK / GIB:.0f} GiB are a sensible least")
+            yield Check(name, found, False, f"free some: at least {_LEAST_DISK / GIB:.0f} GiB are advised")
         else:
             yield Check(name, found)
     shared = machine.this_machine().shared_memory
@@ -155,30 +155,29 @@ def _disks(out: str | None) -> Iterator[Check]:
 def _storage(out: str) -> Iterator[Check]:
     """Writes, replaces under a condition, lists and deletes an object."""
     name = f"doctor-{uuid.uuid4().hex[:12]}"
-    done = ""
+    step = "write"
     try:
         storage = open_storage(out)
         with within(_STORAGE_SECONDS):
             storage.require_writable()
-        done = "write"
         before = storage.write(name, b"first", expected=None)
-        done = "conditional put"
+        step = "conditional put"
         try:
             storage.write(name, b"second", expected=None)
         except Conflict:
             storage.write(name, b"second", expected=before)
         else:
-            raise UsageError("a conditional put replaced an object that it expected not to be there")
-        done = "list"
+            raise UsageError("the storage replaced an object in spite of the condition that there is none")
+        step = "list"
         if name not in [entry.path for entry in storage.list()]:
-            raise UsageError("an object that was just written is not listed")
-        done = "delete"
+            raise UsageError("an object that was just written is not listed: use storage with consistent listings")
+        step = "delete"
         storage.delete(name)
         if storage.exists(name):
-            raise UsageError("a deleted object is still there")
+            raise UsageError("a deleted object is still there: use storage with consistent listings")
     except (DeeDSRError, OSError) as error:
-        remedy = "use storage with conditional writes, such as S3 or a local disk" if done == "conditional put" else ""
-        yield Check("storage", f"{done or 'open'}: {_said(error)}", False, remedy or "see the message")
+        need = "; conditional writes are needed, which S3 and local disks have" if step == "conditional put" else ""
+        yield Check("storage", f"{_masked(out)}: {step} failed", False, _said(error) + need)
         return
     yield Check("storage", f"{_masked(storage.uri)}: write, conditional put, list, delete")
 
@@ -193,41 +192,68 @@ def _tracking() -> Iterator[Check]:
         if (path := sqlite_path(uri)) and not path.exists():
             there = next(folder for folder in path.parents if folder.is_dir())
             may = os.access(there, os.W_OK)
-            remedy = "" if may else "set MLFLOW_TRACKING_URI to a store that you may write"
-            yield Check("MLflow", f"{path} would be made" + ("" if may else ", which is not allowed"), may, remedy)
+            if may:
+                yield Check("MLflow", f"{path} does not exist yet; the first run creates it")
+            else:
+                yield Check("MLflow", f"{there} cannot be written", False, "set MLFLOW_TRACKING_URI to another store")
             return
         client = connect(uri)
         run = client.create_run(experiment_id(client, uri, "deedsr-doctor"), run_name="doctor")
         client.set_terminated(run.info.run_id)
         client.delete_run(run.info.run_id)
-    except Exception as error:  # whatever the store's server says
-        yield Check("MLflow", _said(error), False, "start the server, or correct MLFLOW_TRACKING_URI and its login")
+    except DeeDSRError as error:
+        yield Check("MLflow", "not usable", False, _said(error))
+        return
+    except Exception as error:  # whatever the store's server answers
+        yield Check("MLflow", _said(error), False, "correct MLFLOW_TRACKING_URI and its login")
         return
     yield Check("MLflow", f"{_masked(uri)}: reached, a run written and deleted")
 
 
 def _cluster(address: str | None) -> Iterator[Check]:
-    token = os.environ.get("RAY_AUTH_TOKEN")
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
-    if token:
-        yield Check("token", "in RAY_AUTH_TOKEN")
-    elif path.is_file():
-        shared = bool(path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO))
-        yield Check("token", f"{path}", not shared, f"others may read it: chmod 600 {path}" if shared else "")
-    elif address:
-        yield Check("token", "none", remedy="ray get-auth-token --generate, or copy the cluster's to ~/.ray/auth_token")
+    yield from _token(bool(address))
     if not address:
         return
-    try:
-        yield Check("cluster", _reach(address))
-    except Exception as error:  # of ours: connection, token; of Ray's client: version
-        yield Check("cluster", _said(error), False, f"start it, or the tunnel to {_masked(address)}, and its token")
-
-
-def _reach(address: str) -> str:
     from pipelines.dashboard import Dashboard
 
-    return f"{address}: {len(Dashboard(address).jobs())} jobs listed"
+    place = _masked(address)
+    try:
+        jobs = Dashboard(address).jobs()
+    except Exception as error:  # of Ray's client, too
+        yield Check("cluster", f"{place}: not usable", False, _said(error))
+    else:
+        yield Check("cluster", f"{place}: reached, {len(jobs)} jobs")
+
+
+def _token(needed: bool) -> Iterator[Check]:
+    """Where the token of clusters is, without showing it."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        yield Check("token", "in RAY_AUTH_TOKEN")
+        return
+    given = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(given or "~/.ray/auth_token").expanduser()
+    copy = f"copy the cluster's token to {path}"
+    try:
+        empty = not path.read_bytes().strip()
+    except OSError as error:
+        if given or not isinstance(error, FileNotFoundError):
+            yield Check("token", f"{path}: {error.strerror}", False, copy)
+        elif needed:
+            yield Check("token", f"none in {path}", remedy=f"if the cluster asks for one, {copy}")
+        return
+    if empty:
+        yield Check("token", f"{path} is empty", False, copy)
+    elif _others_may_read(path):
+        yield Check("token", f"other users of this machine may read {path}", False, f"chmod 600 {path}")
+    else:
+        yield Check("token", f"{path}, for nobody else to read")
+
+
+def _others_may_read(path: Path) -> bool:
+    """Whether the modes of a file and of the folders above it let users in who do not own it."""
+    if not path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
+        return False
+    return all(folder.stat().st_mode & (stat.S_IXGRP | stat.S_IXOTH) for folder in path.resolve().parents)
 
 
 def _said(error: BaseException) -> str:

@@ -2,11 +2,14 @@
 
 import json
 import os
+import shutil
 import socket
 import stat
+import tempfile
 from pathlib import Path
 
 import pytest
+from test_faults import small_disk  # noqa: F401
 
 from jobs import cli
 from pipelines import doctor, machine
@@ -63,8 +66,11 @@ def test_a_storage_that_refuses_connections_is_named(healthy, bucket, capsys, mo
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{probe.getsockname()[1]}")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    assert broken(capsys, "--out", f"{bucket}/doctor")[0] == "storage"
+    monkeypatch.setattr(doctor, "_STORAGE_SECONDS", 1.0)
+    name, said = broken(capsys, "--out", f"{bucket}/doctor")
+    assert name == "storage"
+    assert said.startswith(f"{bucket}/doctor: write failed -> ")
+    assert said.endswith("no connection to the S3 endpoint; check AWS_ENDPOINT_URL")
 
 
 def test_an_mlflow_store_is_tried_by_a_run_and_a_server_that_is_away_is_named_without_its_password(
@@ -84,17 +90,49 @@ def test_an_mlflow_store_is_tried_by_a_run_and_a_server_that_is_away_is_named_wi
     assert broken(capsys, "--out", str(healthy))[0] == "MLflow"
 
 
-def test_a_token_that_others_may_read_is_said_with_the_remedy(healthy, capsys):
-    (healthy / "token").chmod(0o644)
+def test_a_token_that_others_may_read_is_said_with_the_remedy(healthy, capsys, monkeypatch):
+    folder = Path(tempfile.mkdtemp(prefix="token"))  # below folders that everybody may enter, unlike pytest's own
+    token = folder / "token"
+    token.write_text("a-token-that-nobody-may-see")
+    token.chmod(0o644)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    try:
+        assert examined(capsys, "--out", str(healthy))[0] == 0  # the folder is closed
+        folder.chmod(0o755)
+        name, said = broken(capsys, "--out", str(healthy))
+        assert name == "token"
+        assert f"chmod 600 {token}" in said
+        assert "a-token-that-nobody-may-see" not in said
+        token.chmod(stat.S_IRUSR)
+        assert examined(capsys, "--out", str(healthy))[0] == 0
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_a_token_file_that_is_empty_or_missing_is_named(healthy, capsys, monkeypatch):
+    (healthy / "token").write_text("\n")
+    name, said = broken(capsys, "--out", str(healthy))
+    assert (name, said) == (
+        "token",
+        f"{healthy}/token is empty -> copy the cluster's token to {healthy}/token",
+    )
+    (healthy / "token").unlink()
     name, said = broken(capsys, "--out", str(healthy))
     assert name == "token"
-    assert f"chmod 600 {healthy / 'token'}" in said
-    assert "a-token-that-nobody-may-see" not in said
-    (healthy / "token").chmod(stat.S_IRUSR)
-    assert examined(capsys, "--out", str(healthy))[0] == 0
+    assert said.startswith(f"{healthy}/token: No such file or directory -> copy the cluster's token")
 
 
-def test_a_full_disk_a_small_shared_memory_and_a_folder_that_is_a_file_are_named(healthy, capsys, monkeypatch):
+def test_a_full_disk_is_named(healthy, capsys, small_disk):  # noqa: F811
+    (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    code, result = examined(capsys, "--out", str(small_disk / "runs"))
+    assert (code, result["broken"]) == (1, ["results", "storage"])
+    found = {check["name"]: check for check in result["checks"]}
+    assert found["results"]["found"] == f"0.0 GiB free in {small_disk}/runs"
+    assert "free some" in found["results"]["remedy"]
+    assert "no space left; free some" in found["storage"]["remedy"]
+
+
+def test_a_small_shared_memory_and_a_folder_that_is_a_file_are_named(healthy, capsys, monkeypatch):
     monkeypatch.setattr(doctor, "_LEAST_SHARED", 1 << 60)
     name, said = broken(capsys, "--out", str(healthy))
     assert name == "shared memory"
@@ -110,8 +148,9 @@ def test_a_cluster_that_does_not_answer_is_named(healthy, capsys):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    name, _ = broken(capsys, "--out", str(healthy), "--address", address)
+    name, said = broken(capsys, "--out", str(healthy), "--address", address)
     assert name == "cluster"
+    assert said.endswith(f"no Ray dashboard answers at {address}; start the cluster or give --address")
 
 
 def test_without_the_pipeline_libraries_it_says_what_works_and_what_to_install(healthy, capsys, monkeypatch):
@@ -119,7 +158,7 @@ def test_without_the_pipeline_libraries_it_says_what_works_and_what_to_install(h
     code, result = examined(capsys, "--out", str(healthy))
     (found,) = [check for check in result["checks"] if check["name"] == "pipeline"]
     assert code == 0
-    assert "only `upscale` works" in found["remedy"]
+    assert "only `upscale` and `export` work" in found["remedy"]
     assert "pip install 'deedsr[pipeline]'" in found["remedy"]
 
 

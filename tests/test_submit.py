@@ -111,6 +111,14 @@ def test_without_the_token_nothing_is_accepted(head):
     assert code == 1
     assert "wants a token and there is none: copy the cluster's to ~/.ray/auth_token" in log
     assert "Traceback" not in log
+    wrong.chmod(0o600)
+    examined = {}
+    for path in (head.environment["RAY_AUTH_TOKEN_PATH"], str(wrong)):
+        command = [sys.executable, "-m", "deedsr", "doctor", "--json", "--out", str(head.folder)]
+        environment = head.environment | {"RAY_AUTH_TOKEN_PATH": path}
+        done = subprocess.run([*command, "--address", head.address], env=environment, capture_output=True, cwd=ROOT)
+        examined[path] = done.returncode, json.loads(done.stdout)["broken"]
+    assert list(examined.values()) == [(0, []), (1, ["cluster"])]
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(f"{head.address}/api/jobs/", timeout=5)
 
