@@ -10,7 +10,7 @@ from jobs.command import Command, Outcome
 @dataclasses.dataclass
 class InspectOptions:
     uri: str  # dataset: folder or s3://bucket/prefix
-    out: str = "inspection.html"  # page to write
+    out: str = "inspection.html"  # page to write: file or s3://bucket/page.html
     samples: PositiveInt = 24  # pairs on the page
     seed: NonNegativeInt = 0  # chooses the pairs
 

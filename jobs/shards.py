@@ -97,7 +97,7 @@ def _planned(options: ShardsOptions, recipe: "Recipe") -> Outcome:
         cores=options.cores,
         price=options.price,
     )
-    return Outcome(dataclasses.asdict(planned))
+    return Outcome(dataclasses.asdict(planned), text=planned.text())
 
 
 def _cleared(out: str) -> dict[str, int]:

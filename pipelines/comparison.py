@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from deedsr.errors import UsageError
 from pipelines.curves import Curve, draw
-from pipelines.page import data_uri, duration_text, metric_text, read_picture, write_page
+from pipelines.page import data_uri, duration_text, metric_text, page_place, read_picture, write_page
 from pipelines.tracking import EXPERIMENTS, connect, masked_uri
 from pipelines.tracking import tracking_uri as resolve_uri
 from pipelines.tracking.provenance import COMMIT_TAG, CONFIG_TAG, DIGEST_TAG, PARENT_TAG
@@ -66,8 +66,12 @@ def compare(
     """Put the runs of one experiment, or (None) of all `deedsr-*` experiments, side by side.
 
     Raises:
-        UsageError: no store, no such experiment (the message lists those there are), or no run in it.
+        UsageError: no store, no such experiment (the message lists those there are), no run in it, or an `out` that
+            cannot be written.
     """
+    if out is not None:
+        storage, _ = page_place(out)
+        storage.require_writable()
     uri = resolve_uri(tracking_uri)
     if (path := sqlite_path(uri)) and not path.exists():
         # Connecting would make an empty store here, which helps nobody who stands in the wrong folder.
@@ -87,9 +91,9 @@ def compare(
     if not stored:
         raise UsageError(f"experiment {', '.join(wanted.values())} in {masked_uri(uri)} holds no run yet")
     groups = _grouped([(wanted[run.info.experiment_id], run) for run in stored.values()])
-    page = None
     if out is not None:
-        page = str(_write(client, Path(out), experiment or "All experiments", uri, groups, stored))
+        _write(client, out, experiment or "All experiments", uri, groups, stored)
+    page = None if out is None else str(out)
     return Comparison([run for group in groups for run in group.runs], page, groups)
 
 
@@ -200,8 +204,13 @@ def _short(value: str | None) -> str:
 
 
 def _write(
-    client: "MlflowClient", out: Path, title: str, uri: str, groups: list[RunGroup], stored: dict[str, "StoredRun"]
-) -> Path:
+    client: "MlflowClient",
+    out: str | Path,
+    title: str,
+    uri: str,
+    groups: list[RunGroup],
+    stored: dict[str, "StoredRun"],
+) -> None:
     pictures_left = MAX_PICTURES
     sections = []
     for group in groups:
@@ -218,7 +227,7 @@ def _write(
                 "pictures": rows,
             }
         )
-    return write_page(
+    write_page(
         out, "comparison.html", title=title, store=masked_uri(uri), sections=sections, known=dict.fromkeys(stored, 1)
     )
 

@@ -155,5 +155,6 @@ def _of_strata(index: SampleIndex, parts: list[int], rows: np.ndarray) -> list[n
 
 def _spread(numbers: np.ndarray, wanted: int, rng: np.random.Generator) -> list[int]:
     """At most `wanted` of the numbers, one by chance from each of as many equal stretches."""
-    edges = np.linspace(0, len(numbers), min(wanted, len(numbers)) + 1)
-    return [int(n) for n in numbers[(edges[:-1] + rng.random(len(edges) - 1) * np.diff(edges)).astype(int)]]
+    count = min(wanted, len(numbers))
+    edges = np.arange(count + 1) * len(numbers) // max(1, count)  # whole numbers: no two stretches share one
+    return [int(n) for n in numbers[rng.integers(edges[:-1], edges[1:])]]

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import Loads
 
 from deedsr.degradation.recipe import Recipe, load_recipe
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines.dataset import Dataset
+from pipelines.inspection import inspect
 from pipelines.shards import export_pairs, generate, regenerate, verify
 from pipelines.storage import publish
 
@@ -98,6 +100,13 @@ def test_the_same_digest_on_s3_beside_its_hr(small_dataset, heavy_lr, heavy, buc
     dataset = Dataset.open(f"{place}/lr")
     assert dataset.manifest.hr_from.uri == "../hr"
     assert dataset.read(dataset.index(), 3).hr.shape == (128, 128, 3)
+
+
+def test_the_page_of_new_degradations_names_the_dataset_of_the_hr(small_dataset, heavy_lr, tmp_path):
+    inspect(heavy_lr, tmp_path / "p.html", 1, progress=False)
+    text = " ".join(" ".join(Loads((tmp_path / "p.html").read_text()).shown).split())
+    assert f"HR images from the dataset at {small_dataset}" in text
+    assert f"HR dataset {Dataset.open(small_dataset).digest}" in text
 
 
 def test_wrong_wishes_are_refused(small_dataset, heavy_lr, heavy, tmp_path):

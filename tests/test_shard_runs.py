@@ -13,7 +13,7 @@ import pytest
 from deedsr.degradation.recipe import Recipe
 from deedsr.errors import DatasetNotCommitted, DeeDSRError
 from pipelines.dataset import Dataset
-from pipelines.shards import collect_garbage, estimate, generate, run, verify
+from pipelines.shards import Estimate, collect_garbage, estimate, generate, run, verify
 from pipelines.shards.build import FromSources
 from pipelines.shards.estimate import _Count
 from pipelines.shards.generate import run_job
@@ -160,6 +160,23 @@ def test_a_plan_counts_exactly_and_estimates_from_a_probe(photos, few, tmp_path)
     assert planned.cost == pytest.approx(8 * planned.hours, abs=0.01)
     rest = estimate(source, str(tmp_path / "out"), few, progress=False)
     assert (rest.shards, rest.shards_to_make, rest.samples, rest.hours) == (result.shards, 0, 0, 0)
+    assert rest.text() == f"nothing to do: 6 sources in {result.shards} shards, and all of them are there"
+
+
+def test_a_plan_reads_in_units_of_people():
+    planned = Estimate(
+        sources=1_200_000, shards=10_400, shards_to_make=400, samples=14_400_000, samples_error=1200,
+        read_bytes=3_100_000_000_000, written_bytes=4_200_000_000, probed_sources=16, samples_per_second=30.94,
+        cores=2048, nodes=64, hours=2.0833, cost=200.0,
+    )  # fmt: skip
+    assert planned.text().splitlines() == [
+        "sources  1,200,000 sources in 10,400 shards, 400 to be made",
+        "samples  14,400,000 to make, give or take 1,200",
+        "read     3.1 TB",
+        "written  4.2 GB",
+        "time     2 h 05 min on 64 machines with 2,048 cores in all (30.9 samples/s a core, measured on 16 sources)",
+        "cost     200.00",
+    ]
 
 
 def test_a_plan_takes_no_less_time_than_the_largest_shard_does_unless_shards_are_few(photos, small_recipe):
