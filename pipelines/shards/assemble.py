@@ -5,7 +5,6 @@ Everything is written as a stream, record by record: what is held does not grow 
 
 import hashlib
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +31,7 @@ from deedsr.dataset.manifest import (
 )
 from deedsr.degradation.recipe import Recipe
 from deedsr.errors import DeeDSRError
+from pipelines.scratch import scratch_folder
 from pipelines.shards.plan import ShardPlan
 from pipelines.shards.record import COLUMNS, LATENTS_COLUMNS, ShardRecord, read_record
 from pipelines.storage import Conflict, Storage
@@ -83,8 +83,8 @@ def assemble(
     writes nothing, if more than `recipe.max_rejected_share` of the sources were rejected or there is no sample; and if
     another run replaced the manifest meanwhile by another dataset, which then stands.
     """
-    with tempfile.TemporaryDirectory(prefix="deedsr-manifest-") as folder:
-        samples, rejected, entries, whole = (Path(folder) / n for n in (SAMPLES, REJECTED, "shards.jsonl", MANIFEST))
+    with scratch_folder() as folder:
+        samples, rejected, entries, whole = (folder / n for n in (SAMPLES, REJECTED, "shards.jsonl", MANIFEST))
         sums = _write_parts(planned, LATENTS_COLUMNS if latents else COLUMNS, samples, rejected, entries)
         if inherited:
             sums.given = inherited.given
