@@ -134,9 +134,9 @@ class SampleIndex:
         found = [statistics for statistics in found if statistics is not None and statistics.has_min_max]
         return (min(s.min for s in found), max(s.max for s in found)) if found else None
 
-    def rows(self, rows: Sequence[int]) -> pa.Table:
-        """The rows of these numbers, in rising order, with what `Dataset.read` needs of them."""
-        columns = [name for name in self.columns if not name.startswith(_DESCRIPTIVE)]
+    def rows(self, rows: Sequence[int], columns: Sequence[str] = ()) -> pa.Table:
+        """The rows of these numbers, in rising order: some columns, or what `Dataset.read` needs of them."""
+        columns = columns or [name for name in self.columns if not name.startswith(_DESCRIPTIVE)]
         wanted, found = sorted(rows), []
         for part, numbers in enumerate(self.parts):
             inside = [row for row in wanted if row in numbers]
