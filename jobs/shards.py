@@ -64,7 +64,7 @@ def run(options: ShardsOptions) -> Outcome:
     if not options.gc:
         return Outcome(outcome)
     collected = _collected(options)
-    return Outcome(outcome | collected.values, complete=collected.complete)
+    return Outcome({**outcome, **collected.values}, complete=collected.complete)
 
 
 def _refuse_idle(options: ShardsOptions) -> None:

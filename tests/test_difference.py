@@ -41,9 +41,7 @@ def made(ray_cluster, pictures, one_crop_recipe, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def old(made, pictures) -> str:
-    return made(
-        "old", {f"{number}.jpg": name for number, name in enumerate(jpegs(pictures)[:2])} | {"x.png": png(pictures)}
-    )
+    return made("old", contents(pictures))
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +50,10 @@ def new(made, pictures) -> str:
     first, second = jpegs(pictures)[:2]
     quality = {"degradation": {"jpeg1_quality": [30, 50]}}
     return made("new", {"1.jpg": first, "2.jpg": second, "x.png": png(pictures)}, **quality)
+
+
+def contents(pictures: dict[str, bytes]) -> dict[str, str]:
+    return {"0.jpg": jpegs(pictures)[0], "1.jpg": jpegs(pictures)[1], "x.png": png(pictures)}
 
 
 def jpegs(pictures: dict[str, bytes]) -> list[str]:
@@ -96,8 +98,7 @@ def test_a_dataset_against_itself_did_not_change_and_another_split_is_no_other_s
     assert same.samples["same"] == same.samples["new"] == same.checked
     assert (same.unequal_bytes, same.recipe) == (0, {})
     assert "No parameter moved" in (tmp_path / "p.html").read_text()
-    contents = {f"{number}.jpg": name for number, name in enumerate(jpegs(pictures)[:2])} | {"x.png": png(pictures)}
-    split = made("split", contents, split={"validation_patterns": ["x.png"]})
+    split = made("split", contents(pictures), split={"validation_patterns": ["x.png"]})
     found = inspect_against(split, old, tmp_path / "p.html", progress=False)
     assert found.changed == {"hr": 0, "lr": 0, "split": 2}
     assert (found.checked, found.unequal_bytes) == (found.samples["new"], 0)
