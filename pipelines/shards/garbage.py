@@ -53,8 +53,8 @@ class Garbage:
         shards = [entry.size for entry in self.objects if entry.path.endswith(".tar")]
         others = [entry.size for entry in self.objects if not entry.path.endswith(".tar")]
         lines = [
-            f"{count_text(len(sizes))} {kind}, {bytes_text(sum(sizes))}"
-            for kind, sizes in (("shards", shards), ("other objects", others))
+            f"{count_text(len(sizes))} {kind}{'s' if len(sizes) != 1 else ''}, {bytes_text(sum(sizes))}"
+            for kind, sizes in (("shard", shards), ("other object", others))
         ]
         lines += [f"{count_text(self.uploads)} writes that were begun and never ended"] if self.uploads else []
         lines = ["would be removed:", *(f"  {line}" for line in lines)]
