@@ -1,7 +1,7 @@
 """What regenerating changed: two datasets compared by samples, sources, drawn parameters and recipe.
 
-Both indexes are read by columns, batch by batch. Of each sample 40 bytes are held: hashes (64 bits) of its key, its
-source, and of what its HR and its LR follow from.
+Both indexes are read by columns, batch by batch. Of each sample 41 bytes are held: its split, and hashes (64 bits) of
+its key, its source, the source's content, and of what its HR and its LR follow from.
 """
 
 import hashlib
