@@ -121,8 +121,8 @@ def test_the_run_that_made_the_dataset_gets_a_picture(new, old, tmp_path, capsys
     assert cli.main(["inspect", new, "--against", old, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["run_id"] is None
     assert [path.name for path in tmp_path.iterdir()] == ["inspection.html"]  # no store is made for it
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    with tracking.start_run("deedsr-shards", name="new", tags={"deedsr.kind": "shards"}, tracking_uri=uri) as run:
+    uri, tags = f"sqlite:///{tmp_path}/mlflow.db", {"deedsr.kind": "shards"}
+    with tracking.start_run("deedsr-shards", name="new", config={}, tags=tags, tracking_uri=uri) as run:
         run.log_dataset(Dataset.open(new), context="shards")
     assert cli.main(["inspect", new, "--against", old]) == 0
     assert "% moved" in capsys.readouterr().out
