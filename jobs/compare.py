@@ -8,7 +8,7 @@ from jobs.command import Command, Outcome
 @dataclasses.dataclass
 class CompareOptions:
     experiment: str | None = None  # MLflow experiment; null = every experiment whose name begins with deedsr-
-    out: str | None = None  # page to write, such as comparison.html; null = tables only
+    out: str | None = None  # page to write: file or s3://bucket/page.html; null = tables only
 
 
 def run(options: CompareOptions) -> Outcome:

@@ -43,9 +43,13 @@ class Timed:
 
 
 def run(options: DemoOptions) -> Outcome:
+    from pipelines.storage import open_storage
     from pipelines.tracking.store import sqlite_uri
 
-    out = Path(options.out).resolve()
+    place = open_storage(options.out).local_path("")
+    if place is None:
+        raise UsageError(f"the demo runs on this machine alone: --out takes a folder, got {options.out}")
+    out = place.resolve()
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file: give a folder with --out")
     out.mkdir(parents=True, exist_ok=True)

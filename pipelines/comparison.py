@@ -5,7 +5,6 @@ chart. Shards runs are the exception, since every one of them makes a dataset: t
 whose definition differs among the runs of a group stand in a row for each definition.
 """
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from deedsr.errors import UsageError
 from pipelines.curves import Curve, draw
-from pipelines.page import data_uri, duration_text, metric_text, read_picture, write_page
+from pipelines.page import data_uri, duration_text, metric_text, page_place, read_picture, write_page
+from pipelines.scratch import scratch_folder
 from pipelines.tracking import EXPERIMENTS, connect, masked_uri
 from pipelines.tracking import tracking_uri as resolve_uri
 from pipelines.tracking.provenance import COMMIT_TAG, CONFIG_TAG, DIGEST_TAG, PARENT_TAG
@@ -69,10 +69,14 @@ def compare(
     """Put the runs of one experiment, or (None) of all `deedsr-*` experiments, side by side.
 
     Raises:
-        UsageError: no store, no such experiment (the message lists those there are), or no run in it.
+        UsageError: no store, no such experiment (the message lists those there are), no run in it, or an `out` that
+            cannot be written.
     """
     import mlflow  # noqa: F401  a missing one is reported before a missing store
 
+    if out is not None:
+        storage, _ = page_place(out)
+        storage.require_writable()
     uri = resolve_uri(tracking_uri)
     if (path := sqlite_path(uri)) and not path.exists():
         # Connecting would make an empty store here, which helps nobody who stands in the wrong folder.
@@ -92,9 +96,9 @@ def compare(
     if not stored:
         raise UsageError(f"experiment {', '.join(wanted.values())} in {masked_uri(uri)} holds no run yet")
     groups = _grouped([(wanted[run.info.experiment_id], run) for run in stored.values()])
-    page = None
     if out is not None:
-        page = str(_write(client, Path(out), experiment or "All experiments", uri, groups, stored))
+        _write(client, out, experiment or "All experiments", uri, groups, stored)
+    page = None if out is None else str(out)
     return Comparison([run for group in groups for run in group.runs], page, groups)
 
 
@@ -232,8 +236,13 @@ def _short(value: str | None) -> str:
 
 
 def _write(
-    client: "MlflowClient", out: Path, title: str, uri: str, groups: list[RunGroup], stored: dict[str, "StoredRun"]
-) -> Path:
+    client: "MlflowClient",
+    out: str | Path,
+    title: str,
+    uri: str,
+    groups: list[RunGroup],
+    stored: dict[str, "StoredRun"],
+) -> None:
     pictures_left = MAX_PICTURES
     sections = []
     for group in groups:
@@ -250,7 +259,7 @@ def _write(
                 "pictures": rows,
             }
         )
-    return write_page(
+    write_page(
         out, "comparison.html", title=title, store=masked_uri(uri), sections=sections, known=dict.fromkeys(stored, 1)
     )
 
@@ -292,9 +301,9 @@ def _pictures(client: "MlflowClient", group: RunGroup, labels: dict[str, str], a
         if len(ids) > at_most:
             break
         at_most -= len(ids)
-        with tempfile.TemporaryDirectory() as folder:
+        with scratch_folder() as folder:
             shots = [
-                {"label": labels[i], "src": data_uri(read_picture(client.download_artifacts(i, path, folder)))}
+                {"label": labels[i], "src": data_uri(read_picture(client.download_artifacts(i, path, str(folder))))}
                 for i in ids
             ]
         rows.append({"name": Path(path).stem, "shots": shots})

@@ -40,8 +40,10 @@ class JobGone(DeeDSRError):
 
 
 class Dashboard:
-    """The dashboard at `address`, http(s)://HOST:PORT. Raises UsageError for another kind of address, Unreachable where nobody answers
-    there."""
+    """The dashboard at `address`, http(s)://HOST:PORT.
+
+    Raises UsageError for another kind of address, Unreachable where nobody answers there.
+    """
 
     def __init__(self, address: str):
         if not address.startswith(("http://", "https://")):

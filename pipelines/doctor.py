@@ -133,8 +133,8 @@ def _plans(here: machine.Machine) -> Iterator[Check]:
 def _disks(out: str | None) -> Iterator[Check]:
     cache = machine.cache_folder()
     places = {"temporary files": Path(tempfile.gettempdir()), "cache": cache}
-    if not out or "://" not in out:
-        places["results"] = Path(out or ".").absolute()
+    if not out or "://" not in out or out.lower().startswith("file:"):
+        places["results"] = Path(open_storage(out or ".").uri)
     for name, place in places.items():
         there = next((folder for folder in (place, *place.parents) if folder.is_dir()), place)
         free = shutil.disk_usage(there).free

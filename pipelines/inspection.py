@@ -17,12 +17,11 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from deedsr.dataset.keys import generator
-from deedsr.errors import UsageError
 from deedsr.metrics import psnr_y
 from pipelines.dataset import Dataset, Sample
 from pipelines.histograms import Histogram
-from pipelines.index import LeftOut, SampleIndex, left_out
-from pipelines.page import data_uri, write_page
+from pipelines.index import LeftOut, SampleIndex, left_out, require_hr
+from pipelines.page import data_uri, page_place, write_page
 from pipelines.report import describe_degradation, yaml_text
 from pipelines.survey import GROUP, STRATUM, Survey, choose_rows, survey
 
@@ -47,24 +46,26 @@ class InspectResult:
 def inspect(
     uri: str, out: str | Path = "inspection.html", samples: int = 24, seed: int = 0, progress: bool = True
 ) -> InspectResult:
-    """Write the page of the dataset at `uri` (folder or S3 prefix) to the local file `out`, with `samples` pairs.
+    """Write the page of the dataset at `uri` (folder or S3 prefix) to the location `out`, with `samples` pairs.
 
-    `seed` chooses the pairs. Raises UsageError if `out` is no local file, DeeDSRError if there is no finished dataset
+    `seed` chooses the pairs. Raises UsageError if `out` cannot be written, DeeDSRError if there is no finished dataset
     or it was damaged.
     """
-    if "://" in str(out):
-        raise UsageError(f"--out takes a local file such as inspection.html, got {out}")
+    storage, _ = page_place(out)
     dataset = Dataset.open(uri).require_pixels("the page")
+    require_hr(dataset)
+    storage.require_writable()
     index = SampleIndex(dataset)
     rng = generator("inspect", seed)
     shown = choose_rows(index, samples, rng)
     measured = sorted({*shown, *choose_rows(index, MEASURED, rng)})
     found = survey(dataset, index, progress)
     pairs = read_pairs(dataset, index.rows(measured), {measured.index(row) for row in shown}, progress)
-    page = write_page(
+    write_page(
         out,
         "inspection.html",
         dataset=dataset,
+        hr=dataset.hr_dataset() if dataset.manifest.hr_from else None,
         manifest=dataset.manifest,
         stored=sum(shard.bytes for shard in dataset.manifest.shards),
         found=found,
@@ -76,7 +77,7 @@ def inspect(
         reasons=reasons(left_out(dataset)),
         recipe=yaml_text(dataset.manifest.recipe),
     )
-    return InspectResult(str(page), dataset.manifest.samples, len(shown), dataset.manifest.rejected)
+    return InspectResult(str(out), dataset.manifest.samples, len(shown), dataset.manifest.rejected)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,13 +1,13 @@
 """Self-contained HTML pages: one file that opens without a network, with its styles, scripts and pictures inside."""
 
 import base64
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
+from deedsr.errors import UsageError
 from deedsr.metrics.registry import known
 from pipelines.curves import number_text
+from pipelines.storage import Storage, open_storage, split_uri
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,8 +16,19 @@ MAX_SIDE = 1280  # px: larger pictures are reduced for the page
 WEBP_QUALITY = 90
 
 
-def write_page(out: str | Path, template: str, **content: Any) -> Path:
-    """Render `templates/{template}` with `content` and write it in one step; a reader never sees half a page."""
+def page_place(out: str | Path) -> tuple[Storage, str]:
+    """Where a page is written: a storage, and the path in it. Raises UsageError if `out` is the location of no file."""
+    location, name = split_uri(str(out))
+    if not name:
+        raise UsageError(
+            f"--out {out} names no file: write a file's location, such as {str(out).rstrip('/')}/page.html"
+        )
+    return open_storage(location), name
+
+
+def write_page(out: str | Path, template: str, **content: Any) -> None:
+    """Render `templates/{template}` with `content` and write it to the location `out` in one step; a reader never sees
+    half a page."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -35,16 +46,9 @@ def write_page(out: str | Path, template: str, **content: Any) -> Path:
         "share": share_text,
     }
     html = environment.get_template(template).render(metric_names=known(), **content)
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{uuid4().hex[:8]}")
-    try:
-        # A file name that is not UTF-8 comes as lone surrogates, which UTF-8 cannot hold.
-        temporary.write_text(html, encoding="utf-8", errors="backslashreplace")
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return out
+    storage, name = page_place(out)
+    # A file name that is not UTF-8 comes as lone surrogates, which UTF-8 cannot hold.
+    storage.write(name, html.encode("utf-8", errors="backslashreplace"))
 
 
 def read_picture(picture: "np.ndarray | str | Path") -> "np.ndarray":

@@ -179,7 +179,7 @@ class DemoReport:
 
 def write_report(out: str | Path, report: DemoReport) -> Path:
     """Write the page to `out`. About 100 kB for each 512 px version of a picture: a dozen scenes stay under 8 MB."""
-    return write_page(
+    write_page(
         out,
         "report.html",
         report=report,
@@ -198,6 +198,7 @@ def write_report(out: str | Path, report: DemoReport) -> Path:
         charts=[[draw([curve], curve.name) for curve in training.curves] for training in report.trainings],
         configs=[yaml_text(training.config) for training in report.trainings],
     )
+    return Path(out)
 
 
 def picture_view(picture: PictureSet) -> dict[str, Any]:

@@ -190,6 +190,7 @@ def test_reading_options_and_help_import_nothing_heavy():
             ["shards", "--join", "a", "--out", "b", "--recipe", "light"],
             "error: --recipe light has no effect with --join",
         ),
+        (["demo", "--out", "s3://bucket/demo"], "error: the demo runs on this machine alone: --out takes a folder"),
         (["shards", "--source", "a", "--out", "b", "--plan", "--gc"], "error: --gc True has no effect with --plan"),
         (["verify", "a", "--config", "nowhere.yaml"], "error: cannot read the configuration file nowhere.yaml: "),
         (["submit", "nowhere.yaml"], "error: cannot read the configuration file nowhere.yaml: "),

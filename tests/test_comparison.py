@@ -9,6 +9,7 @@ import pytest
 from deedsr.errors import UsageError
 from pipelines import tracking
 from pipelines.comparison import compare
+from pipelines.storage import open_storage
 from pipelines.tracking import DatasetInput
 
 LIGHT, HEAVY = "1" * 64, "2" * 64
@@ -133,6 +134,16 @@ def test_the_page_overlays_curves_and_holds_the_pictures(store, tmp_path):
     assert all("</i>fast" in chart for chart in charts)
     assert html.count("data:image/webp") == 4
     assert 'src="http' not in html
+
+
+def test_the_page_is_written_to_a_bucket_and_one_that_cannot_be_is_refused(store, bucket, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    uri = f"{bucket}/{tmp_path.name}/pages/c.html"
+    assert compare("deedsr-learner", uri, store).page == uri
+    assert open_storage(f"{bucket}/{tmp_path.name}").read("pages/c.html").startswith(b"<!doctype html>")
+    with pytest.raises(UsageError, match="no bucket 'no-such-bucket'"):
+        compare("deedsr-learner", "s3://no-such-bucket/c.html", store)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unknown_experiment_lists_those_there_are(store):

@@ -298,6 +298,23 @@ def test_parts_and_batches_of_an_index_join_without_a_seam(small_dataset, tmp_pa
     assert index.extremes("deg_jpeg2_quality") == (min(quality), max(quality))
 
 
+@pytest.mark.parametrize("wanted", [100, 137])
+def test_no_pair_is_chosen_twice_so_that_the_page_has_as_many_as_it_says(small_dataset, tmp_path, wanted):
+    """Stretches of 1.36 rows: one that begins inside a row took the row that the one before had taken."""
+    result = inspect(small_dataset, tmp_path / "p.html", wanted, progress=False)
+    assert result.shown == len(cards(tmp_path / "p.html")) == min(wanted, 136)
+
+
+@pytest.mark.parametrize("kind", ["s3", "file"])
+def test_a_page_is_written_to_any_location(request, small_dataset, tmp_path, capsys, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    folder = f"{request.getfixturevalue('bucket')}/{tmp_path.name}" if kind == "s3" else (tmp_path / "a").as_uri()
+    assert cli.main(["inspect", small_dataset, "--samples", "1", "--out", f"{folder}/p.html", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["page"] == f"{folder}/p.html"
+    assert open_storage(folder).read("p.html").startswith(b"<!doctype html>")
+    assert [path.name for path in tmp_path.iterdir()] == ([] if kind == "s3" else ["a"])
+
+
 # Damage and mistakes
 
 
@@ -307,11 +324,17 @@ def test_without_a_manifest_it_is_exit_1_and_nothing_is_written(capsys, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_bucket_and_a_remote_page_are_exit_2(capsys, s3_server, small_dataset):
+def test_a_missing_bucket_and_a_page_without_a_place_are_exit_2(capsys, s3_server, small_dataset, tmp_path):
     assert cli.main(["inspect", "s3://no-such-bucket/shards"]) == 2
     assert "no-such-bucket" in capsys.readouterr().err
-    assert cli.main(["inspect", small_dataset, "--out", "s3://b/p.html"]) == UsageError.exit_code
-    assert "--out takes a local file" in capsys.readouterr().err
+    for out, said in {
+        "s3://no-such-bucket/p.html": "no bucket 'no-such-bucket'",
+        "gs://b/p.html": "not gs://",
+        f"{tmp_path}/": "names no file: write a file's location",
+        "s3://bucket": "names no file",
+    }.items():
+        assert cli.main(["inspect", small_dataset, "--out", out]) == UsageError.exit_code
+        assert said in capsys.readouterr().err
     assert cli.main(["inspect", small_dataset, "--samples", "0"]) == 2
     assert "--samples takes a whole number" in capsys.readouterr().err
 

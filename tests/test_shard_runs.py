@@ -15,7 +15,7 @@ from deedsr.degradation.recipe import Recipe
 from deedsr.errors import DatasetNotCommitted, DeeDSRError
 from pipelines.cluster import raise_error
 from pipelines.dataset import Dataset
-from pipelines.shards import collect_garbage, estimate, execute, generate, run, verify
+from pipelines.shards import Estimate, collect_garbage, estimate, execute, generate, run, verify
 from pipelines.shards.build import FromSources
 from pipelines.shards.estimate import _Count
 from pipelines.shards.generate import run_job
@@ -48,7 +48,7 @@ def test_a_finished_run_leaves_nothing_but_the_dataset_and_its_records(photos, f
     assert len([path for path in state if path.startswith("_state/shards/")]) == result.shards
     assert len(state) == result.shards + 2  # and a lasting copy of samples.parquet and of rejected.jsonl
     assert not list(out.glob("_state/runs/*"))
-    assert collect_garbage(str(out)).removed == 0
+    assert collect_garbage(str(out)).objects == []
 
 
 def test_an_older_version_stays_readable_until_garbage_is_collected(photos, few, tmp_path):
@@ -63,7 +63,7 @@ def test_an_older_version_stays_readable_until_garbage_is_collected(photos, few,
     (tmp_path / "out" / "notes.md").write_text("not ours")
 
     garbage = collect_garbage(out)
-    assert garbage.removed == 2 * len(older.manifest.shards) + 2 + 1
+    assert len(garbage.objects) == 2 * len(older.manifest.shards) + 2 + 1
     assert garbage.bytes > sum(shard.bytes for shard in older.manifest.shards)
     assert {shard.name for shard in Dataset.open(out).manifest.shards} == {p.name for p in Path(out).glob("*.tar")}
     assert (tmp_path / "out" / "notes.md").exists()
@@ -91,7 +91,7 @@ def test_garbage_is_not_collected_under_a_run_that_works_nor_where_no_dataset_is
     dead = Path(out) / "_state" / "runs" / "0123"
     dead.mkdir(parents=True)
     (dead / "claim.json").write_text(json.dumps({"host": "gone", "pid": 1, "started": 0, "alive": time.time() - 601}))
-    assert collect_garbage(out).removed == 1
+    assert len(collect_garbage(out).objects) == 1
     assert not dead.exists()
 
 
@@ -155,6 +155,22 @@ def test_a_source_that_kills_its_worker_is_left_out_and_the_rest_goes_on(photos,
     assert not (out / "_state" / "attempts").exists()
 
 
+def test_shards_without_a_validation_split_say_so_and_how_to_have_one(photos, one_crop_recipe, tmp_path, caplog):
+    def said(split: dict) -> str:
+        recipe = Recipe.model_validate(one_crop_recipe.model_dump(mode="json") | {"split": split})
+        caplog.clear()
+        result = generate([str(photos / "validation")], str(tmp_path / "out"), recipe, 2, progress=False)
+        assert (result.validation == 0) == (split["validation_share"] < 1)
+        return caplog.text
+
+    told = said({"validation_patterns": [], "validation_share": 0.001})
+    assert f"{tmp_path}/out has no validation split: split.validation_share 0.001 of recipe small took none" in told
+    assert "`split: {validation_share: 0.2}`" in told
+    assert "match no source that was used" in said({"validation_patterns": ["x/*"], "validation_share": 0})
+    assert "no validation split" not in said({"validation_patterns": [], "validation_share": 0})
+    assert "no validation split" not in said({"validation_patterns": [], "validation_share": 1})
+
+
 def test_a_plan_counts_exactly_and_estimates_from_a_probe(photos, few, tmp_path):
     source = [str(photos / "validation")]
     planned = estimate(source, str(tmp_path / "out"), few, nodes=4, cores=8, price=2.0, progress=False)
@@ -168,6 +184,23 @@ def test_a_plan_counts_exactly_and_estimates_from_a_probe(photos, few, tmp_path)
     assert planned.cost == pytest.approx(8 * planned.hours, abs=0.01)
     rest = estimate(source, str(tmp_path / "out"), few, progress=False)
     assert (rest.shards, rest.shards_to_make, rest.samples, rest.hours) == (result.shards, 0, 0, 0)
+    assert rest.text() == f"nothing to do: 6 sources in {result.shards} shards, and all of them are there"
+
+
+def test_a_plan_reads_in_units_of_people():
+    planned = Estimate(
+        sources=1_200_000, shards=10_400, shards_to_make=400, samples=14_400_000, samples_error=1200,
+        read_bytes=3_100_000_000_000, written_bytes=4_200_000_000, probed_sources=16, samples_per_second=30.94,
+        cores=2048, nodes=64, hours=2.0833, cost=200.0,
+    )  # fmt: skip
+    assert planned.text().splitlines() == [
+        "sources  1,200,000 sources in 10,400 shards, 400 to be made",
+        "samples  14,400,000 to make, give or take 1,200",
+        "read     3.1 TB",
+        "written  4.2 GB",
+        "time     2 h 05 min on 64 machines with 2,048 cores in all (30.9 samples/s a core, measured on 16 sources)",
+        "cost     200.00",
+    ]
 
 
 def test_a_plan_takes_no_less_time_than_the_largest_shard_does_unless_shards_are_few(photos, small_recipe):

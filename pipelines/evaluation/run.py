@@ -31,8 +31,10 @@ from pipelines.claims import Claim, held
 from pipelines.dataset import Dataset
 from pipelines.evaluation.state import PICTURES, RESULTS, Measured, State
 from pipelines.evaluation.work import METHODS, Evaluated, Evaluator
+from pipelines.index import require_hr
 from pipelines.models import model_digest, pinned, resolve_model, training_run
 from pipelines.placement import Device, place_networks
+from pipelines.splits import no_validation
 from pipelines.spread import place, spread
 from pipelines.storage import Storage, open_storage
 from pipelines.storage.waiting import patiently
@@ -108,6 +110,7 @@ def evaluate(
     from deedsr.sampling.model_folder import ModelFolder
 
     dataset = Dataset.open(data).require_pixels("evaluation")
+    require_hr(dataset)
     rows = _rows(dataset, split, limit)
     if border < 0 or dataset.recipe.crop.size - 2 * border < WINDOW:
         raise UsageError(f"border must leave {WINDOW} pixels of HR crops of {dataset.recipe.crop.size}, got {border}")
@@ -297,8 +300,9 @@ def _rows(dataset: Dataset, split: str, limit: int | None) -> list[int]:
     count = dataset.index(split).num_rows
     if not count:
         raise UsageError(
-            f"{dataset.uri} has no sample in its {split} split: take another --split, or generate it with a recipe "
-            "whose split.validation_patterns or split.validation_share leave some there"
+            f"{no_validation(dataset.uri, dataset.recipe)}; or evaluate on --split train"
+            if split == "validation"
+            else f"{dataset.uri} has no sample in its train split: take --split validation"
         )
     return _evenly(count, count if limit is None else limit)
 

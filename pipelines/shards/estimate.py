@@ -13,6 +13,7 @@ from deedsr.dataset.keys import generator
 from deedsr.dataset.pictures import RejectedImage
 from deedsr.degradation.recipe import Recipe
 from pipelines.machine import this_machine
+from pipelines.page import bytes_text, count_text, duration_text
 from pipelines.shards.plan import ShardPlan, plan_shards
 from pipelines.shards.record import Inventory
 from pipelines.shards.samples import samples_of
@@ -43,6 +44,27 @@ class Estimate:
     nodes: int
     hours: float
     cost: float | None
+
+    def text(self) -> str:
+        """For people."""
+        listed = f"{count_text(self.sources)} sources in {count_text(self.shards)} shards"
+        if not self.shards_to_make:
+            return f"nothing to do: {listed}, and all of them are there"
+        make = "all" if self.shards_to_make == self.shards else count_text(self.shards_to_make)
+        error = f", give or take {count_text(self.samples_error)}" if self.samples_error else ""
+        machines = f"{count_text(self.nodes)} machine{'s' if self.nodes > 1 else ''}"
+        cores = f"{count_text(self.cores)} core{'s' if self.cores > 1 else ''}"
+        speed = f"{self.samples_per_second:.3g} samples/s a core, measured on {self.probed_sources} sources"
+        lines = {
+            "sources": f"{listed}, {make} to be made",
+            "samples": f"{count_text(self.samples)} to make{error}",
+            "read": bytes_text(self.read_bytes),
+            "written": bytes_text(self.written_bytes),
+            "time": f"{duration_text(3600 * self.hours)} on {machines} with {cores} in all ({speed})",
+        }
+        if self.cost is not None:
+            lines["cost"] = f"{self.cost:,.2f}"
+        return "\n".join(f"{name:<7}  {value}" for name, value in lines.items())
 
 
 def estimate(

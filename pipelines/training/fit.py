@@ -15,7 +15,9 @@ from deedsr.metrics.psnr import PSNR
 from pipelines import cluster, tracking
 from pipelines.claims import held
 from pipelines.dataset import Dataset
+from pipelines.index import require_hr
 from pipelines.placement import TrainingPlan, place_training
+from pipelines.splits import no_validation
 from pipelines.storage import Storage, open_storage
 from pipelines.training import checkpoint, tracked
 from pipelines.training.claim import Claim
@@ -139,6 +141,10 @@ def _open(stage: str, options: LearnerOptions | AdapterOptions) -> Dataset:
     dataset = Dataset.open(options.data)
     if dataset.index("train").num_rows == 0:
         raise UsageError(f"{options.data} has no sample in its train split: the recipe's split leaves none")
+    require_hr(dataset)
+    train = options.train
+    if 0 < train.validate_every <= train.max_steps and dataset.index("validation").num_rows == 0:
+        logger.warning("%s; training goes on without validation", no_validation(dataset.uri, dataset.recipe))
     return dataset
 
 
