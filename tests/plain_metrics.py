@@ -56,9 +56,10 @@ def ssim(picture: np.ndarray, reference: np.ndarray) -> float:
 
 def niqe(picture: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> float:
     """`mean` (36,), `covariance` (36, 36): of pristine photographs."""
-    red, green, blue = (picture[..., i].astype(np.float32) / np.float32(255) for i in range(3))
-    grey = (red * np.float32(0.299) + blue * np.float32(0.114) + green * np.float32(0.587)) * np.float32(255)
-    y = np.rint(grey).astype(float)
+    total = np.zeros(picture.shape[:2])
+    for i, weight in enumerate((0.299, 0.587, 0.114)):
+        total += float(np.float32(weight)) * (picture[..., i].astype(np.float32) / np.float32(255)).astype(float)
+    y = np.rint(total.astype(np.float32) * np.float32(255)).astype(float)
     rows, columns = y.shape[0] // 96, y.shape[1] // 96
     y = y[: 96 * rows, : 96 * columns]
     blocks: list[list[float]] = [[] for _ in range(rows * columns)]

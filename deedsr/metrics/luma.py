@@ -22,13 +22,13 @@ def luma(image: np.ndarray, border: int = 0) -> np.ndarray:
 def grey(image: np.ndarray) -> np.ndarray:
     """.299 R + .587 G + .114 B of an 8-bit RGB image (H, W, 3) as float64 (H, W) in 0..255, for NIQE.
 
-    One colour in a thousand lies half-way between two integers: it is rounded as published logs have it when the sum
-    is taken in float32 and in this order.
+    One colour in a thousand lies half-way between two integers. Published logs were computed in float32: so are these
+    values, but for the sum, which is rounded once.
     """
     _require_rgb(image)
-    red, green, blue = np.moveaxis(image.astype(np.float32) / 255, 2, 0)
-    weights = np.array([0.299, 0.587, 0.114], np.float32)
-    return ((red * weights[0] + blue * weights[2] + green * weights[1]) * np.float32(255)).astype(np.float64)
+    shares = (image.astype(np.float32) / 255).astype(np.float64)
+    weights = np.array([0.299, 0.587, 0.114], np.float32).astype(np.float64)
+    return ((shares @ weights).astype(np.float32) * np.float32(255)).astype(np.float64)
 
 
 def _require_rgb(image: np.ndarray) -> None:
