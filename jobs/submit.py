@@ -42,6 +42,8 @@ class SubmitOptions:
 
 
 def run(options: SubmitOptions) -> Outcome:
+    import ray  # noqa: F401  a missing one is reported before a job file that is not filled in
+
     given = [name for name in ("job", "follow", "stop") if getattr(options, name)]
     if len(given) != 1:
         raise UsageError("give one of JOB (a job file such as jobs/shards.yaml), --follow ID and --stop ID")

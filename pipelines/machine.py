@@ -7,6 +7,7 @@ A container, a batch system or `taskset` may allow less than the hardware has; w
 
 import contextlib
 import errno
+import getpass
 import math
 import os
 import re
@@ -156,6 +157,14 @@ def opened_file(path: str, flags: int) -> int:
             return descriptor
         os.close(descriptor)
     raise FileNotFoundError(errno.ENOENT, "Not a regular file", path)
+
+
+def user_name() -> str:
+    """Of this process's user; the number where the system has no name, as in containers under a numeric user."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        return str(os.getuid()) if hasattr(os, "getuid") else "unknown"
 
 
 def process_space() -> str:

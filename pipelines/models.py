@@ -162,7 +162,7 @@ def load_pipeline(
             folder, base=base_of(ModelFolder.read(folder), base), torch_dtype=_dtype(precision, place)
         )
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(place)
+    return pipeline if place.type == "cpu" else pipeline.to(place)
 
 
 def _dtype(precision: Precision, device: "torch.device") -> "torch.dtype":

@@ -215,7 +215,7 @@ def test_what_cannot_be_measured_is_refused_before_any_work(
         (UsageError, "border must leave 11 pixels of HR crops of 128, got 59", {"border": 59}),
         (UsageError, "border must leave 11 pixels of HR crops of 128, got -1", {"border": -1}),
         (UsageError, "no metric given", {"metrics": []}),
-        (UsageError, "no sample in its validation split", {"data": str(empty)}),
+        (UsageError, "has no validation split", {"data": str(empty)}),
         (UsageError, "niqe_set needs HR crops of 96 pixels", {"data": str(empty), "split": "train"}),
         (UsageError, "split must be train or validation, got 'test'", {"split": "test"}),
         (UsageError, "limit must be 1 or more, got 0", {"limit": 0}),

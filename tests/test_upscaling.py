@@ -61,7 +61,7 @@ def test_half_precision_is_near_fp32_and_no_result_of_another_precision_is_reuse
     [image] = run([folder / "a.png"], tmp_path / "out", model, precision=precision).images
     assert not image["reused"]
     half = np.asarray(Image.open(tmp_path / "out" / "a.png"), np.float32)
-    assert 0 < np.abs(half - full).mean() < 2
+    assert 0 < np.abs(half - full).mean() < (2 if precision == "fp16" else 10)
     [image] = run([folder / "a.png"], tmp_path / "out", model, precision=precision).images
     assert image["reused"]
 
@@ -69,8 +69,8 @@ def test_half_precision_is_near_fp32_and_no_result_of_another_precision_is_reuse
 def test_a_picture_that_half_precision_spoils_is_made_again_in_fp32_with_a_warning(folder, tmp_path, caplog):
     pipe = make_pipeline(num_inference_steps=2)
     with torch.no_grad():  # what is between them is beyond fp16
-        pipe.vae.decoder.layers[4].weight.mul_(1e5)
-        pipe.vae.decoder.layers[7].weight.mul_(1e-5)
+        pipe.vae.decoder.layers[4].weight.mul_(1e7)
+        pipe.vae.decoder.layers[7].weight.mul_(1e-7)
     pipe.save_pretrained(tmp_path / "model")
     run([folder / "a.png"], tmp_path / "full", str(tmp_path / "model"), precision="fp32")
     run([folder / "a.png"], tmp_path / "half", str(tmp_path / "model"), precision="fp16")

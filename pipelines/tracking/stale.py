@@ -4,7 +4,6 @@ A run's tags name its `--out`, its process and its user. It is alive while a hea
 older than ten minutes; a process of this machine is asked for directly.
 """
 
-import getpass
 import json
 import os
 import socket
@@ -30,13 +29,8 @@ _ANSWER_SECONDS = 30.0
 
 
 def user() -> str:
-    """For whom this process works; a number where the system has no name, as in containers under a numeric user."""
-    if submitter := os.environ.get(USER_VARIABLE):
-        return submitter
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError, ImportError):
-        return str(os.getuid()) if hasattr(os, "getuid") else "unknown"
+    """For whom this process works."""
+    return os.environ.get(USER_VARIABLE) or machine.user_name()
 
 
 def presence(out: str) -> dict[str, str]:
