@@ -3,11 +3,9 @@
 import contextlib
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import boto3
@@ -20,7 +18,6 @@ from source_files import listed, problems, put, table_of, tar_of
 from deedsr.dataset.manifest import Manifest, ShardEntry, dataset_digest
 from deedsr.errors import DeeDSRError, UsageError
 from jobs.cli import main
-from pipelines import cluster
 from pipelines.shards.sources import read_source
 from pipelines.storage import localize, open_storage
 from pipelines.storage.patterns import matching, split_pattern
@@ -368,38 +365,3 @@ def test_a_manifest_names_only_files_beside_it(shard, bucket, tmp_path):
     with pytest.raises(DeeDSRError, match="is not a manifest of a dataset"):
         Manifest.from_json(json.dumps(json.loads(manifest().to_json()) | {"files": {"../x": "0" * 64}}).encode(), "m")
     assert ShardCache(1, tmp_path)  # whose copies are named after these hashes
-
-
-# Folders that a batch system chooses
-
-
-TEMPORARY = """
-import os, sys
-import ray
-from pipelines import cluster
-for folder in sys.argv[1:]:
-    os.environ["TMPDIR"] = folder
-    cluster.connect()
-    assert ray.get(ray.remote(lambda: 7).remote()) == 7
-    ray.shutdown()
-print("started", len(sys.argv) - 1)
-"""
-
-
-def test_a_local_cluster_starts_whatever_the_temporary_folder_is_called(tmp_path):
-    short = Path(tempfile.mkdtemp(prefix="w? 1%", dir="/tmp"))
-    folders = [tmp_path / ("j" * 60), short / "gone", short / "é"]
-    for folder in (folders[0], folders[2]):
-        folder.mkdir()
-    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
-    command = [sys.executable, "-c", TEMPORARY, *map(str, folders)]
-    said = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folders[2])
-    shutil.rmtree(short)
-    assert "started 3" in said.stdout, said.stderr
-
-
-def test_a_folder_of_ray_s_own_that_is_too_long_is_named(tmp_path, monkeypatch):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("j" * 60)))
-    with pytest.raises(UsageError, match=r"RAY_TMPDIR is .*jjj: Ray needs a folder whose path is at most \d+ ASCII"):
-        cluster._session_folder()

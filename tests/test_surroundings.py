@@ -1,14 +1,18 @@
-"""Commands where the surroundings are not what they mostly are: no home, a cluster that does not answer, -OO."""
+"""Commands where the surroundings are not what they mostly are: no home, a long TMPDIR, a silent cluster, -OO."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
+from deedsr.errors import UsageError
 from jobs import cli
-from pipelines import machine
+from pipelines import cluster, machine
 
 CONNECT = """
 from jobs import cli
@@ -80,3 +84,35 @@ def test_an_interpreter_without_docstrings_is_refused_with_the_reason(photos, tm
     ran = python(*words, PYTHONOPTIMIZE="2", HOME=str(tmp_path))
     assert ran.returncode == 2, ran.stderr
     assert "PYTHONOPTIMIZE=2" in ran.stderr
+
+
+TEMPORARY = """
+import os, sys
+import ray
+from pipelines import cluster
+for folder in sys.argv[1:]:
+    os.environ["TMPDIR"] = folder
+    cluster.connect()
+    assert ray.get(ray.remote(lambda: 7).remote()) == 7
+    ray.shutdown()
+print("started", len(sys.argv) - 1)
+"""
+
+
+def test_a_local_cluster_starts_whatever_the_temporary_folder_is_called(tmp_path):
+    short = Path(tempfile.mkdtemp(prefix="w? 1%", dir="/tmp"))
+    folders = [tmp_path / ("j" * 60), short / "gone", short / "é"]
+    for folder in (folders[0], folders[2]):
+        folder.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
+    command = [sys.executable, "-c", TEMPORARY, *map(str, folders)]
+    said = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folders[2])
+    shutil.rmtree(short)
+    assert "started 3" in said.stdout, said.stderr
+
+
+def test_a_folder_of_ray_s_own_that_is_too_long_is_named(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("j" * 60)))
+    with pytest.raises(UsageError, match=r"RAY_TMPDIR is .*jjj: Ray needs a folder whose path is at most \d+ ASCII"):
+        cluster._session_folder()
