@@ -4,7 +4,6 @@ Runs are put together by what they read: the figures of two datasets (or of two 
 chart. Shards runs are the exception, since every one of them makes a dataset: they form one group.
 """
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from deedsr.errors import UsageError
 from pipelines.curves import Curve, draw
 from pipelines.page import data_uri, duration_text, metric_text, page_place, read_picture, write_page
+from pipelines.scratch import scratch_folder
 from pipelines.tracking import EXPERIMENTS, connect, masked_uri
 from pipelines.tracking import tracking_uri as resolve_uri
 from pipelines.tracking.provenance import COMMIT_TAG, CONFIG_TAG, DIGEST_TAG, PARENT_TAG
@@ -269,9 +269,9 @@ def _pictures(client: "MlflowClient", group: RunGroup, labels: dict[str, str], a
         if len(ids) > at_most:
             break
         at_most -= len(ids)
-        with tempfile.TemporaryDirectory() as folder:
+        with scratch_folder() as folder:
             shots = [
-                {"label": labels[i], "src": data_uri(read_picture(client.download_artifacts(i, path, folder)))}
+                {"label": labels[i], "src": data_uri(read_picture(client.download_artifacts(i, path, str(folder))))}
                 for i in ids
             ]
         rows.append({"name": Path(path).stem, "shots": shots})

@@ -91,11 +91,16 @@ def gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def lock(file: IO[Any], wait: bool = True) -> bool:
-    """Takes the exclusive lock of an open file until that is closed; False if another has it and not `wait`."""
+def lock(file: IO[Any], wait: bool = True, shared: bool = False) -> bool:
+    """Takes the lock of an open file until that is closed; False if another has it and not `wait`.
+
+    It is exclusive, or `shared` with others that take it so (on Windows, which has none, that does nothing).
+    """
     if sys.platform == "win32":
         import msvcrt
 
+        if shared:
+            return True
         while True:
             try:
                 file.seek(0)
@@ -109,7 +114,7 @@ def lock(file: IO[Any], wait: bool = True) -> bool:
     import fcntl
 
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     return True

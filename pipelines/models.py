@@ -3,12 +3,12 @@
 import hashlib
 import json
 import socket
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines.machine import this_machine
+from pipelines.scratch import scratch_folder
 from pipelines.storage import localize, open_storage, publish
 
 if TYPE_CHECKING:
@@ -152,9 +152,9 @@ def export_pipeline(model: str, out: str, base: str | None = None, *, half: bool
     if half:
         for network in (pipeline.vae, pipeline.unet, pipeline.adapter):
             network.to(torch.float16)  # the learner's running statistics are not for half precision
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         pipeline.save_pretrained(folder)
-        publish(Path(folder), target.uri)
+        publish(folder, target.uri)
     size = sum(entry.size for entry in target.list())
     return {"model": target.uri, "bytes": size, "base": pipeline.config["lineage"].get("base")}
 

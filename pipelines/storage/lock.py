@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 from pipelines import machine
 
-__all__ = ["PARTIAL", "locked"]
+__all__ = ["PARTIAL", "is_at", "locked"]
 
 PARTIAL = ".partial"  # suffix of a file or folder whose writing has not ended; listings leave it out
 
@@ -25,7 +25,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
             if not machine.lock(file, wait):
                 yield False
                 return
-            if not _is_at(path, file):  # who had the lock before has removed it: to lock that one excludes nobody
+            if not is_at(path, file):  # who had the lock before has removed it: to lock that one excludes nobody
                 continue
             try:
                 yield True
@@ -35,7 +35,8 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
             return
 
 
-def _is_at(path: Path, file: BinaryIO) -> bool:
+def is_at(path: Path, file: BinaryIO) -> bool:
+    """Whether the open file is still the one at `path`."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

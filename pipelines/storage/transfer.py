@@ -2,25 +2,19 @@
 
 import hashlib
 import logging
-import shutil
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from deedsr.errors import UsageError
-from pipelines import machine
-from pipelines.storage.errors import explained
+from pipelines.storage.cache import kept
 from pipelines.storage.local import LocalStorage
 from pipelines.storage.location import open_storage
-from pipelines.storage.lock import PARTIAL, locked
 from pipelines.storage.names import makes_a_file
 from pipelines.storage.s3 import TRANSFERS
 
-__all__ = ["kept", "localize", "publish"]
-
-_ABANDONED_SECONDS = 86400.0
+__all__ = ["localize", "publish"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,42 +48,6 @@ def localize(uri: str | Path, wanted: Callable[[str], bool] = lambda path: True)
         _each(lambda entry: storage.download(entry.path, place(entry.path)), files)
 
     return kept(name, download)
-
-
-def kept(name: str, fill: Callable[[Path], object]) -> Path:
-    """The folder `name` of this node's cache; `fill` makes it in one process, while others that want it wait."""
-    cache = machine.cache_folder() / "deedsr"
-    target = cache / name
-    if target.is_dir():
-        return target
-    with explained("write", str(target)):
-        cache.mkdir(parents=True, exist_ok=True)
-        with locked(cache / f"{name}.lock"):
-            if target.is_dir():  # another process has made it meanwhile
-                return target
-            _remove_abandoned(cache)
-            partial = cache / f"{name}{PARTIAL}"
-            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-            try:
-                partial.mkdir()
-                fill(partial)
-                partial.rename(target)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-    return target
-
-
-def _remove_abandoned(cache: Path) -> None:
-    """Removes what killed processes were downloading of other folders: nobody holds their locks any more."""
-    for partial in cache.glob(f"*{PARTIAL}"):
-        name = partial.name.removesuffix(PARTIAL)
-        if "." in name:  # an earlier version's, which took no lock
-            if time.time() - partial.stat().st_mtime > _ABANDONED_SECONDS:
-                shutil.rmtree(partial, ignore_errors=True)
-            continue
-        with locked(cache / f"{name}.lock", wait=False) as mine:
-            if mine:
-                shutil.rmtree(partial, ignore_errors=True)
 
 
 def publish(folder: Path, uri: str | Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from deedsr.errors import UsageError
 from pipelines.storage import Storage, is_hidden
-from pipelines.storage.transfer import kept
+from pipelines.storage.cache import kept
 from pipelines.tracking.run import Run
 from pipelines.tracking.store import connect, masked_uri, quoted, sqlite_path, tracking_uri
 
@@ -123,7 +123,7 @@ def _there(client: "MlflowClient", model: str) -> str:
 
 
 def fetch(version: Version) -> Path:
-    """A model among MLflow's artifacts, downloaded once by each node (`pipelines.storage.transfer.kept`)."""
+    """A model among MLflow's artifacts, downloaded once by each node (`pipelines.storage.cache.kept`)."""
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 

@@ -2,11 +2,9 @@
 
 import logging
 import math
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from deedsr.errors import DeeDSRError
 from pipelines.dataset import Dataset
+from pipelines.scratch import scratch_folder
 from pipelines.storage import Storage, open_storage, publish, waiting
 from pipelines.storage.errors import FAILURES
 from pipelines.training import checkpoint, tracked
@@ -369,7 +368,7 @@ def _export(
         "samples_seen": last.samples_seen,
         "metrics": {name: value for name, value in last.metrics.items() if name.startswith("validation/")},
     }
-    with tempfile.TemporaryDirectory() as folder:
-        stage.export(Path(folder), averaged or tensors["trained"], rest, history)
+    with scratch_folder() as folder:
+        stage.export(folder, averaged or tensors["trained"], rest, history)
         check()
-        publish(Path(folder), out.uri)
+        publish(folder, out.uri)
