@@ -3,10 +3,12 @@
 The same command again reuses every finished shard whose sources, recipe and algorithm are unchanged. With --pairs,
 real LR pictures that are matched by name, nothing is degraded. In place of --source: --hr-from makes new degradations
 of the HR that a dataset holds, and writes LR only; --join writes such a dataset with its HR, self-contained. --plan
-makes nothing and says what it would take. --gc alone clears what older versions and killed runs left in --out.
+makes nothing and says what it would take. --gc alone clears what older versions and killed runs left in --out, unless
+other datasets are made of it; --gc --dry-run says what it would clear.
 """
 
 import dataclasses
+import logging
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse.typing import NonNegativeFloat, PositiveInt
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from pipelines.shards import ShardsResult
     from pipelines.tracking import Run
 
+logger = logging.getLogger(__name__)
 PICTURES = 4  # pairs that the MLflow run shows
 
 
@@ -37,6 +40,8 @@ class ShardsOptions:
     cores: PositiveInt | None = None  # plan: of each machine; null = as many as this one has
     price: NonNegativeFloat | None = None  # plan: of one machine, per hour
     gc: bool = False  # in the end, remove from --out what its manifest does not name: older versions lose their shards
+    dry_run: bool = False  # with --gc alone: remove nothing, say what would be removed
+    force: bool = False  # with --gc: remove even what other datasets, made of older versions, need
     tracking: bool = True  # log an MLflow run
     experiment: str = "deedsr-shards"  # MLflow experiment
 
@@ -51,17 +56,25 @@ def run(options: ShardsOptions) -> Outcome:
         raise UsageError("--pairs gives the LR partners of the pictures of --source: give that as well")
     _refuse_idle(options)
     if not given:
-        return Outcome(_cleared(options.out))
+        return _collected(options)
     recipe = load_recipe(options.recipe)
     if options.plan:
         return _planned(options, recipe)
     outcome = _run_tracked(options, recipe) if options.tracking else dataclasses.asdict(_make(options, recipe))
-    return Outcome(outcome | (_cleared(options.out) if options.gc else {}))
+    if not options.gc:
+        return Outcome(outcome)
+    collected = _collected(options)
+    return Outcome({**outcome, **collected.values}, complete=collected.complete)
 
 
 def _refuse_idle(options: ShardsOptions) -> None:
     """Options that would have no effect beside the others."""
     defaults = {field.name: field.default for field in dataclasses.fields(ShardsOptions)}
+    given = any(getattr(options, name) for name in ("source", "hr_from", "join"))
+    if options.dry_run and (given or not options.gc):
+        raise UsageError("--dry-run goes with --gc alone; --plan says what making shards would take")
+    if options.force and not options.gc:
+        raise UsageError("--force is for --gc: give both, or neither")
     idle = [] if options.plan else ["nodes", "cores", "price"]
     where = "without --plan"
     if options.join:
@@ -100,11 +113,26 @@ def _planned(options: ShardsOptions, recipe: "Recipe") -> Outcome:
     return Outcome(dataclasses.asdict(planned), text=planned.text())
 
 
-def _cleared(out: str) -> dict[str, int]:
-    from pipelines.shards import collect_garbage
+def _collected(options: ShardsOptions) -> Outcome:
+    from pipelines.shards import HeldBack, collect_garbage
 
-    garbage = collect_garbage(out)
-    return {"removed_objects": garbage.removed, "removed_bytes": garbage.bytes, "removed_uploads": garbage.uploads}
+    try:
+        garbage = collect_garbage(options.out, dry_run=options.dry_run, force=options.force)
+    except HeldBack as error:
+        if not (options.source or options.hr_from or options.join):
+            raise
+        logger.error("error: %s", error)  # the dataset is made, and its figures are the result
+        return Outcome({"held_by": [derived.uri for derived in error.held_by]}, complete=False)
+    if options.dry_run:
+        values = {
+            "would_remove": [{"object": entry.path, "bytes": entry.size} for entry in garbage.objects],
+            "bytes": garbage.bytes,
+            "uploads": garbage.uploads,
+            "held_by": [derived.uri for derived in garbage.held_by],
+        }
+        return Outcome(values, text=garbage.text())
+    values = {"removed_objects": len(garbage.objects), "removed_bytes": garbage.bytes}
+    return Outcome(values | {"removed_uploads": garbage.uploads})
 
 
 def _run_tracked(options: ShardsOptions, recipe: "Recipe") -> dict[str, Any]:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import posixpath
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,15 @@ from deedsr.errors import DatasetNotCommitted, DeeDSRError, UsageError
 from pipelines.storage import Storage, open_storage
 
 __all__ = ["Dataset", "LRSample", "LatentSample", "Sample", "Shards"]
+
+
+def relative_place(uri: str, to: str) -> str:
+    """`uri` as seen from `to`, if both are local or in one bucket; else as it is."""
+    if "://" not in uri and "://" not in to:
+        return os.path.relpath(uri, to)
+    if uri.split("/")[:3] == to.split("/")[:3]:
+        return posixpath.relpath(uri.partition("://")[2], to.partition("://")[2])
+    return uri
 
 
 class Sample(NamedTuple):
@@ -102,7 +112,7 @@ class Dataset:
             return self
         raise UsageError(
             f"{self.uri} holds latents, and {wish} needs pixels: give the dataset that they were made of, "
-            f"{self._place(self.manifest.latents.uri)}"
+            f"{self.located(self.manifest.latents.uri)}"
         )
 
     @cached_property
@@ -121,7 +131,7 @@ class Dataset:
         source = self.manifest.hr_from
         if source is None:
             return self
-        where = self._place(source.uri)
+        where = self.located(source.uri)
         remedy = f"put it there, or name its place: deedsr shards --hr-from PLACE --out {self.uri} with the same recipe"
         try:
             found = Dataset.open(where)
@@ -131,7 +141,22 @@ class Dataset:
             raise DeeDSRError(f"{self.uri} takes its HR from {where}, where another dataset lies: {remedy}")
         return found
 
-    def _place(self, uri: str) -> str:
+    def hr_is_gone(self, what: str) -> str:
+        """Why HR images are not where this dataset's index has them, in words, for the HR dataset was made anew."""
+        source = self.manifest.hr_from
+        assert source
+        hr = self.hr_dataset()
+        return (
+            f"{self.uri}: {what}: {hr.uri}, which holds the HR, was generated anew (digest {source.digest[:12]} became "
+            f"{hr.digest[:12]}) and its older shards were removed by --gc: make these LR anew by `deedsr shards "
+            f"--hr-from {hr.uri} --out {self.uri}` with their recipe, or the older HR from its sources and recipe"
+        )
+
+    def place_of(self, uri: str) -> str:
+        """`uri` as seen from this dataset, if both are local or in one bucket; else as it is. `located` reads it."""
+        return relative_place(uri, self.uri)
+
+    def located(self, uri: str) -> str:
         """A place that the manifest names, which may be relative to the dataset."""
         return uri if "://" in uri or uri.startswith("/") else self._beside(uri)
 
@@ -227,6 +252,9 @@ class Dataset:
         try:
             data = shards.read_range(shard, start, length)
         except FileNotFoundError:
+            source = self.manifest.hr_from
+            if source and shards.uri != self.uri and self.hr_dataset().digest != source.digest:
+                raise DeeDSRError(self.hr_is_gone(f"{shard} with the HR of sample {key} is gone")) from None
             raise DeeDSRError(f"{shards.uri}/{shard} is missing: run `deedsr verify {shards.uri}`") from None
         if len(data) != length:
             raise DeeDSRError(f"{shards.uri}/{shard} ends before sample {key}: run `deedsr verify {shards.uri}`")

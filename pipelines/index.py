@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet
 
 from deedsr.dataset.manifest import REJECTED, SAMPLES, kept_copy
@@ -19,7 +20,7 @@ from deedsr.errors import DeeDSRError
 from pipelines.dataset import Dataset
 from pipelines.storage import Storage
 
-__all__ = ["LeftOut", "SampleIndex", "StoredFile", "left_out"]
+__all__ = ["LeftOut", "SampleIndex", "StoredFile", "left_out", "require_hr"]
 
 _CHUNK = 8 << 20  # bytes of one request where a file is read from end to end
 _BATCH = 65_536  # rows
@@ -133,9 +134,9 @@ class SampleIndex:
         found = [statistics for statistics in found if statistics is not None and statistics.has_min_max]
         return (min(s.min for s in found), max(s.max for s in found)) if found else None
 
-    def rows(self, rows: Sequence[int]) -> pa.Table:
-        """The rows of these numbers, in rising order, with what `Dataset.read` needs of them."""
-        columns = [name for name in self.columns if not name.startswith(_DESCRIPTIVE)]
+    def rows(self, rows: Sequence[int], columns: Sequence[str] = ()) -> pa.Table:
+        """The rows of these numbers, in rising order: some columns, or what `Dataset.read` needs of them."""
+        columns = columns or [name for name in self.columns if not name.startswith(_DESCRIPTIVE)]
         wanted, found = sorted(rows), []
         for part, numbers in enumerate(self.parts):
             inside = [row for row in wanted if row in numbers]
@@ -152,3 +153,22 @@ class SampleIndex:
             yield
         except (pa.ArrowException, OSError) as error:
             raise _altered(self._dataset, SAMPLES) from error
+
+
+def require_hr(dataset: Dataset) -> None:
+    """Raises DeeDSRError if HR images that the dataset takes from another one are gone since that was generated anew.
+
+    Only then something is read: the column that says which shards they are in.
+    """
+    if dataset.manifest.hr_from is None:
+        return
+    hr = dataset.hr_dataset()
+    if hr.digest == dataset.manifest.hr_from.digest:
+        return
+    there = {shard.name for shard in hr.manifest.shards}
+    wanted: set[str] = set()
+    for batch in SampleIndex(dataset).batches(["hr_shard"]):
+        wanted.update(pa.compute.unique(batch["hr_shard"]).to_pylist())
+    gone = [name for name in sorted(wanted - there) if not hr.storage.exists(name)]
+    if gone:
+        raise DeeDSRError(dataset.hr_is_gone(f"{len(gone)} of the {len(wanted)} shards with its HR are gone"))

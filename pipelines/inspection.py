@@ -20,7 +20,7 @@ from deedsr.dataset.keys import generator
 from deedsr.metrics import psnr_y
 from pipelines.dataset import Dataset, Sample
 from pipelines.histograms import Histogram
-from pipelines.index import LeftOut, SampleIndex, left_out
+from pipelines.index import LeftOut, SampleIndex, left_out, require_hr
 from pipelines.page import data_uri, page_place, write_page
 from pipelines.report import describe_degradation, yaml_text
 from pipelines.survey import GROUP, STRATUM, Survey, choose_rows, survey
@@ -53,6 +53,7 @@ def inspect(
     """
     storage, _ = page_place(out)
     dataset = Dataset.open(uri).require_pixels("the page")
+    require_hr(dataset)
     storage.require_writable()
     index = SampleIndex(dataset)
     rng = generator("inspect", seed)

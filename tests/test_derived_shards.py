@@ -1,6 +1,7 @@
 """Claims on datasets made of datasets: new degradations of stored HR, and their export as self-contained pairs."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,12 +9,15 @@ import numpy as np
 import pytest
 from browser import Loads
 
+from deedsr.dataset.manifest import dataset_digest
 from deedsr.degradation.recipe import Recipe, load_recipe
 from deedsr.errors import DeeDSRError, UsageError
+from jobs import cli
 from pipelines.dataset import Dataset
 from pipelines.inspection import inspect
-from pipelines.shards import export_pairs, generate, regenerate, verify
-from pipelines.storage import publish
+from pipelines.shards import HeldBack, collect_garbage, export_pairs, generate, regenerate, verify
+from pipelines.shards.run import running
+from pipelines.storage import open_storage, publish
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -107,6 +111,95 @@ def test_the_page_of_new_degradations_names_the_dataset_of_the_hr(small_dataset,
     text = " ".join(" ".join(Loads((tmp_path / "p.html").read_text()).shown).split())
     assert f"HR images from the dataset at {small_dataset}" in text
     assert f"HR dataset {Dataset.open(small_dataset).digest}" in text
+
+
+@pytest.fixture
+def regenerated(small_dataset, heavy, tmp_path) -> tuple[Path, Path]:
+    """HR that was generated anew with another seed since LR was made of it; both lie beside each other."""
+    hr, lr = tmp_path / "hr", tmp_path / "lr"
+    shutil.copytree(small_dataset, hr)
+    regenerate(str(hr), str(lr), heavy, 2, progress=False)
+    manifest = json.loads((hr / "manifest.json").read_bytes())
+    kept = manifest["shards"][1:]
+    manifest |= {"shards": kept, "samples": sum(shard["samples"] for shard in kept)}
+    manifest["digest"] = dataset_digest(shard["sha256"] for shard in kept)
+    (hr / "manifest.json").write_text(json.dumps(manifest))  # as after one photograph less
+    return hr, lr
+
+
+def test_what_another_dataset_is_made_of_is_not_collected(regenerated, heavy, tmp_path, capsys):
+    hr, lr = regenerated
+    before = {path for path in hr.rglob("*") if path.is_file()}
+    assert cli.main(["shards", "--gc", "--out", str(hr)]) == 1
+    assert f"made of older versions of it: {lr} (made of the version" in capsys.readouterr().err
+    assert cli.main(["shards", "--gc", "--dry-run", "--out", str(hr), "--json"]) == 0
+    would = json.loads(capsys.readouterr().out)
+    assert would["held_by"] == [str(lr)]
+    assert len([one for one in would["would_remove"] if one["object"].endswith(".tar")]) == 1
+    assert would["bytes"] == sum((hr / one["object"]).stat().st_size for one in would["would_remove"])
+    assert cli.main(["shards", "--gc", "--dry-run", "--out", str(hr)]) == 0
+    assert f"refused without --force, for these would lose what they are made of:\n  {lr}" in capsys.readouterr().out
+    assert {path for path in hr.rglob("*") if path.is_file()} == before
+    assert verify(str(lr), progress=False).ok
+
+    # What is made anew of the present version, or gone, holds nothing back; its old record goes, too.
+    tmp_path.joinpath("lr").rename(tmp_path / "away")
+    assert collect_garbage(str(hr), dry_run=True).held_by == []
+    tmp_path.joinpath("away").rename(lr)
+    manifest = json.loads((lr / "manifest.json").read_bytes())
+    manifest["hr_from"]["digest"] = Dataset.open(str(hr)).digest
+    (lr / "manifest.json").write_text(json.dumps(manifest))
+    removed = [entry.path for entry in collect_garbage(str(hr)).objects]
+    assert len([path for path in removed if path.endswith(".tar")]) == 1
+    assert len([path for path in removed if path.startswith("_state/derived/")]) == 1
+
+
+def test_a_derived_dataset_that_cannot_be_read_holds_back_and_is_named(regenerated):
+    hr, lr = regenerated
+    (lr / "manifest.json").write_text("{")
+    with pytest.raises(HeldBack, match=f"{lr} .it cannot be read: .*is not a manifest"):
+        collect_garbage(str(hr))
+    shutil.rmtree(lr)
+    [record] = (hr / "_state" / "derived").iterdir()
+    about = json.loads(record.read_bytes())
+    record.write_text(json.dumps(about | {"host": "another"}))
+    with pytest.raises(HeldBack, match=f"{lr} .a folder of another, which cannot be seen from here"):
+        collect_garbage(str(hr))
+    record.write_text(json.dumps(about | {"uri": "s3://no-such-bucket/lr"}))
+    with pytest.raises(HeldBack, match="s3://no-such-bucket/lr .it cannot be read: there is no bucket"):
+        collect_garbage(str(hr))
+
+
+def test_a_dataset_that_is_being_made_holds_back_what_it_reads(regenerated):
+    hr, lr = regenerated
+    (lr / "manifest.json").unlink()
+    with running(open_storage(str(lr))), pytest.raises(HeldBack, match=str(lr)):
+        collect_garbage(str(hr))
+    assert collect_garbage(str(hr), dry_run=True).held_by == []
+
+
+def test_where_the_hr_was_collected_every_reader_names_the_cause(regenerated, tmp_path, capsys, monkeypatch):
+    hr, lr = regenerated
+    collect_garbage(str(hr), force=True)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    cause = f"{hr}, which holds the HR, was generated anew .* and its older shards were removed by --gc"
+    [problem] = verify(str(lr), progress=False).problems
+    assert re.search(f"1 of the [0-9]+ shards with its HR are gone: {cause}", problem)
+    for words in (
+        ["inspect", str(lr), "--out", str(tmp_path / "p.html")],
+        ["evaluate", "--model", "tiny", "--data", str(lr), "--out", str(tmp_path / "e")],
+        ["shards", "--join", str(lr), "--out", str(tmp_path / "joined"), "--tracking", "false"],
+        ["train", "learner", "--preset", "tiny", "--data", str(lr), "--out", str(tmp_path / "t")],
+        ["latents", "--base", "tiny", "--data", str(lr), "--out", str(tmp_path / "l"), "--tracking", "false"],
+    ):
+        assert cli.main(words) == 1
+        assert re.search(cause, capsys.readouterr().err), words
+    dataset = Dataset.open(str(lr))
+    index = dataset.index()
+    names = {shard.name for shard in Dataset.open(str(hr)).manifest.shards}
+    row = next(row for row, name in enumerate(index["hr_shard"].to_pylist()) if name not in names)
+    with pytest.raises(DeeDSRError, match=cause):  # of whoever reads already when it goes
+        dataset.read(index, row)
 
 
 def test_wrong_wishes_are_refused(small_dataset, heavy_lr, heavy, tmp_path):

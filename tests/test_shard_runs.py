@@ -46,7 +46,7 @@ def test_a_finished_run_leaves_nothing_but_the_dataset_and_its_records(photos, f
     assert len([path for path in state if path.startswith("_state/shards/")]) == result.shards
     assert len(state) == result.shards + 2  # and a lasting copy of samples.parquet and of rejected.jsonl
     assert not list(out.glob("_state/runs/*"))
-    assert collect_garbage(str(out)).removed == 0
+    assert collect_garbage(str(out)).objects == []
 
 
 def test_an_older_version_stays_readable_until_garbage_is_collected(photos, few, tmp_path):
@@ -61,7 +61,7 @@ def test_an_older_version_stays_readable_until_garbage_is_collected(photos, few,
     (tmp_path / "out" / "notes.md").write_text("not ours")
 
     garbage = collect_garbage(out)
-    assert garbage.removed == 2 * len(older.manifest.shards) + 2 + 1
+    assert len(garbage.objects) == 2 * len(older.manifest.shards) + 2 + 1
     assert garbage.bytes > sum(shard.bytes for shard in older.manifest.shards)
     assert {shard.name for shard in Dataset.open(out).manifest.shards} == {p.name for p in Path(out).glob("*.tar")}
     assert (tmp_path / "out" / "notes.md").exists()
@@ -83,7 +83,7 @@ def test_garbage_is_not_collected_under_a_run_that_works_nor_where_no_dataset_is
     dead = Path(out) / "_state" / "runs" / "0123"
     dead.mkdir(parents=True)
     (dead / "claim.json").write_text(json.dumps({"host": "gone", "pid": 1, "started": 0, "alive": time.time() - 601}))
-    assert collect_garbage(out).removed == 1
+    assert len(collect_garbage(out).objects) == 1
     assert not dead.exists()
 
 
@@ -145,6 +145,22 @@ def test_a_source_that_kills_its_worker_is_left_out_and_the_rest_goes_on(photos,
     [line] = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines() if "deadly" in line]
     assert (line["kind"], line["source"], line["reason"]) == ("source", "deadly.jpg", "kills its worker")
     assert not (out / "_state" / "attempts").exists()
+
+
+def test_shards_without_a_validation_split_say_so_and_how_to_have_one(photos, one_crop_recipe, tmp_path, caplog):
+    def said(split: dict) -> str:
+        recipe = Recipe.model_validate(one_crop_recipe.model_dump(mode="json") | {"split": split})
+        caplog.clear()
+        result = generate([str(photos / "validation")], str(tmp_path / "out"), recipe, 2, progress=False)
+        assert (result.validation == 0) == (split["validation_share"] < 1)
+        return caplog.text
+
+    told = said({"validation_patterns": [], "validation_share": 0.001})
+    assert f"{tmp_path}/out has no validation split: split.validation_share 0.001 of recipe small took none" in told
+    assert "`split: {validation_share: 0.2}`" in told
+    assert "match no source that was used" in said({"validation_patterns": ["x/*"], "validation_share": 0})
+    assert "no validation split" not in said({"validation_patterns": [], "validation_share": 0})
+    assert "no validation split" not in said({"validation_patterns": [], "validation_share": 1})
 
 
 def test_a_plan_counts_exactly_and_estimates_from_a_probe(photos, few, tmp_path):

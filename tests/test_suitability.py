@@ -33,18 +33,29 @@ def refused(tmp_path, monkeypatch):
     """A function that asks for a training and wants an error that matches."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
 
-    def ask(data: str, match: str, **contrast) -> None:
+    def ask(data: str, match: str, validate_every: int = 0, **contrast) -> None:
         options = LearnerOptions(
             data=data, out=str(tmp_path / "out"), register_as=None,
             model=LearnerModelOptions(preset="tiny", norm_group=2),
             contrast=ContrastOptions(queue_size=24, batch_block=4, **contrast),
-            train=TrainOptions(global_batch_size=8, max_steps=1, num_workers=1),
+            train=TrainOptions(global_batch_size=8, max_steps=1, num_workers=1, validate_every=validate_every),
         )  # fmt: skip
         with pytest.raises(UsageError, match=match):
             train_learner(options, progress=False)
         assert not (tmp_path / "out").exists()
 
     return ask
+
+
+def test_a_training_that_wants_to_validate_says_how_to_have_a_split_for_it(made, refused, caplog):
+    data = made(1)
+    caplog.clear()
+    refused(data, "come from one photograph", validate_every=1)
+    assert f"{data} has no validation split: split.validation_patterns ('nothing') of recipe small" in caplog.text
+    assert "training goes on without validation" in caplog.text
+    caplog.clear()
+    refused(data, "come from one photograph")
+    assert "validation split" not in caplog.text
 
 
 def test_one_photograph_has_negatives_only_in_the_block(made, refused):

@@ -23,8 +23,10 @@ from deedsr.metrics.niqe import BLOCK
 from pipelines import cluster, tracking
 from pipelines.dataset import Dataset
 from pipelines.evaluation.work import METHODS, METRICS, Evaluated, Evaluator
+from pipelines.index import require_hr
 from pipelines.models import model_digest, pinned, resolve_model, training_run
 from pipelines.placement import Device, place_networks
+from pipelines.splits import no_validation
 from pipelines.spread import place, spread
 from pipelines.storage import open_storage
 from pipelines.storage.waiting import patiently
@@ -92,6 +94,7 @@ def evaluate(
     from deedsr.sampling.model_folder import ModelFolder
 
     dataset = Dataset.open(data).require_pixels("evaluation")
+    require_hr(dataset)
     rows = _rows(dataset, split, limit)
     _check_metrics(metrics, dataset, split)
     folder = ModelFolder.read(resolve_model(model))
@@ -203,8 +206,9 @@ def _rows(dataset: Dataset, split: str, limit: int | None) -> list[int]:
     count = dataset.index(split).num_rows
     if not count:
         raise UsageError(
-            f"{dataset.uri} has no sample in its {split} split: take another --split, or generate it with a recipe "
-            "whose split.validation_patterns or split.validation_share leave some there"
+            f"{no_validation(dataset.uri, dataset.recipe)}; or evaluate on --split train"
+            if split == "validation"
+            else f"{dataset.uri} has no sample in its train split: take --split validation"
         )
     return _evenly(count, count if limit is None else limit)
 

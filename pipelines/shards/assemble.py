@@ -5,7 +5,6 @@ Everything is written as a stream, record by record: what is held does not grow 
 
 import hashlib
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +31,7 @@ from deedsr.dataset.manifest import (
 )
 from deedsr.degradation.recipe import Recipe
 from deedsr.errors import DeeDSRError
+from pipelines.scratch import scratch_folder
 from pipelines.shards.plan import ShardPlan
 from pipelines.shards.record import COLUMNS, LATENTS_COLUMNS, ShardRecord, read_record
 from pipelines.storage import Conflict, Storage
@@ -74,17 +74,17 @@ def assemble(
     hr_from: HRSource | None = None,
     inherited: Inherited | None = None,
     latents: LatentsSource | None = None,
-) -> tuple[Manifest, int]:
+) -> tuple[Manifest, "Sums"]:
     """Writes the dataset's files from its shards in the manifest's order.
 
-    Returns the manifest, its shards left out, and their number.
+    Returns the manifest, its shards left out, and what was counted.
 
     `expected`: version of the manifest that this one replaces, None if there is to be none. Raises DeeDSRError, and
     writes nothing, if more than `recipe.max_rejected_share` of the sources were rejected or there is no sample; and if
     another run replaced the manifest meanwhile by another dataset, which then stands.
     """
-    with tempfile.TemporaryDirectory(prefix="deedsr-manifest-") as folder:
-        samples, rejected, entries, whole = (Path(folder) / n for n in (SAMPLES, REJECTED, "shards.jsonl", MANIFEST))
+    with scratch_folder() as folder:
+        samples, rejected, entries, whole = (folder / n for n in (SAMPLES, REJECTED, "shards.jsonl", MANIFEST))
         sums = _write_parts(planned, LATENTS_COLUMNS if latents else COLUMNS, samples, rejected, entries)
         if inherited:
             sums.given = inherited.given
@@ -120,7 +120,7 @@ def assemble(
             patiently(partial(out.write, MANIFEST, whole, expected=expected))
         except Conflict:
             _require_same(manifest, out)
-    return manifest, sums.shards
+    return manifest, sums
 
 
 def _require_same(manifest: Manifest, out: Storage) -> None:
@@ -136,10 +136,13 @@ def _require_same(manifest: Manifest, out: Storage) -> None:
     )
 
 
-class _Sums:
+class Sums:
+    """Counted while the parts of a dataset are written."""
+
     def __init__(self) -> None:
         self.given = self.samples = self.shards = 0
         self.reasons: Counter[str] = Counter()
+        self.splits: Counter[str] = Counter()  # samples
         self.digest = hashlib.sha256()  # over the shards' SHA-256, one a line, as `dataset_digest`
         # SHA-256 over root, relative path and content of every source given, in the manifest's order.
         self.sources = hashlib.sha256()
@@ -147,8 +150,8 @@ class _Sums:
 
 def _write_parts(
     planned: Iterable[tuple[ShardPlan, ShardRecord]], columns: pa.Schema, samples: Path, rejected: Path, entries: Path
-) -> _Sums:
-    sums = _Sums()
+) -> Sums:
+    sums = Sums()
     held: list[pa.Table] = []
     with (
         pyarrow.parquet.ParquetWriter(samples, columns, compression="zstd") as table,
@@ -169,6 +172,7 @@ def _write_parts(
             sums.digest.update(f"{record.sha256}\n".encode())
             sums.shards += 1
             sums.samples += record.samples
+            sums.splits[plan.split] += record.samples
             held.append(record.rows)
             if len(held) == _TABLES:
                 held = [pa.concat_tables(held).combine_chunks()]

@@ -4,7 +4,6 @@ import hashlib
 import logging
 import math
 import multiprocessing
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -21,6 +20,7 @@ from deedsr.dataset.pictures import RejectedImage
 from deedsr.dataset.worker import prepare_worker
 from deedsr.degradation.recipe import Recipe
 from deedsr.errors import DeeDSRError
+from pipelines.scratch import scratch_folder
 from pipelines.shards.pieces import in_order
 from pipelines.shards.plan import ShardPlan
 from pipelines.shards.record import COLUMNS, ShardRecord, table_of, tar_name, write_record
@@ -28,7 +28,6 @@ from pipelines.shards.samples import Draft, Drafts, Share, rejection, samples_of
 from pipelines.shards.sources import Source, is_table, read_source
 from pipelines.shards.tar import ShardTar
 from pipelines.storage import Storage
-from pipelines.storage.errors import explained
 
 __all__ = ["FromSources", "ShardDraft", "ShardWork"]
 
@@ -51,7 +50,7 @@ class ShardWork(Protocol):
 class ShardDraft:
     """A shard while it is written: a temporary tar, and what its record will say."""
 
-    def __init__(self, plan: ShardPlan, file: str, tar: ShardTar, columns: pa.Schema):
+    def __init__(self, plan: ShardPlan, file: Path, tar: ShardTar, columns: pa.Schema):
         self.plan, self._file, self._tar, self._columns = plan, file, tar, columns
         self.sources: list[tuple[str, str | None]] = []
         self.rejected: list[dict[str, Any]] = []
@@ -78,7 +77,7 @@ class ShardDraft:
             sha256 = self._tar.finish()
             name = tar_name(self.plan, sha256)
             rows = table_of(({"hr_shard": name, **row, "shard": name} for row in self._rows), self._columns)
-            out.write(name, Path(self._file))
+            out.write(name, self._file)
             record = ShardRecord(name, sha256, self._tar.size, len(self._rows), self.sources, rows, self.rejected)
         write_record(self.plan, record, out)
         return record
@@ -88,11 +87,11 @@ class ShardDraft:
 def shard_draft(plan: ShardPlan, columns: pa.Schema = COLUMNS) -> Iterator[ShardDraft]:
     prepare_worker()
     with (
-        tempfile.NamedTemporaryFile(prefix="deedsr-", suffix=".tar") as file,
-        explained("write", file.name),
+        scratch_folder() as folder,
+        (folder / "shard.tar").open("wb") as file,
         closing(ShardTar(file)) as tar,
     ):
-        yield ShardDraft(plan, file.name, tar, columns)
+        yield ShardDraft(plan, Path(file.name), tar, columns)
 
 
 MakeSamples = Callable[[Source, bytes, bytes | None, Recipe, Share], Drafts]

@@ -1,8 +1,6 @@
 """The shards job: plan, build on Ray Data what is not committed yet, assemble."""
 
 import logging
-import os
-import posixpath
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,18 +11,21 @@ from tqdm import tqdm
 from deedsr.dataset.manifest import MANIFEST, REJECTED, SAMPLES, HRSource, LatentsSource, kept_copy
 from deedsr.degradation.recipe import Recipe
 from deedsr.errors import DeeDSRError, UsageError
-from pipelines.dataset import Dataset
+from pipelines.dataset import Dataset, relative_place
+from pipelines.index import require_hr
 from pipelines.placement import WorkPlan
 from pipelines.shards.assemble import Inherited, assemble, records_of
 from pipelines.shards.build import FromSources, ShardWork
 from pipelines.shards.derive import FromHR, Joined
 from pipelines.shards.duplicates import mark_duplicates
 from pipelines.shards.execute import build_missing
+from pipelines.shards.lineage import record_derived
 from pipelines.shards.plan import ShardPlan, derived_plan, plan_shards
 from pipelines.shards.record import Inventory
 from pipelines.shards.run import PlanParts, running
 from pipelines.shards.sources import Source, list_pairs, list_sources
 from pipelines.shards.versions import warn_of_versions
+from pipelines.splits import no_validation
 from pipelines.storage import Storage, open_storage
 
 __all__ = ["ShardsResult", "export_pairs", "generate", "regenerate", "run_job"]
@@ -39,6 +40,7 @@ class ShardsResult:
     manifest: str
     digest: str
     samples: int
+    validation: int  # of the samples
     shards: int
     written: int  # shards made by this run
     reused: int  # shards that were there
@@ -70,7 +72,11 @@ def generate(
             listing = mark_duplicates(listing, workers, progress)
         return plan_shards(_matched(listing, recipe), recipe)
 
-    return run_job(plans, FromSources(recipe), open_storage(out), recipe, workers, progress)
+    result = run_job(plans, FromSources(recipe), open_storage(out), recipe, workers, progress)
+    wanted = recipe.split.validation_patterns or recipe.split.validation_share
+    if wanted and not result.validation:
+        logger.warning("%s", no_validation(open_storage(out).uri, recipe))
+    return result
 
 
 def _matched(listing: Iterable[Source], recipe: Recipe) -> Iterator[Source]:
@@ -100,7 +106,7 @@ def regenerate(
     work = FromHR(recipe, dataset.storage, index_of(dataset))
     hr = HRSource(dataset.digest, relative_place(dataset.uri, storage.uri))
     plans = lambda: (derived_plan(shard, recipe.digest) for shard in dataset.manifest.shards)
-    return run_job(plans, work, storage, recipe, workers, progress, hr_from=hr, inherited=inherited_from(dataset))
+    return run_job(plans, work, storage, recipe, workers, progress, made_of=dataset, hr_from=hr)
 
 
 def export_pairs(lr_dataset: str, out: str, workers: int | None = None, progress: bool = True) -> ShardsResult:
@@ -114,9 +120,10 @@ def export_pairs(lr_dataset: str, out: str, workers: int | None = None, progress
         raise UsageError(f"{dataset.uri} holds its HR images itself: there is nothing to join")
     if storage.uri in (dataset.uri, dataset.hr_dataset().uri):
         raise UsageError(f"--out {storage.uri} is one of the datasets to join: choose another")
+    require_hr(dataset)
     work = Joined(dataset.storage, index_of(dataset), dataset.hr_dataset().storage)
     plans = lambda: (derived_plan(shard, "join") for shard in dataset.manifest.shards)
-    return run_job(plans, work, storage, dataset.recipe, workers, progress, inherited=inherited_from(dataset))
+    return run_job(plans, work, storage, dataset.recipe, workers, progress, made_of=dataset)
 
 
 def run_job(
@@ -126,12 +133,15 @@ def run_job(
     recipe: Recipe,
     workers: int | None,
     progress: bool,
+    made_of: Dataset | None = None,
     hr_from: HRSource | None = None,
-    inherited: Inherited | None = None,
     latents: LatentsSource | None = None,
     actors: WorkPlan | None = None,
 ) -> ShardsResult:
-    """Makes the shards that `plans()` gives and `out` does not hold, and the dataset of all of them."""
+    """Makes the shards that `plans()` gives and `out` does not hold, and the dataset of all of them.
+
+    `made_of`: the dataset whose shards they are made of, None for shards of sources.
+    """
     begin = time.time()
     warn_of_versions()
     out.require_writable()
@@ -139,6 +149,8 @@ def run_job(
     first_plans = iter(plans())
     first = next(first_plans)  # sources that cannot be used are found out before anything is written
     with running(out) as folder:
+        if made_of:
+            record_derived(made_of, out)
         inventory = Inventory.of(out)
         parts = PlanParts(folder)
         with tqdm(unit="shard", desc="plan", disable=not progress, leave=False) as bar:
@@ -158,7 +170,8 @@ def run_job(
         _require_tars(parts, inventory, out)
         records = records_of((inventory.record(plan) for plan in parts), out)
         planned = zip(parts, records, strict=True)
-        manifest, shards = assemble(
+        inherited = inherited_from(made_of) if made_of else None
+        manifest, sums = assemble(
             planned, recipe, out, expected=before, hr_from=hr_from, inherited=inherited, latents=latents
         )
     end = time.time()
@@ -166,9 +179,10 @@ def run_job(
         manifest=f"{out.uri}/{MANIFEST}",
         digest=manifest.digest,
         samples=manifest.samples,
-        shards=shards,
+        validation=sums.splits["validation"],
+        shards=sums.shards,
         written=written,
-        reused=shards - written,
+        reused=sums.shards - written,
         rejected=manifest.rejected,
         seconds=round(end - begin, 3),
         start_up_seconds=round(max(first_start - begin, 0.0), 3),
@@ -203,15 +217,6 @@ def index_of(dataset: Dataset) -> str:
 def inherited_from(dataset: Dataset) -> Inherited:
     manifest = dataset.manifest
     return Inherited(manifest.given, manifest.source_digest, dataset.file(REJECTED))
-
-
-def relative_place(uri: str, to: str) -> str:
-    """`uri` as seen from `to`, if both are local or in one bucket; else as it is."""
-    if "://" not in uri and "://" not in to:
-        return os.path.relpath(uri, to)
-    if uri.split("/")[:3] == to.split("/")[:3]:
-        return posixpath.relpath(uri.partition("://")[2], to.partition("://")[2])
-    return uri
 
 
 def _counted(first: ShardPlan, rest: Iterator[ShardPlan], bar: tqdm) -> Iterator[ShardPlan]:

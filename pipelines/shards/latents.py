@@ -22,12 +22,13 @@ from deedsr.dataset.manifest import LatentsSource
 from deedsr.errors import DeeDSRError, UsageError
 from deedsr.sampling.digests import part_digest
 from pipelines import cluster
-from pipelines.dataset import Dataset
+from pipelines.dataset import Dataset, relative_place
+from pipelines.index import require_hr
 from pipelines.models import load_vae, resolve_base, resolve_learner, usable_device
 from pipelines.placement import Device, place_networks
 from pipelines.shards.build import shard_draft
 from pipelines.shards.derive import PLACES, Tars, rows_of
-from pipelines.shards.generate import ShardsResult, index_of, inherited_from, relative_place, run_job
+from pipelines.shards.generate import ShardsResult, index_of, run_job
 from pipelines.shards.plan import ShardPlan, derived_plan
 from pipelines.shards.record import LATENTS_COLUMNS, ShardRecord
 from pipelines.shards.samples import Draft
@@ -66,6 +67,7 @@ def make_latents(
     storage = open_storage(out)
     if storage.uri == dataset.uri:
         raise UsageError(f"--out {storage.uri} is the dataset that the pixels come from: choose another")
+    require_hr(dataset)
     source = latents_source(dataset, base, learner, precision)
     work = FromPixels(
         replace(source, dataset="", uri=""), dataset.storage, index_of(dataset), dataset.hr_dataset().storage, base,
@@ -84,7 +86,7 @@ def make_latents(
         dataset.recipe,
         plan.workers,
         progress,
-        inherited=inherited_from(dataset),
+        made_of=dataset,
         latents=replace(source, uri=relative_place(dataset.uri, storage.uri)),
         actors=plan,
     )

@@ -10,7 +10,6 @@ A listing of any length is planned in bounded memory: it is sorted through tempo
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -21,6 +20,7 @@ from typing import NamedTuple
 
 from deedsr.dataset.manifest import FORMAT_VERSION, ShardEntry
 from deedsr.degradation.recipe import ALGORITHM_VERSION, Recipe, Shard, Split
+from pipelines.scratch import scratch_folder
 from pipelines.shards.sources import Source
 
 __all__ = ["ShardPlan", "derived_plan", "plan_shards"]
@@ -58,8 +58,8 @@ class ShardPlan:
 def plan_shards(sources: Iterable[Source], recipe: Recipe) -> Iterator[ShardPlan]:
     """The shards in the manifest's order: by root, split, and hash of the first source."""
     digest = recipe.digest
-    with tempfile.TemporaryDirectory(prefix="deedsr-plan-") as folder:
-        ordered = _sorted(sources, recipe.split, Path(folder))
+    with scratch_folder() as folder:
+        ordered = _sorted(sources, recipe.split, folder)
         for (root, split), group in groupby(ordered, key=lambda placed: (placed.root, placed.split)):
             for run in _cut(group, recipe.shard):
                 yield _plan(root, split, run, digest)

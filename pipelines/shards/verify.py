@@ -21,6 +21,7 @@ from deedsr.degradation.chain import degrade
 from deedsr.degradation.recipe import Recipe
 from deedsr.errors import DeeDSRError
 from pipelines.dataset import Dataset
+from pipelines.index import require_hr
 from pipelines.machine import this_machine
 from pipelines.shards.derive import Tars
 from pipelines.storage import Storage
@@ -60,6 +61,10 @@ def verify(uri: str, replay: int = 0, progress: bool = True) -> VerifyResult:
         problems += _check_index(index, manifest)
     except DeeDSRError as error:
         problems.append(str(error))
+    try:
+        require_hr(dataset)
+    except DeeDSRError as error:  # once, and not for each sample
+        return VerifyResult(False, len(manifest.shards), 0, 0, [*problems, str(error)])
     whole = 0
 
     def check(shard: ShardEntry) -> tuple[int, list[str]]:

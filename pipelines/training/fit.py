@@ -13,7 +13,9 @@ from typing import TypeVar
 from deedsr.errors import UsageError
 from pipelines import cluster, tracking
 from pipelines.dataset import Dataset
+from pipelines.index import require_hr
 from pipelines.placement import TrainingPlan, place_training
+from pipelines.splits import no_validation
 from pipelines.storage import Storage, open_storage
 from pipelines.training import checkpoint, tracked
 from pipelines.training.claim import Claim, held
@@ -141,6 +143,10 @@ def _open(stage: str, options: LearnerOptions | AdapterOptions) -> Dataset:
     dataset = Dataset.open(options.data)
     if dataset.index("train").num_rows == 0:
         raise UsageError(f"{options.data} has no sample in its train split: the recipe's split leaves none")
+    require_hr(dataset)
+    train = options.train
+    if 0 < train.validate_every <= train.max_steps and dataset.index("validation").num_rows == 0:
+        logger.warning("%s; training goes on without validation", no_validation(dataset.uri, dataset.recipe))
     return dataset
 
 

@@ -5,7 +5,6 @@ Nothing of the training changes by it: no weight, no statistic, no random number
 
 import copy
 import hashlib
-import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +23,6 @@ from pipelines.strips import strip
 from pipelines.training.engine import Engine
 from pipelines.training.stage import Stage
 
-logger = logging.getLogger(__name__)
 DRAWS = -1  # the epoch whose draws validation takes; training counts from 0
 SEED = 0  # of the draws, whatever the training's, so that runs are comparable
 PICTURE_STEPS = 10  # sampling steps of a picture, at most
@@ -46,8 +44,6 @@ class Validation:
         if self.plan.validate_every:
             self.index = dataset.index("validation")
             self.rows = fixed_rows(self.index["key"].to_pylist(), self.plan.validation_samples)
-            if not self.rows and engine.rank == 0:
-                logger.warning("%s has no validation split: training goes on without validation", dataset.uri)
 
     def due(self, step: int) -> bool:
         """Whether this step ends with a validation."""
