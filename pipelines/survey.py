@@ -11,11 +11,12 @@ from tqdm import tqdm
 
 from deedsr.degradation.kernels import KERNELS
 from deedsr.degradation.limits import parameter_limits, parameter_names, parameter_shares, parameter_step
+from deedsr.degradation.recipe import Recipe
 from pipelines.dataset import Dataset
 from pipelines.histograms import Histogram, NamedCounts
 from pipelines.index import SampleIndex
 
-__all__ = ["GROUP", "STRATUM", "Parameter", "Survey", "choose_rows", "survey"]
+__all__ = ["GROUP", "STRATUM", "Parameter", "Survey", "choose_rows", "spread_rows", "survey"]
 
 _MAX_PARTS = 8  # of the index, from which samples are chosen: a part holds up to a million rows
 
@@ -64,6 +65,7 @@ class Parameter:
     title: str
     drawn: Histogram | NamedCounts
     note: str = ""
+    allowed: tuple[float, float] | None = None  # by this dataset's recipe
 
     @property
     def named(self) -> bool:
@@ -81,12 +83,17 @@ class Survey:
     steps: dict[str, list[Parameter]] = field(default_factory=dict)
 
 
-def survey(dataset: Dataset, index: SampleIndex, progress: bool) -> Survey:
-    """Count what the index says of every sample, in one pass."""
+def survey(
+    dataset: Dataset, index: SampleIndex, progress: bool, beside: tuple[Dataset, SampleIndex] | None = None
+) -> Survey:
+    """Count what the index says of every sample, in one pass.
+
+    `beside`: another dataset, with which the histograms shall share their bins.
+    """
     found = Survey(dataset.manifest.samples)
     counted: dict[str, Counter[Any]] = {"split": found.splits, STRATUM: found.strata, GROUP: found.groups}
     counted = {name: counts for name, counts in counted.items() if name in index.columns}
-    found.steps = _parameters(dataset, index)
+    found.steps = _parameters(dataset, index, beside)
     by_column = {one.column: one for step in found.steps.values() for one in step}
     with tqdm(total=found.samples, unit="row", desc="index", disable=not progress) as bar:
         for batch in index.batches([*counted, *by_column]):
@@ -104,13 +111,25 @@ def survey(dataset: Dataset, index: SampleIndex, progress: bool) -> Survey:
     return found
 
 
-def _parameters(dataset: Dataset, index: SampleIndex) -> dict[str, list[Parameter]]:
-    """The columns of the degradation by step, in their order in the index, nothing counted yet."""
-    recipe = dataset.recipe
-    # A stratum has ranges of its own: the widest of all limit the whole.
+def _limits(recipe: Recipe) -> dict[str, tuple[float, float]]:
+    """A stratum has ranges of its own: the widest of all limit the whole."""
     each = [parameter_limits(stratum.degradation) for stratum in recipe.strata.values()]
     each = each or [parameter_limits(recipe.degradation)]
-    limits = {name: (min(one[name][0] for one in each), max(one[name][1] for one in each)) for name in each[0]}
+    return {name: (min(one[name][0] for one in each), max(one[name][1] for one in each)) for name in each[0]}
+
+
+def _widest(*ranges: tuple[float, float] | None) -> tuple[float, float] | None:
+    known = [one for one in ranges if one]
+    return (min(low for low, _ in known), max(high for _, high in known)) if known else None
+
+
+def _parameters(
+    dataset: Dataset, index: SampleIndex, beside: tuple[Dataset, SampleIndex] | None
+) -> dict[str, list[Parameter]]:
+    """The columns of the degradation by step, in their order in the index, nothing counted yet."""
+    recipe = dataset.recipe
+    limits = _limits(recipe)
+    others = _limits(beside[0].recipe) if beside else {}
     shares = {} if recipe.strata else parameter_shares(recipe.degradation)
     steps: dict[str, list[Parameter]] = {}
     for column in index.columns:
@@ -122,22 +141,25 @@ def _parameters(dataset: Dataset, index: SampleIndex) -> dict[str, list[Paramete
         if names := parameter_names(column):
             drawn = NamedCounts(names, shares.get(column, {}))
         else:
-            drawn = Histogram(limits.get(column), index.extremes(column), parameter_step(column))
+            extremes = index.extremes(column)
+            if beside and column in beside[1].columns:
+                extremes = _widest(extremes, beside[1].extremes(column))
+            drawn = Histogram(_widest(limits.get(column), others.get(column)), extremes, parameter_step(column))
         note = "anisotropic kernels only" if short in _ANISOTROPIC_ONLY else ""
         steps.setdefault("Whole chain" if column in _WHOLE else _STEPS.get(step, step), []).append(
-            Parameter(column, title, drawn, note)
+            Parameter(column, title, drawn, note, limits.get(column))
         )
     return steps
 
 
 def choose_rows(index: SampleIndex, wanted: int, rng: np.random.Generator) -> list[int]:
     """Rows chosen by chance, spread over the dataset and evenly over its strata, if it has any; in rising order."""
-    parts = sorted(_spread(np.arange(len(index.parts)), _MAX_PARTS, rng))
+    parts = sorted(spread_rows(np.arange(len(index.parts)), _MAX_PARTS, rng))
     rows = np.concatenate([np.arange(index.parts[part].start, index.parts[part].stop) for part in parts])
     strata = _of_strata(index, parts, rows) if STRATUM in index.columns else [rows]
     chosen: list[int] = []
     for number, candidates in enumerate(strata):  # the smallest first: what it lacks, the others give
-        chosen += _spread(candidates, -(-(wanted - len(chosen)) // (len(strata) - number)), rng)
+        chosen += spread_rows(candidates, -(-(wanted - len(chosen)) // (len(strata) - number)), rng)
     return sorted(chosen)
 
 
@@ -153,7 +175,7 @@ def _of_strata(index: SampleIndex, parts: list[int], rows: np.ndarray) -> list[n
     return sorted((rows[strata == number] for number in numbers.values()), key=len)
 
 
-def _spread(numbers: np.ndarray, wanted: int, rng: np.random.Generator) -> list[int]:
+def spread_rows(numbers: np.ndarray, wanted: int, rng: np.random.Generator) -> list[int]:
     """At most `wanted` of the numbers, one by chance from each of as many equal stretches."""
     count = min(wanted, len(numbers))
     edges = np.arange(count + 1) * len(numbers) // max(1, count)  # whole numbers: no two stretches share one
