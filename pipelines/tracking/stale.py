@@ -73,7 +73,7 @@ def close_stale(
         if run.info.run_id == apart_from:
             continue
         try:
-            reason, last = _state(run.data.tags, run.info.start_time / 1000)
+            reason, last = _state(run.data.tags)
         except DeeDSRError as error:
             reason, last = f"its out cannot be read: {error}", 0.0
         owner = run.data.tags.get(USER_TAG, "unknown")
@@ -103,18 +103,18 @@ def _running(client: "MlflowClient", out: str | None) -> Iterator["Run"]:
             return
 
 
-def _state(tags: Mapping[str, str], started: float) -> tuple[str, float]:
+def _state(tags: Mapping[str, str]) -> tuple[str, float]:
     """(why the run may be alive, "" where it is not; the time of its last heartbeat)."""
     process = json.loads(tags[PROCESS_TAG])
     out = tags.get(OUT_TAG, "")
     if process["processes"] == machine.process_space():
         runs = machine.runs(process["pid"], since=process["alive"])
-        return ("its process runs" if runs else "", max(started, process["alive"]))
+        return ("its process runs" if runs else "", process["alive"])
     if "://" not in out and not Path(out).exists() and process["host"] != socket.gethostname():
         return f"its out {out} is on {process['host']}", 0.0
     beats = [process, *(claim for claim in _claims(out) if _same(claim, process))]
     alive = any(claims.is_alive(claim) and not claim.get("ended") for claim in beats)
-    return ("it has a heartbeat" if alive else "", max(started, *(claim["alive"] for claim in beats)))
+    return ("it has a heartbeat" if alive else "", max(claim["alive"] for claim in beats))
 
 
 def _same(claim: Mapping[str, Any], process: Mapping[str, Any]) -> bool:
