@@ -349,7 +349,7 @@ def test_the_module_is_the_command(tmp_path):
 
 # --- job files -----------------------------------------------------------------------------------------------------
 
-JOB = {"command": "shards", "options": {"source": ["s3://b/photos"], "out": "s3://b/shards"}}
+JOB = {"command": "shards", "options": {"source": ["s3://b/photos"], "out": "s3://b/shards"}, "mlflow": "nodes"}
 
 
 @pytest.mark.parametrize(
@@ -368,8 +368,11 @@ JOB = {"command": "shards", "options": {"source": ["s3://b/photos"], "out": "s3:
             "options.out is 'shards', relative to a working directory",
         ),
         ({"working_dir": "nowhere"}, "nowhere is not a folder"),
-        ({"runtime_env": {"env_vars": {"AWS_SECRET_ACCESS_KEY": "x"}}}, "AWS_SECRET_ACCESS_KEY looks like a secret"),
-        ({"runtime_env": {"env_vars": {"STORE": "http://me:pw@host"}}}, "STORE looks like a secret"),
+        (
+            {"runtime_env": {"env_vars": {"AWS_SECRET_ACCESS_KEY": "x"}}},
+            "AWS_SECRET_ACCESS_KEY looks like a credential",
+        ),
+        ({"runtime_env": {"env_vars": {"STORE": "http://me:pw@host"}}}, "STORE looks like a credential"),
     ],
 )
 def test_a_wrong_job_file_is_refused_with_its_name_and_key(tmp_path, changes, message):
@@ -385,7 +388,8 @@ def test_a_wrong_job_file_is_refused_with_its_name_and_key(tmp_path, changes, me
 def test_a_job_file_becomes_the_command_that_one_would_type(tmp_path):
     path = tmp_path / "job.yaml"
     options = {"preset": "tiny", "data": "s3://b/my shards", "out": "s3://b/o", "train": {"lr": 1e-4, "num_workers": 2}}
-    path.write_text(yaml.safe_dump({"command": "train learner", "options": options}, sort_keys=False))
+    job = {"command": "train learner", "options": options, "mlflow": "nodes"}
+    path.write_text(yaml.safe_dump(job, sort_keys=False))
     assert load_job_file(path).entrypoint == (
         "python -m deedsr train learner --preset=tiny '--data=s3://b/my shards' --out=s3://b/o "
         "--train.lr=0.0001 --train.num_workers=2"

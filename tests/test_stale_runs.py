@@ -72,7 +72,7 @@ def test_a_run_without_heartbeat_for_ten_minutes_is_ended_and_one_with_is_not(st
         "dead": "KILLED", "shards": "RUNNING", "training": "RUNNING", "new": "RUNNING", "ended": "KILLED",
     }  # fmt: skip
     ended = MlflowClient(store).get_run(runs["dead"]).info
-    assert ended.end_time == ended.start_time  # its last heartbeat is older than this
+    assert ended.end_time < (time.time() - 600) * 1000  # its last heartbeat
 
 
 def test_only_those_that_are_old_enough(store, tmp_path, capsys):
