@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -37,6 +38,7 @@ __all__ = [
     "raise_error",
     "scratch",
     "this_machine",
+    "token_file",
     "wait_for",
 ]
 
@@ -161,7 +163,10 @@ def dashboard(address: str) -> Any:
     if not address.startswith(("http://", "https://")):
         raise UsageError(f"--address takes the http(s) address of a Ray dashboard, got {address!r}")
     require_docstrings()
+    if os.environ.get("RAY_AUTH_TOKEN") or os.path.isfile(token_file()):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # otherwise Ray's client does not send the token
     import requests
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     try:
@@ -169,8 +174,18 @@ def dashboard(address: str) -> Any:
         return JobSubmissionClient(address)
     except (ConnectionError, requests.ConnectionError, requests.Timeout):
         raise DeeDSRError(f"no Ray dashboard answers at {address}; start the cluster or give --address") from None
+    except AuthenticationError as error:
+        raise DeeDSRError(
+            f"the cluster at {address} takes requests with its token only, and there is none here or another one: "
+            f"copy the cluster's to {token_file()}"
+        ) from error
     except Exception as error:  # Ray's client has no class of its own
         raise DeeDSRError(f"cannot use the cluster at {address}: {' '.join(str(error).split())}") from error
+
+
+def token_file() -> Path:
+    """Where the token for clusters is read, unless `RAY_AUTH_TOKEN` holds it."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
 
 
 def _session_folder() -> str | None:
