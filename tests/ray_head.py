@@ -57,7 +57,6 @@ class Head:
         self.gcs_address = f"127.0.0.1:{gcs}"
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
             "PATH": f"{BIN}:{os.environ['PATH']}",  # the entry point's `python` is looked up here
-            "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # there are no other nodes to drain to
@@ -87,8 +86,9 @@ class Head:
             }
         self.log = (self.folder / "head.log").open("wb")
         self.process = subprocess.Popen(
-            command, env=self.environment, stdout=self.log, stderr=self.log, cwd=self.folder, start_new_session=True
-        )
+            command, env=self.environment | {"RAY_AUTH_MODE": "token"},  # commands that talk to it do without
+            stdout=self.log, stderr=self.log, cwd=self.folder, start_new_session=True,
+        )  # fmt: skip
 
     def get(self, path: str) -> Any:
         """The dashboard's answer as JSON."""
