@@ -15,7 +15,7 @@ from typing import Any
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines.cluster import require_docstrings
 
-__all__ = ["Dashboard", "JobGone", "Unreachable"]
+__all__ = ["Dashboard", "JobGone", "Unreachable", "token_file"]
 
 _CONNECT_SECONDS = 10.0  # also of the first answer
 _ANSWER_SECONDS = 60.0
@@ -152,6 +152,11 @@ def _client(address: str) -> Any:
             return found
 
     return Client(address, headers=headers)
+
+
+def token_file() -> Path:
+    """Where the token for clusters is read, unless `RAY_AUTH_TOKEN` holds it."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
 
 
 def _authorization() -> tuple[dict[str, str], str]:

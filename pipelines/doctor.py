@@ -15,6 +15,7 @@ from pathlib import Path
 
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines import machine
+from pipelines.dashboard import Dashboard, token_file
 from pipelines.placement import Nodes, Offer, place_networks, place_shards, place_training
 from pipelines.storage import open_storage
 from pipelines.storage.errors import Conflict
@@ -175,7 +176,7 @@ def _storage(out: str) -> Iterator[Check]:
         storage.delete(name)
         if storage.exists(name):
             raise UsageError("a deleted object is still there: use storage with consistent listings")
-    except (DeeDSRError, OSError) as error:
+    except (DeeDSRError, OSError, ModuleNotFoundError) as error:
         need = "; conditional writes are needed, which S3 and local disks have" if step == "conditional put" else ""
         yield Check("storage", f"{_masked(out)}: {step} failed", False, _said(error) + need)
         return
@@ -214,8 +215,6 @@ def _cluster(address: str | None) -> Iterator[Check]:
     yield from _token(bool(address))
     if not address:
         return
-    from pipelines.dashboard import Dashboard
-
     place = _masked(address)
     try:
         jobs = Dashboard(address).jobs()
@@ -230,16 +229,15 @@ def _token(needed: bool) -> Iterator[Check]:
     if os.environ.get("RAY_AUTH_TOKEN"):
         yield Check("token", "in RAY_AUTH_TOKEN")
         return
-    given = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    path = Path(given or "~/.ray/auth_token").expanduser()
+    path = token_file()
     copy = f"copy the cluster's token to {path}"
     try:
         empty = not path.read_bytes().strip()
     except OSError as error:
-        if given or not isinstance(error, FileNotFoundError):
+        if os.environ.get("RAY_AUTH_TOKEN_PATH") or not isinstance(error, FileNotFoundError):
             yield Check("token", f"{path}: {error.strerror}", False, copy)
         elif needed:
-            yield Check("token", f"none in {path}", remedy=f"if the cluster asks for one, {copy}")
+            yield Check("token", f"no {path}", remedy=f"if the cluster asks for one, {copy}")
         return
     if empty:
         yield Check("token", f"{path} is empty", False, copy)
@@ -257,6 +255,8 @@ def _others_may_read(path: Path) -> bool:
 
 
 def _said(error: BaseException) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"this needs {error.name}: pip install 'deedsr[pipeline]'"
     return _masked(" ".join(str(error).split()) or type(error).__name__)[:500]
 
 

@@ -1,6 +1,7 @@
 """What is declared is what is imported; the wheel installs alone and enlarges a picture without the pipeline."""
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -129,6 +130,14 @@ def test_a_command_without_the_pipeline_names_what_installs_it(words, tmp_path):
     assert last.startswith("error: this needs ")
     assert "pip install 'deedsr[pipeline]'" in last
     assert "Traceback" not in done.stderr
+
+
+def test_doctor_without_the_pipeline_names_what_s3_and_a_cluster_need(tmp_path):
+    done = without_pipeline("doctor", "--json", "--out", "s3://bucket/x", "--address", "http://127.0.0.1:9")
+    assert done.returncode == 1, done.stderr
+    remedies = {check["name"]: check["remedy"] for check in json.loads(done.stdout)["checks"] if not check["ok"]}
+    assert remedies["storage"] == "this needs boto3: pip install 'deedsr[pipeline]'"
+    assert remedies["cluster"] == "this needs ray: pip install 'deedsr[pipeline]'"
 
 
 def test_the_wheel_in_an_environment_of_its_own_enlarges_a_picture_offline(lr, tmp_path):
