@@ -106,6 +106,8 @@ def _connect(address: str | None) -> None:
     import ray
     from ray._private.services import canonicalize_bootstrap_address
 
+    # What Ray says of dead workers and raylets stays in its files, for which it has no option.
+    ray._private.worker._worker_logs_enabled = False
     if not address or address == "local":
         # A token of its own: Ray would keep one in the home folder, which not every container has.
         if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
@@ -135,8 +137,6 @@ def _connect(address: str | None) -> None:
         if place is None or not _answers(place):
             raise silence
         # What workers log stays in Ray's files, as on one machine: what a user should see comes through the command.
-        # So does the end of the log of a raylet that was killed, for which Ray has no option.
-        ray._private.worker._worker_logs_enabled = False
         ray.init(address=address, logging_level="WARNING", log_to_driver=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise silence from error
