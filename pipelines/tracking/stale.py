@@ -78,7 +78,7 @@ def close_stale(
         if reason:
             result.left[run.info.run_id] = reason
         else:
-            client.set_terminated(run.info.run_id, "KILLED", end_time=max(int(last * 1000), run.info.start_time))
+            client.set_terminated(run.info.run_id, "KILLED", end_time=int(last * 1000))
             result.closed.append(run.info.run_id)
     return result
 
