@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command_results import differences
 from ray_head import ROOT, Head, free_ports, running
 
 from jobs import cli
@@ -52,6 +53,7 @@ def test_a_shards_job_outlives_ctrl_c_is_followed_again_and_yields_the_digest_of
     code, output, log = head.submit(job, "--wait")
     assert code == 0, log
     result = json.loads(output)
+    assert differences("submit", result) == []
     assert result["job_id"] == job_id  # not a second one
     assert job_id.startswith("shards-")
     assert result["status"] == "SUCCEEDED"
