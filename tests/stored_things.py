@@ -8,9 +8,10 @@ import hashlib
 import json
 import platform
 import shutil
+import sqlite3
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +42,7 @@ _TEXT = {".json", ".md", ".sql", ".yaml"}
 _TRAIN = {"num_workers": 1, "keep_checkpoints": 1, "log_every": 5, "validate_every": 0}
 _LEARNER = {
     "preset": "tiny",
-    "model": {"norm_group": 2, "statistics": [4]},
+    "model": {"norm_group": 2, "statistics": "[4]"},  # a list would be taken for a word each
     "contrast": {"queue_size": 24, "batch_block": 4},
     "train": _TRAIN | {"global_batch_size": 8, "micro_batch_size": 4, "max_steps": 1000, "checkpoint_every": 5},
 }
@@ -77,6 +78,12 @@ def unpack(version: str, folder: Path) -> Stored:
         if path.suffix in _TEXT and (data := path.read_bytes()).find(expected["folder"].encode()) >= 0:
             path.write_bytes(data.replace(expected["folder"].encode(), str(folder).encode()))
     return Stored(version, folder, expected)
+
+
+def restore_store(stored: Stored, path: Path) -> None:
+    """The MLflow store as it was, in an SQLite file."""
+    with closing(sqlite3.connect(path)) as database:
+        database.executescript((stored.folder / "mlflow.sql").read_text())
 
 
 def samples_digest(dataset: Dataset) -> str:

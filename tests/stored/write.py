@@ -1,6 +1,6 @@
 """Writes what tests/test_stored.py reads: small results of this version's commands, and what is expected of them.
 
-    PYTHONPATH=tests python tests/stored/write.py --folder /srv/stored
+    PYTHONPATH=$PWD/tests python tests/stored/write.py --folder /srv/stored
 
 Makes the things in `--folder`, whose path they keep (a folder that is bind-mounted there will do), then
 `tests/stored/VERSION.tar.xz` and `tests/stored/VERSION.json`. The same command again continues. Run it at a release
@@ -14,12 +14,12 @@ import argparse
 import json
 import lzma
 import os
+import re
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 import tarfile
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -33,6 +33,7 @@ from stored_things import DONE, FOLDERS, STORED, TRAININGS, expectations
 
 import deedsr
 from deedsr.adapter.adapter import DegradationAwareAdapter
+from jobs import cli
 
 ROOT = STORED.parent.parent
 PHOTOS = ROOT / "deedsr" / "assets" / "photos"
@@ -106,73 +107,51 @@ def few_values(weights: torch.Tensor) -> None:
         weights.copy_((weights / step).round().clamp(-3, 3) * step)
 
 
-def deedsr_command(folder: Path, *words: str) -> list[str]:
-    return [sys.executable, "-m", "deedsr", *words, "--json"]
+def run(command: str, exit_code: int = 0) -> None:
+    print("$ deedsr", command, flush=True)
+    code = cli.main([*command.split(), "--json"])
+    assert code == exit_code, code
 
 
-def run(folder: Path, *words: str) -> None:
-    print("$ deedsr", *words, flush=True)
-    subprocess.run(deedsr_command(folder, *words), cwd=folder, check=True)
-
-
-def run_half(folder: Path, out: Path, *words: str) -> None:
+def run_half(command: str, out: Path) -> None:
     """Ends a training by SIGTERM after some steps: it writes a checkpoint then."""
-    if list(out.glob("checkpoints/*/checkpoint.json")):
-        return
-    print("$ deedsr", *words, flush=True)
-    with subprocess.Popen(deedsr_command(folder, *words), cwd=folder) as command:
-        while not list(out.glob("checkpoints/*/checkpoint.json")):
-            assert command.poll() is None, "the training ended by itself"
+
+    def found() -> bool:
+        return any(out.glob("checkpoints/*/checkpoint.json"))
+
+    def end() -> None:
+        while not found():
             time.sleep(0.05)
-        command.send_signal(signal.SIGTERM)
-    assert command.returncode == 130, command.returncode
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if not found():
+        threading.Thread(target=end, daemon=True).start()
+        run(command, exit_code=130)
 
 
 def write_things(folder: Path) -> None:
-    """Everything by the commands."""
-    at = lambda name: str(folder / name)
+    """Everything in the working directory, by the commands."""
     write_sources(folder)
     if not (folder / "init").exists():
         write_base(folder)
-    run(folder, "shards", "--source", at("sources"), "--recipe", at("recipe.yaml"), "--out", at("dataset"))
-    run(folder, "shards", "--hr-from", at("dataset"), "--recipe", "light", "--out", at("hr_from"))
     for name, options in (TRAININGS | DONE).items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(options, sort_keys=False))
-    train = lambda stage, name: (
-        "train",
-        stage,
-        "--config",
-        at(f"{name}.yaml"),
-        "--data",
-        at("dataset"),
-        "--out",
-        at(name),
-    )
-    of_adapter = ("--learner", at("learner"), "--base", at("base"), "--init", at("init"))
-    run(folder, *train("learner", "learner"))
-    run(
-        folder,
-        "latents",
-        "--data",
-        at("dataset"),
-        "--base",
-        at("base"),
-        "--learner",
-        at("learner"),
-        "--out",
-        at("latents"),
-    )
-    run(folder, *train("adapter", "model"), *of_adapter)
-    run_half(folder, folder / "half_learner", *train("learner", "half_learner"))
-    run_half(folder, folder / "half_adapter", *train("adapter", "half_adapter"), *of_adapter)
+    run("shards --source sources --recipe recipe.yaml --out dataset")
+    run("shards --hr-from dataset --recipe light --out hr_from")
+    learner = "train learner --data dataset --config"
+    adapter = "train adapter --data dataset --learner learner --base base --init init --config"
+    run(f"{learner} learner.yaml --out learner")
+    run("latents --data dataset --base base --learner learner --out latents")
+    run(f"{adapter} model.yaml --out model")
+    run_half(f"{learner} half_learner.yaml --out half_learner", folder / "half_learner")
+    run_half(f"{adapter} half_adapter.yaml --out half_adapter", folder / "half_adapter")
     if not (folder / "pipeline").exists():
-        run(folder, "export", at("model"), "--out", at("pipeline"))
-    run(folder, "upscale", at("pictures"), "--model", at("model"), "--out", at("upscaled"))
-    jobs = folder / "jobs"
-    jobs.mkdir(exist_ok=True)
+        run("export model --out pipeline")
+    run("upscale pictures --model model --out upscaled")
+    (folder / "jobs").mkdir(exist_ok=True)
     for path in (ROOT / "jobs").glob("*.yaml"):
-        shutil.copy(path, jobs)
-    (jobs / "every_key.yaml").write_text(EVERY_KEY)
+        shutil.copy(path, folder / "jobs")
+    (folder / "jobs" / "every_key.yaml").write_text(EVERY_KEY)
 
 
 EVERY_KEY = """\
@@ -227,16 +206,18 @@ def write_archive(folder: Path, archive: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where the things are made")
-    folder = parser.parse_args().folder
+    folder = parser.parse_args().folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     os.environ |= {"DEEDSR_CPUS": "2", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
+    os.chdir(folder)
     write_things(folder)
     write_store(folder)
     archive = STORED / f"{deedsr.__version__}.tar.xz"
     write_archive(folder, archive)
     expected = {"folder": str(folder)} | expectations(folder)
-    (STORED / f"{deedsr.__version__}.json").write_text(json.dumps(expected, indent=1) + "\n")
+    text = re.sub(r"\[\s+(\d+),\s+([\d.e-]+)\s+\]", r"[\1, \2]", json.dumps(expected, indent=1))  # a loss on a line
+    (STORED / f"{deedsr.__version__}.json").write_text(f"{text}\n")
     print(f"{archive}: {archive.stat().st_size / 1e3:.0f} kB")
 
 
