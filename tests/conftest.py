@@ -83,6 +83,14 @@ def small_dataset(ray_cluster, photos, small_recipe, tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def stored(tmp_path_factory):
+    """What version 0.1.0 wrote (tests/stored), unpacked, read only."""
+    from stored_things import unpack
+
+    return unpack("0.1.0", tmp_path_factory.mktemp("stored"))
+
+
+@pytest.fixture(scope="session")
 def s3_server(tmp_path_factory):
     """Endpoint of a real S3 server process on loopback; the AWS variables point to it."""
     with socket.socket() as probe:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_results import differences
 from diffusers import AutoencoderTiny
 from safetensors.torch import load_file
 from small_networks import make_pipeline
@@ -124,6 +125,7 @@ def test_on_s3_from_the_command_line_with_an_autoencoder_without_posterior_and_n
     words = ["latents", "--data", f"{place}/pixels", "--base", "tiny", "--out", f"{place}/latents", "--json"]
     assert cli.main(words) == 0
     result = json.loads(capsys.readouterr().out)
+    assert differences("latents", result) == []
     assert (result["samples"], result["manifest"]) == (136, f"{place}/latents/manifest.json")
     tags = tracking.connect(tracking.tracking_uri()).get_run(result["run_id"]).data.tags
     assert tags["deedsr.parent.shards"] == run.id

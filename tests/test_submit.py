@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command_results import differences
 from ray_head import ROOT, Head, free_ports, running
 from tunnel import Tunnel
 
@@ -57,6 +58,7 @@ def test_a_shards_job_outlives_ctrl_c_is_followed_again_and_yields_the_digest_of
     code, output, log = head.submit(job, "--wait")
     assert code == 0, log
     result = json.loads(output)
+    assert differences("submit", result) == []
     assert result["job_id"] == job_id  # not a second one
     assert job_id.startswith("shards-")
     assert result["status"] == "SUCCEEDED"

@@ -110,7 +110,11 @@ def work(
     from pipelines.training.worker import train
 
     dataset = Dataset.open(options.data)
-    stage = LearnerStage(options) if isinstance(options, LearnerOptions) else AdapterStage(options, dataset.scale)
+    stage = (
+        LearnerStage(options)
+        if isinstance(options, LearnerOptions)
+        else AdapterStage(options, dataset.scale, dataset.manifest.latents)
+    )
     sample, loss, end_step, drop_step = stage.sample, stage.loss, stage.end_step, stage.drop_step
     found = checkpoint.committed(open_storage(options.out))
     step, rows = found[-1].step if found else 0, []

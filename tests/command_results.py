@@ -1,0 +1,114 @@
+"""What `--json` prints of every command: its keys, and the types of their values.
+
+Types as JSON has them; a tuple is a choice, `[x]` a list of such items, `dict` an object with keys of any name.
+"""
+
+from typing import Any
+
+NULL = type(None)
+_SHARDS = {
+    "manifest": str,
+    "digest": str,
+    "samples": int,
+    "shards": int,
+    "written": int,
+    "reused": int,
+    "rejected": int,
+    "seconds": float,
+    "start_up_seconds": float,
+    "samples_per_second": float,
+    "run_id": str,  # without `--tracking false`
+}
+_REMOVED = {"removed_objects": int, "removed_bytes": int, "removed_uploads": int}
+_TRAINING = {"run_id": str, "checkpoint": str, "step": int, "loss": float, "samples_seen": int}
+_FIGURES = {"psnr": float, "ssim": float, "niqe": (float, NULL)}
+_METRICS = {"model": _FIGURES, "bicubic": _FIGURES}
+
+RESULTS: dict[str, Any] = {
+    "demo": {
+        "report": str,
+        "shards": str,
+        "learner": str,
+        "adapter": str,
+        "evaluation": {"demo": _METRICS, "tiny": _METRICS},
+        "pictures": str,
+        "tracking": str,
+        "seconds": float,
+    },
+    "shards": _SHARDS,
+    "shards --plan": {
+        "sources": int,
+        "shards": int,
+        "shards_to_make": int,
+        "samples": int,
+        "samples_error": int,
+        "read_bytes": int,
+        "written_bytes": int,
+        "probed_sources": int,
+        "samples_per_second": float,
+        "cores": int,
+        "nodes": int,
+        "hours": float,
+        "cost": (float, NULL),
+    },
+    "shards --source --gc": _SHARDS | _REMOVED,
+    "shards --gc": _REMOVED,
+    "verify": {"ok": bool, "shards": int, "samples": int, "replayed": int, "problems": [str]},
+    "inspect": {"page": str, "samples": int, "shown": int, "rejected": int},
+    "latents": _SHARDS,
+    "train learner": _TRAINING,
+    "train adapter": _TRAINING,
+    "evaluate": {"metrics": _METRICS, "run_id": str, "samples": int, "results": str, "dataset_digest": str},
+    "upscale": {
+        "images": [{"input": str, "output": str, "seconds": float, "reused": bool}],
+        "failed": [{"input": str, "reason": str}],
+        "reused": int,
+    },
+    "export": {"model": str, "bytes": int, "base": (str, NULL)},
+    "compare": {
+        "runs": [
+            {
+                "run_id": str,
+                "name": str,
+                "experiment": str,
+                "status": str,
+                "started": str,
+                "seconds": (float, NULL),
+                "dataset_digest": (str, NULL),
+                "parents": dict,
+                "commit": (str, NULL),
+                "config": dict,
+                "metrics": dict,
+                "samples_per_second": (float, NULL),
+            }
+        ],
+        "page": (str, NULL),
+    },
+    "doctor": {
+        "ok": bool,
+        "broken": [str],
+        "checks": [{"name": str, "found": str, "ok": bool, "remedy": str}],
+    },
+    "submit": {"job_id": str, "status": str, "entrypoint": str, "address": str},
+}
+
+
+def differences(command: str, values: Any) -> list[str]:
+    """What is other than recorded in a result: each line names the key."""
+    return _differences(values, RESULTS[command], command)
+
+
+def _differences(value: Any, shape: Any, where: str) -> list[str]:
+    if isinstance(shape, tuple):
+        return [] if any(not _differences(value, one, where) for one in shape) else [f"{where}: {value!r}"]
+    if isinstance(shape, type):
+        return [] if type(value) is shape else [f"{where}: {value!r} is no {shape.__name__}"]
+    if type(value) is not type(shape):
+        return [f"{where}: {value!r} is no {type(shape).__name__}"]
+    if isinstance(shape, list):
+        return [line for n, item in enumerate(value) for line in _differences(item, shape[0], f"{where}[{n}]")]
+    found = [f"{where}: {key} is missing" for key in shape.keys() - value.keys()]
+    found += [f"{where}: {key} is new" for key in value.keys() - shape.keys()]
+    for key in sorted(shape.keys() & value.keys()):
+        found += _differences(value[key], shape[key], f"{where}.{key}")
+    return sorted(found)
