@@ -141,8 +141,9 @@ def overview() -> str:
 def _report(error: Exception) -> int:
     """Say what went wrong in one message; returns the exit code."""
     lacking = next((link for link in _chain(error) if isinstance(link, ModuleNotFoundError)), None)
-    if lacking is not None and (lacking.name or "").partition(".")[0] in PIPELINE:
-        print(f"error: this needs {lacking.name}: pip install 'deedsr[pipeline]'", file=sys.stderr)
+    package = (lacking.name or "").partition(".")[0] if lacking else ""
+    if package in PIPELINE:
+        print(f"error: this needs {package}: pip install 'deedsr[pipeline]'", file=sys.stderr)
         return FAILED
     ours = next((link for link in _chain(error) if isinstance(link, DeeDSRError)), None)
     if ours is not None:

@@ -256,7 +256,7 @@ def _others_may_read(path: Path) -> bool:
 
 def _said(error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError):
-        return f"this needs {error.name}: pip install 'deedsr[pipeline]'"
+        return f"this needs {(error.name or '').partition('.')[0]}: pip install 'deedsr[pipeline]'"
     return _masked(" ".join(str(error).split()) or type(error).__name__)[:500]
 
 
