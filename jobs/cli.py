@@ -26,7 +26,19 @@ from pipelines.storage import waiting
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 # Modules of `deedsr[pipeline]`, which `deedsr` alone does without.
-PIPELINE = {"alembic", "boto3", "botocore", "deepspeed", "grpc", "jinja2", "markupsafe", "mlflow", "pyarrow", "ray"}
+PIPELINE = {
+    "aiohttp",
+    "alembic",
+    "boto3",
+    "botocore",
+    "deepspeed",
+    "grpc",
+    "jinja2",
+    "markupsafe",
+    "mlflow",
+    "pyarrow",
+    "ray",
+}
 PIPELINE |= {"requests", "s3transfer", "sqlalchemy", "webdataset"}
 
 COMMANDS = {

@@ -51,7 +51,6 @@ class Dashboard:
         require_docstrings()
         self.address = address.rstrip("/")
         self._client = _client(self.address)
-        self._get("/api/version", _CONNECT_SECONDS)
 
     def jobs(self) -> list[Any]:
         """Ray's `JobDetails` of every job."""
@@ -117,8 +116,8 @@ class Dashboard:
         types = (status.get("autoscalerReport") or {}).get("nodeTypeMapping")
         return not types or any(kind != f"node_{node}" for node, kind in types.items())
 
-    def _get(self, path: str, seconds: float = _ANSWER_SECONDS) -> Any:
-        answer = self._client._do_request("GET", path, timeout=(_CONNECT_SECONDS, seconds))
+    def _get(self, path: str) -> Any:
+        answer = self._client._do_request("GET", path)
         if answer.status_code != 200:
             raise DeeDSRError(f"the dashboard at {self.address} answers {path} with status {answer.status_code}")
         return answer.json()
@@ -139,6 +138,8 @@ def _client(address: str) -> Any:
     class Client(JobSubmissionClient):
         def _do_request(self, method: str, endpoint: str, **words: Any) -> Any:
             seconds = _ANSWER_SECONDS if method == "GET" else _UPLOAD_SECONDS
+            if endpoint == "/api/version":  # the first question
+                seconds = _CONNECT_SECONDS
             try:
                 found = super()._do_request(method, endpoint, **{"timeout": (_CONNECT_SECONDS, seconds)} | words)
             except AuthenticationError as error:

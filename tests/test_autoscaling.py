@@ -94,6 +94,7 @@ def test_a_shipped_job_file_succeeds_on_a_cluster_without_gpus(head, place, name
     assert "Traceback" not in log
 
 
+@pytest.mark.soak
 def test_an_adapter_job_makes_a_gpu_node_start_and_says_what_it_waits_for(head, place):
     options = {"preset": "tiny", "train": {"max_steps": 1, "num_workers": 1}}
     code, _, log = head.submit(job_of("adapter", place, head, options), "--wait")

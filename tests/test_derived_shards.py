@@ -13,10 +13,10 @@ from deedsr.dataset.manifest import dataset_digest
 from deedsr.degradation.recipe import Recipe, load_recipe
 from deedsr.errors import DeeDSRError, UsageError
 from jobs import cli
+from pipelines.claims import running
 from pipelines.dataset import Dataset
 from pipelines.inspection import inspect
 from pipelines.shards import HeldBack, collect_garbage, export_pairs, generate, regenerate, verify
-from pipelines.shards.run import running
 from pipelines.storage import open_storage, publish
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

@@ -85,12 +85,13 @@ def progress(ray_cluster):
         yield progress
 
 
-@pytest.mark.parametrize("kind", ["one dies", "one is cut off and dies"])
+@pytest.mark.parametrize("kind", ["one dies", pytest.param("one is cut off and dies", marks=pytest.mark.soak)])
 def test_a_worker_that_dies_while_its_group_is_set_up_costs_another_start_and_no_failure(progress, tmp_path, kind):
     assert fit(progress, tmp_path, (kind,)) == 2
     assert len(list((tmp_path / "starts").iterdir())) == 2
 
 
+@pytest.mark.soak
 def test_a_group_that_cannot_be_set_up_with_all_workers_alive_is_not_tried_again(progress, tmp_path):
     with pytest.raises(TrainingFailedError, match="connection closed by peer"):
         fit(progress, tmp_path, ("all fail", "all fail"))

@@ -234,7 +234,7 @@ def test_a_crop_of_latents_lies_where_the_crop_of_pixels_lies_and_meets_the_same
             assert np.array_equal(of_pixels[name], of_latents[name]), name
         batch = {name: torch.from_numpy(np.asarray(value)[None]) for name, value in of_pixels.items()}
         with torch.no_grad():
-            z_hr = a._encoded(batch, torch.float32)[1][0].numpy()
+            z_hr = a._encoded(batch)[1][0].numpy()
         assert z_hr.shape == of_latents["z_hr"].shape == (4, 32, 32)
         inner = np.s_[:, 12:-12, 12:-12]  # beyond the VAE's receptive field from the border, but for its norms
         assert np.corrcoef(z_hr[inner].ravel(), of_latents["z_hr"][inner].ravel())[0, 1] > 0.98

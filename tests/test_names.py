@@ -315,7 +315,8 @@ def test_a_download_stays_in_its_folder_and_names_what_it_leaves_out(bucket, tmp
     keys(bucket, {f"{prefix}/unet/config.json": b"{}", f"{prefix}/..a": b"fine"})
     folder = localize(f"{bucket}/{prefix}")
     assert everything(folder) == {"unet/config.json", "..a"}
-    assert everything(tmp_path) == {str(folder.relative_to(tmp_path) / name) for name in ("unet/config.json", "..a")}
+    written = {name for name in everything(tmp_path) if not name.endswith(".used")}
+    assert written == {str(folder.relative_to(tmp_path) / name) for name in ("unet/config.json", "..a")}
     for name in bad:
         assert f"{bucket}/{prefix}/{name} is left out: no file can be called so here" in caplog.text
 

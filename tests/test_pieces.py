@@ -154,7 +154,10 @@ def deadly(source, data, lr_data, recipe, share, kills, times):
     return samples_of(source, data, lr_data, recipe, share)
 
 
-@pytest.mark.parametrize(("others", "times"), [(0, 99), (3, 99), (0, 2)])
+@pytest.mark.parametrize(
+    ("others", "times"),
+    [(3, 99), pytest.param(0, 99, marks=pytest.mark.soak), pytest.param(0, 2, marks=pytest.mark.soak)],
+)
 def test_only_a_source_that_kills_every_worker_is_left_out(photos, one_shard, tmp_path, others, times):
     """By itself in pieces, or one of several; dying twice is what being killed from outside looks like."""
     (tmp_path / "kills").mkdir()

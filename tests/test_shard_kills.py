@@ -31,6 +31,7 @@ def printed_digest(run: subprocess.CompletedProcess) -> str:
     return (re.findall(r"^[0-9a-f]{64}$", run.stdout, re.MULTILINE) or [run.stderr])[-1]
 
 
+@pytest.mark.soak
 def test_digest_is_the_same_on_three_nodes_of_which_one_is_killed(photos, small_recipe, tmp_path, digest):
     run = drive(photos, tmp_path / "out", small_recipe, nodes=3, victim="node")
     assert "killed a node" in run.stderr

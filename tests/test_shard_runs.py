@@ -13,6 +13,7 @@ from fault_proxy import FaultProxy
 
 from deedsr.degradation.recipe import Recipe
 from deedsr.errors import DatasetNotCommitted, DeeDSRError
+from pipelines.claims import running
 from pipelines.cluster import raise_error
 from pipelines.dataset import Dataset
 from pipelines.shards import Estimate, collect_garbage, estimate, execute, generate, run, verify
@@ -79,7 +80,7 @@ def test_garbage_is_not_collected_under_a_run_that_works_nor_where_no_dataset_is
         collect_garbage(str(tmp_path))
     out = str(tmp_path / "out")
     generate([str(photos / "validation")], out, few, 2, progress=False)
-    with run.running(open_storage(out)) as folder:
+    with running(open_storage(out)) as folder:
         claim = f"{folder.uri}/claim.json"
         with pytest.raises(DeeDSRError, match=f"process {os.getpid()}.*delete {claim} to go on at once"):
             collect_garbage(out)
@@ -219,7 +220,7 @@ def test_a_plan_takes_no_less_time_than_the_largest_shard_does_unless_shards_are
 def test_a_sign_of_life_that_fails_is_tried_again(tmp_path, monkeypatch):
     monkeypatch.setattr("pipelines.claims._HEARTBEAT", 0.02)
     out = open_storage(tmp_path)
-    with run.running(out) as folder:
+    with running(out) as folder:
         claim = folder.local_path("claim.json")
         claim.unlink()
         claim.mkdir()  # what is in its place cannot be replaced by a file

@@ -99,6 +99,7 @@ print("started", len(sys.argv) - 1)
 """
 
 
+@pytest.mark.soak
 def test_a_local_cluster_starts_whatever_the_temporary_folder_is_called(tmp_path):
     short = Path(tempfile.mkdtemp(prefix="w? 1%", dir="/tmp"))
     folders = [tmp_path / ("j" * 60), short / "gone", short / "é"]
