@@ -14,6 +14,7 @@ _SHARDS = {
     "written": int,
     "reused": int,
     "rejected": int,
+    "validation": int,
     "seconds": float,
     "start_up_seconds": float,
     "samples_per_second": float,
@@ -89,7 +90,9 @@ RESULTS: dict[str, Any] = {
         "broken": [str],
         "checks": [{"name": str, "found": str, "ok": bool, "remedy": str}],
     },
-    "submit": {"job_id": str, "status": str, "entrypoint": str, "address": str},
+    "submit": {"job_id": str, "status": str, "address": str, "follow": str, "stop": str},
+    "submit --wait": {"job_id": str, "status": str, "address": str},
+    "runs close-stale": {"closed": [str], "left": [str]},
 }
 
 

@@ -58,7 +58,7 @@ def test_a_shards_job_outlives_ctrl_c_is_followed_again_and_yields_the_digest_of
     code, output, log = head.submit(job, "--wait")
     assert code == 0, log
     result = json.loads(output)
-    assert differences("submit", result) == []
+    assert differences("submit --wait", result) == []
     assert result["job_id"] == job_id  # not a second one
     assert job_id.startswith("shards-")
     assert result["status"] == "SUCCEEDED"
