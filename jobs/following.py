@@ -44,26 +44,28 @@ def follow(board: Dashboard, job_id: str) -> Any:
     import aiohttp
 
     log, contact, line, status, failures = _Log(), _Contact(board, job_id), _Line(), None, 0
-    while True:
-        try:
-            details = board.job(job_id)
-            contact.regain()
-            if details.status != status and not details.status.is_terminal():
-                logger.info("%s %s", job_id, "is pending" if details.status == "PENDING" else "runs")
-            status = details.status
-            if status == "PENDING":
-                line.say(f"{job_id} is pending, waiting", partial(_awaited, board, job_id))
-            else:
-                asyncio.run(log.copy(board.log(job_id)))
-            if status.is_terminal():
-                return details
-        except (Unreachable, RuntimeError, OSError, aiohttp.ClientError) as error:
-            failures += 1
-            if status is not None and status.is_terminal() and failures >= LOG_TRIES:
-                logger.warning("the rest of the log of %s cannot be read: %s", job_id, error)
-                return details
-            contact.lose(error)
-        time.sleep(POLL_SECONDS)
+    with asyncio.Runner() as loop:
+        loop.get_loop()  # made at once: Ctrl-C in the middle of that would leave half of one
+        while True:
+            try:
+                details = board.job(job_id)
+                contact.regain()
+                if details.status != status and not details.status.is_terminal():
+                    logger.info("%s %s", job_id, "is pending" if details.status == "PENDING" else "runs")
+                status = details.status
+                if status == "PENDING":
+                    line.say(f"{job_id} is pending, waiting", partial(_awaited, board, job_id))
+                else:
+                    loop.run(log.copy(board.log(job_id)))
+                if status.is_terminal():
+                    return details
+            except (Unreachable, RuntimeError, OSError, aiohttp.ClientError) as error:
+                failures += 1
+                if status is not None and status.is_terminal() and failures >= LOG_TRIES:
+                    logger.warning("the rest of the log of %s cannot be read: %s", job_id, error)
+                    return details
+                contact.lose(error)
+            time.sleep(POLL_SECONDS)
 
 
 def stop(board: Dashboard, job_id: str) -> str:

@@ -283,6 +283,7 @@ def test_initial_weights_of_another_geometry_are_one_clear_error(learner, learne
         train_adapter(dataclasses.replace(adapter_options, **new | {"init": str(tmp_path)[1:]}), progress=False)
 
 
+@pytest.mark.soak
 def test_a_users_mistake_that_only_a_worker_meets_ends_the_run_instead_of_being_tried_again(
     learner, learner_options, tmp_path
 ):

@@ -85,7 +85,8 @@ def progress(ray_cluster):
         yield progress
 
 
-@pytest.mark.parametrize("kind", ["one dies", pytest.param("one is cut off and dies", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["one dies", "one is cut off and dies"])
 def test_a_worker_that_dies_while_its_group_is_set_up_costs_another_start_and_no_failure(progress, tmp_path, kind):
     assert fit(progress, tmp_path, (kind,)) == 2
     assert len(list((tmp_path / "starts").iterdir())) == 2

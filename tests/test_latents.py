@@ -98,6 +98,7 @@ def test_verify_reads_every_sample_and_finds_a_changed_byte(latents, tmp_path):
         verify(str(latents), replay=1, progress=False)
 
 
+@pytest.mark.soak
 def test_the_same_command_continues_and_gives_the_same_bytes(small_dataset, model, latents, tmp_path):
     """A run whose shards are half there makes the other half; the dataset is the one that a run from nothing makes."""
     out = tmp_path / "latents"

@@ -115,6 +115,7 @@ if not run.close():
 """
 
 
+@pytest.mark.soak
 def test_a_process_killed_while_the_store_is_away_leaves_the_next_one_all_that_was_not_sent(store, tmp_path):
     run = begin(store)
     log(run, 1, 5)

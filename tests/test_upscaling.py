@@ -342,6 +342,7 @@ def contents(out: Path) -> dict[str, bytes]:
     return {name: (out / name).read_bytes() for name in written(out)}
 
 
+@pytest.mark.soak
 def test_a_cluster_makes_the_same_bytes_also_when_a_worker_is_killed(ray_cluster, many, model, tmp_path):
     (many / "empty.png").write_bytes(b"")
     odd = os.fsdecode(b"caf\xe9 [1]\n.png")  # no Unicode, as names of files may be
