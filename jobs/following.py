@@ -45,7 +45,8 @@ def follow(board: Dashboard, job_id: str) -> Any:
 
     log, contact, line, status, failures = _Log(), _Contact(board, job_id), _Line(), None, 0
     with asyncio.Runner() as loop:
-        loop.get_loop()  # made at once: Ctrl-C in the middle of that would leave half of one
+        # Made at once: Ctrl-C in the middle of that would leave half of one. What it interrupts later is no news.
+        loop.get_loop().set_exception_handler(lambda *_: None)
         while True:
             try:
                 details = board.job(job_id)
