@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from pipelines.dataset import Dataset
+from pipelines.data.dataset import Dataset
 from pipelines.training.config import (
     PRESETS,
     AdapterModelOptions,

@@ -25,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import plain_degradation
 
 from deedsr.dataset.keys import generator
+from deedsr.dataset.recipe import load_recipe
 from deedsr.dataset.worker import prepare_worker
-from deedsr.degradation import chain, draw_degradation, load_recipe
+from deedsr.degradation import chain, draw_degradation
 
 SIDE = 512
 GOAL, PLAIN_AT_GOAL = 90, 30  # crops/s, on a machine where a plain chain made 30

@@ -119,8 +119,8 @@ def sampling_step(folder: Path, threads: int) -> dict[str, Any]:
 
     from deedsr import DeeDSRPipeline
     from deedsr.adapter import DegradationAwareAdapter
+    from deedsr.hub.model_folder import BASE_PARTS, load_part
     from deedsr.sampling.latents import decode_latents, encode_latents, enlarge
-    from deedsr.sampling.model_folder import BASE_PARTS, load_part
     from deedsr.sampling.schedule import ddim
 
     torch.set_num_threads(threads)

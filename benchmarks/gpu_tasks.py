@@ -292,7 +292,7 @@ def profile(asked: dict[str, Any]) -> dict[str, Any]:
 def pipeline_of(size: Size, work: str, precision: str) -> Any:
     from deedsr import DeeDSRPipeline
     from deedsr.adapter import DegradationAwareAdapter
-    from deedsr.sampling.model_folder import BASE_PARTS, load_part
+    from deedsr.hub.model_folder import BASE_PARTS, load_part
     from deedsr.sampling.schedule import ddim
 
     dtype = DTYPES[precision]

@@ -23,7 +23,10 @@ import torch
 
 from benchmarks.loader import make_shards
 from deedsr.dataset.worker import prepare_worker
-from pipelines.dataset import Dataset
+from pipelines.data.dataset import Dataset
+from pipelines.data.loader import Batch, micro_batches
+from pipelines.data.order import SampleOrder
+from pipelines.data.shard_cache import ShardCache
 from pipelines.machine import allowed_cpus
 from pipelines.shards.latents import make_latents
 from pipelines.training.adapter_stage import AdapterStage
@@ -34,9 +37,6 @@ from pipelines.training.config import (
     DiffusionOptions,
     TrainOptions,
 )
-from pipelines.training.loader import Batch, micro_batches
-from pipelines.training.order import SampleOrder
-from pipelines.training.shard_cache import ShardCache
 
 GOAL = 1.5
 # Stable Diffusion 2.1-base.

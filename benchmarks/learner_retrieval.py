@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from deedsr.dataset.keys import generator
+from deedsr.dataset.recipe import load_recipe
 from deedsr.degradation.chain import degrade
 from deedsr.degradation.draws import draw_degradation
-from deedsr.degradation.recipe import load_recipe
 from deedsr.learner.resnet import DegradationLearner
 
 SIDE, CANDIDATES = 512, 64

@@ -45,10 +45,10 @@ def decoded(sample: dict[str, Any]) -> dict[str, Any]:
 def ours(shards: str) -> Iterator[int]:
     from dataclasses import replace
 
-    from pipelines.dataset import Dataset
-    from pipelines.training.loader import follow, micro_batches
-    from pipelines.training.order import SampleOrder
-    from pipelines.training.shard_cache import ShardCache
+    from pipelines.data.dataset import Dataset
+    from pipelines.data.loader import follow, micro_batches
+    from pipelines.data.order import SampleOrder
+    from pipelines.data.shard_cache import ShardCache
 
     cache = ShardCache(0)
     dataset = replace(Dataset.open(shards), through=cache.open)
@@ -141,7 +141,7 @@ def run_arm(arm: str, shards: str, samples: int, cores: set[int]) -> tuple[float
 
 
 def make_shards(folder: Path, recipe_name: str) -> str:
-    from deedsr.degradation.recipe import Recipe, load_recipe
+    from deedsr.dataset.recipe import Recipe, load_recipe
     from pipelines.shards import generate
 
     recipe = Recipe.model_validate(load_recipe(recipe_name).model_dump(mode="json") | {"shard": SHARD, "variants": 4})

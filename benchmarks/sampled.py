@@ -12,9 +12,9 @@ import numpy as np
 
 from benchmarks.perceptual import PerceptualDistance
 from deedsr.dataset.keys import generator
+from deedsr.dataset.recipe import load_recipe
 from deedsr.degradation.chain import degrade
 from deedsr.degradation.draws import draw_degradation
-from deedsr.degradation.recipe import load_recipe
 from deedsr.metrics import niqe_set, psnr_y
 
 

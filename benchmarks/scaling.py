@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from deedsr.degradation.recipe import Recipe, load_recipe
+from deedsr.dataset.recipe import Recipe, load_recipe
 from pipelines.shards.build import shard_draft
 from pipelines.shards.generate import run_job
 from pipelines.shards.plan import ShardPlan, plan_shards

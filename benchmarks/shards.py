@@ -31,7 +31,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.sources_4k import make_sources
-from deedsr.degradation.recipe import Recipe, load_recipe
+from deedsr.dataset.recipe import Recipe, load_recipe
 from pipelines.shards import ShardsResult, generate, regenerate
 from pipelines.shards.build import FromSources
 from pipelines.shards.plan import ShardPlan, plan_shards

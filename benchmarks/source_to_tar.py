@@ -25,10 +25,10 @@ import webdataset
 from benchmarks.sources_4k import make_sources
 from deedsr.dataset.crops import choose_crops, cut
 from deedsr.dataset.keys import generator
+from deedsr.dataset.recipe import Recipe, load_recipe
 from deedsr.dataset.worker import prepare_worker
 from deedsr.degradation.draws import draw_degradation
-from deedsr.degradation.recipe import Recipe, load_recipe
-from pipelines.dataset import Dataset
+from pipelines.data.dataset import Dataset
 from pipelines.shards import build, samples
 from pipelines.shards.assemble import assemble
 from pipelines.shards.build import FromSources

@@ -18,7 +18,7 @@ from PIL import Image
 from deedsr.dataset.crops import choose_crops, cut
 from deedsr.dataset.keys import generator
 from deedsr.dataset.pictures import RejectedImage, decode
-from deedsr.degradation.recipe import load_recipe
+from deedsr.dataset.recipe import load_recipe
 from tools.tiny.photographs import VALIDATION
 
 SIDE, COUNT = 512, 24

@@ -38,14 +38,14 @@ from benchmarks.contact_sheet import centre, squares, write_sheet
 from benchmarks.kept import Kept, fingerprint
 from benchmarks.picture_measures import consistency, interval, measure, psnr
 from benchmarks.tiny_crops import ValidationCrop, cut_crops, read_crops
+from deedsr.dataset.assignment import assign_degradation
 from deedsr.dataset.keys import generator
-from deedsr.degradation.assignment import assign_degradation
+from deedsr.dataset.recipe import Recipe, load_recipe
 from deedsr.degradation.chain import degrade
-from deedsr.degradation.recipe import Recipe, load_recipe
+from deedsr.hub.model_folder import BASE_PARTS, TRAINED_PARTS, ModelFolder
 from deedsr.metrics import psnr_y
 from deedsr.sampling.images import to_uint8
 from deedsr.sampling.latents import decode_latents, encode_latents
-from deedsr.sampling.model_folder import BASE_PARTS, TRAINED_PARTS, ModelFolder
 from pipelines.models import load_pipeline, resolve_model
 
 RANGES = {"deedsr": "DeeDSR's ranges", "realesrgan": "Real-ESRGAN's ranges", "clean": "clean: area reduction alone"}

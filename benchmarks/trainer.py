@@ -90,7 +90,7 @@ def bare_arm(data: str, steps: int) -> dict[str, float]:
     import numpy as np
     import torch
 
-    from pipelines.dataset import Dataset
+    from pipelines.data.dataset import Dataset
     from pipelines.training.adapter_stage import AdapterStage
     from pipelines.training.config import micro_batch
     from pipelines.training.schedule import learning_rate

@@ -12,7 +12,7 @@ class CompareOptions:
 
 
 def run(options: CompareOptions) -> Outcome:
-    from pipelines.comparison import compare
+    from pipelines.reports.comparison import compare
 
     result = compare(options.experiment, options.out)
     return Outcome({"runs": result.runs, "page": result.page}, text=result.text())

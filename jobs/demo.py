@@ -176,7 +176,8 @@ class Chain:
         from PIL import Image
 
         from deedsr.dataset.keys import generator
-        from deedsr.degradation import degrade, draw_degradation, load_recipe
+        from deedsr.dataset.recipe import load_recipe
+        from deedsr.degradation import degrade, draw_degradation
 
         recipe = load_recipe("deedsr")
         low, high = self.out / "degraded", self.out / "hr"
@@ -195,9 +196,10 @@ class Chain:
     def report(self, seconds: float, learner: dict[str, Any], adapter: dict[str, Any]) -> Path:
         import platform
 
-        from pipelines import report, tracking
-        from pipelines.dataset import Dataset
+        from pipelines import tracking
+        from pipelines.data.dataset import Dataset
         from pipelines.machine import this_machine
+        from pipelines.reports import report
         from pipelines.tracking.provenance import library_versions
 
         dataset = Dataset.open(str(self.out / "shards"))
@@ -243,8 +245,9 @@ class Chain:
         )
 
     def _training_record(self, title: str, stage: str, run_id: str, names: tuple[str, ...]) -> Any:
-        from pipelines import report, tracking
-        from pipelines.curves import Curve
+        from pipelines import tracking
+        from pipelines.reports import report
+        from pipelines.reports.curves import Curve
 
         client = tracking.connect(tracking.tracking_uri())
         record = json.loads((self.out / stage / "training.json").read_text())
@@ -263,7 +266,7 @@ class Chain:
     def _pictures(self) -> list[Any]:
         import cv2
 
-        from pipelines import report
+        from pipelines.reports import report
 
         sets = []
         for low in sorted((self.out / "degraded").glob("*.png")):

@@ -22,7 +22,7 @@ class InspectOptions:
 
 
 def run(options: InspectOptions) -> Outcome:
-    from pipelines.inspection import inspect
+    from pipelines.reports.inspection import inspect
 
     if options.against is not None:
         return _compared(options, options.against)
@@ -32,7 +32,7 @@ def run(options: InspectOptions) -> Outcome:
 
 
 def _compared(options: InspectOptions, against: str) -> Outcome:
-    from pipelines.difference_page import inspect_against
+    from pipelines.reports.difference_page import inspect_against
 
     found = inspect_against(options.uri, against, options.out, options.samples, options.seed, log=options.tracking)
     values = dataclasses.asdict(found)

@@ -53,7 +53,7 @@ def _make(options: LatentsOptions) -> "ShardsResult":
 
 def _run_tracked(options: LatentsOptions) -> dict[str, Any]:
     from pipelines import tracking
-    from pipelines.dataset import Dataset
+    from pipelines.data.dataset import Dataset
     from pipelines.models import training_run
 
     pixels = Dataset.open(options.data)

@@ -17,8 +17,8 @@ from deedsr.errors import UsageError
 from jobs.command import Command, Outcome
 
 if TYPE_CHECKING:
-    from deedsr.degradation.recipe import Recipe
-    from pipelines.dataset import Dataset
+    from deedsr.dataset.recipe import Recipe
+    from pipelines.data.dataset import Dataset
     from pipelines.shards import ShardsResult
     from pipelines.tracking import Run
 
@@ -47,7 +47,7 @@ class ShardsOptions:
 
 
 def run(options: ShardsOptions) -> Outcome:
-    from deedsr.degradation.recipe import load_recipe
+    from deedsr.dataset.recipe import load_recipe
 
     check(options)
     if not (options.source or options.hr_from or options.join):
@@ -136,7 +136,7 @@ def _collected(options: ShardsOptions) -> Outcome:
 
 def _run_tracked(options: ShardsOptions, recipe: "Recipe") -> dict[str, Any]:
     from pipelines import tracking
-    from pipelines.dataset import Dataset
+    from pipelines.data.dataset import Dataset
 
     with tracking.start_run(
         options.experiment,

@@ -17,7 +17,7 @@ from pipelines.storage import localize, open_storage, publish
 if TYPE_CHECKING:
     import torch
 
-    from deedsr.sampling.model_folder import ModelFolder
+    from deedsr.hub.model_folder import ModelFolder
     from deedsr.sampling.pipeline import DeeDSRPipeline
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -32,8 +32,8 @@ def _local(name: str | Path) -> Path | str:
 
 def _is_of_model(path: str) -> bool:
     """Whether an object belongs to a model or base, and not to the training that wrote it or to unused parts."""
-    from deedsr.sampling.model_folder import PARTS
-    from deedsr.sampling.weights import NAME
+    from deedsr.hub.model_folder import PARTS
+    from deedsr.hub.weights import NAME
 
     folder, _, file = path.rpartition("/")
     is_weights = file.startswith(NAME) and file.endswith(".safetensors")
@@ -92,7 +92,7 @@ def resolve_model(model: str | Path) -> Path:
 
     Raises UsageError where there is none.
     """
-    from deedsr.sampling.model_folder import find_folder
+    from deedsr.hub.model_folder import find_folder
 
     return find_folder(_local(model))
 
@@ -102,7 +102,7 @@ def resolve_base(base: str | Path) -> Path:
 
     Raises UsageError where there is none.
     """
-    from deedsr.sampling.model_folder import find_base
+    from deedsr.hub.model_folder import find_base
 
     return find_base(_local(base))
 
@@ -112,7 +112,7 @@ def resolve_learner(learner: str | Path) -> Path:
 
     Raises UsageError where there is none.
     """
-    from deedsr.sampling.model_folder import find_folder
+    from deedsr.hub.model_folder import find_folder
 
     folder = find_folder(_local(learner))
     if (folder / "learner" / "config.json").is_file():
@@ -124,7 +124,7 @@ def resolve_learner(learner: str | Path) -> Path:
 
 def load_vae(base: str | Path, **options: Any) -> Any:
     """The autoencoder of a base; `options` as for diffusers' `from_pretrained` (`torch_dtype`)."""
-    from deedsr.sampling.model_folder import load_part
+    from deedsr.hub.model_folder import load_part
 
     return load_part(resolve_base(base), "vae", **options)
 
@@ -150,7 +150,7 @@ def load_pipeline(
     model or its base is missing, incomplete, or the base another than it was trained on; DeeDSRError where it is not
     the one of `digest` (see `model_digest`).
     """
-    from deedsr.sampling.model_folder import ModelFolder
+    from deedsr.hub.model_folder import ModelFolder
     from deedsr.sampling.pipeline import DeeDSRPipeline
 
     place = usable_device(device)
@@ -223,7 +223,7 @@ def usable_device(name: str) -> "torch.device":
 
 def training_run(model: str | Path) -> str | None:
     """MLflow run that trained a model or learner, where its folder says so."""
-    from deedsr.sampling.model_folder import find_folder
+    from deedsr.hub.model_folder import find_folder
 
     record = find_folder(_local(model)) / "training.json"
     return json.loads(record.read_bytes()).get("run_id") if record.is_file() else None
@@ -231,8 +231,8 @@ def training_run(model: str | Path) -> str | None:
 
 def model_digest(model: str, base: str | None = None) -> str:
     """SHA-256 over everything of a model that a result depends on: networks, scheduler, scale."""
-    from deedsr.sampling.digests import part_digest
-    from deedsr.sampling.model_folder import ModelFolder
+    from deedsr.hub.digests import part_digest
+    from deedsr.hub.model_folder import ModelFolder
 
     description = ModelFolder.read(resolve_model(model))
     folder = base_of(description, base)

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 
-from deedsr.degradation.recipe import Recipe
+from deedsr.dataset.recipe import Recipe
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -59,7 +59,7 @@ def lr(photos) -> np.ndarray:
 @pytest.fixture(scope="session")
 def small_recipe():
     """Crops of 128 px in groups of four degradations; the photographs under validation/ are for validation."""
-    from deedsr.degradation.recipe import Recipe, load_recipe
+    from deedsr.dataset.recipe import Recipe, load_recipe
 
     fields = load_recipe("deedsr").model_dump(mode="json")
     fields["crop"] |= {"size": 128, "per_source": 2}

@@ -9,7 +9,8 @@ import numpy as np
 
 from deedsr.dataset.codecs import encode
 from deedsr.dataset.keys import generator
-from deedsr.degradation import degrade, draw_degradation, load_recipe
+from deedsr.dataset.recipe import load_recipe
+from deedsr.degradation import degrade, draw_degradation
 
 RECIPES = ("deedsr", "realesrgan", "heavy")
 SIZES = ((96, 128), (65, 113), (160, 160), (256, 256))

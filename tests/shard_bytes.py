@@ -10,7 +10,7 @@ from pathlib import Path
 
 from degradation_bytes import hashes
 
-from deedsr.degradation.recipe import Recipe, load_recipe
+from deedsr.dataset.recipe import Recipe, load_recipe
 from pipelines.shards.build import FromSources
 from pipelines.shards.plan import plan_shards
 from pipelines.shards.sources import list_sources

@@ -19,7 +19,7 @@ import psutil
 import ray
 from ray.cluster_utils import Cluster
 
-from deedsr.degradation.recipe import Recipe
+from deedsr.dataset.recipe import Recipe
 from pipelines.shards import generate
 
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from deedsr.dataset.pictures import RejectedImage
-from deedsr.degradation.recipe import Recipe
+from deedsr.dataset.recipe import Recipe
 from pipelines.shards import generate
 from pipelines.shards.sources import Source, list_sources, read_source
 from pipelines.storage import open_storage

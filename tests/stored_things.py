@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from training_process import Group
 
-from pipelines.dataset import Dataset
+from pipelines.data.dataset import Dataset
 from pipelines.training.config import (
     AdapterModelOptions,
     AdapterOptions,
@@ -109,7 +109,7 @@ def _plain(value: Any) -> Iterator[Any]:
 
 def digests(folder: Path) -> dict[str, str]:
     """Everything that is stored as a digest somewhere, computed anew."""
-    from deedsr.sampling.digests import base_digest, part_digest
+    from deedsr.hub.digests import base_digest, part_digest
     from pipelines.models import model_digest
     from pipelines.storage import open_storage
     from pipelines.tracking.registry import weights_digest

@@ -5,11 +5,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from deedsr.dataset.assignment import assign_degradation
 from deedsr.dataset.codecs import decode_stored
 from deedsr.dataset.pictures import decode
-from deedsr.degradation.assignment import assign_degradation
+from deedsr.dataset.recipe import Recipe, load_recipe
 from deedsr.degradation.chain import degrade
-from deedsr.degradation.recipe import Recipe, load_recipe
 from pipelines.shards.samples import samples_of
 from pipelines.shards.sources import Source
 

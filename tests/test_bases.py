@@ -14,12 +14,12 @@ from small_networks import SCHEDULE, make_pipeline
 
 from deedsr.adapter import DegradationAwareAdapter
 from deedsr.errors import UsageError
+from deedsr.hub.base import check_base
+from deedsr.hub.model_folder import find_base, load_part
 from deedsr.learner.resnet import LEARNER_PRESETS, DegradationLearner
-from deedsr.sampling.base import check_base
-from deedsr.sampling.model_folder import find_base, load_part
 from deedsr.sampling.pipeline import DeeDSRPipeline
 from deedsr.sampling.schedule import ddim
-from pipelines.dataset import Dataset
+from pipelines.data.dataset import Dataset
 from pipelines.models import resolve_learner
 from pipelines.training.config import AdapterOptions, DiffusionOptions
 from pipelines.training.feasibility import check_adapter_data

@@ -8,7 +8,7 @@ import pytest
 
 from deedsr.errors import UsageError
 from pipelines import tracking
-from pipelines.comparison import compare
+from pipelines.reports.comparison import compare
 from pipelines.storage import open_storage
 from pipelines.tracking import DatasetInput
 

@@ -14,10 +14,10 @@ from deedsr.dataset.codecs import decode_stored, encode
 from deedsr.dataset.crops import choose_crops, cut
 from deedsr.dataset.manifest import Manifest
 from deedsr.dataset.pictures import RejectedImage, decode
+from deedsr.dataset.recipe import Crop
 from deedsr.degradation.chain import degrade
-from deedsr.degradation.recipe import Crop
 from deedsr.errors import DatasetNotCommitted, DeeDSRError
-from pipelines.dataset import Dataset
+from pipelines.data.dataset import Dataset
 from pipelines.shards.build import FromSources
 from pipelines.shards.plan import plan_shards
 from pipelines.shards.sources import list_sources

@@ -12,15 +12,8 @@ import torch
 from scipy import stats
 
 from deedsr.dataset.keys import generator
-from deedsr.degradation import (
-    builtin_recipes,
-    chain,
-    degrade,
-    draw_degradation,
-    kernels,
-    load_recipe,
-    scalar_parameters,
-)
+from deedsr.dataset.recipe import builtin_recipes, load_recipe
+from deedsr.degradation import chain, degrade, draw_degradation, kernels, scalar_parameters
 
 DEEDSR = load_recipe("deedsr").degradation
 SIGNIFICANCE = 1e-4  # of each statistical test; the draws are fixed, so that a test that passes keeps passing

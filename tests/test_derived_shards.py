@@ -10,12 +10,12 @@ import pytest
 from browser import Loads
 
 from deedsr.dataset.manifest import dataset_digest
-from deedsr.degradation.recipe import Recipe, load_recipe
+from deedsr.dataset.recipe import Recipe, load_recipe
 from deedsr.errors import DeeDSRError, UsageError
 from jobs import cli
 from pipelines.claims import running
-from pipelines.dataset import Dataset
-from pipelines.inspection import inspect
+from pipelines.data.dataset import Dataset
+from pipelines.reports.inspection import inspect
 from pipelines.shards import HeldBack, collect_garbage, export_pairs, generate, regenerate, verify
 from pipelines.storage import open_storage, publish
 

@@ -8,11 +8,11 @@ import pytest
 from browser import Loads
 from mlflow import MlflowClient
 
-from deedsr.degradation.recipe import Recipe
+from deedsr.dataset.recipe import Recipe
 from jobs import cli
 from pipelines import tracking
-from pipelines.dataset import Dataset
-from pipelines.difference_page import inspect_against
+from pipelines.data.dataset import Dataset
+from pipelines.reports.difference_page import inspect_against
 from pipelines.shards import generate
 
 
@@ -66,7 +66,7 @@ def png(pictures: dict[str, bytes]) -> str:
 
 def test_samples_and_sources_are_counted_by_what_they_are(new, old, tmp_path, monkeypatch):
     keys = [set(Dataset.open(uri).index()["key"].to_pylist()) for uri in (new, old)]
-    monkeypatch.setattr("pipelines.index._BATCH", 2)
+    monkeypatch.setattr("pipelines.data.index._BATCH", 2)
     monkeypatch.delattr(Dataset, "index")  # no index is held whole
     found = inspect_against(new, old, tmp_path / "p.html", progress=False)
     assert found.samples == {

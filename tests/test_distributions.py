@@ -11,7 +11,8 @@ import torch
 from scipy import stats
 
 from deedsr.dataset.keys import generator
-from deedsr.degradation import chain, degrade, draw_degradation, load_recipe, noise
+from deedsr.dataset.recipe import load_recipe
+from deedsr.degradation import chain, degrade, draw_degradation, noise
 from deedsr.degradation.fixed_point import PER_LEVEL, symmetric_weights, to_pixels
 from deedsr.degradation.kernels import KERNELS
 

@@ -4,7 +4,7 @@ import pytest
 from source_files import changed, listed, put, rejected, run, table_of, tar_of
 
 from deedsr.errors import UsageError
-from pipelines.dataset import Dataset
+from pipelines.data.dataset import Dataset
 from pipelines.shards import duplicates
 from pipelines.shards.duplicates import mark_duplicates
 from pipelines.shards.sources import Source

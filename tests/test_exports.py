@@ -10,8 +10,8 @@ from PIL import Image
 from small_networks import make_pipeline
 
 from deedsr.errors import UsageError
-from deedsr.sampling.digests import base_digest
-from deedsr.sampling.model_folder import find_base, pinned_base
+from deedsr.hub.digests import base_digest
+from deedsr.hub.model_folder import find_base, pinned_base
 from deedsr.sampling.pipeline import DeeDSRPipeline
 from jobs import cli
 from pipelines.models import load_pipeline
@@ -121,7 +121,7 @@ def test_a_hub_id_is_kept_with_its_revision(trained, tmp_path, monkeypatch):
 def test_a_training_continues_with_its_base_wherever_that_lies_and_refuses_another(
     trained, other_base, small_dataset, tmp_path
 ):
-    from pipelines.dataset import Dataset
+    from pipelines.data.dataset import Dataset
     from pipelines.training.fit import _weights_digest, train_adapter
 
     out = tmp_path / "out"

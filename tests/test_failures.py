@@ -16,12 +16,12 @@ from test_faults import small_disk  # noqa: F401
 from test_training import adapter_options, base, learner_options, variants  # noqa: F401
 from training_process import Group, kill, run, run_script
 
-from pipelines.dataset import Dataset
+from pipelines.data.dataset import Dataset
+from pipelines.data.order import SampleOrder
 from pipelines.storage import open_storage, publish
 from pipelines.training import checkpoint
 from pipelines.training.config import resolved
 from pipelines.training.incidents import WINDOW, LossWindow, Records
-from pipelines.training.order import SampleOrder
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +301,7 @@ def test_a_training_whose_storage_is_away_for_a_minute_ends_as_an_undisturbed_on
 ENDED = """
 import json, sys
 import torch
-from pipelines.dataset import Dataset
+from pipelines.data.dataset import Dataset
 from pipelines.training.config import LearnerOptions, from_resolved
 from pipelines.training.interruption import Stop, Unwritable
 from pipelines.training.learner_stage import LearnerStage

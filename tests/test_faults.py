@@ -25,7 +25,7 @@ from fault_proxy import FaultProxy
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines.claims import running
 from pipelines.cluster import scratch
-from pipelines.dataset import Dataset
+from pipelines.data.dataset import Dataset
 from pipelines.storage import Conflict, localize, open_storage, publish, waiting
 from pipelines.storage import s3 as s3_module
 

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from deedsr.degradation.recipe import Recipe
+from deedsr.dataset.recipe import Recipe
 from deedsr.errors import UsageError
-from pipelines.dataset import Dataset
+from pipelines.data.dataset import Dataset
 from pipelines.shards import generate
 from pipelines.training.config import ContrastOptions, LearnerModelOptions, LearnerOptions, TrainOptions
 from pipelines.training.feasibility import check_learner_data, warn_of_idle

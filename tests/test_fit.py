@@ -46,7 +46,7 @@ def store(tmp_path_factory):
 @pytest.fixture(scope="module")
 def shards_run(store, small_dataset) -> str:
     """The run that made the dataset, as `deedsr shards` records it."""
-    from pipelines.dataset import Dataset
+    from pipelines.data.dataset import Dataset
 
     with tracking.start_run(
         "deedsr-shards", name="shards", config={}, tags={"deedsr.kind": "shards"}, system_metrics=False
@@ -112,7 +112,7 @@ def test_the_result_names_run_checkpoint_and_progress(learner, learner_options):
 
 
 def test_the_run_knows_its_dataset_and_the_run_that_made_it(learner, shards_run, small_dataset):
-    from pipelines.dataset import Dataset
+    from pipelines.data.dataset import Dataset
 
     run = tracking.connect(tracking.tracking_uri()).get_run(learner.run_id)
     assert run.info.status == "FINISHED"

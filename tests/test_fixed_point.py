@@ -9,7 +9,8 @@ from degradation_bytes import picture
 from scipy import special
 
 from deedsr.dataset.keys import generator
-from deedsr.degradation import chain, draw_degradation, elementary, fixed_point, load_recipe, noise, resizing
+from deedsr.dataset.recipe import load_recipe
+from deedsr.degradation import chain, draw_degradation, elementary, fixed_point, noise, resizing
 
 WORST = np.where(generator("worst").random((40, 50, 3)) < 0.5, 0, 255).astype(np.uint8)
 

@@ -8,9 +8,9 @@ import torch
 from small_networks import make_pipeline
 
 from deedsr.errors import UsageError
+from deedsr.hub.model_folder import ModelFolder
 from deedsr.sampling.gate import RestorationGate, blend
 from deedsr.sampling.latents import enlarge
-from deedsr.sampling.model_folder import ModelFolder
 from deedsr.sampling.pipeline import DeeDSRPipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -19,7 +19,7 @@ from benchmarks.tiny_figures import degraded
 from deedsr import DeeDSRPipeline
 from deedsr.metrics import niqe, psnr_y
 from jobs import cli
-from pipelines.dataset import Dataset
+from pipelines.data.dataset import Dataset
 from pipelines.shards import generate
 
 SMALL = "06859a9061a671965f7ee998546f9e4b9a3e4c55c931116f0d0fb6241e4c60ec"  # by `small_recipe` of conftest.py
@@ -36,7 +36,7 @@ def test_the_shipped_photographs_have_their_digest(small_dataset):
 
 @pytest.mark.soak
 def test_the_shipped_photographs_have_their_digest_in_the_demo(ray_cluster, photos, tmp_path):
-    from deedsr.degradation.recipe import load_recipe
+    from deedsr.dataset.recipe import load_recipe
 
     result = generate([str(photos)], str(tmp_path), load_recipe("demo"), workers=2, progress=False)
     assert result.digest == DEMO

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from deedsr.dataset.recipe import builtin_recipes, load_recipe
 from deedsr.degradation.draws import draw_degradation, scalar_parameters
 from deedsr.degradation.limits import parameter_limits, parameter_names, parameter_shares, parameter_step
-from deedsr.degradation.recipe import builtin_recipes, load_recipe
-from pipelines.histograms import Histogram, NamedCounts
+from pipelines.reports.histograms import Histogram, NamedCounts
 
 
 def test_the_limits_and_shares_of_a_recipe_are_those_of_its_draws():

@@ -16,7 +16,7 @@ import yaml
 from fault_proxy import FaultProxy
 from hosts import ADDRESSES, BIN, BUCKET, MLFLOW, RAY, Host, Network, Process, wait_until
 
-from deedsr.degradation.recipe import Recipe
+from deedsr.dataset.recipe import Recipe
 from pipelines.storage import open_storage, publish
 from pipelines.training import checkpoint
 

@@ -15,12 +15,12 @@ import pytest
 from browser import Loads
 
 from deedsr.dataset.manifest import MANIFEST, REJECTED, SAMPLES, kept_copy
-from deedsr.degradation.recipe import Recipe, load_recipe
+from deedsr.dataset.recipe import Recipe, load_recipe
 from deedsr.errors import DatasetNotCommitted, DeeDSRError, UsageError
 from jobs import cli
-from pipelines.dataset import Dataset
-from pipelines.index import SampleIndex, StoredFile, left_out
-from pipelines.inspection import inspect
+from pipelines.data.dataset import Dataset
+from pipelines.data.index import SampleIndex, StoredFile, left_out
+from pipelines.reports.inspection import inspect
 from pipelines.shards import generate
 from pipelines.storage import open_storage, publish
 
@@ -255,7 +255,7 @@ def test_a_remote_dataset_gives_the_same_page_and_only_what_is_shown_is_read(
     read: list[tuple[str, int]] = []
     storage = type(open_storage(uri))
     ranged, whole = storage.read_range, storage.read
-    monkeypatch.setattr("pipelines.inspection.MEASURED", 1)
+    monkeypatch.setattr("pipelines.reports.inspection.MEASURED", 1)
     monkeypatch.setattr(storage, "read_range", lambda s, p, o, n: read.append((p, n)) or ranged(s, p, o, n))
     monkeypatch.setattr(storage, "read", lambda s, p: read.append((p, -1)) or whole(s, p))
     remote = Path(inspect(uri, tmp_path / "remote.html", 2, progress=False).page)
@@ -286,7 +286,7 @@ def test_columns_that_nobody_asked_for_are_not_read(small_dataset, tmp_path, mon
 
 
 def test_parts_and_batches_of_an_index_join_without_a_seam(small_dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipelines.index._BATCH", 7)
+    monkeypatch.setattr("pipelines.data.index._BATCH", 7)
     parted = Dataset.open(str(rewritten(small_dataset, tmp_path / "parted", lambda table: table)))
     index, table = SampleIndex(parted), parted.index()
     assert [len(part) for part in index.parts] == [20] * 6 + [16]

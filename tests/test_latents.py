@@ -16,7 +16,8 @@ from test_training import run_processes
 
 from deedsr.errors import DeeDSRError, UsageError
 from jobs import cli
-from pipelines.dataset import Dataset
+from pipelines.data.dataset import Dataset
+from pipelines.data.order import SampleOrder
 from pipelines.shards import verify
 from pipelines.shards.latents import make_latents
 from pipelines.storage import publish
@@ -29,7 +30,6 @@ from pipelines.training.config import (
     TrainOptions,
 )
 from pipelines.training.fit import train_adapter, train_learner
-from pipelines.training.order import SampleOrder
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -181,7 +181,7 @@ def options(small_dataset, model) -> AdapterOptions:
 
 def losses(options: AdapterOptions, steps: int = 3) -> list[float]:
     """Losses of the first batches on the untrained adapter."""
-    from pipelines.training.loader import micro_batches
+    from pipelines.data.loader import micro_batches
 
     dataset = Dataset.open(options.data)
     stage = AdapterStage(options, dataset.scale, dataset.manifest.latents)

@@ -219,7 +219,7 @@ def test_a_folder_of_another_format_is_refused_with_the_remedy(trained, tmp_path
 def test_a_hub_id_is_served_from_the_hubs_cache_without_a_network(trained, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
-    from deedsr.sampling.model_folder import find_base
+    from deedsr.hub.model_folder import find_base
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     cache, revision = tmp_path / "models--somebody--stable-diffusion", "0123456789abcdef0123456789abcdef01234567"
@@ -236,7 +236,7 @@ def test_a_hub_id_is_served_from_the_hubs_cache_without_a_network(trained, tmp_p
 def test_of_a_hub_only_what_is_used_is_downloaded():
     from huggingface_hub.utils import filter_repo_objects
 
-    from deedsr.sampling.model_folder import HUB_FILES
+    from deedsr.hub.model_folder import HUB_FILES
 
     wanted = {
         *("model_index.json", "LICENSE.md", "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json"),

@@ -18,10 +18,10 @@ from source_files import listed, problems, put, table_of, tar_of
 from deedsr.dataset.manifest import Manifest, ShardEntry, dataset_digest
 from deedsr.errors import DeeDSRError, UsageError
 from jobs.cli import main
+from pipelines.data.shard_cache import ShardCache
 from pipelines.shards.sources import read_source
 from pipelines.storage import localize, open_storage
 from pipelines.storage.patterns import matching, split_pattern
-from pipelines.training.shard_cache import ShardCache
 from pipelines.upscaling import upscale
 from pipelines.upscaling.sources import find_sources
 
@@ -201,7 +201,7 @@ def test_hidden_files_are_no_pictures_in_any_command(place, png, model):
 
 
 def test_hidden_files_beside_weights_change_no_digest(model, tmp_path):
-    from deedsr.sampling.digests import part_digest
+    from deedsr.hub.digests import part_digest
     from pipelines.training.fit import _weights_digest
 
     learner = Path(model) / "learner"

@@ -11,7 +11,7 @@ from source_files import put, rejected, run, tar_of
 from deedsr.dataset.pictures import decode
 from deedsr.errors import UsageError
 from jobs.cli import main
-from pipelines.dataset import Dataset
+from pipelines.data.dataset import Dataset
 from pipelines.shards import regenerate, verify
 from pipelines.shards.duplicates import mark_duplicates
 from pipelines.shards.sources import list_pairs, read_source

@@ -13,8 +13,8 @@ from picture_files import PHOTO, encoded, png, tiff
 from PIL import Image
 
 from deedsr.dataset.pictures import RejectedImage, decode
-from deedsr.degradation.recipe import Recipe
-from pipelines.dataset import Dataset
+from deedsr.dataset.recipe import Recipe
+from pipelines.data.dataset import Dataset
 from pipelines.shards import generate
 from pipelines.shards.sources import list_sources
 
@@ -147,7 +147,7 @@ sys.path.insert(0, sys.argv[1])
 from nasty_pictures import cases
 from deedsr.dataset.crops import choose_crops
 from deedsr.dataset.pictures import RejectedImage, decode
-from deedsr.degradation.recipe import Crop
+from deedsr.dataset.recipe import Crop
 digest = hashlib.sha256()
 photos = [path.read_bytes() for path in sorted(Path(sys.argv[2]).glob("*.jpg"))]
 for data in [case.data for case in cases() if not isinstance(case.expected, str)] + photos:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from deedsr.degradation.recipe import Recipe, load_recipe
+from deedsr.dataset.recipe import Recipe, load_recipe
 from deedsr.errors import DeeDSRError, UsageError
-from pipelines.dataset import Dataset
+from pipelines.data.dataset import Dataset
 from pipelines.shards import generate, regenerate
 from pipelines.shards.build import FromSources, _cuts
 from pipelines.shards.execute import _shares

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from pydantic import BaseModel
 
+from deedsr.dataset import recipe
 from deedsr.dataset.keys import content_key, generator, sample_key
-from deedsr.degradation import Recipe, builtin_recipes, load_recipe, recipe
+from deedsr.dataset.recipe import Recipe, builtin_recipes, load_recipe
 from deedsr.errors import UsageError
 
 

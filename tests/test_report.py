@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from browser import Loads
 
-from deedsr.degradation import degrade, draw_degradation, load_recipe
+from deedsr.dataset.recipe import load_recipe
+from deedsr.degradation import degrade, draw_degradation
 from deedsr.errors import DeeDSRError
-from pipelines.curves import Curve, draw, ticks
-from pipelines.report import (
+from pipelines.reports.curves import Curve, draw, ticks
+from pipelines.reports.report import (
     DemoReport,
     Evaluation,
     Link,

@@ -13,13 +13,13 @@ import pytest
 from fault_proxy import FaultProxy
 
 from deedsr.errors import UsageError
-from pipelines.dataset import Dataset
+from pipelines.data.dataset import Dataset
+from pipelines.data.loader import follow, micro_batches
+from pipelines.data.order import SampleOrder
+from pipelines.data.shard_cache import ShardCache
 from pipelines.placement import Nodes, Offer, place_training
 from pipelines.storage import open_storage, publish
 from pipelines.training.config import LearnerOptions, TrainOptions, check
-from pipelines.training.loader import follow, micro_batches
-from pipelines.training.order import SampleOrder
-from pipelines.training.shard_cache import ShardCache
 
 PLENTY = 1 << 30
 
@@ -58,8 +58,8 @@ READER = """
 import hashlib, json, sys, time
 from dataclasses import replace
 from pathlib import Path
-from pipelines.dataset import Dataset
-from pipelines.training.shard_cache import ShardCache
+from pipelines.data.dataset import Dataset
+from pipelines.data.shard_cache import ShardCache
 uri, folder, limit, file_size = sys.argv[1:]
 if int(file_size):
     import resource

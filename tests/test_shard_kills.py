@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.dataset import Dataset
+from pipelines.data.dataset import Dataset
 from pipelines.shards import collect_garbage, verify
 
 DRIVER = Path(__file__).parent / "shard_driver.py"

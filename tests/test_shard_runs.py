@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from fault_proxy import FaultProxy
 
-from deedsr.degradation.recipe import Recipe
+from deedsr.dataset.recipe import Recipe
 from deedsr.errors import DatasetNotCommitted, DeeDSRError
 from pipelines.claims import running
 from pipelines.cluster import raise_error
-from pipelines.dataset import Dataset
+from pipelines.data.dataset import Dataset
 from pipelines.shards import Estimate, collect_garbage, estimate, execute, generate, run, verify
 from pipelines.shards.build import FromSources
 from pipelines.shards.estimate import _Count

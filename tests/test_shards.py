@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deedsr.degradation.recipe import Recipe, Shard
+from deedsr.dataset.recipe import Recipe, Shard
 from deedsr.errors import DatasetNotCommitted, DeeDSRError, UsageError
-from pipelines.dataset import Dataset
+from pipelines.data.dataset import Dataset
 from pipelines.shards import generate, verify
 from pipelines.shards.plan import plan_shards
 from pipelines.shards.sources import Source, list_sources
@@ -82,7 +82,7 @@ def test_digest_is_the_same_from_a_list_file(photos, copy, tmp_path, small_recip
 
 DRIVER = """
 import sys
-from deedsr.degradation.recipe import Recipe
+from deedsr.dataset.recipe import Recipe
 from pipelines.shards import generate
 generate([sys.argv[1]], sys.argv[2], Recipe.model_validate_json(sys.argv[3]), workers=1, progress=False)
 """

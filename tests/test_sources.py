@@ -12,8 +12,8 @@ import pytest
 from source_files import changed, listed, problems, put, rejected, run, table_of, tar_of
 
 from deedsr.errors import UsageError
-from pipelines.dataset import Dataset
-from pipelines.inspection import inspect
+from pipelines.data.dataset import Dataset
+from pipelines.reports.inspection import inspect
 from pipelines.shards import verify
 from pipelines.shards.sources import Source, read_source
 from pipelines.shards.sources.tars import list_tar

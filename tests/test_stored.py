@@ -14,7 +14,7 @@ import deedsr
 from deedsr import DeeDSRPipeline
 from jobs import cli
 from jobs.job_file import load_job_file
-from pipelines.dataset import Dataset
+from pipelines.data.dataset import Dataset
 from pipelines.models import load_pipeline, resolve_learner, resolve_model
 from pipelines.shards import verify
 

@@ -70,7 +70,7 @@ def test_a_shards_job_outlives_ctrl_c_is_followed_again_and_yields_the_digest_of
         "_ray_pkg_*/"
     )
     assert (uploaded / "pipelines" / "shards" / "plan.py").is_file()
-    assert (uploaded / "pipelines" / "templates" / "base.html").is_file()
+    assert (uploaded / "pipelines" / "reports" / "templates" / "base.html").is_file()
     assert {path.name for path in uploaded.iterdir()}.isdisjoint({"docs", "tests", ".git", ".venv"})
     with contextlib.closing(sqlite3.connect(head.folder / "mlflow.db")) as store:
         tags = dict(store.execute("SELECT key, value FROM tags").fetchall())

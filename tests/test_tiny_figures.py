@@ -9,7 +9,7 @@ import pytest
 from benchmarks.picture_measures import FLAT, consistency, interval, patch_deviations
 from benchmarks.tiny_crops import COUNT, SHIPPED, SIDE, read_crops
 from benchmarks.tiny_figures import DEGRADED, degraded, degrading
-from deedsr.degradation.assignment import assign_degradation
+from deedsr.dataset.assignment import assign_degradation
 from tools.tiny.photographs import VALIDATION
 
 

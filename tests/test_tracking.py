@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines import tracking
-from pipelines.comparison import compare
+from pipelines.reports.comparison import compare
 from pipelines.tracking import DatasetInput
 
 DIGEST = "0123456789abcdef" * 4

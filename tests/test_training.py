@@ -13,7 +13,8 @@ from training_process import run_script
 
 from deedsr.errors import DeeDSRError, UsageError
 from deedsr.learner.moco import UNGROUPED
-from pipelines.dataset import Dataset
+from pipelines.data.dataset import Dataset
+from pipelines.data.order import SampleOrder
 from pipelines.storage import open_storage
 from pipelines.training import checkpoint
 from pipelines.training.config import (
@@ -32,7 +33,6 @@ from pipelines.training.config import (
     worker_range,
 )
 from pipelines.training.learner_stage import LearnerStage
-from pipelines.training.order import SampleOrder
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,7 @@ if os.environ.get("FLOAT64"):  # all that the project computes in fp32
     from deepspeed.accelerator import get_accelerator
     get_accelerator().supported_dtypes = lambda: [torch.float64]
 dist.init_process_group("gloo")
-from pipelines.dataset import Dataset
+from pipelines.data.dataset import Dataset
 from pipelines.training.config import AdapterOptions, LearnerOptions, from_resolved
 from pipelines.training.worker import train
 

@@ -102,7 +102,7 @@ def work(
     options = replace(options, out=out)
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    from pipelines.dataset import Dataset
+    from pipelines.data.dataset import Dataset
     from pipelines.storage import open_storage
     from pipelines.training import checkpoint, interruption
     from pipelines.training.adapter_stage import AdapterStage

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 
 from deedsr.dataset.pictures import RejectedImage
-from deedsr.degradation.recipe import Crop
+from deedsr.dataset.recipe import Crop
 
 __all__ = ["CropPlace", "choose_crops", "cut"]
 

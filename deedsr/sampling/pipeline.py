@@ -16,14 +16,14 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from deedsr.adapter.adapter import DegradationAwareAdapter
 from deedsr.adapter.condition_encoder import PreparedDegradation
 from deedsr.errors import UsageError
+from deedsr.hub.model_card import copy_base_licence, write_card
+from deedsr.hub.model_folder import BASE_PARTS, TRAINED_PARTS, ModelFolder, find_folder, load_part
 from deedsr.learner.resnet import DegradationLearner
 from deedsr.sampling.color_fix import fix_color
 from deedsr.sampling.gate import RestorationGate, blend
 from deedsr.sampling.guidance import alpha_bar, clean_latent, guidance_strengths, model_output
 from deedsr.sampling.images import OUTPUT_TYPES, Picture, from_tensors, pad_reflect, to_tensors
 from deedsr.sampling.latents import decode_latents, downsampling_factor, encode_latents, enlarge_window
-from deedsr.sampling.model_card import copy_base_licence, write_card
-from deedsr.sampling.model_folder import BASE_PARTS, TRAINED_PARTS, ModelFolder, find_folder, load_part
 from deedsr.sampling.schedule import ddim, require_prediction, require_signal, usable_eta
 from deedsr.sampling.settings import SamplingSettings
 from deedsr.sampling.solvers import solver_for

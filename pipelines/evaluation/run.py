@@ -28,17 +28,17 @@ from deedsr.metrics.registry import WITHOUT_WEIGHTS
 from deedsr.metrics.ssim import WINDOW
 from pipelines import cluster, tracking
 from pipelines.claims import Claim, held
-from pipelines.dataset import Dataset
+from pipelines.data.dataset import Dataset
+from pipelines.data.index import require_hr
+from pipelines.data.splits import no_validation
 from pipelines.evaluation.state import PICTURES, RESULTS, Measured, State
 from pipelines.evaluation.work import METHODS, Evaluated, Evaluator
-from pipelines.index import require_hr
 from pipelines.models import model_digest, pinned, resolve_model, training_run
 from pipelines.placement import Device, place_networks
-from pipelines.splits import no_validation
+from pipelines.reports.strips import strip
 from pipelines.spread import place, spread
 from pipelines.storage import Storage, open_storage
 from pipelines.storage.waiting import patiently
-from pipelines.strips import strip
 
 logger = logging.getLogger(__name__)
 LOGGED_PICTURES = 8  # comparisons among the artifacts of the MLflow run
@@ -107,7 +107,7 @@ def evaluate(
     Raises UsageError before any work for unknown metrics, an empty split, scales that differ, or an `out` that another
     command writes.
     """
-    from deedsr.sampling.model_folder import ModelFolder
+    from deedsr.hub.model_folder import ModelFolder
 
     dataset = Dataset.open(data).require_pixels("evaluation")
     require_hr(dataset)

@@ -13,7 +13,7 @@ from deedsr import __version__
 from deedsr.dataset.keys import generator
 from deedsr.metrics.metric import Metric, Setting
 from deedsr.metrics.registry import selected
-from pipelines.dataset import Dataset
+from pipelines.data.dataset import Dataset
 from pipelines.models import load_pipeline, usable_device
 from pipelines.placement import Device
 from pipelines.storage import localize

@@ -29,7 +29,7 @@ from deedsr.dataset.manifest import (
     ShardEntry,
     kept_copy,
 )
-from deedsr.degradation.recipe import Recipe
+from deedsr.dataset.recipe import Recipe
 from deedsr.errors import DeeDSRError
 from pipelines.scratch import scratch_folder
 from pipelines.shards.plan import ShardPlan

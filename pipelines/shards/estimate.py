@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from deedsr.dataset.keys import generator
 from deedsr.dataset.pictures import RejectedImage
-from deedsr.degradation.recipe import Recipe
+from deedsr.dataset.recipe import Recipe
 from pipelines.machine import this_machine
-from pipelines.page import bytes_text, count_text, duration_text
+from pipelines.reports.page import bytes_text, count_text, duration_text
 from pipelines.shards.plan import ShardPlan, plan_shards
 from pipelines.shards.record import Inventory
 from pipelines.shards.samples import samples_of

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from deedsr.dataset.manifest import MANIFEST, REJECTED, SAMPLES, STATE, kept_copy
 from deedsr.errors import DeeDSRError
 from pipelines.claims import DEAD_AFTER
-from pipelines.dataset import Dataset
-from pipelines.page import bytes_text, count_text
+from pipelines.data.dataset import Dataset
+from pipelines.reports.page import bytes_text, count_text
 from pipelines.shards.lineage import Derived, derived_datasets
 from pipelines.shards.record import Inventory
 from pipelines.shards.run import live_runs

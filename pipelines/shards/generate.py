@@ -9,11 +9,12 @@ from fnmatch import fnmatchcase
 from tqdm import tqdm
 
 from deedsr.dataset.manifest import MANIFEST, REJECTED, SAMPLES, HRSource, LatentsSource, kept_copy
-from deedsr.degradation.recipe import Recipe
+from deedsr.dataset.recipe import Recipe
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines.claims import running
-from pipelines.dataset import Dataset, relative_place
-from pipelines.index import require_hr
+from pipelines.data.dataset import Dataset, relative_place
+from pipelines.data.index import require_hr
+from pipelines.data.splits import no_validation
 from pipelines.placement import WorkPlan
 from pipelines.shards.assemble import Inherited, assemble, records_of
 from pipelines.shards.build import FromSources, ShardWork
@@ -26,7 +27,6 @@ from pipelines.shards.record import Inventory
 from pipelines.shards.run import PlanParts
 from pipelines.shards.sources import Source, list_pairs, list_sources
 from pipelines.shards.versions import warn_of_versions
-from pipelines.splits import no_validation
 from pipelines.storage import Storage, open_storage
 
 __all__ = ["ShardsResult", "export_pairs", "generate", "regenerate", "run_job"]

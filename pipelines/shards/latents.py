@@ -20,10 +20,10 @@ from deedsr.dataset.codecs import decode_stored
 from deedsr.dataset.latents import EXTENSION, Latents, pack
 from deedsr.dataset.manifest import LatentsSource
 from deedsr.errors import DeeDSRError, UsageError
-from deedsr.sampling.digests import part_digest
+from deedsr.hub.digests import part_digest
 from pipelines import cluster
-from pipelines.dataset import Dataset, relative_place
-from pipelines.index import require_hr
+from pipelines.data.dataset import Dataset, relative_place
+from pipelines.data.index import require_hr
 from pipelines.models import load_vae, on_a_worker, pinned, resolve_base, resolve_learner, usable_device
 from pipelines.placement import Device, place_networks
 from pipelines.shards.build import shard_draft

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from deedsr.dataset.manifest import STATE, Manifest
 from deedsr.errors import DatasetNotCommitted, DeeDSRError
-from pipelines.dataset import Dataset
+from pipelines.data.dataset import Dataset
 from pipelines.shards.run import live_runs
 from pipelines.storage import Storage, open_storage
 from pipelines.storage.errors import Refused

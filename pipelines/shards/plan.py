@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deedsr.dataset.manifest import FORMAT_VERSION, ShardEntry
-from deedsr.degradation.recipe import ALGORITHM_VERSION, Recipe, Shard, Split
+from deedsr.dataset.recipe import ALGORITHM_VERSION, Recipe, Shard, Split
 from pipelines.scratch import scratch_folder
 from pipelines.shards.sources import Source
 

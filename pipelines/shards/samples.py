@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
+from deedsr.dataset.assignment import assign_degradation
 from deedsr.dataset.codecs import EXTENSIONS, decode_stored, encode
 from deedsr.dataset.crops import CropPlace, choose_crops, cut
 from deedsr.dataset.keys import content_key, generator, sample_key
 from deedsr.dataset.pictures import RejectedImage, decode
-from deedsr.degradation.assignment import assign_degradation
+from deedsr.dataset.recipe import Recipe
 from deedsr.degradation.chain import degrade
 from deedsr.degradation.draws import scalar_parameters
-from deedsr.degradation.recipe import Recipe
 from pipelines.shards.sources import Source
 
 __all__ = ["WHOLE", "Crop", "Draft", "Drafts", "Share", "degraded", "rejection", "samples_of"]

@@ -17,11 +17,11 @@ from tqdm import tqdm
 from deedsr.dataset.codecs import decode_stored, encode
 from deedsr.dataset.latents import EXTENSION, unpack
 from deedsr.dataset.manifest import REJECTED, SAMPLES, LatentsSource, Manifest, ShardEntry
+from deedsr.dataset.recipe import Recipe
 from deedsr.degradation.chain import degrade
-from deedsr.degradation.recipe import Recipe
 from deedsr.errors import DeeDSRError
-from pipelines.dataset import Dataset
-from pipelines.index import require_hr
+from pipelines.data.dataset import Dataset
+from pipelines.data.index import require_hr
 from pipelines.machine import this_machine
 from pipelines.shards.derive import Tars
 from pipelines.storage import Storage

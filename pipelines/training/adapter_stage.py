@@ -15,13 +15,13 @@ import deedsr
 from deedsr.adapter.adapter import DegradationAwareAdapter, freeze
 from deedsr.dataset.keys import generator
 from deedsr.dataset.manifest import LatentsSource
+from deedsr.hub.digests import base_digest, part_digest
+from deedsr.hub.model_card import copy_base_licence, write_card
+from deedsr.hub.model_folder import FORMAT_VERSION, load_part
 from deedsr.learner.resnet import DegradationLearner
-from deedsr.sampling.digests import base_digest, part_digest
 from deedsr.sampling.latents import downsampling_factor, encode_latents, enlarge
-from deedsr.sampling.model_card import copy_base_licence, write_card
-from deedsr.sampling.model_folder import FORMAT_VERSION, load_part
 from deedsr.sampling.schedule import ddim
-from pipelines.dataset import Dataset
+from pipelines.data.dataset import Dataset
 from pipelines.models import load_vae, on_a_worker, resolve_base, resolve_learner, resolve_model
 from pipelines.training.config import AdapterOptions
 from pipelines.training.initial import initial_weights

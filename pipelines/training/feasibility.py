@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.compute as pc
 
 from deedsr.errors import UsageError
-from pipelines.dataset import Dataset
+from pipelines.data.dataset import Dataset
 from pipelines.training.config import AdapterOptions, LearnerOptions
 from pipelines.training.metrics import bucket_names, middles
 
@@ -47,9 +47,9 @@ def check_learner_data(options: LearnerOptions, dataset: Dataset) -> None:
 
 def check_adapter_data(options: AdapterOptions, dataset: Dataset, base: Path, learner: Path) -> None:
     """Refuse crops that the base's networks cannot take, a learner without weights, unknown sampling settings."""
-    from deedsr.sampling.base import picture_unit
+    from deedsr.hub.base import picture_unit
+    from deedsr.hub.weights import tensor_shapes
     from deedsr.sampling.settings import SamplingSettings
-    from deedsr.sampling.weights import tensor_shapes
 
     crop, scale = dataset.recipe.crop.size, dataset.scale
     unit = picture_unit(base)  # of the HR
@@ -109,7 +109,7 @@ def logged_metrics(
 
 
 def _timesteps(options: AdapterOptions, base: Path) -> int:
-    from deedsr.sampling.model_folder import read_config
+    from deedsr.hub.model_folder import read_config
 
     steps = int(read_config(base, "scheduler").get("num_train_timesteps", 1000))
     return min(options.diffusion.max_timestep or steps, steps)

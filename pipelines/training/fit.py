@@ -14,10 +14,10 @@ from deedsr.errors import UsageError
 from deedsr.metrics.psnr import PSNR
 from pipelines import cluster, tracking
 from pipelines.claims import held
-from pipelines.dataset import Dataset
-from pipelines.index import require_hr
+from pipelines.data.dataset import Dataset
+from pipelines.data.index import require_hr
+from pipelines.data.splits import no_validation
 from pipelines.placement import TrainingPlan, place_training
-from pipelines.splits import no_validation
 from pipelines.storage import Storage, open_storage
 from pipelines.training import checkpoint, tracked
 from pipelines.training.claim import Claim
@@ -72,9 +72,9 @@ def train_learner(options: LearnerOptions, *, progress: bool = True) -> TrainRes
 
 def train_adapter(options: AdapterOptions, *, progress: bool = True) -> TrainResult:
     """Stage 2; see `train_learner`."""
-    from deedsr.sampling.base import check_base
-    from deedsr.sampling.digests import base_digest
-    from deedsr.sampling.model_folder import pinned_base
+    from deedsr.hub.base import check_base
+    from deedsr.hub.digests import base_digest
+    from deedsr.hub.model_folder import pinned_base
     from pipelines.models import resolve_base, resolve_learner, training_run
 
     options = _located(options)
@@ -93,7 +93,7 @@ def train_adapter(options: AdapterOptions, *, progress: bool = True) -> TrainRes
 
 def _require_latents_of(dataset: Dataset, options: AdapterOptions, base: Path, learner: Path) -> None:
     """Refuse latents that other networks made than those that this training would use."""
-    from deedsr.sampling.digests import part_digest
+    from deedsr.hub.digests import part_digest
 
     made_of = dataset.manifest.latents
     if made_of is None:

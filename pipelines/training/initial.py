@@ -10,8 +10,8 @@ from torch import Tensor
 
 from deedsr.adapter.adapter import DegradationAwareAdapter
 from deedsr.errors import UsageError
+from deedsr.hub.model_folder import load_part
 from deedsr.learner.resnet import LEARNER_PRESETS, DegradationLearner
-from deedsr.sampling.model_folder import load_part
 from pipelines.models import resolve_base, resolve_learner, resolve_model
 from pipelines.training.config import AdapterOptions, LearnerModelOptions, LearnerOptions
 

@@ -14,7 +14,7 @@ from deedsr.learner.moco import UNGROUPED, MomentumContrast, same_group
 from deedsr.learner.normalization import commit_statistics, drop_statistics, pending_statistics
 from deedsr.learner.pairs import quadrant_pair
 from deedsr.learner.resnet import DegradationLearner
-from pipelines.dataset import Dataset
+from pipelines.data.dataset import Dataset
 from pipelines.training.config import LearnerOptions
 from pipelines.training.initial import initial_folder, initial_weights, learner_config
 from pipelines.training.stage import Workers, fresh, under

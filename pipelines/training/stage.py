@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from pipelines.dataset import Dataset
+from pipelines.data.dataset import Dataset
 
 
 class Workers(Protocol):

@@ -12,12 +12,15 @@ from torch import Tensor
 
 from deedsr.errors import DeeDSRError
 from pipelines.claims import Superseded
-from pipelines.dataset import Dataset
+from pipelines.data.blocked_reads import BlockedReads
+from pipelines.data.dataset import Dataset
+from pipelines.data.loader import Batch, follow, micro_batches
+from pipelines.data.order import SampleOrder
+from pipelines.data.shard_cache import ShardCache
 from pipelines.scratch import scratch_folder
 from pipelines.storage import Storage, open_storage, publish, waiting
 from pipelines.storage.errors import FAILURES
 from pipelines.training import checkpoint, tracked
-from pipelines.training.blocked_reads import BlockedReads
 from pipelines.training.claim import Claim
 from pipelines.training.config import (
     AdapterOptions,
@@ -29,12 +32,9 @@ from pipelines.training.config import (
 from pipelines.training.engine import Engine, on_cpu
 from pipelines.training.incidents import MOST_IN_A_ROW, LossWindow, Records
 from pipelines.training.interruption import Ended, Moved, Stop, Untrainable, Unwritable
-from pipelines.training.loader import Batch, follow, micro_batches
 from pipelines.training.metrics import Meter
-from pipelines.training.order import SampleOrder
 from pipelines.training.resume import read_agreed
 from pipelines.training.schedule import learning_rate
-from pipelines.training.shard_cache import ShardCache
 from pipelines.training.stage import Stage, under
 from pipelines.training.validation import Validation
 from pipelines.training.watchdog import Watchdog

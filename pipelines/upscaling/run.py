@@ -74,7 +74,7 @@ def upscale(
     A picture that cannot be read, enlarged or written is in `failed`. Raises UsageError before any work where an input
     has no picture, or the model, a setting or `out` is wrong.
     """
-    from deedsr.sampling.model_folder import ModelFolder
+    from deedsr.hub.model_folder import ModelFolder
 
     if workers is not None and not ray:
         raise UsageError(f"--workers {workers} is for --ray: give both, or neither")

@@ -124,7 +124,7 @@ class Upscaler:
 
     @cached_property
     def _scale(self) -> int:
-        from deedsr.sampling.model_folder import ModelFolder
+        from deedsr.hub.model_folder import ModelFolder
 
         return ModelFolder.read(resolve_model(self.model)).scale
 

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from deedsr import DeeDSRPipeline
+from deedsr.dataset.assignment import assign_degradation
 from deedsr.dataset.keys import generator
-from deedsr.degradation.assignment import assign_degradation
+from deedsr.dataset.recipe import load_recipe
 from deedsr.degradation.chain import degrade
-from deedsr.degradation.recipe import load_recipe
 from deedsr.sampling.latents import encode_latents, enlarge
 from tools.tiny.photographs import Photographs
 from tools.tiny.training import Budget

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 
 from deedsr import DeeDSRPipeline, DegradationAwareAdapter
-from deedsr.sampling.model_folder import find_folder, load_part
+from deedsr.hub.model_folder import find_folder, load_part
 from tools.tiny.assembly import write_model
 from tools.tiny.photographs import Photographs, to_signed
 from tools.tiny.training import SEED, Budget, Run, averaged_weights

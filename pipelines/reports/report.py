@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from deedsr.errors import DeeDSRError
 from deedsr.metrics.registry import known
-from pipelines.curves import Curve, draw
-from pipelines.page import data_uri, read_picture, write_page
+from pipelines.reports.curves import Curve, draw
+from pipelines.reports.page import data_uri, read_picture, write_page
 
 if TYPE_CHECKING:
     import numpy as np

@@ -18,7 +18,7 @@ import pyarrow.compute
 from deedsr.dataset import latents as latents_member
 from deedsr.dataset.codecs import decode_stored
 from deedsr.dataset.manifest import MANIFEST, SAMPLES, Manifest, kept_copy
-from deedsr.degradation.recipe import Recipe
+from deedsr.dataset.recipe import Recipe
 from deedsr.errors import DatasetNotCommitted, DeeDSRError, UsageError
 from pipelines.storage import Storage, open_storage
 

@@ -13,8 +13,9 @@ import numpy as np
 from deedsr.dataset.keys import generator
 from deedsr.errors import DeeDSRError
 from pipelines import tracking
-from pipelines.dataset import Dataset, Sample
-from pipelines.difference import (
+from pipelines.data.dataset import Dataset, Sample
+from pipelines.data.index import SampleIndex, require_hr
+from pipelines.reports.difference import (
     Difference,
     compare_samples,
     fingerprints,
@@ -22,11 +23,10 @@ from pipelines.difference import (
     recipe_difference,
     same_sources,
 )
-from pipelines.histograms import Histogram, NamedCounts
-from pipelines.index import SampleIndex, require_hr
-from pipelines.inspection import pair_view
-from pipelines.page import page_place, write_page
-from pipelines.survey import Parameter, Survey, spread_rows, survey
+from pipelines.reports.histograms import Histogram, NamedCounts
+from pipelines.reports.inspection import pair_view
+from pipelines.reports.page import page_place, write_page
+from pipelines.reports.survey import Parameter, Survey, spread_rows, survey
 from pipelines.tracking.store import sqlite_path
 
 __all__ = ["DifferenceResult", "inspect_against"]

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Self
 from deedsr.dataset.manifest import Manifest, ShardEntry
 from deedsr.errors import DeeDSRError
 from pipelines import machine
-from pipelines.dataset import Shards
+from pipelines.data.dataset import Shards
 from pipelines.storage import Storage
 from pipelines.storage.errors import explained
 

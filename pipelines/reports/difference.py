@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from pipelines.dataset import Dataset
-from pipelines.index import SampleIndex
+from pipelines.data.dataset import Dataset
+from pipelines.data.index import SampleIndex
 from pipelines.tracking.provenance import flatten
 
 __all__ = ["Difference", "Fingerprints", "compare_samples", "fingerprints", "recipe_difference"]

@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.compute
 from tqdm import tqdm
 
+from deedsr.dataset.recipe import Recipe
 from deedsr.degradation.kernels import KERNELS
 from deedsr.degradation.limits import parameter_limits, parameter_names, parameter_shares, parameter_step
-from deedsr.degradation.recipe import Recipe
-from pipelines.dataset import Dataset
-from pipelines.histograms import Histogram, NamedCounts
-from pipelines.index import SampleIndex
+from pipelines.data.dataset import Dataset
+from pipelines.data.index import SampleIndex
+from pipelines.reports.histograms import Histogram, NamedCounts
 
 __all__ = ["GROUP", "STRATUM", "Parameter", "Survey", "choose_rows", "spread_rows", "survey"]
 

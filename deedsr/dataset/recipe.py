@@ -145,7 +145,7 @@ class Recipe(_Part):
         return self.model_copy(update={name: getattr(other, name) for name in theirs} | {"formats": formats})
 
 
-_BUILTIN = files("deedsr.degradation") / "recipes"
+_BUILTIN = files("deedsr.dataset") / "recipes"
 _DEFAULT = "deedsr"  # the one recipe that gives every key
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipelines.curves import ticks
+from pipelines.reports.curves import ticks
 
 __all__ = ["Bar", "Histogram", "NamedCounts"]
 

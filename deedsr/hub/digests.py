@@ -5,7 +5,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from deedsr.sampling.weights import find_variant, weight_files
+from deedsr.hub.weights import find_variant, weight_files
 
 __all__ = ["base_digest", "part_digest"]
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from deedsr.errors import UsageError
-from deedsr.sampling.digests import base_digest
+from deedsr.hub.digests import base_digest
+from deedsr.hub.weights import NAME, find_variant
 from deedsr.sampling.settings import SamplingSettings
-from deedsr.sampling.weights import NAME, find_variant
 
 FORMAT_VERSION = 1
 BASE_PARTS = ("vae", "unet", "scheduler")

@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from deedsr.dataset.keys import generator
 from deedsr.metrics import psnr_y
-from pipelines.dataset import Dataset, Sample
-from pipelines.histograms import Histogram
-from pipelines.index import LeftOut, SampleIndex, left_out, require_hr
-from pipelines.page import data_uri, page_place, write_page
-from pipelines.report import describe_degradation, yaml_text
-from pipelines.survey import GROUP, STRATUM, Survey, choose_rows, survey
+from pipelines.data.dataset import Dataset, Sample
+from pipelines.data.index import LeftOut, SampleIndex, left_out, require_hr
+from pipelines.reports.histograms import Histogram
+from pipelines.reports.page import data_uri, page_place, write_page
+from pipelines.reports.report import describe_degradation, yaml_text
+from pipelines.reports.survey import GROUP, STRATUM, Survey, choose_rows, survey
 
 __all__ = ["InspectResult", "inspect"]
 

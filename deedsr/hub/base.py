@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from deedsr.errors import UsageError
-from deedsr.sampling.model_folder import BASE_PARTS, read_config
+from deedsr.hub.model_folder import BASE_PARTS, read_config
+from deedsr.hub.weights import tensor_shapes
 from deedsr.sampling.schedule import PREDICTIONS
-from deedsr.sampling.weights import tensor_shapes
 
 REMEDY = "give a text-to-image model such as Stable Diffusion 2.1-base"
 # What a UNet may ask for besides noisy latents, timestep and tokens; the adapter has nothing to give for it.

@@ -1,6 +1,6 @@
 """Datasets without a validation split: why there is none, and how to have one."""
 
-from deedsr.degradation.recipe import Recipe, builtin_recipes
+from deedsr.dataset.recipe import Recipe, builtin_recipes
 
 __all__ = ["no_validation"]
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from deedsr.dataset.keys import generator, sample_key
+from deedsr.dataset.recipe import Recipe
 from deedsr.degradation.draws import draw_degradation
-from deedsr.degradation.recipe import Recipe
 
 __all__ = ["Assignment", "assign_degradation"]
 

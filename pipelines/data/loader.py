@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute
 import torch
 
-from pipelines.training.order import SampleOrder
-from pipelines.training.shard_cache import ShardCache
+from pipelines.data.order import SampleOrder
+from pipelines.data.shard_cache import ShardCache
 
 Arrays = dict[str, Any]  # numpy arrays and numbers
 Batch = dict[str, torch.Tensor]

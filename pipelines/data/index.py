@@ -17,7 +17,7 @@ import pyarrow.parquet
 
 from deedsr.dataset.manifest import REJECTED, SAMPLES, kept_copy
 from deedsr.errors import DeeDSRError
-from pipelines.dataset import Dataset
+from pipelines.data.dataset import Dataset
 from pipelines.storage import Storage
 
 __all__ = ["LeftOut", "SampleIndex", "StoredFile", "left_out", "require_hr"]

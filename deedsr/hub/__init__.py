@@ -1,0 +1,1 @@
+"""Model folders: weights, what a base must be, model cards, digests."""

@@ -1,0 +1,1 @@
+"""Datasets of shards as they are read: index, order, loader, cache."""
