@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from small_networks import make_pipeline
+from torch.nn.functional import avg_pool2d
 
 from deedsr.errors import UsageError
 from deedsr.hub.model_folder import ModelFolder
@@ -39,7 +40,9 @@ def test_restoration_blends_the_sampled_picture_with_the_bicubic_enlargement(pip
     whole = sampled(pipe, crop)
     assert torch.equal(sampled(pipe, crop, restoration=1.0), whole)
     torch.testing.assert_close(sampled(pipe, crop, restoration=0.0), bicubic)
-    torch.testing.assert_close(sampled(pipe, crop, restoration=0.3), 0.3 * whole + 0.7 * bicubic, atol=1e-5, rtol=0)
+    coarse = enlarge(avg_pool2d(whole, 4), 4)
+    expected = 0.3 * coarse + 0.7 * bicubic + 0.6 * (whole - coarse)
+    torch.testing.assert_close(sampled(pipe, crop, restoration=0.3), expected.clamp(0, 1), atol=1e-5, rtol=0)
 
 
 def test_the_gate_follows_the_degradation_vector_alone_and_an_explicit_share_overrides_it(pipe, lr):
@@ -57,13 +60,22 @@ def test_the_gate_follows_the_degradation_vector_alone_and_an_explicit_share_ove
         torch.testing.assert_close(picture[None], sampled(own, crop), atol=1e-4, rtol=0)
 
 
+def test_half_a_restoration_keeps_all_of_the_detail_and_an_eighth_keeps_a_quarter():
+    colour = torch.full((2, 3, 16, 16), 0.4)
+    checks = 0.1 * ((torch.arange(16)[:, None] + torch.arange(16)) % 2) - 0.05  # of which each LR pixel's average is 0
+    picture = colour + 0.2 + checks
+    blend(picture, lambda rows: colour[:, :, rows], torch.tensor([0.5, 0.125]), 4)
+    expected = torch.stack([colour[0] + 0.1 + checks, colour[1] + 0.025 + checks / 4])
+    torch.testing.assert_close(picture, expected)
+
+
 def test_a_large_picture_is_blended_in_strips_as_a_small_one(monkeypatch):
     picture, reference = (torch.rand(2, 3, 40, 16, generator=torch.Generator().manual_seed(n)) for n in (1, 2))
-    shares = torch.tensor([0.2, 0.9])
-    expected = torch.lerp(reference, picture, shares.view(-1, 1, 1, 1))
+    shares, whole = torch.tensor([0.2, 0.9]), picture.clone()
+    blend(whole, lambda rows: reference[:, :, rows], shares, 4)
     monkeypatch.setattr("deedsr.sampling.images.STRIP", 7 * 16)
-    blend(picture, lambda rows: reference[:, :, rows], shares)
-    torch.testing.assert_close(picture, expected)
+    blend(picture, lambda rows: reference[:, :, rows], shares, 4)
+    torch.testing.assert_close(picture, whole)
 
 
 def test_a_saved_model_keeps_its_gate_and_one_without_is_loaded_as_before(pipe, lr, tmp_path):

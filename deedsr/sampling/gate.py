@@ -2,6 +2,9 @@
 
 A generative model changes pictures that need no change. The gate blends its picture with the bicubic enlargement of the
 LR image: a picture that is nearly clean takes little of it. A model carries its own gate, calibrated on photographs.
+
+The LR image shows the coarse part of a picture and says nothing about its detail. Between 0 and 1 a result therefore
+takes less of the sampled coarse part than of the sampled detail: it stays as sharp, and nearer to the LR image.
 Shape suffixes: B batch, V vectors per picture, D degradation vector, C channels, H W pixels.
 """
 
@@ -10,10 +13,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import torch
+from torch.nn.functional import avg_pool2d
 
 from deedsr.errors import UsageError
 from deedsr.sampling.color_fix import Rows
 from deedsr.sampling.images import strips
+from deedsr.sampling.latents import enlarge_window
+from deedsr.sampling.tiles import Window
 
 
 @dataclass(frozen=True)
@@ -43,9 +49,18 @@ class RestorationGate:
         return torch.sigmoid(vectors_BVD.float() @ weights_D + self.offset).mean(1)
 
 
-def blend(picture_BCHW: torch.Tensor, enlarged: Rows, shares_B: torch.Tensor) -> None:
-    """In place: `shares_B` of the picture, the rest of the enlarged LR image; strip by strip."""
-    shares_B111 = shares_B.view(-1, 1, 1, 1)
+def blend(picture_BCHW: torch.Tensor, enlarged: Rows, shares_B: torch.Tensor, scale: int) -> None:
+    """In place: `shares_B` of the picture, the rest of the enlarged LR image; strip by strip.
+
+    The picture's coarse part, its average over LR pixels enlarged, is taken by the share itself, what is left, the
+    detail, by twice the share, at most whole. A share of 0 is the enlarged LR image, 1 the picture.
+    """
+    coarse_B111 = shares_B.view(-1, 1, 1, 1)
+    detail_B111 = (2 * coarse_B111).clamp(max=1)
+    averages_BCHW = avg_pool2d(picture_BCHW, scale)
+    width = picture_BCHW.shape[3]
     for rows in strips(*picture_BCHW.shape[2:]):
         part = picture_BCHW[:, :, rows]
-        part.copy_(torch.lerp(enlarged(rows), part, shares_B111))
+        coarse = enlarge_window(averages_BCHW, scale, Window(rows.start, rows.stop, 0, width))
+        detail = (part - coarse) * detail_B111
+        part.copy_(torch.lerp(enlarged(rows), coarse, coarse_B111).add_(detail).clamp_(0, 1))

@@ -233,7 +233,7 @@ class DeeDSRPipeline(DiffusionPipeline):
         picture_BCHW.clamp_(0, 1)
         shares_B = self._shares(vectors_BVD, settings)
         if shares_B is not None:
-            blend(picture_BCHW, enlarged_rows, shares_B)
+            blend(picture_BCHW, enlarged_rows, shares_B, self.scale)
         return picture_BCHW
 
     def _cells_per_unit(self) -> int:

@@ -1,9 +1,13 @@
 """Calibration of a model's restoration gate on the pairs of the bank.
 
 For every pair the sampled picture is blended with the bicubic enlargement at each of SHARES. Wanted is the share that
-costs least, by the logarithms of EfficientNet-Lite1's distance and of the squared error, each over bicubic's, and of
-the noise in flat areas over the HR's, as far as it is more. The gate is fitted to that cost itself (between the shares
-it is interpolated), with a ridge penalty chosen by cross-validation.
+costs least, by the logarithms of EfficientNet-Lite1's distance and of the squared error, each over bicubic's, of the
+noise in flat areas over the HR's, as far as it is more, and of the HR's detail over the picture's, as far as that is
+less.
+
+A few hundred pairs are too few to fit all of the gate's weights to the cost. The harm of the whole sampled picture, the
+cost without the last term, is predicted from the vector by ridge regression, its penalty found by cross-validation; the
+gate follows this prediction, with the slope and the offset of least cost (interpolated between the shares).
 Shape suffixes: N pairs, S shares, D degradation vector.
 """
 
@@ -14,11 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from torch.nn.functional import avg_pool2d, interpolate
 from tqdm import tqdm
 
 from benchmarks.picture_measures import FLAT, patch_deviations
 from deedsr import DeeDSRPipeline
-from deedsr.sampling.gate import RestorationGate
+from deedsr.sampling.gate import RestorationGate, blend
 from deedsr.sampling.images import to_uint8
 from deedsr.sampling.latents import enlarge
 from tools.tiny.bank import write
@@ -26,18 +31,20 @@ from tools.tiny.features import Perceptual
 from tools.tiny.photographs import to_signed
 from tools.tiny.training import Budget
 
+MEASURES = ("distance", "error", "noise", "softness")
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-ERROR_WEIGHT, NOISE_WEIGHT = 0.5, 0.2  # beside the distance's 1
+ERROR_WEIGHT, NOISE_WEIGHT, SOFTNESS_WEIGHT = 0.5, 1.0, 1.0  # beside the distance's 1
 NOISE_FLOOR = 0.5  # 8-bit levels that nobody sees
 FLAT_PATCHES = 8  # of the HR, at least: else nothing is said about noise
-PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
-FOLDS, STEPS = 5, 400
+FOLDS = 5
+PENALTIES = (100.0, 300.0, 1000.0)
+SLOPES, OFFSETS = np.arange(0, 8.1, 0.5), np.arange(-2, 2.1, 0.2)
 BATCH = 4  # pictures at a time
 
 
 @torch.no_grad()
 def measure(work: Path, model: Path | str, budget: Budget) -> bool:
-    """Write distance and squared error of every pair at every share; whether all pairs are measured."""
+    """Write the MEASURES of every pair at every share; whether all pairs are measured."""
     pipeline = DeeDSRPipeline.from_pretrained(model, torch_dtype=torch.float32).to(budget.device)
     pipeline.set_progress_bar_config(disable=True)
     perceptual = Perceptual().to(budget.device)
@@ -56,14 +63,35 @@ def measure(work: Path, model: Path | str, budget: Budget) -> bool:
             seeds = [torch.Generator().manual_seed(part + number) for number in range(len(lr))]
             sampled = pipeline(list(lr), restoration=1.0, generator=seeds, output_type="pt").images
             bicubic = enlarge(lr, pipeline.scale)
-            pictures = [2 * torch.lerp(bicubic, sampled, share) - 1 for share in SHARES]
+            pictures = [2 * blended(sampled, bicubic, share, pipeline.scale) - 1 for share in SHARES]
             distances = perceptual(hr, *pictures)
             errors = [(picture - hr).square().mean((1, 2, 3)) for picture in pictures]
-            noises = excess_noise(pictures, hr)
-            costs.append(torch.stack([torch.stack(distances, 1), torch.stack(errors, 1), noises]).cpu())
-        distance, error, noise = torch.cat(costs, 1)
-        write(path, {"distance": distance, "error": error, "noise": noise, "degradation": pairs["degradation"]})
+            noises, softnesses = excess_noise(pictures, hr), softness(pictures, hr, pipeline.scale)
+            costs.append(torch.stack([torch.stack(distances, 1), torch.stack(errors, 1), noises, softnesses]).cpu())
+        measures = dict(zip(MEASURES, torch.cat(costs, 1), strict=True))
+        write(path, measures | {"degradation": pairs["degradation"]})
     return True
+
+
+def blended(sampled_BCHW: torch.Tensor, bicubic_BCHW: torch.Tensor, share: float, scale: int) -> torch.Tensor:
+    picture_BCHW = sampled_BCHW.clone()
+    blend(
+        picture_BCHW, lambda rows: bicubic_BCHW[:, :, rows], picture_BCHW.new_full((len(picture_BCHW),), share), scale
+    )
+    return picture_BCHW
+
+
+def softness(pictures: list[torch.Tensor], hr_BCHW: torch.Tensor, scale: int) -> torch.Tensor:
+    """Logarithm (B, S) of the detail in the HR over that in the picture, where it is less; all in [-1, 1].
+
+    Detail is the mean deviation of pixels from the average over their LR pixel.
+    """
+
+    def detail_B(x_BCHW: torch.Tensor) -> torch.Tensor:
+        averages = interpolate(avg_pool2d(x_BCHW, scale), scale_factor=scale)
+        return (x_BCHW - averages).abs().mean((1, 2, 3)) + 1e-3
+
+    return torch.stack([(detail_B(hr_BCHW) / detail_B(picture)).log().clamp_min(0) for picture in pictures], 1)
 
 
 def excess_noise(pictures: list[torch.Tensor], hr_BCHW: torch.Tensor) -> torch.Tensor:
@@ -83,49 +111,71 @@ def excess_noise(pictures: list[torch.Tensor], hr_BCHW: torch.Tensor) -> torch.T
 def fit(work: Path) -> RestorationGate:
     """The gate of least expected cost; prints what it costs on pairs that it was not fitted to."""
     files = [load_file(path) for path in sorted((work / "gate").glob("*.safetensors"))]
-    distance_NS, error_NS, noise_NS, vector_ND = (
-        torch.cat([file[key] for file in files]) for key in ("distance", "error", "noise", "degradation")
+    fold_N = np.concatenate([np.full(len(file["error"]), number % FOLDS) for number, file in enumerate(files)])
+    distance_NS, error_NS, noise_NS, softness_NS, vector_ND = (
+        torch.cat([file[key] for file in files]).double().numpy() for key in (*MEASURES, "degradation")
     )
-    relative = lambda x: (x / x[:, :1]).clamp_min(1e-3).log()
-    cost_NS = relative(distance_NS) + ERROR_WEIGHT * relative(error_NS) + NOISE_WEIGHT * noise_NS
-    fold_N = torch.cat([torch.full((len(file["error"]),), number % FOLDS) for number, file in enumerate(files)])
+    relative = lambda x: np.log(np.maximum(x / x[:, :1], 1e-3))
+    harm_NS = relative(distance_NS) + ERROR_WEIGHT * relative(error_NS) + NOISE_WEIGHT * noise_NS
+    cost_NS = harm_NS + SOFTNESS_WEIGHT * softness_NS
+    harm_N = harm_NS[:, -1] - harm_NS[:, 0]
     held_out = {}
     for penalty in PENALTIES:
-        shares_N = torch.zeros(len(cost_NS))
+        predicted_N, share_N = np.zeros(len(harm_N)), np.zeros(len(harm_N))
         for fold in range(FOLDS):
             inside = fold_N != fold
-            weights_D, offset = _fitted(vector_ND[inside], cost_NS[inside], penalty)
-            shares_N[~inside] = torch.sigmoid(vector_ND[~inside] @ weights_D + offset)
-        held_out[penalty] = (float(_cost(cost_NS, shares_N).mean()), shares_N)
+            predicted_N[~inside] = _predict(_regression(vector_ND[inside], harm_N[inside], penalty), vector_ND[~inside])
+        for fold in range(FOLDS):
+            inside = fold_N != fold
+            slope, offset = _response(predicted_N[inside], cost_NS[inside])
+            share_N[~inside] = _sigmoid(offset - slope * predicted_N[~inside])
+        held_out[penalty] = (float(_cost(cost_NS, share_N).mean()), predicted_N, share_N)
     penalty = min(held_out, key=lambda key: held_out[key][0])
-    cost, shares_N = held_out[penalty]
+    cost, predicted_N, share_N = held_out[penalty]
+    weights_D, constant = _regression(vector_ND, harm_N, penalty)
+    slope, offset = _response(predicted_N, cost_NS)
     summary = {
         "pairs": len(cost_NS),
         "penalty": penalty,
+        "correlation of the harm with what was predicted, held out": float(np.corrcoef(predicted_N, harm_N)[0, 1]),
         "cost at each share": dict(zip(SHARES, cost_NS.mean(0).tolist(), strict=True)),
         "cost with the gate, held out": cost,
-        "cost with the best share of each pair": float(cost_NS.min(1).values.mean()),
-        "shares, deciles": torch.quantile(shares_N, torch.linspace(0, 1, 11)).tolist(),
+        "cost with the best share of each pair": float(cost_NS.min(1).mean()),
+        "shares, deciles": np.quantile(share_N, np.linspace(0, 1, 11)).tolist(),
     }
     print(json.dumps(summary, indent=1))
-    weights_D, offset = _fitted(vector_ND, cost_NS, penalty)
-    return RestorationGate(tuple(round(w, 5) for w in weights_D.tolist()), round(float(offset), 5))
+    weights = tuple(round(float(weight), 5) for weight in -slope * weights_D)
+    return RestorationGate(weights, round(float(offset - slope * constant), 5))
 
 
-def _cost(cost_NS: torch.Tensor, share_N: torch.Tensor) -> torch.Tensor:
+def _regression(vector_ND: np.ndarray, harm_N: np.ndarray, penalty: float) -> tuple[np.ndarray, float]:
+    """Weights and constant of the ridge regression of the harm on the vector."""
+    mean_D, mean = vector_ND.mean(0), harm_N.mean()
+    centred_ND = vector_ND - mean_D
+    penalised_DD = centred_ND.T @ centred_ND + penalty * np.eye(len(mean_D))
+    weights_D = np.linalg.solve(penalised_DD, centred_ND.T @ (harm_N - mean))
+    return weights_D, float(mean - mean_D @ weights_D)
+
+
+def _predict(regression: tuple[np.ndarray, float], vector_ND: np.ndarray) -> np.ndarray:
+    weights_D, constant = regression
+    return vector_ND @ weights_D + constant
+
+
+def _response(predicted_N: np.ndarray, cost_NS: np.ndarray) -> tuple[float, float]:
+    """Slope and offset of `sigmoid(offset - slope * predicted harm)`, the share that costs least."""
+    costs = {
+        (slope, offset): _cost(cost_NS, _sigmoid(offset - slope * predicted_N)).mean()
+        for slope in SLOPES
+        for offset in OFFSETS
+    }
+    return min(costs, key=lambda key: costs[key])
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def _cost(cost_NS: np.ndarray, share_N: np.ndarray) -> np.ndarray:
     """Linear between the shares that were measured."""
-    place_N = share_N * (len(SHARES) - 1)
-    below_N = place_N.detach().floor().long().clamp(0, len(SHARES) - 2)
-    low_N, high_N = (cost_NS.gather(1, (below_N + step)[:, None])[:, 0] for step in (0, 1))
-    return torch.lerp(low_N, high_N, place_N - below_N)
-
-
-def _fitted(vector_ND: torch.Tensor, cost_NS: torch.Tensor, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
-    weights_D, offset = torch.zeros(vector_ND.shape[1], requires_grad=True), torch.zeros((), requires_grad=True)
-    optimizer = torch.optim.Adam([weights_D, offset], lr=0.02)
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        shares_N = torch.sigmoid(vector_ND @ weights_D + offset)
-        (_cost(cost_NS, shares_N).mean() + penalty * weights_D.square().sum()).backward()
-        optimizer.step()
-    return weights_D.detach(), offset.detach()
+    return np.array([np.interp(share, SHARES, costs) for share, costs in zip(share_N, cost_NS, strict=True)])
