@@ -50,6 +50,7 @@ COMMANDS = {
     "train learner": ("jobs.train_learner", "stage 1: the degradation learner"),
     "train adapter": ("jobs.train_adapter", "stage 2: the degradation-aware adapter around a frozen base"),
     "evaluate": ("jobs.evaluate", "metrics of a model, beside bicubic, on a dataset"),
+    "chain": ("jobs.chain", "shards, learner, latents, adapter and evaluation, one after the other"),
     "upscale": ("jobs.upscale", "enlarge pictures"),
     "export": ("jobs.export", "a trained model and its base in one folder"),
     "compare": ("jobs.compare", "the runs of an experiment side by side"),

@@ -32,7 +32,7 @@ def run(options: EvaluateOptions) -> Outcome:
         options.data,
         options.out,
         base=options.base,
-        metrics=[name.strip() for name in options.metrics.split(",") if name.strip()],
+        metrics=_names(options),
         metric_weights=options.metric_weights,
         border=options.border,
         split=options.split,
@@ -42,6 +42,19 @@ def run(options: EvaluateOptions) -> Outcome:
         **options.sampling(),
     )
     return Outcome(dataclasses.asdict(result))
+
+
+def check(options: EvaluateOptions) -> None:
+    """Refuses unknown metrics. Whether the node of the command has those of other packages is not known here."""
+    from deedsr.metrics.registry import find
+
+    for name in _names(options):
+        if ":" not in name:
+            find(name)
+
+
+def _names(options: EvaluateOptions) -> list[str]:
+    return [name.strip() for name in options.metrics.split(",") if name.strip()]
 
 
 def metrics() -> str:
@@ -56,4 +69,5 @@ COMMAND = Command(
     run,
     example="deedsr evaluate --model tiny --data shards --out evaluation --metrics psnr,ssim",
     details=metrics,
+    check=check,
 )

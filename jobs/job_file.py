@@ -38,7 +38,7 @@ from pipelines.tracking.stale import USER_VARIABLE, user
 from pipelines.tracking.store import sqlite_path, tracking_uri
 
 STORE = "MLFLOW_TRACKING_URI"
-WITH_STORE = ("shards", "latents", "train learner", "train adapter", "evaluate", "compare", "runs close-stale")
+WITH_STORE = ("chain", "shards", "latents", "train learner", "train adapter", "evaluate", "compare", "runs close-stale")
 # Between SIGTERM and SIGKILL of a job that is stopped, in which a training checkpoints. Ray's default is 3.
 STOP_SECONDS = {"RAY_JOB_STOP_WAIT_TIME_S": "120"}
 
@@ -141,12 +141,13 @@ def _load(path: Path, tree: dict[str, Any]) -> JobFile:
     except UsageError as error:
         raise UsageError(f"{path}: options: {error}") from None
     _check_store(path, job, options)
-    out = str(job.options["out"]) if "out" in job.options else "s3://"
-    if "://" not in out and not PurePosixPath(out).is_absolute():
-        raise UsageError(
-            f"{path}: options.out is {out!r}, relative to a working directory that vanishes with the job; "
-            "give an s3:// URI or an absolute path on storage that all nodes share"
-        )
+    for key, [*words] in words_of(job.options).items():
+        out = words[-1]
+        if key.rpartition(".")[2] == "out" and "://" not in out and not PurePosixPath(out).is_absolute():
+            raise UsageError(
+                f"{path}: options.{key} is {out!r}, relative to a working directory that vanishes with the job; "
+                "give an s3:// URI or an absolute path on storage that all nodes share"
+            )
     if job.working_dir is not None:
         folder = (path.parent / job.working_dir).resolve()
         if not folder.is_dir():

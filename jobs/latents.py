@@ -36,6 +36,16 @@ def run(options: LatentsOptions) -> Outcome:
     return Outcome(dataclasses.asdict(_make(options)))
 
 
+def finished(options: LatentsOptions) -> dict[str, Any] | None:
+    """The result where no shard would be made and MLflow has the run of the latents, else None. Makes nothing."""
+    from pipelines import tracking
+    from pipelines.shards.finished import finished_latents
+
+    found = finished_latents(options.data, options.base, options.learner, options.out, options.precision)
+    run_id = found and tracking.find_run(None, {"deedsr.kind": "latents", "deedsr.dataset.digest": found.digest})
+    return dataclasses.asdict(found) | {"run_id": run_id} if found and run_id else None
+
+
 def _make(options: LatentsOptions) -> "ShardsResult":
     from pipelines.shards.latents import make_latents
 

@@ -85,6 +85,20 @@ def check(options: ShardsOptions) -> None:
             raise UsageError(f"--{name} {getattr(options, name)} has no effect {where}: leave it out")
 
 
+def finished(options: ShardsOptions) -> dict[str, Any] | None:
+    """The result where no shard would be made and MLflow has the run of the dataset, else None. Makes nothing."""
+    from deedsr.dataset.recipe import load_recipe
+    from pipelines import tracking
+    from pipelines.shards.finished import finished_shards
+
+    recipe = load_recipe(options.recipe)
+    found = finished_shards(
+        options.out, recipe, sources=options.source, pairs=options.pairs, hr_from=options.hr_from, join=options.join
+    )
+    run_id = found and tracking.find_run(None, {"deedsr.kind": "shards", "deedsr.dataset.digest": found.digest})
+    return dataclasses.asdict(found) | {"run_id": run_id} if found and run_id else None
+
+
 def _make(options: ShardsOptions, recipe: "Recipe") -> "ShardsResult":
     from pipelines.shards import export_pairs, generate, regenerate
 
