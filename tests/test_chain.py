@@ -299,7 +299,7 @@ def test_a_chain_that_is_killed_in_the_learner_continues_and_ends_as_one_run_wit
 
     ended_by(signal.SIGKILL)
     assert states() == {"chain": ["RUNNING"], "shards": ["FINISHED"], "learner": ["RUNNING"]}
-    close = [sys.executable, "-m", "deedsr", "runs", "close-stale"]
+    close = [sys.executable, "-m", "deedsr", "runs", "close-stale", "--older", "0s"]
     subprocess.run(close, env=environment, check=True)
     assert states() == {"chain": ["KILLED"], "shards": ["FINISHED"], "learner": ["KILLED"]}
 

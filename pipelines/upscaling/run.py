@@ -1,6 +1,7 @@
 """The command: finds the pictures, has each one enlarged, and says what came of it."""
 
 import posixpath
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -15,6 +16,7 @@ from pipelines.placement import Device, place_networks
 from pipelines.spread import place, spread
 from pipelines.storage import Storage, open_storage, waiting
 from pipelines.storage.local import begun_name
+from pipelines.storage.lock import PARTIAL
 from pipelines.upscaling.encoding import Format
 from pipelines.upscaling.sources import Source, conflicts, find_sources
 from pipelines.upscaling.work import Done, Upscaler
@@ -116,9 +118,15 @@ def _spread(work: Upscaler, sources: list[Source], workers: int | None) -> Itera
     if not sources:
         return
     plan = place("upscale", len(sources), work.device, workers)
+    sentinel = f".{uuid.uuid4().hex}{PARTIAL}"  # which no listing shows
+    local = work.out.local_path("") is not None
     try:
-        yield from spread(replace(work, device=plan.device), sources, plan, "upscale")
+        if local:
+            work.out.write(sentinel, b"")
+        yield from spread(replace(work, device=plan.device, sentinel=sentinel), sources, plan, "upscale")
     finally:
+        if local:
+            work.out.delete(sentinel)
         _remove_parts(work.out, {source.target for source in sources})
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import socket
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from deedsr import __version__
-from deedsr.errors import DeeDSRError
+from deedsr.errors import DeeDSRError, UsageError
 from pipelines.models import Precision, load_pipeline, resolve_model
 from pipelines.placement import Device
 from pipelines.storage import Storage
@@ -64,6 +65,7 @@ class Upscaler:
     base: str | None = None  # where the model's base lies, if not where it says
     device: Device = "auto"  # see `pipelines.models.usable_device`
     precision: Precision = "auto"  # see `pipelines.models.load_pipeline`
+    sentinel: str = ""  # a file that is in a local `out` meanwhile: a worker that does not see it has other disks
 
     def __call__(self, source: Source) -> Done:
         """Raises DeeDSRError for what would fail with every other picture as well: the model, a full disk."""
@@ -71,6 +73,8 @@ class Upscaler:
         output = f"{self.out.uri.rstrip('/')}/{source.target}"
         done = lambda **more: Done(source.uri, output, round(time.monotonic() - began, 3), **more)
         format = format_of(source.target)
+        if self.sentinel:
+            self._require_shared(source)
         try:
             data = _read(source)
             mark = self._mark(data, format)
@@ -95,6 +99,17 @@ class Upscaler:
             self.out.require_writable(len(file))
             return done(reason=str(error))
         return done()
+
+    def _require_shared(self, source: Source) -> None:
+        """Raises UsageError on a worker whose disks are not those of the command."""
+        for storage, path in ((self.out, self.sentinel), (source.storage, "")):
+            place = storage.local_path(path)
+            if place is not None and not place.exists():
+                raise UsageError(
+                    f"on {socket.gethostname()}: {storage.uri} is missing, or another folder than where the command is "
+                    "given. Workers read pictures and write results by themselves: give folders that all nodes share "
+                    "or s3:// locations, or leave out --ray"
+                )
 
     def _mark(self, data: bytes, format: str) -> str:
         """What a result is made of, 32 hexadecimal digits; device and `auto` precision only change rounding."""
