@@ -37,6 +37,11 @@ def test_a_shards_job_outlives_ctrl_c_is_followed_again_and_yields_the_digest_of
     # Sources by a path inside the uploaded working directory.
     options = {"source": [str(photos.relative_to(ROOT))], "out": str(out), "recipe": str(recipe)}
     job = {"command": "shards", "name": "shards", "working_dir": str(ROOT), "options": options, "mlflow": "nodes"}
+    # Its tasks wait for the CPUs: it must not end between the two commands, however fast the machine is.
+    free = head.folder / "free"
+    holder = entry(head, f"until [ -e {free} ]; do sleep 0.2; done", entrypoint_num_cpus=2)
+    while state(head, holder) == "PENDING":
+        time.sleep(0.2)
 
     with head.start_submit(job, "--wait") as first:
         said = []
@@ -55,8 +60,16 @@ def test_a_shards_job_outlives_ctrl_c_is_followed_again_and_yields_the_digest_of
     assert f"deedsr submit --stop {job_id} --address {head.address}" in log
     assert "Traceback" not in log
 
-    code, output, log = head.submit(job, "--wait")
-    assert code == 0, log
+    with head.start_submit(job, "--wait") as second:
+        said = []
+        for line in second.stderr:
+            said.append(line)
+            if line.endswith(" is the same job and has not ended\n"):
+                break
+        free.touch()
+        output, rest = second.communicate(timeout=240)
+    log = "".join([*said, rest])
+    assert second.returncode == 0, log
     result = json.loads(output)
     assert differences("submit --wait", result) == []
     assert result["job_id"] == job_id  # not a second one

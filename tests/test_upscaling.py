@@ -377,7 +377,9 @@ def test_a_cluster_makes_the_same_bytes_also_when_a_worker_is_killed(ray_cluster
 @pytest.mark.parametrize("lacking", ["input", "out"])
 def test_a_worker_that_has_other_disks_than_the_command_is_named_and_writes_nothing(folder, model, tmp_path, lacking):
     out = open_storage(str(tmp_path / "out"))
-    work = Upscaler(model, model_digest(model), ModelFolder.read(Path(model)).sampling, 0, 95, False, out, sentinel=".here")
+    work = Upscaler(
+        model, model_digest(model), ModelFolder.read(Path(model)).sampling, 0, 95, False, out, sentinel=".here"
+    )
     source = Source(open_storage(str(folder)), "a.png", "a.png")
     if lacking == "input":
         out.write(".here", b"")
