@@ -286,7 +286,7 @@ def test_a_chain_that_is_killed_in_the_learner_continues_and_ends_as_one_run_wit
         newest = lambda: sorted(checkpoints.glob("step-*/checkpoint.json"))[-1:]
         before = newest()
         with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as chain:
-            deadline = time.monotonic() + 300
+            deadline = time.monotonic() + 1200
             while newest() == before and chain.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.1)
             chain.send_signal(number)

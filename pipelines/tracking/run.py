@@ -318,7 +318,7 @@ class Run:
             self.finish()
             return
         try:
-            self.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            self.finish("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
         except DeeDSRError as lost:  # what stopped the work matters more
             _log.warning("%s", lost)
 
