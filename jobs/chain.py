@@ -112,19 +112,21 @@ def steps(options: ChainOptions) -> Iterator[tuple[Step, Any]]:
 
 def check(options: ChainOptions) -> None:
     """Refuses what any of the steps would refuse, and steps that would write into each other's places."""
+    from pipelines.storage import open_storage
+
     for name in ("plan", "gc"):
         if getattr(options.shards, name):
             raise UsageError(f"shards.{name} is not for a chain, which makes shards and removes none: leave it out")
     for name in ("shards", "latents"):
         if not getattr(options, name).tracking:
             raise UsageError(f"{name}.tracking false: the steps of a chain are runs in MLflow: leave it out")
-    places = {options.out.rstrip("/"): "out"}
+    places = {open_storage(options.out).uri: "out"}
     for step, own in steps(options):
         try:
             step.command.check(own)
         except UsageError as error:
             raise UsageError(f"{step.name}: {error}") from None
-        other = places.setdefault(own.out.rstrip("/"), f"{step.name}.out")
+        other = places.setdefault(open_storage(own.out).uri, f"{step.name}.out")
         if other != f"{step.name}.out":
             raise UsageError(f"{step.name}.out and {other} are both {own.out}: give each a place of its own")
 
@@ -158,6 +160,7 @@ class Chain:
         skipped = []
         with self.stack:
             for number, (step, own) in enumerate(steps(self.options), 1):
+                self.claim.check()
                 logger.info("chain: %d of %d, %s: %s", number, len(STEPS), step.name, own.out)
                 outcomes[step.name] = self._done(step, own)
                 if self.idle:

@@ -71,7 +71,8 @@ def test_a_place_that_is_given_stays_and_the_steps_after_it_follow():
         (["--shards.plan", "true"], "shards.plan is not for a chain, which makes shards"),
         (["--latents.tracking", "false"], "latents.tracking false: the steps of a chain are runs in MLflow"),
         (["--latents.out", "run/shards/"], "latents.out and shards.out are both run/shards/"),
-        (["--learner.out", "run"], "learner.out and out are both run"),
+        (["--learner.out", f"file://{Path.cwd()}/run"], f"learner.out and out are both file://{Path.cwd()}/run"),
+        (["--learner.out", "gs://b/learner"], "gs://b/learner: locations are s3://bucket/prefix"),
         (["--learner.train.lrr", "1"], "unknown option --learner.train.lrr = 1; did you mean --learner.train.lr?"),
     ],
 )
