@@ -22,6 +22,7 @@ from pipelines.training.config import PRESETS, AdapterOptions, LearnerOptions
 
 if TYPE_CHECKING:
     from pipelines.claims import Claim
+    from pipelines.tracking import Run
 
 logger = logging.getLogger(__name__)
 AUTO = "auto"
@@ -151,7 +152,7 @@ class Chain:
         self.options, self.claim = options, claim
         self.place = tracking.masked_uri(claim.out.uri)
         self.run_id = tracking.find_run(options.experiment, {"deedsr.kind": "chain", "deedsr.out": self.place})
-        self.parent: tracking.Run | None = None  # while it is written
+        self.parent: Run | None = None  # while it is written
         self.idle = True  # the step at work has begun no run
         self.stack = ExitStack()
 
@@ -171,7 +172,7 @@ class Chain:
             if self._ended_early():
                 self._parent()
             if self.parent:
-                self._log_figures(outcomes)
+                self._log_results(self.parent, outcomes)
         values = {name: dict(outcome.values) for name, outcome in outcomes.items()}
         complete = all(outcome.complete for outcome in outcomes.values())
         return Outcome({"run_id": self.run_id, "skipped": skipped, **values}, complete=complete)
@@ -226,16 +227,22 @@ class Chain:
             if not dataset.index("validation").num_rows:
                 raise UsageError(f"{no_validation(dataset.uri, dataset.recipe)}; or give evaluate.split train")
 
-    def _log_figures(self, outcomes: dict[str, Outcome]) -> None:
-        """Those of the evaluation, at the adapter's step: a longer training is evaluated again."""
+    def _log_results(self, run: "Run", outcomes: dict[str, Outcome]) -> None:
+        """The dataset, and the figures at the adapter's step: a longer training is evaluated again. By both, `compare`
+        shows chains side by side."""
+        from deedsr.dataset.manifest import MANIFEST
+        from pipelines import tracking
+
+        made = outcomes["shards"].values
+        dataset = tracking.DatasetInput(made["digest"], made["manifest"].removesuffix(f"/{MANIFEST}"))
+        run.later(lambda: run.log_dataset(dataset, context="chain"))
         figures = {
             f"{method}.{name}": value
             for method, found in outcomes["evaluate"].values["metrics"].items()
             for name, value in found.items()
             if value is not None
         }
-        assert self.parent
-        self.parent.log_metrics(figures, outcomes["adapter"].values["step"])
+        run.log_metrics(figures, outcomes["adapter"].values["step"])
 
 
 def presets() -> dict[str, dict[str, Any]]:
