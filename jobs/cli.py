@@ -15,14 +15,16 @@ import sys
 import traceback
 from collections.abc import Iterator
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deedsr import __version__
 from deedsr.errors import DeeDSRError, UsageError
 from jobs.command import Command, Outcome
-from jobs.options import CommandParser
 from pipelines.machine import cache_folder
 from pipelines.storage import waiting
+
+if TYPE_CHECKING:
+    from jobs.options import CommandParser
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 # Modules of `deedsr[pipeline]`, which `deedsr` alone does without.
@@ -129,8 +131,10 @@ def _command_of(argv: list[str]) -> tuple[str, list[str]]:
     raise UsageError(f"unknown command {argv[0]!r}; {guess}")
 
 
-def load(name: str) -> tuple[Command, CommandParser]:
+def load(name: str) -> tuple[Command, "CommandParser"]:
     """A command and its parser."""
+    from jobs.options import CommandParser
+
     module = importlib.import_module(COMMANDS[name][0])
     command: Command = module.COMMAND
     parser = CommandParser(

@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from jsonargparse.typing import PositiveInt
+from pydantic import PositiveInt
 
 from deedsr.errors import UsageError
 from jobs.command import Command, Outcome
@@ -26,10 +26,10 @@ LABELS = {"demo": "This demo", "tiny": "tiny (shipped)"}
 
 @dataclasses.dataclass
 class DemoOptions:
-    out: str = "demo"  # folder of everything the demo makes
-    learner_steps: PositiveInt = 150  # optimizer steps of stage 1
-    adapter_steps: PositiveInt = 200  # optimizer steps of stage 2
-    workers: PositiveInt | None = None  # that make shards; null = every core of this machine
+    out: Annotated[str, "output folder"] = "demo"
+    learner_steps: Annotated[PositiveInt, "optimizer steps of stage 1"] = 150
+    adapter_steps: Annotated[PositiveInt, "optimizer steps of stage 2"] = 200
+    workers: Annotated[PositiveInt | None, "processes that make shards; null = one per CPU core"] = None
 
 
 @dataclasses.dataclass

@@ -5,14 +5,15 @@ code 1 where something is broken.
 """
 
 import dataclasses
+from typing import Annotated
 
 from jobs.command import Command, Outcome
 
 
 @dataclasses.dataclass
 class DoctorOptions:
-    out: str | None = None  # a place for results to try: folder or s3://bucket/prefix; null = the working directory
-    address: str | None = None  # of a Ray cluster's dashboard to try, such as http://127.0.0.1:8265
+    out: Annotated[str | None, "folder or s3://bucket/prefix to test; null = the working directory"] = None
+    address: Annotated[str | None, "Ray cluster's dashboard to test, such as http://127.0.0.1:8265"] = None
 
 
 def run(options: DoctorOptions) -> Outcome:

@@ -5,16 +5,17 @@ precision unless a torch_dtype is asked for.
 """
 
 import dataclasses
+from typing import Annotated
 
 from jobs.command import Command, Outcome
 
 
 @dataclasses.dataclass(kw_only=True)
 class ExportOptions:
-    model: str  # what `train adapter` wrote: folder, URI or models:/NAME/VERSION; or tiny
-    out: str  # the pipeline's folder, empty or not there yet: path or s3://bucket/prefix
-    base: str | None = None  # where the model's base lies: folder, URI or hub id; null = where the model says
-    half: bool = False  # store the weights in half precision
+    model: Annotated[str, "what `train adapter` wrote: folder, URI or models:/NAME/VERSION; or tiny"]
+    out: Annotated[str, "the pipeline's folder, empty or not there yet: path or s3://bucket/prefix"]
+    base: Annotated[str | None, "folder, URI or hub id of the model's base; null = as recorded in the model"] = None
+    half: Annotated[bool, "store the weights in half precision"] = False
 
 
 def run(options: ExportOptions) -> Outcome:

@@ -5,20 +5,21 @@ both, the difference of the recipes, and the same sources under both.
 """
 
 import dataclasses
+from typing import Annotated
 
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from jobs.command import Command, Outcome
 
 
 @dataclasses.dataclass
 class InspectOptions:
-    uri: str  # dataset: folder or s3://bucket/prefix
-    out: str = "inspection.html"  # page to write: file or s3://bucket/page.html
-    samples: PositiveInt = 24  # pairs on the page
-    seed: NonNegativeInt = 0  # chooses the pairs
-    against: str | None = None  # an older dataset: the page says what changed since
-    tracking: bool = True  # with --against: the MLflow run that made the dataset gets the page as a picture
+    uri: Annotated[str, "dataset: folder or s3://bucket/prefix"]
+    out: Annotated[str, "HTML page to write: file or s3://bucket/page.html"] = "inspection.html"
+    samples: Annotated[PositiveInt, "pairs on the page"] = 24
+    seed: Annotated[NonNegativeInt, "seed that selects the pairs"] = 0
+    against: Annotated[str | None, "older dataset to compare with"] = None
+    tracking: Annotated[bool, "with --against: attach the page to the dataset's MLflow run"] = True
 
 
 def run(options: InspectOptions) -> Outcome:

@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from deedsr.errors import UsageError
 from jobs.credentials import suspicious
-from jobs.options import mapping_of, spelled, words_of
+from jobs.options import mapping_of
 from jobs.site import filled, overridden
 from jobs.upload import EXCLUDES
 from pipelines.tracking.provenance import git_commit
@@ -79,7 +79,9 @@ class JobFile(BaseModel):
     @property
     def arguments(self) -> list[str]:
         """The options as one would type them."""
-        return [spelled(f"--{key}={word}") for key, words in words_of(self.options).items() for word in words]
+        from jobs.cli import load
+
+        return load(self.command)[1].words(self.options)
 
     @property
     def entrypoint(self) -> str:

@@ -7,6 +7,7 @@ too. A run with a heartbeat of the last ten minutes is left alone, and so are th
 import re
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Annotated
 
 from deedsr.errors import UsageError
 from jobs.command import Command, Outcome
@@ -16,8 +17,8 @@ UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 @dataclass
 class CloseStaleOptions:
-    older: str = "10m"  # only runs without heartbeat for so long: 30m, 1h, 2d
-    everyone: bool = False  # also runs of other users
+    older: Annotated[str, "minimum time since the last heartbeat: 30m, 1h, 2d"] = "10m"
+    everyone: Annotated[bool, "also runs of other users"] = False
 
 
 def run(options: CloseStaleOptions) -> Outcome:

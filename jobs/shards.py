@@ -9,9 +9,9 @@ other datasets are made of it; --gc --dry-run says what it would clear.
 
 import dataclasses
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from jsonargparse.typing import NonNegativeFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveInt
 
 from deedsr.errors import UsageError
 from jobs.command import Command, Outcome
@@ -28,22 +28,22 @@ PICTURES = 4  # pairs that the MLflow run shows
 
 @dataclasses.dataclass
 class ShardsOptions:
-    out: str  # the dataset: folder or s3://bucket/prefix
-    source: list[str] = dataclasses.field(default_factory=list)  # folders, s3:// prefixes, lists, tars, Parquet
-    pairs: list[str] = dataclasses.field(default_factory=list)  # LR of real pairs: a folder for all or for each source
-    hr_from: str | None = None  # dataset whose HR images are degraded anew
-    join: str | None = None  # dataset made by --hr-from, to be written with its HR
-    recipe: str = "deedsr"  # deedsr, realesrgan, light, medium, heavy, demo or a YAML file
-    workers: PositiveInt | None = None  # CPUs in use at a time; null = every one of the cluster
-    plan: bool = False  # make nothing: say how much it would be and how long it would take, from a short measured probe
-    nodes: PositiveInt = 1  # plan: machines
-    cores: PositiveInt | None = None  # plan: of each machine; null = as many as this one has
-    price: NonNegativeFloat | None = None  # plan: of one machine, per hour
-    gc: bool = False  # in the end, remove from --out what its manifest does not name: older versions lose their shards
-    dry_run: bool = False  # with --gc alone: remove nothing, say what would be removed
-    force: bool = False  # with --gc: remove even what other datasets, made of older versions, need
-    tracking: bool = True  # log an MLflow run
-    experiment: str = "deedsr-shards"  # MLflow experiment
+    out: Annotated[str, "the dataset: folder or s3://bucket/prefix"]
+    source: Annotated[list[str], "folders, URIs, lists, tars or Parquet"] = dataclasses.field(default_factory=list)
+    pairs: Annotated[list[str], "LR folder of real pairs, or one per source"] = dataclasses.field(default_factory=list)
+    hr_from: Annotated[str | None, "dataset whose HR images get new degradations"] = None
+    join: Annotated[str | None, "dataset made by --hr-from, to be written with its HR images"] = None
+    recipe: Annotated[str, "deedsr, realesrgan, light, medium, heavy, demo or a YAML file"] = "deedsr"
+    workers: Annotated[PositiveInt | None, "CPUs to use; null = all of the cluster"] = None
+    plan: Annotated[bool, "only estimate size and duration from a short measured probe"] = False
+    nodes: Annotated[PositiveInt, "plan: number of machines"] = 1
+    cores: Annotated[PositiveInt | None, "plan: CPU cores per machine; null = as many as this one has"] = None
+    price: Annotated[NonNegativeFloat | None, "plan: price of one machine per hour"] = None
+    gc: Annotated[bool, "at the end, delete objects in --out that the manifest does not name"] = False
+    dry_run: Annotated[bool, "with --gc alone: list what would be deleted"] = False
+    force: Annotated[bool, "with --gc: also delete what datasets made from older versions need"] = False
+    tracking: Annotated[bool, "log an MLflow run"] = True
+    experiment: Annotated[str, "MLflow experiment"] = "deedsr-shards"
 
 
 def run(options: ShardsOptions) -> Outcome:

@@ -14,7 +14,7 @@ import secrets
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from deedsr.errors import UsageError
 from jobs.command import Command, Outcome
@@ -31,14 +31,14 @@ IDENTITY, OUT = "deedsr.job", "deedsr.out"
 
 @dataclasses.dataclass
 class SubmitOptions:
-    job: str | None = None  # job file, such as jobs/shards.yaml
-    set: list[str] = dataclasses.field(
+    job: Annotated[str | None, "job file, such as jobs/shards.yaml"] = None
+    set: Annotated[list[str], "overrides such as train.lr=3e-5; several values make several jobs"] = dataclasses.field(
         default_factory=list
-    )  # over the file's options: train.lr=3e-5; 1e-5,3e-5: a job each
-    follow: str | None = None  # id of a job to follow until it has ended
-    stop: str | None = None  # id of a job to end; also one that still waits to start
-    address: str | None = None  # the cluster's dashboard; null = RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265
-    wait: bool = False  # follow the logs until the job has ended
+    )
+    follow: Annotated[str | None, "id of a job to follow until it ends"] = None
+    stop: Annotated[str | None, "id of a running or queued job to stop"] = None
+    address: Annotated[str | None, "dashboard URL; null = RAY_API_SERVER_ADDRESS or http://127.0.0.1:8265"] = None
+    wait: Annotated[bool, "follow the logs until the job ends"] = False
 
 
 def run(options: SubmitOptions) -> Outcome:

@@ -4,16 +4,17 @@ With --replay N the LR of N samples is also made again from the stored HR and th
 """
 
 import dataclasses
+from typing import Annotated
 
-from jsonargparse.typing import NonNegativeInt
+from pydantic import NonNegativeInt
 
 from jobs.command import Command, Outcome
 
 
 @dataclasses.dataclass
 class VerifyOptions:
-    uri: str  # dataset: folder or s3://bucket/prefix
-    replay: NonNegativeInt = 0  # samples, spread over the dataset, whose LR is made again
+    uri: Annotated[str, "dataset: folder or s3://bucket/prefix"]
+    replay: Annotated[NonNegativeInt, "number of samples whose LR is recomputed and compared"] = 0
 
 
 def run(options: VerifyOptions) -> Outcome:
