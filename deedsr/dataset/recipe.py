@@ -154,21 +154,22 @@ def builtin_recipes() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in _BUILTIN.iterdir() if entry.name.endswith(".yaml"))
 
 
-def load_recipe(name_or_path: str | Path) -> Recipe:
-    """The built-in recipe of that name, else the YAML file at that path.
+def load_recipe(given: str | Path | Mapping[str, Any]) -> Recipe:
+    """The built-in recipe of that name, else the YAML file at that path; a mapping is the content of such a file.
 
     A file gives only the keys that differ from its base: `base: NAME`, a built-in recipe or another file beside it,
     `deedsr` unless named. A list replaces the base's. In `strata`, a number is the share of the built-in recipe or file
     of that name, a mapping gives `share` and the ranges of `degradation` that differ from the recipe's own. Raises
     `UsageError` naming the key, its value and what is accepted.
     """
-    fields = _read(str(name_or_path), Path(), ())
-    fields = _with_strata(fields, str(name_or_path))
+    name = "inline" if isinstance(given, Mapping) else str(given)
+    fields = _on_its_base(dict(given), name, Path(), ()) if isinstance(given, Mapping) else _read(name, Path(), ())
+    fields = _with_strata(fields, name)
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:
         problems = "; ".join(_explain(problem) for problem in error.errors())
-        raise UsageError(f"recipe {name_or_path}: {problems}") from None
+        raise UsageError(f"recipe {name}: {problems}") from None
 
 
 def _read(name: str, folder: Path, seen: tuple[str, ...]) -> dict[str, Any]:
@@ -195,9 +196,12 @@ def _read(name: str, folder: Path, seen: tuple[str, ...]) -> dict[str, Any]:
         raise UsageError(f"recipe {name} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(fields, dict):
         raise UsageError(f"recipe {name} must be a YAML mapping of keys, got {type(fields).__name__}")
+    return fields if name == _DEFAULT else _on_its_base(fields, name, place, seen)
+
+
+def _on_its_base(fields: dict[str, Any], name: str, place: Path, seen: tuple[str, ...]) -> dict[str, Any]:
+    """The keys of a recipe's file over those of its base."""
     base = fields.pop("base", _DEFAULT)
-    if name == _DEFAULT:
-        return fields
     fields.setdefault("name", Path(name).stem)
     if not isinstance(base, str):
         raise UsageError(f"recipe {name}: base must be the name or path of a recipe, got {base!r}")
