@@ -25,18 +25,8 @@ class EvaluateOptions(SamplingOptions):
 def run(options: EvaluateOptions) -> Outcome:
     from pipelines.evaluation import evaluate
 
-    result = evaluate(
-        options.model,
-        options.data,
-        options.out,
-        metrics=[name.strip() for name in options.metrics.split(",") if name.strip()],
-        metric_weights=options.metric_weights,
-        border=options.border,
-        split=options.split,
-        limit=options.limit,
-        experiment=options.experiment,
-        **options.sampling(),
-    )
+    metrics = [name.strip() for name in options.metrics.split(",") if name.strip()]
+    result = evaluate(**dataclasses.asdict(options) | {"metrics": metrics})
     return Outcome(dataclasses.asdict(result))
 
 

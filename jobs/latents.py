@@ -39,16 +39,8 @@ def run(options: LatentsOptions) -> Outcome:
 def _make(options: LatentsOptions) -> "ShardsResult":
     from pipelines.shards.latents import make_latents
 
-    return make_latents(
-        options.data,
-        options.base,
-        options.learner,
-        options.out,
-        precision=options.precision,
-        batch_size=options.batch_size,
-        workers=options.workers,
-        device=options.device,
-    )
+    values = dataclasses.asdict(options)
+    return make_latents(**{name: value for name, value in values.items() if name not in ("tracking", "experiment")})
 
 
 def _run_tracked(options: LatentsOptions) -> dict[str, Any]:

@@ -179,7 +179,9 @@ class CommandParser(argparse.ArgumentParser):
         as_json = typed.pop("json", False)
         given: dict[str, Any] = {}
         for path in map(Path, typed.pop("config", [])):
-            in_file = self._leaves_of(mapping_of(path), path)
+            content = mapping_of(path)
+            content.pop("definitions", None)  # of logged metrics, which a run records beside its options
+            in_file = self._leaves_of(content, path)
             given = _layered(given, in_file)
             self.origins |= dict.fromkeys(in_file, path)
         given = _layered(given, typed)

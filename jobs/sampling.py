@@ -1,7 +1,7 @@
-"""Options of every command that samples pictures."""
+"""Options of every command that samples pictures, under the names that `pipelines.upscaling.upscale` gives them."""
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
@@ -24,7 +24,3 @@ class SamplingOptions:
     degradation_per_tile: Annotated[bool | None, "one degradation vector per tile, for collages"] = None
     restoration: Annotated[UnitInterval | None, "weight of the model's output; the rest is bicubic"] = None
     seed: Annotated[NonNegativeInt, "seed of the sampling noise"] = 0
-
-    def sampling(self) -> dict[str, Any]:
-        """What `pipelines.upscaling.upscale` and `pipelines.evaluation.evaluate` take of these."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplingOptions)}

@@ -33,9 +33,9 @@ class ShardsOptions:
     pairs: Annotated[list[str], "LR folder of real pairs, or one per source"] = dataclasses.field(default_factory=list)
     hr_from: Annotated[str | None, "dataset whose HR images get new degradations"] = None
     join: Annotated[str | None, "dataset made by --hr-from, to be written with its HR images"] = None
-    recipe: Annotated[
-        str | dict[str, Any], "name (deedsr, light, medium, heavy, ...), YAML file or its content"
-    ] = "deedsr"
+    recipe: Annotated[str | dict[str, Any], "name (deedsr, light, medium, heavy, ...), YAML file or its content"] = (
+        "deedsr"
+    )
     workers: Annotated[PositiveInt | None, "CPUs to use; null = all of the cluster"] = None
     plan: Annotated[bool, "only estimate size and duration from a short measured probe"] = False
     nodes: Annotated[PositiveInt, "plan: number of machines"] = 1

@@ -29,18 +29,8 @@ class UpscaleOptions(SamplingOptions):
 def run(options: UpscaleOptions) -> Outcome:
     from pipelines.upscaling import upscale
 
-    result = upscale(
-        options.input,
-        options.out,
-        model=options.model,
-        format=options.format,
-        quality=options.quality,
-        overwrite=options.overwrite,
-        ray=options.ray,
-        workers=options.workers,
-        precision=options.precision,
-        **options.sampling(),
-    )
+    values = dataclasses.asdict(options)
+    result = upscale(values.pop("input"), **values)
     return Outcome(dataclasses.asdict(result), complete=not result.failed)
 
 
