@@ -1,4 +1,4 @@
-"""docs/architecture.md names where things are: each name exists."""
+"""The documents: names of code, commands and links that they give exist; hooks before a commit are those of `make lint`."""
 
 import ast
 import re
@@ -56,3 +56,30 @@ def test_the_hooks_before_a_commit_run_what_make_lint_runs():
     assert [hook["entry"].removeprefix(".venv/bin/") for hook in hooks] == [
         line.strip() for line in rule[1].splitlines()
     ]
+
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]
+
+
+def anchors_of(text: str) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_between_documents_leads_somewhere(document):
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+        file, _, anchor = target.partition("#")
+        if "://" in file:
+            continue
+        path = document.parent / file if file else document
+        assert path.exists(), target
+        assert not anchor or anchor in anchors_of(path.read_text()), target
+
+
+@pytest.mark.parametrize("document", sorted((ROOT / "docs/measured").glob("*.md")), ids=lambda path: path.stem)
+def test_every_page_of_measurements_names_commands_that_exist(document):
+    modules = set(re.findall(r"python -m (benchmarks\.\w+)", document.read_text()))
+    assert modules
+    assert [name for name in modules if not (ROOT / f"{name.replace('.', '/')}.py").exists()] == []
