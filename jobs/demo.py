@@ -34,7 +34,7 @@ class DemoOptions:
 
 @dataclasses.dataclass
 class Timed:
-    """One step of the chain: what a person would type, how long it took, what came out."""
+    """One step of the chain: its command line, duration and result."""
 
     name: str
     command: str
@@ -103,7 +103,7 @@ def _farewell(values: dict[str, Any], evaluations: dict[str, Any]) -> str:
 
 
 class Chain:
-    """The commands, one after the other, each through the same door as on the command line."""
+    """Runs the commands one after the other, with options parsed as on the command line."""
 
     def __init__(self, out: Path, options: DemoOptions):
         self.out, self.options = out, options
@@ -117,7 +117,7 @@ class Chain:
         return values
 
     def _run(self, name: str, words: list[str], said: Callable[[Any], str]) -> dict[str, Any]:
-        """One command, with the words that a person would type."""
+        """Runs one command, given its command line."""
         from jobs.cli import load
 
         length = 2 if words[0] == "train" else 1

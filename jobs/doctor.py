@@ -1,7 +1,7 @@
-"""Look at everything that commands depend on: versions, devices, limits, plans, storage, MLflow, cluster.
+"""Check everything that commands depend on: versions, devices, limits, plans, storage, MLflow, cluster.
 
-Each line says ok or what to do. It is what a bug report should hold: passwords, tokens and keys are left out. Exit
-code 1 where something is broken.
+Each line has `ok` or the remedy. Put the output into a bug report; it holds no passwords, tokens or keys. Exit code 1
+if a check fails.
 """
 
 import dataclasses

@@ -31,7 +31,7 @@ def run(options: EvaluateOptions) -> Outcome:
 
 
 def metrics() -> str:
-    """What `--help` says of the metrics."""
+    """List of the metrics in `--help`."""
     from deedsr.metrics.registry import described
 
     return f"metrics:\n{described()}"

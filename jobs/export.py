@@ -1,7 +1,7 @@
 """Write a trained model and its base into one folder, which DeeDSRPipeline.from_pretrained loads without anything else.
 
---half stores the base's networks and the adapter in half precision, for half the bytes; they compute in full
-precision unless a torch_dtype is asked for.
+--half stores the base's networks and the adapter in half precision, in half the bytes; they are loaded in full
+precision unless torch_dtype is given.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Look at a dataset: one HTML page with pairs and their draws, every parameter's histogram, severity, and rejects.
 
-With --against, what regenerating changed since an older dataset: samples added, gone and changed, what was drawn in
-both, the difference of the recipes, and the same sources under both.
+With --against, compares with an older dataset: samples added, removed and changed, the distributions of sampled
+parameters, the differing recipe keys, and the same sources in both.
 """
 
 import dataclasses

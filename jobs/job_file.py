@@ -158,7 +158,7 @@ def _load(path: Path, tree: dict[str, Any]) -> JobFile:
 
 
 def _check_store(path: Path, job: JobFile, options: Any) -> None:
-    """Refuses a job whose MLflow run would vanish with its working directory, unless it says so."""
+    """UsageError if the MLflow run would be lost with the working directory, unless the job file accepts that."""
     store = job.runtime_env.env_vars.get(STORE)
     if store is not None:
         try:

@@ -1,4 +1,4 @@
-"""Compute once what the frozen networks of stage 2 would compute at each step: latents and degradation vectors.
+"""Compute the outputs of stage 2's frozen networks once, instead of in each step: latents and degradation vectors.
 
 Writes a dataset of latents: for each shard of --data one with the same keys, which `deedsr train adapter` takes as its
 --data, without the pixels, on the same base and learner. Without --learner the LR images are kept, and the learner

@@ -1,7 +1,7 @@
-"""End runs in MLflow that nobody writes any more: as KILLED, with the time of their last heartbeat.
+"""End stale runs in MLflow: set them to KILLED, with the time of their last heartbeat as end.
 
-Of the store of MLFLOW_TRACKING_URI. A killed process leaves its run RUNNING; the next command on the same --out ends it
-too. A run with a heartbeat of the last ten minutes is left alone, and so are those of other users.
+In the store of MLFLOW_TRACKING_URI. A killed process leaves its run RUNNING; the next command with the same --out ends
+it, too. Runs with a heartbeat in the last ten minutes and runs of other users are not changed.
 """
 
 import re

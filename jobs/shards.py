@@ -3,8 +3,8 @@
 The same command again reuses every finished shard whose sources, recipe and algorithm are unchanged. With --pairs,
 real LR pictures that are matched by name, nothing is degraded. In place of --source: --hr-from makes new degradations
 of the HR that a dataset holds, and writes LR only; --join writes such a dataset with its HR, self-contained. --plan
-makes nothing and says what it would take. --gc alone clears what older versions and killed runs left in --out, unless
-other datasets are made of it; --gc --dry-run says what it would clear.
+makes nothing and estimates size, time and cost. --gc alone deletes leftovers of older versions and killed runs from --out,
+unless other datasets depend on them; --gc --dry-run lists them.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ def run(options: ShardsOptions) -> Outcome:
 
 
 def check(options: ShardsOptions) -> None:
-    """Refuses options that do not go together, or that would have no effect beside the others."""
+    """Raises UsageError for options that exclude each other or have no effect together."""
     given = [name for name in ("source", "hr_from", "join") if getattr(options, name)]
     if len(given) > 1 or not (given or options.gc):
         raise UsageError("give one of --source, --hr-from and --join" + (", not several" if given else ""))

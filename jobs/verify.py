@@ -1,6 +1,6 @@
 """Re-hash every shard against the manifest and read every sample of a dataset.
 
-With --replay N the LR of N samples is also made again from the stored HR and the recorded draws, and compared.
+With --replay N, the LR of N samples is also recomputed from the stored HR and the recorded parameters, and compared.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The documents: names of code, commands and links that they give exist; hooks before a commit are those of `make lint`."""
+"""Names of code, commands and links in the documents exist; hooks before a commit are those of `make lint`."""
 
 import ast
 import re
