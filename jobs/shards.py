@@ -3,7 +3,7 @@
 The same command again reuses every finished shard whose sources, recipe and algorithm are unchanged. With --pairs,
 real LR pictures that are matched by name, nothing is degraded. In place of --source: --hr-from makes new degradations
 of the HR that a dataset holds, and writes LR only; --join writes such a dataset with its HR, self-contained. --plan
-makes nothing and estimates size, time and cost. --gc alone deletes leftovers of older versions and killed runs from --out,
+makes nothing and estimates size, time and cost. --gc alone deletes leftovers of old versions and killed runs in --out,
 unless other datasets depend on them; --gc --dry-run lists them.
 """
 
