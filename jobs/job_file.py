@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from deedsr.errors import UsageError
 from jobs.credentials import suspicious
-from jobs.options import mapping_of
+from jobs.options import mapping_of, spelled
 from jobs.site import filled, overridden
 from jobs.upload import EXCLUDES
 from pipelines.tracking.provenance import git_commit
@@ -81,7 +81,8 @@ class JobFile(BaseModel):
         """The options as one would type them."""
         from jobs.cli import load
 
-        return load(self.command)[1].words(self.options)
+        words = load(self.command)[1].words_of(self.options)
+        return [spelled(f"--{key}={word}") for key, several in words.items() for word in several]
 
     @property
     def entrypoint(self) -> str:
@@ -185,7 +186,6 @@ def _said(problem: Any) -> str:
         known = RuntimeEnvironment.model_fields if key.startswith("runtime_env.") else JobFile.model_fields
         close = get_close_matches(key.rpartition(".")[2], known, n=1, cutoff=0.5)
         return f"unknown key {key}" + (f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(known)}")
-    message = problem["msg"].removeprefix("Value error, ")
-    return (
-        f"{key}: {message}" if problem["type"] == "value_error" else f"{key}: {message}, got {problem['input']!r:.80}"
-    )
+    if problem["type"] == "value_error":  # of this file, which names the value
+        return f"{key}: {problem['ctx']['error']}"
+    return f"{key}: {problem['msg']}, got {problem['input']!r:.80}"

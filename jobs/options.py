@@ -7,6 +7,7 @@ files and command lines accept the same. A field without a default, or with an e
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import typing
@@ -193,10 +194,10 @@ class CommandParser(argparse.ArgumentParser):
             given = _layered(self._leaves_of(self.presets[preset]), given)
         return Request(self._build(given), as_json)
 
-    def words(self, tree: Mapping[str, Any]) -> list[str]:
-        """The content of a configuration file as one would type it."""
-        found = [(self.options[key], value) for key, value in self._leaves_of(tree).items()]
-        return [f"{option.flag}={word}" for option, value in found for word in _words(value, option.takes("array"))]
+    def words_of(self, tree: Mapping[str, Any]) -> dict[str, list[str]]:
+        """The content of a configuration file as dotted keys and the words that one would type for them."""
+        leaves = self._leaves_of(tree)
+        return {key: _words(value, self.options[key].takes("array")) for key, value in leaves.items()}
 
     def _typed(self, argv: list[str]) -> dict[str, Any]:
         """Dotted keys and what was typed for them: a word, the words of a list, or a mapping."""
@@ -253,8 +254,9 @@ class CommandParser(argparse.ArgumentParser):
     def _build(self, given: dict[str, Any]) -> Any:
         tree: dict[str, Any] = {}
         for key, value in given.items():
-            group, _, name = key.rpartition(".")
-            (tree.setdefault(group, {}) if group else tree)[name] = self.options[key].value(value)
+            *groups, name = key.split(".")
+            node = functools.reduce(lambda node, group: node.setdefault(group, {}), groups, tree)
+            node[name] = self.options[key].value(value)
         try:
             [options] = self.adapter.validate_python([tree])
         except ValidationError as error:

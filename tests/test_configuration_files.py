@@ -10,6 +10,8 @@ import yaml
 from deedsr.dataset.recipe import builtin_recipes, load_recipe
 from deedsr.errors import UsageError
 from jobs import cli
+from jobs.options import CommandParser
+from pipelines.training.config import AdapterOptions, TrainOptions
 
 LEARNER = ["--data", "d", "--out", "o"]
 ADAPTER = [*LEARNER, "--learner", "l"]
@@ -26,7 +28,8 @@ def read(command: str, words: list[str], content: dict[str, Any] | None = None, 
 def read_as_job(command: str, content: dict[str, Any]) -> Any:
     """Options of the command line that a job file's options become."""
     parser = cli.load(command)[1]
-    return parser.read(parser.words(content)).options
+    words = [f"--{key}={word}" for key, several in parser.words_of(content).items() for word in several]
+    return parser.read(words).options
 
 
 @pytest.mark.parametrize(
@@ -59,6 +62,27 @@ def test_the_members_of_a_mapping_join_those_of_the_preset(tmp_path):
 def test_a_number_of_workers_is_a_number_and_a_range_is_text():
     workers = lambda typed: read("train learner", [*LEARNER, "--train.num_workers", typed]).train.num_workers
     assert [workers(typed) for typed in ("2", "1..4", "auto")] == [2, "1..4", "auto"]
+
+
+@dataclasses.dataclass
+class Section:
+    step: AdapterOptions = dataclasses.field(default_factory=AdapterOptions)
+
+
+@dataclasses.dataclass
+class Sections:
+    first: Section = dataclasses.field(default_factory=Section)
+
+
+def test_options_may_be_nested_at_any_depth(tmp_path):
+    (tmp_path / "c.yaml").write_text("first: {step: {data: d, learner: l, train: {lr: 1e-3, seed: 2}}}")
+    parser = CommandParser(Sections, command="try", description="")
+    words = ["--config", str(tmp_path / "c.yaml"), "--first.step.train.seed", "3", "--first.step.out", "o"]
+    train = TrainOptions(lr=1e-3, seed=3)
+    assert parser.read(words).options == Sections(Section(AdapterOptions("d", "l", out="o", train=train)))
+    (tmp_path / "c.yaml").write_text("first: {step: {train: {lr: fast}}}")
+    with pytest.raises(UsageError, match=r"^--first\.step\.train\.lr \(in .*\) takes a number, got 'fast'"):
+        parser.read(words)
 
 
 def test_infinity_and_nan_are_no_numbers():
