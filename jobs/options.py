@@ -63,7 +63,10 @@ class Option:
             return given
         if self.takes("array"):
             words = given if isinstance(given, list) else [given]
-            whole = _parsed(word_of(words[0])) if len(words) == 1 else words  # [4, 8] may be typed as one word
+            text = any(form.get("items", {}).get("type") == "string" for form in self.forms)
+            whole: Any = words
+            if len(words) == 1 and (words[0] in ("[]", "null", None) or not text):
+                whole = _parsed(word_of(words[0]))  # [4, 8] may be typed as one word
             if whole is None and self.takes("null"):
                 return None
             return [word_of(word) for word in (whole if isinstance(whole, list) else words)]

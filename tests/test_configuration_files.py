@@ -64,6 +64,12 @@ def test_a_number_of_workers_is_a_number_and_a_range_is_text():
     assert [workers(typed) for typed in ("2", "1..4", "auto")] == [2, "1..4", "auto"]
 
 
+def test_brackets_in_the_name_of_an_input_are_no_list():
+    assert read("upscale", ["[ab]", "--out", "o"]).input == ["[ab]"]
+    assert read("upscale", ["- a", "--out", "o"]).input == ["- a"]
+    assert read_as_job("upscale", {"input": ["[ab]"], "out": "o"}).input == ["[ab]"]
+
+
 @dataclasses.dataclass
 class Section:
     step: AdapterOptions = dataclasses.field(default_factory=AdapterOptions)
