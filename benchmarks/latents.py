@@ -28,6 +28,7 @@ from pipelines.data.loader import Batch, micro_batches
 from pipelines.data.order import SampleOrder
 from pipelines.data.shard_cache import ShardCache
 from pipelines.machine import allowed_cpus
+from pipelines.models import Base, Learner
 from pipelines.shards.latents import make_latents
 from pipelines.training.adapter_stage import AdapterStage
 from pipelines.training.config import (
@@ -94,7 +95,7 @@ class Arm:
 def measured(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as work:
         data = {"pixels": options.shards or make_shards(Path(work) / "pixels", "deedsr"), "latents": f"{work}/latents"}
-        make_latents(data["pixels"], "tiny", "tiny", data["latents"], progress=False)
+        make_latents(data["pixels"], Base.find("tiny"), Learner.find("tiny"), data["latents"], progress=False)
         size = {name: sum(shard.bytes for shard in Dataset.open(uri).manifest.shards) for name, uri in data.items()}
         os.sched_setaffinity(0, {max(allowed_cpus())})
         torch.set_num_threads(1)

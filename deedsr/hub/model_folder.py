@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deedsr.errors import UsageError
-from deedsr.hub.digests import base_digest
-from deedsr.hub.weights import NAME, find_variant
+from deedsr.hub.weights import NAME, base_digest, find_variant
 from deedsr.sampling.settings import SamplingSettings
 
 FORMAT_VERSION = 1
@@ -40,7 +39,7 @@ class ModelFolder:
         path: holds `learner/` and `adapter/`, and `vae/`, `unet/` and `scheduler/` where `base` is None.
         base: name, folder, URI or hub id of the base, as written.
         scale: enlargement factor.
-        base_digest: of the base that the model was trained on (`digests.base_digest`); None where it is not recorded.
+        base_digest: of the base that the model was trained on (`weights.base_digest`); None where it is not recorded.
         sampling: what the model recommends.
         gate: configuration of the model's `RestorationGate`, None where it has none.
         lineage: `license`, `base` and `training` (what it was trained on, how, and its figures), as far as recorded.
@@ -159,12 +158,10 @@ def find_base(name: str | Path) -> Path:
     return path
 
 
-def pinned_base(name: str, path: Path) -> str:
-    """A hub id with the revision that was downloaded to `path`; whatever else as it is."""
+def with_revision(name: str, folder: Path) -> str:
+    """A hub id with the revision that `find_folder` downloaded to `folder`; any other name as it is."""
     match = _HUB_ID.fullmatch(name)
-    if match is None or path.parent.name != "snapshots":
-        return name
-    return f"{match[1]}@{path.name}"
+    return f"{match[1]}@{folder.name}" if match and folder.parent.name == "snapshots" else name
 
 
 def _download(hub_id: str, revision: str | None) -> Path:

@@ -87,12 +87,13 @@ class DeeDSRPipeline(DiffusionPipeline):
             options: parts to use instead of the stored ones (`scheduler=...`); the rest goes to diffusers'
                 `from_pretrained` of each network (`torch_dtype`, `low_cpu_mem_usage`).
 
-        Raises UsageError where the model or its base is missing, incomplete, or made for one another's likes.
+        Raises UsageError where the model or its base is missing, incomplete, or incompatible with each other.
         """
         folder = ModelFolder.read(find_folder(model))
         base_path = folder.base_path(base)
         parts = {name: options.pop(name) for name in BASE_PARTS + TRAINED_PARTS if name in options}
-        own = base is None and parts.keys() <= {"scheduler"}  # a gate is calibrated on the model's own networks
+        # A gate is calibrated on the model's own networks; `base_path` has compared the digests where one is recorded.
+        own = (base is None or folder.base_digest is not None) and parts.keys() <= {"scheduler"}
         for name in BASE_PARTS + TRAINED_PARTS:
             if name in parts:
                 continue
