@@ -9,7 +9,7 @@ import torch
 from small_networks import make_pipeline
 from torch import nn
 
-from deedsr.metrics.seams import seam_energy
+from benchmarks.seams import seam_energy
 from deedsr.sampling import images, pipeline, tiled_vae
 from deedsr.sampling.color_fix import COLOR_FIXES, fix_color
 from deedsr.sampling.guidance import clean_latent

@@ -16,7 +16,7 @@ import numpy as np
 from scipy.ndimage import correlate, correlate1d
 from scipy.special import gamma
 
-from deedsr.metrics.luma import grey, luma
+from deedsr.metrics.fidelity import grey, luma
 from deedsr.metrics.metric import Metric
 
 __all__ = ["BLOCK", "METRICS", "MIN_SIDE", "niqe", "niqe_features", "niqe_of_features", "niqe_set"]

@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 import deedsr
 from deedsr.errors import UsageError
+from deedsr.metrics.fidelity import WINDOW
 from deedsr.metrics.metric import Metric
 from deedsr.metrics.niqe import BLOCK
 from deedsr.metrics.registry import WITHOUT_WEIGHTS
-from deedsr.metrics.ssim import WINDOW
 from pipelines import cluster, tracking
 from pipelines.claims import Claim, held
 from pipelines.data.dataset import Dataset

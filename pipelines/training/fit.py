@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from deedsr.errors import UsageError
-from deedsr.metrics.psnr import PSNR
+from deedsr.metrics.fidelity import PSNR
 from pipelines import cluster, tracking
 from pipelines.claims import held
 from pipelines.data.dataset import Dataset

@@ -1,6 +1,5 @@
-"""Inception v3 as FID takes it: TensorFlow's network of 2015-12-05, named as in the file that pytorch-fid publishes.
+"""Frozen networks of the learned metrics, with the state-dict names of the published files.
 
-It differs from torchvision's: average pooling counts no padding, and the last block pools by maximum.
 Shapes: B batch, C channels, H W pixels.
 """
 
@@ -9,20 +8,91 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, max_pool2d, relu
+from torch.nn.functional import avg_pool2d, conv2d, max_pool2d, relu
 
 from deedsr.metrics.weights import WeightsFile
 
-__all__ = ["FILE", "SIDE", "InceptionV3"]
+__all__ = ["SIDE", "VGG16", "AlexNet", "HannPooling", "InceptionV3"]
 
-FILE = WeightsFile(
-    "pt_inception-2015-12-05-6726825d.pth",
-    "6726825d",
-    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
-    # torch-fidelity's name for it, and the TorchScript archive of clean-fid, which is refused
-    aliases=("weights-inception-2015-12-05-6726825d.pth", "inception-2015-12-05.pt"),
-)
-SIDE = 299  # pixels of its input
+STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # of VGG16: channels and convolutions between poolings
+SIDE = 299  # pixels of the input of Inception v3
+
+
+class AlexNet(nn.Module):
+    """The convolutions of AlexNet (Krizhevsky 2014), named as in torchvision's file.
+
+    `forward(x_BCHW)` returns what the five ReLUs give: 64, 192, 384, 256 and 256 channels.
+    """
+
+    file = WeightsFile(
+        "alexnet-owt-7be5be79.pth", "7be5be79", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 64, kernel_size=11, stride=4, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(kernel_size=3, stride=2),
+            nn.Conv2d(64, 192, kernel_size=5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(kernel_size=3, stride=2),
+            nn.Conv2d(192, 384, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(384, 256, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(256, 256, kernel_size=3, padding=1),
+            nn.ReLU(),
+        )
+
+    def forward(self, x_BCHW: Tensor) -> list[Tensor]:
+        found = []
+        for layer in self.features:
+            x_BCHW = layer(x_BCHW)
+            if isinstance(layer, nn.ReLU):
+                found.append(x_BCHW)
+        return found
+
+
+class VGG16(nn.Module):
+    """The convolutions of VGG16 (Simonyan and Zisserman 2015) with a given pooling, named as in torchvision's file.
+
+    `forward(x_BCHW)` returns the last feature map of each of the five stages. `pooling`: made for each gap.
+    """
+
+    file = WeightsFile("vgg16-397923af.pth", "397923af", "https://download.pytorch.org/models/vgg16-397923af.pth")
+
+    def __init__(self, pooling: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        self.ends, inputs = [], 3
+        for channels, convolutions in STAGES:
+            layers += [pooling()] if layers else []
+            for _ in range(convolutions):
+                layers += [nn.Conv2d(inputs, channels, kernel_size=3, padding=1), nn.ReLU()]
+                inputs = channels
+            self.ends.append(len(layers) - 1)
+        self.features = nn.Sequential(*layers)
+
+    def forward(self, x_BCHW: Tensor) -> list[Tensor]:
+        found = []
+        for number, layer in enumerate(self.features):
+            x_BCHW = layer(x_BCHW)
+            if number in self.ends:
+                found.append(x_BCHW)
+        return found
+
+
+class HannPooling(nn.Module):
+    """L2 pooling of DISTS: the root of the squares' mean in a 3x3 Hann window, at every second pixel."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        taps = torch.hann_window(5, periodic=False, dtype=x_BCHW.dtype, device=x_BCHW.device)[1:-1]
+        window = torch.outer(taps, taps) / taps.sum().square()
+        channels = x_BCHW.shape[1]
+        squares = conv2d(x_BCHW.square(), window.expand(channels, 1, 3, 3), stride=2, padding=1, groups=channels)
+        return (squares + 1e-12).sqrt()
+
 
 Kernel = int | tuple[int, int]
 ROW, COLUMN = (1, 7), (7, 1)
@@ -150,7 +220,19 @@ def _block_e(inputs: int, pooling: Callable[[Tensor], Tensor]) -> Mixed:
 
 
 class InceptionV3(nn.Module):
-    """`forward(x_BCHW)`, RGB in -1..1, returns 2,048 features of each picture: means over the last feature maps."""
+    """Inception v3 of FID: TensorFlow's network of 2015-12-05, named as in the file that pytorch-fid publishes.
+
+    It differs from torchvision's: average pooling counts no padding, and the last block pools by maximum.
+    `forward(x_BCHW)`, RGB in -1..1, returns 2,048 features of each picture: means over the last feature maps.
+    """
+
+    file = WeightsFile(
+        "pt_inception-2015-12-05-6726825d.pth",
+        "6726825d",
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
+        # torch-fidelity's name for it, and the TorchScript archive of clean-fid, which is refused
+        aliases=("weights-inception-2015-12-05-6726825d.pth", "inception-2015-12-05.pt"),
+    )
 
     def __init__(self) -> None:
         super().__init__()
