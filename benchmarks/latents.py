@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.loader import make_shards
-from deedsr.dataset.worker import prepare_worker
+from deedsr.degradation.chain import prepare_worker
 from pipelines.data.dataset import Dataset
 from pipelines.data.loader import Batch, micro_batches
 from pipelines.data.order import SampleOrder

@@ -25,9 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.sampled import Pair, degraded_crops, quality
 from deedsr import DeeDSRPipeline
+from deedsr.sampling.autoencoder import decode_latents, encode_latents
 from deedsr.sampling.color_fix import fix_color
 from deedsr.sampling.images import pad_reflect
-from deedsr.sampling.latents import decode_latents, encode_latents
 
 SCALE = 4
 PAD = 64  # pixels of the output: sides become multiples

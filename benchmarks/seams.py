@@ -21,7 +21,7 @@ from benchmarks.sampled import Pair, degraded_crops
 from deedsr import DeeDSRPipeline
 from deedsr.metrics.fidelity import luma
 from deedsr.sampling import tiles
-from deedsr.sampling.latents import downsampling_factor
+from deedsr.sampling.autoencoder import downsampling_factor
 
 RATIO_GOAL, ERRORS_GOAL = 0.05, 3
 SETTINGS: dict[str, dict[str, Any]] = {

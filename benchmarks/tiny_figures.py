@@ -44,8 +44,8 @@ from deedsr.dataset.recipe import Recipe, load_recipe
 from deedsr.degradation.chain import degrade
 from deedsr.hub.model_folder import BASE_PARTS, TRAINED_PARTS
 from deedsr.metrics import psnr_y
+from deedsr.sampling.autoencoder import decode_latents, encode_latents
 from deedsr.sampling.images import to_uint8
-from deedsr.sampling.latents import decode_latents, encode_latents
 from pipelines.models import Model
 
 RANGES = {"deedsr": "DeeDSR's ranges", "realesrgan": "Real-ESRGAN's ranges", "clean": "clean: area reduction alone"}

@@ -10,7 +10,7 @@ from small_networks import make_pipeline
 from deedsr.errors import UsageError
 from deedsr.hub.model_folder import ModelFolder
 from deedsr.sampling.gate import RestorationGate, blend
-from deedsr.sampling.latents import enlarge
+from deedsr.sampling.images import enlarge
 from deedsr.sampling.pipeline import DeeDSRPipeline
 from pipelines.models import Model
 

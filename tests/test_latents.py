@@ -64,7 +64,8 @@ def test_keys_splits_and_order_of_samples_are_those_of_the_pixels(small_dataset,
 
 
 def test_what_is_stored_is_what_the_networks_compute_to_the_rounding_of_fp16(small_dataset, latents):
-    from deedsr.sampling.latents import enlarge, latent_moments
+    from deedsr.sampling.autoencoder import latent_moments
+    from deedsr.sampling.images import enlarge
 
     pipe = make_pipeline("kl")
     pixels, encoded = Dataset.open(small_dataset), Dataset.open(str(latents))

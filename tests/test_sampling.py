@@ -15,10 +15,10 @@ from PIL import Image
 from small_networks import SCHEDULE, make_pipeline
 
 from deedsr.errors import UsageError
+from deedsr.sampling.autoencoder import decode_latents, encode_latents
 from deedsr.sampling.color_fix import COLOR_FIXES, fix_color
 from deedsr.sampling.guidance import clean_latent, guidance_strengths, model_output
-from deedsr.sampling.images import pad_reflect, to_tensors
-from deedsr.sampling.latents import decode_latents, encode_latents, enlarge
+from deedsr.sampling.images import enlarge, pad_reflect, to_tensors
 from deedsr.sampling.pipeline import DeeDSRPipeline
 from deedsr.sampling.settings import SamplingSettings
 

@@ -1,8 +1,7 @@
 """Stage 1: learn a vector that tells how a low-resolution image was degraded."""
 
-from deedsr.learner.moco import MomentumContrast
+from deedsr.learner.moco import MomentumContrast, quadrant_pair
 from deedsr.learner.normalization import GroupedBatchNorm2d, commit_statistics, pending_statistics
-from deedsr.learner.pairs import quadrant_pair
 from deedsr.learner.resnet import LEARNER_PRESETS, DegradationLearner
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Pictures to tensors and back, and padding to the sizes that networks take.
+"""Pictures to tensors and back, enlargement, and padding to the sizes that networks take.
 
 Shape suffixes: B batch, C channels, H W pixels.
 """
@@ -8,10 +8,14 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.functional import interpolate
+
+from deedsr.sampling.tiles import Window
 
 Picture: TypeAlias = Image.Image | np.ndarray | torch.Tensor
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 STRIP = 2**20  # pixels
+BICUBIC_REACH = 2  # LR pixels on either side
 
 
 def to_tensors(pictures: Picture | list[Picture]) -> list[torch.Tensor]:
@@ -95,3 +99,23 @@ def mirrored(have: int, begin: int, end: int) -> torch.Tensor:
     period = max(2 * (have - 1), 1)
     index = torch.arange(begin, end) % period
     return torch.minimum(index, period - index) if have > 1 else torch.zeros_like(index)
+
+
+def enlarge(lr_BCHW: torch.Tensor, scale: int) -> torch.Tensor:
+    """Bicubic enlargement in [0, 1], not antialiased, overshoot cut off: the LR image as the base sees it."""
+    return interpolate(lr_BCHW, scale_factor=scale, mode="bicubic", align_corners=False).clamp(0, 1)
+
+
+def enlarge_window(lr_BCHW: torch.Tensor, scale: int, window: Window) -> torch.Tensor:
+    """A window, in its pixels, of the enlarged image, which goes on mirrored beyond right and bottom.
+
+    The same numbers as cutting it out of the whole, which is never made.
+    """
+    indices = []
+    for dim, (begin, end) in ((2, window[:2]), (3, window[2:])):
+        index = mirrored(scale * lr_BCHW.shape[dim], begin, end)
+        first = max(int(index.min()) // scale - BICUBIC_REACH, 0)
+        last = min(int(index.max()) // scale + BICUBIC_REACH, lr_BCHW.shape[dim] - 1)
+        lr_BCHW = lr_BCHW.narrow(dim, first, last - first + 1)
+        indices.append((index - scale * first).to(lr_BCHW.device))
+    return enlarge(lr_BCHW, scale)[:, :, indices[0]][:, :, :, indices[1]]

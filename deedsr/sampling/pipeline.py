@@ -19,15 +19,19 @@ from deedsr.errors import UsageError
 from deedsr.hub.model_card import copy_base_licence, write_card
 from deedsr.hub.model_folder import BASE_PARTS, TRAINED_PARTS, ModelFolder, find_folder, load_part
 from deedsr.learner.resnet import DegradationLearner
+from deedsr.sampling.autoencoder import (
+    decode_in_tiles,
+    decode_latents,
+    downsampling_factor,
+    encode_in_tiles,
+    encode_latents,
+)
 from deedsr.sampling.color_fix import fix_color
 from deedsr.sampling.gate import RestorationGate, blend
 from deedsr.sampling.guidance import alpha_bar, clean_latent, guidance_strengths, model_output
-from deedsr.sampling.images import OUTPUT_TYPES, Picture, from_tensors, pad_reflect, to_tensors
-from deedsr.sampling.latents import decode_latents, downsampling_factor, encode_latents, enlarge_window
-from deedsr.sampling.schedule import ddim, require_prediction, require_signal, usable_eta
+from deedsr.sampling.images import OUTPUT_TYPES, Picture, enlarge_window, from_tensors, pad_reflect, to_tensors
+from deedsr.sampling.schedule import ddim, require_prediction, require_signal, solver_for, usable_eta
 from deedsr.sampling.settings import SamplingSettings
-from deedsr.sampling.solvers import solver_for
-from deedsr.sampling.tiled_vae import decode_in_tiles, encode_in_tiles
 from deedsr.sampling.tiles import Mosaic, Window
 
 SMALLEST_LEARNER_INPUT = 3  # pixels a side: the learner's high-pass filter mirrors two

@@ -9,6 +9,7 @@ from typing import Any
 
 from deedsr.errors import UsageError
 
+SOLVERS = ("ddim", "dpm")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 # Share of signal power that counts as none. Stable Diffusion's schedule ends at 0.0047; where one ends at zero, some
 # schedulers of diffusers put 2^-24 in its place.
@@ -64,3 +65,14 @@ def require_signal(scheduler: Any) -> None:
             f"prediction_type epsilon is undefined at timestep {first}, where the schedule leaves no signal "
             "(rescale_betas_zero_snr): give a base with v_prediction, or a scheduler with timestep_spacing leading"
         )
+
+
+def solver_for(name: str, scheduler: Any, eta: float) -> Any:
+    """`ddim`: the pipeline's own scheduler. `dpm`: DPM-Solver++ of second order (Lu et al.
+    2022, arXiv 2211.01095) on the same timesteps and noise schedule, with fresh noise in every step unless eta is 0."""
+    if name == "ddim":
+        return scheduler
+    from diffusers import DPMSolverMultistepScheduler  # takes seconds to load, which names alone need not
+
+    kind = "sde-dpmsolver++" if eta else "dpmsolver++"
+    return DPMSolverMultistepScheduler.from_config(scheduler.config, algorithm_type=kind, solver_order=2)

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from deedsr.errors import UsageError
 from deedsr.sampling.color_fix import COLOR_FIXES
-from deedsr.sampling.solvers import SOLVERS
+from deedsr.sampling.schedule import SOLVERS
 
 
 @dataclass(frozen=True)

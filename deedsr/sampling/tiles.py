@@ -54,25 +54,6 @@ class Window(NamedTuple):
         return (self.bottom - self.top) * (self.right - self.left)
 
 
-def adjoining(height: int, width: int, side: int) -> list[Window]:
-    """Windows of at most `side` that cover a picture without overlap."""
-    return [
-        Window(top, min(top + side, height), left, min(left + side, width))
-        for top in range(0, height, side)
-        for left in range(0, width, side)
-    ]
-
-
-def spread(height: int, width: int, side: int, count: int) -> list[Window]:
-    """`count` x `count` windows of `side`, or of the picture's own sides, evenly over it."""
-    rows, columns = min(side, height), min(side, width)
-    tops, lefts = (
-        [number * (length - have) // max(count - 1, 1) for number in range(count)]
-        for length, have in ((height, rows), (width, columns))
-    )
-    return [Window(top, top + rows, left, left + columns) for top in tops for left in lefts]
-
-
 class Mosaic:
     """Overlapping windows of one size on the UNet's grid, and smooth weights that sum to one everywhere.
 

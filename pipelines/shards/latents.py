@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from deedsr.dataset.codecs import decode_stored
-from deedsr.dataset.latents import EXTENSION, Latents, pack
 from deedsr.dataset.manifest import LatentsSource
+from deedsr.dataset.members import LATENTS_EXTENSION, Latents, decode_stored, pack
 from deedsr.errors import DeeDSRError, UsageError
 from deedsr.hub.weights import part_digest
 from pipelines import cluster
@@ -95,7 +94,7 @@ def make_latents(
 def latents_source(dataset: Dataset, base: Base, learner: Learner | None, precision: Precision) -> LatentsSource:
     """What the latents of a dataset would be made of. Raises UsageError where the VAE cannot take the HR images."""
     from deedsr.hub.model_folder import load_part
-    from deedsr.sampling.latents import downsampling_factor
+    from deedsr.sampling.autoencoder import downsampling_factor
 
     vae = load_part(base.path, "vae")
     factor, crop = downsampling_factor(vae), dataset.recipe.crop.size
@@ -181,7 +180,7 @@ class FromPixels:
             raise DeeDSRError(f"the networks fail at sample {pair.row['key']}: {error}; try --precision fp32") from None
         kept = {"lr": pair.lr_bytes} if self.source.learner is None else {}
         row = {name: value for name, value in pair.row.items() if name not in PLACES}
-        return Draft({"latents": packed, **kept, "json": pair.info}, row | {"latents_ext": EXTENSION})
+        return Draft({"latents": packed, **kept, "json": pair.info}, row | {"latents_ext": LATENTS_EXTENSION})
 
 
 @dataclass(frozen=True)
@@ -217,7 +216,8 @@ class Networks:
         """Means and deviations of HR and enlarged LR, and the vectors of the LR."""
         import torch
 
-        from deedsr.sampling.latents import enlarge, latent_moments
+        from deedsr.sampling.autoencoder import latent_moments
+        from deedsr.sampling.images import enlarge
 
         hr_BCHW, lr_BCHW = (
             torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2).float() / 255

@@ -18,7 +18,8 @@ from deedsr.dataset.manifest import LatentsSource
 from deedsr.hub.model_card import copy_base_licence, write_card
 from deedsr.hub.model_folder import FORMAT_VERSION, load_part
 from deedsr.learner.resnet import DegradationLearner
-from deedsr.sampling.latents import downsampling_factor, encode_latents, enlarge
+from deedsr.sampling.autoencoder import downsampling_factor, encode_latents
+from deedsr.sampling.images import enlarge
 from deedsr.sampling.schedule import ddim
 from pipelines.data.dataset import Dataset
 from pipelines.models import Adapter, Base, Learner

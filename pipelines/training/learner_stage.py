@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deedsr.dataset.keys import generator
-from deedsr.learner.moco import UNGROUPED, MomentumContrast, same_group
+from deedsr.learner.moco import UNGROUPED, MomentumContrast, quadrant_pair, same_group
 from deedsr.learner.normalization import commit_statistics, drop_statistics, pending_statistics
-from deedsr.learner.pairs import quadrant_pair
 from deedsr.learner.resnet import DegradationLearner
 from pipelines.data.dataset import Dataset
 from pipelines.models import Learner
