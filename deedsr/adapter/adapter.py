@@ -1,4 +1,4 @@
-"""Degradation-aware adapter: what is trained around the frozen base (paper, 3).
+"""Degradation-aware adapter: what is trained around the frozen base (docs/method.md, 3).
 
 Shape suffixes: B batch, C channels, H W space, N tokens, D token width or degradation vector.
 """
@@ -87,8 +87,8 @@ class DegradationAwareAdapter(ModelMixin, ConfigMixin):
         residual_blocks: (name in the UNet, level, channels) of each residual block.
         cross_attentions: (name in the UNet, channels, heads) of each cross-attention.
         cross_attention_dim: width of the tokens that the base was trained with.
-        tokens: "new_kv": the encoder's tokens enter new `to_k` and `to_v` (paper, 3.4); "project": the tokens are
-            brought to the base's width first, so that its own `to_k` and `to_v` can be the initial values (paper, 3.9).
+        tokens: "new_kv": the encoder's tokens enter new `to_k` and `to_v` (docs/method.md, 3.4); "project": the tokens are
+            brought to the base's width first, so that its own `to_k` and `to_v` can be the initial values (docs/method.md, 3.9).
         widths, attention_levels, attention_heads, degradation_dim, reduction, feature_channels: see `ConditionEncoder`.
         modulation_hidden: channels between a feature map and gamma, beta.
         ablate: what is left out, with its parameters, of ABLATIONS. "vector": the learner's vector, in whose place one

@@ -1,4 +1,4 @@
-"""Condition encoder: LR latent, diffusion time and degradation vector to tokens and feature maps (paper, 3.2).
+"""Condition encoder: LR latent, diffusion time and degradation vector to tokens and feature maps (docs/method.md, 3.2).
 
 Shape suffixes: B batch, C channels, H W space, N tokens, D token width or degradation vector.
 """
@@ -106,7 +106,7 @@ class EncoderLevel(nn.Module):
 
 
 class ConditionEncoder(nn.Module):
-    """Half a UNet, aware of time and degradation, with one residual block per level (paper, 3.2).
+    """Half a UNet, aware of time and degradation, with one residual block per level (docs/method.md, 3.2).
 
     Args:
         latent_channels: channels of the LR latent.

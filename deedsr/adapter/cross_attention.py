@@ -1,4 +1,4 @@
-"""Global branch: the adapter's own cross-attention in place of the base's (paper, 3.4).
+"""Global branch: the adapter's own cross-attention in place of the base's (docs/method.md, 3.4).
 
 Shape suffixes: B batch, L positions of the base, C channels, N tokens, D token width.
 """

@@ -1,4 +1,4 @@
-"""Degradation-aware blocks: kernels and channel weights come from the degradation vector (paper, 3.3).
+"""Degradation-aware blocks: kernels and channel weights come from the degradation vector (docs/method.md, 3.3).
 
 Shape suffixes: B batch, C channels, H W space, K side of a kernel, D degradation vector, V the group's view of it.
 """
@@ -24,7 +24,7 @@ class Kernels(NamedTuple):
 
 
 class DegradationAwareConv(nn.Module):
-    """A depthwise convolution with kernels of its own for every sample, beside channel attention (paper, 3.3: DA).
+    """A depthwise convolution with kernels of its own for every sample, beside channel attention (docs/method.md, 3.3: DA).
 
     `reduction`: channels per hidden unit of the channel attention.
     """
@@ -60,7 +60,7 @@ class DegradationAwareConv(nn.Module):
 
 
 class DegradationAwareBlock(nn.Module):
-    """Degradation-aware and plain convolutions in turn, without an inner residual (paper, 3.3: DAB)."""
+    """Degradation-aware and plain convolutions in turn, without an inner residual (docs/method.md, 3.3: DAB)."""
 
     def __init__(self, channels: int, reduction: int):
         super().__init__()
@@ -79,7 +79,7 @@ class DegradationAwareBlock(nn.Module):
 
 
 class DegradationAwareGroup(nn.Module):
-    """One degradation-aware block as a residual (paper, 3.3: DAG).
+    """One degradation-aware block as a residual (docs/method.md, 3.3: DAG).
 
     The last convolution starts at zero, so that the group starts as the identity and leaves the features that enter it
     undisturbed until it has learned something.

@@ -20,7 +20,7 @@ Image = TypeVar("Image")  # numpy array or torch tensor
 
 
 def quadrant_pair(lr_CHW: Image, rng: np.random.Generator) -> tuple[Image, Image]:
-    """Two different quadrants of one LR image, query and key, drawn without replacement (paper, 2.3).
+    """Two different quadrants of one LR image, query and key, drawn without replacement (docs/method.md, 2.3).
 
     `lr_CHW` (C, H, W) is a numpy array or a tensor with even sides; the quadrants (C, H/2, W/2) are views of it.
     """
@@ -76,7 +76,7 @@ class MomentumContrast(nn.Module):
         # Deals the samples of a block over its normalisation groups like cards.
         shuffle = torch.arange(batch_block).view(-1, norm_group or batch_block).T.flatten()
         self.register_buffer("shuffle", shuffle, persistent=False)
-        self.register_buffer("queue_KD", torch.zeros(queue_size, query.embedding_dim))
+        self.register_buffer("queue_KD", torch.zeros(queue_size, query.dim))
         self.register_buffer("queue_sources_K", torch.full((queue_size,), EMPTY))
         self.register_buffer("queue_groups_K", torch.full((queue_size,), UNGROUPED))
         self.register_buffer("queue_pointer", torch.zeros((), dtype=torch.long))

@@ -1,4 +1,4 @@
-"""Sampling: from a degraded LR image to a picture of the model's scale (paper, 4).
+"""Sampling: from a degraded LR image to a picture of the model's scale (docs/method.md, 4).
 
 Shape suffixes: B batch, C channels, H W pixels, h w latent cells, D degradation vector.
 """
@@ -29,12 +29,11 @@ from deedsr.sampling.autoencoder import (
 from deedsr.sampling.color_fix import fix_color
 from deedsr.sampling.gate import RestorationGate, blend
 from deedsr.sampling.guidance import alpha_bar, clean_latent, guidance_strengths, model_output
-from deedsr.sampling.images import OUTPUT_TYPES, Picture, enlarge_window, from_tensors, pad_reflect, to_tensors
+from deedsr.sampling.images import OUTPUT_TYPES, Picture, enlarge_window, from_tensors, to_tensors
 from deedsr.sampling.schedule import ddim, require_prediction, require_signal, solver_for, usable_eta
 from deedsr.sampling.settings import SamplingSettings
 from deedsr.sampling.tiles import Mosaic, Window
 
-SMALLEST_LEARNER_INPUT = 3  # pixels a side: the learner's high-pass filter mirrors two
 BATCH_SIDE = 1024  # pixels of the output: tiles that are together as large as this square go through the UNet at once
 
 
@@ -255,11 +254,7 @@ class DeeDSRPipeline(DiffusionPipeline):
     def _vectors(self, lr_BCHW: torch.Tensor, mosaic: Mosaic | None) -> torch.Tensor:
         """Degradation vectors (B, V, D): one of each picture, or one of each tile of each picture."""
         windows = [lr_BCHW] if mosaic is None else [self._lr_under(window, lr_BCHW) for window in mosaic.windows]
-        vectors = []
-        for lr in windows:
-            padded = pad_reflect(lr, *(max(side, SMALLEST_LEARNER_INPUT) for side in lr.shape[2:]))
-            vectors.append(self.learner(padded.to(self.learner.dtype)).to(self.unet.dtype))
-        return torch.stack(vectors, 1)
+        return torch.stack([self.learner(lr.to(self.learner.dtype)).to(self.unet.dtype) for lr in windows], 1)
 
     def _shares(self, vectors_BVD: torch.Tensor, settings: SamplingSettings) -> torch.Tensor | None:
         """Share of the sampled picture in each result (B,); None = all of it."""
