@@ -64,7 +64,8 @@ def write_base(folder: Path) -> None:
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
-    from deedsr.learner.resnet import LEARNER_PRESETS, DegradationLearner
+    from deedsr.learner.resnet import DegradationLearner
+    from deedsr.presets import LEARNER_PRESETS
 
     torch.manual_seed(0)
     UNet2DConditionModel(**UNET).save_pretrained(folder / "base" / "unet")

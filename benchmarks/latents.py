@@ -121,7 +121,8 @@ def networks(device: str) -> tuple[Any, Any, Any, Any]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     from deedsr.adapter.adapter import DegradationAwareAdapter, freeze
-    from deedsr.learner.resnet import LEARNER_PRESETS, DegradationLearner
+    from deedsr.learner.resnet import DegradationLearner
+    from deedsr.presets import LEARNER_PRESETS
 
     with torch.device(device):
         unet = freeze(UNet2DConditionModel(**UNET))

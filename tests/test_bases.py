@@ -16,7 +16,8 @@ from deedsr.adapter import DegradationAwareAdapter
 from deedsr.errors import UsageError
 from deedsr.hub.base import check_base
 from deedsr.hub.model_folder import find_base, load_part
-from deedsr.learner.resnet import LEARNER_PRESETS, DegradationLearner
+from deedsr.learner.resnet import DegradationLearner
+from deedsr.presets import LEARNER_PRESETS
 from deedsr.sampling.pipeline import DeeDSRPipeline
 from deedsr.sampling.schedule import ddim
 from pipelines.data.dataset import Dataset

@@ -19,9 +19,8 @@ from safetensors.torch import load_file, save_file
 from deedsr.errors import UsageError
 from deedsr.metrics.fid import frechet_distance
 from deedsr.metrics.metric import Setting
-from deedsr.metrics.networks import VGG16, AlexNet, InceptionV3
+from deedsr.metrics.networks import VGG16, AlexNet, InceptionV3, load_into, read_tensors
 from deedsr.metrics.registry import find
-from deedsr.metrics.weights import load_into, read_tensors
 
 LPIPS = [0.009379485622048378, 0.016104664653539658, 0.1622425615787506]
 DISTS = [0.007885932922363281, 0.013968169689178467, 0.13093239068984985]

@@ -12,7 +12,6 @@ from torch import nn
 from deedsr.errors import UsageError
 from deedsr.hub.model_folder import load_part
 from deedsr.learner import (
-    LEARNER_PRESETS,
     DegradationLearner,
     GroupedBatchNorm2d,
     MomentumContrast,
@@ -21,6 +20,7 @@ from deedsr.learner import (
     quadrant_pair,
 )
 from deedsr.learner.moco import UNGROUPED
+from deedsr.presets import LEARNER_PRESETS
 
 
 def count(module: nn.Module) -> int:

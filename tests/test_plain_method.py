@@ -44,14 +44,13 @@ def test_the_modulation_is_the_plain_one():
     h_BCHW, feature_BFHW = normal(2, CHANNELS, 6, 4), normal(2, 3, 6, 4)
     with torch.no_grad():
         found = local(h_BCHW, feature_BFHW).numpy()
-    expected = [
-        plain_method.modulation(h, f, weights) for h, f in zip(h_BCHW.numpy(), feature_BFHW.numpy(), strict=True)
-    ]
+    pairs = zip(h_BCHW.numpy(), feature_BFHW.numpy(), strict=True)
+    expected = [plain_method.modulation(h, feature, weights) for h, feature in pairs]
     np.testing.assert_allclose(found, np.stack(expected), rtol=1e-9, atol=1e-9)
 
 
 def test_five_steps_of_contrast_are_the_plain_ones():
-    """Losses, queue and momentum encoder, with photographs and degradation groups that repeat; the queue wraps around."""
+    """Losses, queue and momentum encoder, photographs and groups repeat, and the queue wraps around."""
     torch.manual_seed(0)
     query = DegradationLearner(stem=4, widths=(8,), blocks=(1,))
     moco = MomentumContrast(query, queue_size=20, temperature=0.3, momentum=0.9, batch_block=4, batch_negatives=True)

@@ -1,4 +1,4 @@
-"""What a base must be, told from its configurations and the heads of its weight files: nothing is loaded for it."""
+"""Requirements on a base, checked by its configurations and the headers of its weight files; nothing is loaded."""
 
 from pathlib import Path
 from typing import Any
@@ -9,18 +9,18 @@ from deedsr.hub.weights import tensor_shapes
 from deedsr.sampling.schedule import PREDICTIONS
 
 REMEDY = "give a text-to-image model such as Stable Diffusion 2.1-base"
-# What a UNet may ask for besides noisy latents, timestep and tokens; the adapter has nothing to give for it.
+# Inputs of a UNet besides noisy latents, timestep and tokens, which the adapter does not provide.
 _OTHER_INPUTS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
 
 
 def check_base(path: Path, trained_timesteps: int | None = None) -> None:
-    """Refuse a base that the adapter cannot stand on.
+    """Refuse a base that the adapter does not support.
 
     Args:
-        path: folder with `vae/`, `unet/` and `scheduler/`; whatever else it holds is not looked at.
+        path: folder with `vae/`, `unet/` and `scheduler/`; other content is ignored.
         trained_timesteps: timesteps from 0 to below this one are trained; None = all.
 
-    Raises UsageError naming part, value and what would do.
+    Raises UsageError naming part, value and remedy.
     """
     vae, unet, scheduler = (read_config(path, part) for part in BASE_PARTS)
     _check_unet(path / "unet", unet)

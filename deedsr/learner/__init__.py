@@ -2,10 +2,9 @@
 
 from deedsr.learner.moco import MomentumContrast, quadrant_pair
 from deedsr.learner.normalization import GroupedBatchNorm2d, commit_statistics, pending_statistics
-from deedsr.learner.resnet import LEARNER_PRESETS, DegradationLearner
+from deedsr.learner.resnet import DegradationLearner
 
 __all__ = [
-    "LEARNER_PRESETS",
     "DegradationLearner",
     "GroupedBatchNorm2d",
     "MomentumContrast",

@@ -21,21 +21,6 @@ from deedsr.precision import wide
 
 OUTLIER = 5.0  # standard deviations at which a statistic is cut off: flat and huge pictures lie far out
 
-LEARNER_PRESETS: dict[str, dict[str, Any]] = {
-    # ResNet-34's depth at double width (docs/method.md, 2.1): 85,011,008 parameters.
-    "paper": {
-        "stem": 64,
-        "widths": (128, 256, 512, 1024),
-        "blocks": (3, 4, 6, 3),
-    },
-    # For one CPU and few photographs: no convolutions, statistics of the picture.
-    "tiny": {
-        "stem": 0,
-        "widths": (128,),
-        "blocks": (),
-        "statistics": (512, 512),
-    },
-}
 # Keys in the `config.json` of earlier versions, each with the only value that is read.
 REMOVED_KEYS = {"high_pass": False, "projection": 0, "stem_stride": 4}
 

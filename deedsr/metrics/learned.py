@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deedsr.metrics.metric import Metric
-from deedsr.metrics.weights import load_into, locate, read_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -31,6 +30,8 @@ class LearnedMetric(Metric):
 
     @cached_property
     def _loaded(self) -> "tuple[nn.Module, str]":
+        from deedsr.metrics.networks import load_into, locate
+
         network = self.network()
         digest = load_into(network, locate(network.file, self.name, self.setting.weights))
         return network.to(self.setting.device), f"weights {Path(network.file.name).stem}, tensors' SHA-256 {digest}"
@@ -150,6 +151,8 @@ class DISTS(FeatureDistance):
 
 def _shipped_tensors(name: str) -> "dict[str, Tensor]":
     """Tensors of a small file beside this module."""
+    from deedsr.metrics.networks import read_tensors
+
     with as_file(files("deedsr.metrics") / name) as path:
         return read_tensors(path)
 

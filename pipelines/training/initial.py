@@ -10,7 +10,8 @@ from torch import Tensor
 from deedsr.adapter.adapter import DegradationAwareAdapter
 from deedsr.errors import UsageError
 from deedsr.hub.model_folder import load_part
-from deedsr.learner.resnet import LEARNER_PRESETS, DegradationLearner
+from deedsr.learner.resnet import DegradationLearner
+from deedsr.presets import LEARNER_PRESETS
 from pipelines.models import Adapter, Base, Learner
 from pipelines.training.config import AdapterOptions, LearnerModelOptions, LearnerOptions
 
