@@ -111,7 +111,7 @@ class ModelFolder:
         return path
 
 
-def _require_format(file: Path, version: Any) -> None:
+def _require_format(file: Path, version: object) -> None:
     if version != FORMAT_VERSION:
         newer = isinstance(version, int) and version > FORMAT_VERSION
         raise UsageError(

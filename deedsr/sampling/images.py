@@ -3,7 +3,7 @@
 Shape suffixes: B batch, C channels, H W pixels.
 """
 
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch.nn.functional import interpolate
 from deedsr.sampling.tiles import Window
 
 Picture: TypeAlias = Image.Image | np.ndarray | torch.Tensor
+Pictures: TypeAlias = list[Image.Image] | list[np.ndarray] | list[torch.Tensor] | np.ndarray | torch.Tensor
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 STRIP = 2**20  # pixels
 BICUBIC_REACH = 2  # LR pixels on either side
@@ -57,7 +58,7 @@ def _to_tensor(picture: Picture) -> torch.Tensor:
     return picture.float()
 
 
-def from_tensors(pictures: list[torch.Tensor], output_type: str) -> Any:
+def from_tensors(pictures: list[torch.Tensor], output_type: str) -> Pictures:
     """Tensors (3, H, W) in [0, 1] as PIL images (`pil`), arrays (H, W, 3) in [0, 1] (`np`) or tensors (`pt`, `latent`).
 
     As in diffusers, arrays and tensors of one size come stacked; of several sizes they stay a list.
