@@ -1,4 +1,4 @@
-"""Stage 2: tell a frozen diffusion model what the low-resolution image shows and how it was degraded."""
+"""Stage 2: condition a frozen diffusion model on the content and the degradation of a low-resolution image."""
 
 from deedsr.adapter.adapter import ABLATIONS, DegradationAwareAdapter, freeze
 from deedsr.adapter.condition_encoder import Condition, ConditionEncoder

@@ -213,7 +213,7 @@ class DegradationAwareAdapter(ModelMixin, ConfigMixin):
         degradation: torch.Tensor | PreparedDegradation | None = None,
         condition: Condition | None = None,
     ) -> torch.Tensor:
-        """The attached UNet's output (B, C, H, W) for noisy latents, told about the LR image.
+        """Output (B, C, H, W) of the attached UNet for noisy latents, conditioned on the LR image.
 
         Args:
             t_B: diffusion time (B,) or one number for all.

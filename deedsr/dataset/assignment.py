@@ -16,7 +16,7 @@ from deedsr.degradation.ranges import DegradationRanges
 
 __all__ = ["Assignment", "assign_degradation"]
 
-GROUPS_PER_VARIANT = 100  # the most variants a recipe may have: tells the groups of different variants apart
+GROUPS_PER_VARIANT = 100  # largest number of variants in a recipe
 
 
 class Assignment(NamedTuple):

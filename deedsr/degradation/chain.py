@@ -109,7 +109,7 @@ def rescale(image: np.ndarray, mode: str, factor: float) -> np.ndarray:
 def resize(image: np.ndarray, mode: str, size: list[int], factor: float = 1.0) -> np.ndarray:
     """Resize to `size` (height, width), as `F.interpolate(size=size)` does without antialiasing.
 
-    `factor` tells what `size` was drawn from.
+    `factor`: the drawn factor that `size` follows from.
     """
     height, width = size
     return resample(image, mode, (height, width), (image.shape[0] / height, image.shape[1] / width))

@@ -43,7 +43,7 @@ def picture_unit(path: Path) -> int:
 
 
 def _check_unet(folder: Path, config: dict[str, Any]) -> None:
-    refusal = f"{folder} is no UNet that the adapter can stand on:"
+    refusal = f"{folder} is not a UNet that the adapter supports:"
     given, made = config.get("in_channels", 4), config.get("out_channels", 4)
     if given != made:
         raise UsageError(

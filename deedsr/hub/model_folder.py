@@ -1,7 +1,7 @@
-"""Model folders and bases on disk: where they are, what they say of themselves, and their parts.
+"""Model folders and bases on disk: location, description and parts.
 
 A model is a full pipeline (`model_index.json`) or what training writes: `adapter/`, `learner/` and `deedsr.json`,
-which names the base. A base is any folder with `vae/`, `unet/` and `scheduler/`, so a full pipeline is one too.
+which names the base. A base is any folder with `vae/`, `unet/` and `scheduler/`; a full pipeline is also a base.
 Weights are read from safetensors only.
 """
 
@@ -22,8 +22,8 @@ FORMAT_VERSION = 1
 BASE_PARTS = ("vae", "unet", "scheduler")
 TRAINED_PARTS = ("learner", "adapter")
 PARTS = BASE_PARTS + TRAINED_PARTS
-# What is taken of a hub's repository: configurations and one set of weights of the parts that are used. No text
-# encoder, no other formats, nothing pickled.
+# Files downloaded from a hub repository: configurations and one set of weights of each part that is used. No text
+# encoder, no other formats, no pickles.
 HUB_FILES = [
     *("model_index.json", "deedsr.json", "training.json", "README.md", "LICENSE*"),
     *(f"{part}/{name}" for part in PARTS for name in ("*.json", f"{NAME}.safetensors", f"{NAME}-*-of-*.safetensors")),
@@ -40,9 +40,9 @@ class ModelFolder:
         base: name, folder, URI or hub id of the base, as written.
         scale: enlargement factor.
         base_digest: of the base that the model was trained on (`weights.base_digest`); None where it is not recorded.
-        sampling: what the model recommends.
+        sampling: recommended settings.
         gate: configuration of the model's `RestorationGate`, None where it has none.
-        lineage: `license`, `base` and `training` (what it was trained on, how, and its figures), as far as recorded.
+        lineage: `license`, `base` and `training` (data, configuration and metrics), as far as recorded.
     """
 
     path: Path
@@ -195,7 +195,7 @@ def read_config(path: Path, part: str) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())  # with whatever byte order mark an editor has put there
+        value = json.loads(path.read_bytes())  # bytes: json detects a byte order mark
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
@@ -225,10 +225,10 @@ def load_part(path: Path, part: str, **options: Any) -> Any:
     options = {"variant": find_variant(folder)} | options
     if part == "learner":
         options.pop("torch_dtype", None)  # runs once per picture, and its running statistics are not for half precision
-    # Materialised at once: the other way needs the package accelerate, which nothing else here does.
+    # low_cpu_mem_usage needs the package accelerate, which is not a dependency.
     options = {"low_cpu_mem_usage": False} | options
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what it would warn of is checked below
+    logging.set_verbosity_error()  # mismatches are checked below
     try:
         module, report = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
     except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError ... by what is wrong with the file
@@ -243,7 +243,7 @@ def load_part(path: Path, part: str, **options: Any) -> Any:
 
 
 def _kinds(part: str) -> dict[str, Any]:
-    """Classes that may play a part, by name."""
+    """Classes accepted for a part, by name."""
     import diffusers
 
     from deedsr.adapter.adapter import DegradationAwareAdapter

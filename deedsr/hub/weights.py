@@ -1,5 +1,5 @@
 """Weight files of a network in diffusers layout: whole or in shards, in full precision or as a variant such as fp16;
-digests of the networks that they hold."""
+digests of networks."""
 
 import functools
 import hashlib
@@ -76,9 +76,9 @@ def part_digest(folder: Path) -> str:
 
 
 def base_digest(path: Path) -> str:
-    """SHA-256, hexadecimal, over what is used of the base in `path`: `vae/`, `unet/` and the scheduler's configuration.
+    """SHA-256, hexadecimal, of the used parts of the base in `path`: `vae/`, `unet/`, the scheduler's configuration.
 
-    Only weights that are loaded count: a variant beside the full ones makes no other base.
+    Only weights that are loaded count: adding a variant does not change the digest.
     """
     digest = hashlib.sha256()
     for folder in (path / "vae", path / "unet"):
@@ -96,7 +96,7 @@ def _digest(folder: Path, weights: list[Path]) -> str:
 
 
 def _canonical(config: Path) -> bytes:
-    """A configuration without diffusers' own notes: which version wrote it, and where it was loaded from."""
+    """A configuration without the keys that diffusers adds: its version and the path of loading."""
     values = json.loads(config.read_text())
     return json.dumps({k: v for k, v in values.items() if not k.startswith("_")}, sort_keys=True).encode()
 

@@ -1,4 +1,4 @@
-"""Stage 1: learn a vector that tells how a low-resolution image was degraded."""
+"""Stage 1: learn a vector that encodes how a low-resolution image was degraded."""
 
 from deedsr.learner.moco import MomentumContrast, quadrant_pair
 from deedsr.learner.normalization import GroupedBatchNorm2d, commit_statistics, pending_statistics

@@ -14,8 +14,8 @@ from torch import nn
 
 from deedsr.learner.resnet import DegradationLearner
 
-EMPTY = -1  # the source of a queue slot that no key was written to yet
-UNGROUPED = -1  # the group of a sample that shares its degradation with no other
+EMPTY = -1  # source of an unused queue slot
+UNGROUPED = -1  # group of a sample whose degradation no other sample shares
 Image = TypeVar("Image")  # numpy array or torch tensor
 
 
@@ -39,17 +39,17 @@ class MomentumContrast(nn.Module):
     One optimizer step is: `loss` for every micro-batch with `keys` of the same samples; then, once, `advance` with the
     keys of the whole global batch in its order, and `update_momentum`. Each worker holds the same copy.
 
-    Whatever samples of a batch do to each other stays within blocks of `batch_block` consecutive samples. Micro-batches
-    hold whole blocks, so neither the number of workers nor accumulation changes anything.
+    Samples interact only within blocks of `batch_block` consecutive samples. A micro-batch holds whole blocks, so the
+    result does not depend on the number of workers or on accumulation.
 
     Args:
         query: the encoder to follow; copied to fp32 here, not kept.
         queue_size: number K of past keys.
         temperature, momentum: of the loss, of the key encoder.
-        batch_block: samples per block; a multiple of two or more of the encoder's `norm_group` makes queries and their
-            keys meet different normalisation groups, so that statistics do not give the positive away.
-        batch_negatives: keys of the other samples of the block are negatives too. Neighbours that show the same content
-            under another degradation are the ones that teach degradation instead of content.
+        batch_block: samples per block; a multiple of two or more of the encoder's `norm_group` puts queries and
+            their keys into different normalisation groups, so that batch statistics do not reveal the positive.
+        batch_negatives: keys of the other samples of the block are negatives too. Neighbours with the same
+            content under another degradation make the learner separate degradations instead of contents.
     """
 
     queue_KD: torch.Tensor
@@ -73,7 +73,7 @@ class MomentumContrast(nn.Module):
         self.temperature, self.momentum = temperature, momentum
         self.batch_block, self.batch_negatives = batch_block, batch_negatives
         self.key_encoder = copy.deepcopy(query).float().requires_grad_(False).train()
-        # Deals the samples of a block over its normalisation groups like cards.
+        # Distributes the samples of a block round-robin over its normalisation groups.
         shuffle = torch.arange(batch_block).view(-1, norm_group or batch_block).T.flatten()
         self.register_buffer("shuffle", shuffle, persistent=False)
         self.register_buffer("queue_KD", torch.zeros(queue_size, query.dim))

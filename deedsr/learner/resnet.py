@@ -1,6 +1,6 @@
-"""Degradation learner: a network that turns a low-resolution image into one vector that tells how it was degraded.
+"""Degradation learner: encodes how a low-resolution image was degraded in one vector.
 
-The paper's is a ResNet on the pixels. Beside it, or in its place, a small network can look at `PictureStatistics`.
+The paper's is a ResNet on the pixels. A small network on `PictureStatistics` can be added to it or replace it.
 Shape suffixes: B batch, C channels, H W space, D vector width.
 """
 
@@ -19,7 +19,7 @@ from deedsr.learner.normalization import GroupedBatchNorm2d
 from deedsr.learner.statistics import PictureStatistics
 from deedsr.precision import wide
 
-OUTLIER = 5.0  # standard deviations at which a statistic is cut off: flat and huge pictures lie far out
+OUTLIER = 5.0  # standard deviations; statistics of flat and of huge pictures are clamped
 
 # Keys in the `config.json` of earlier versions, each with the only value that is read.
 REMOVED_KEYS = {"high_pass": False, "projection": 0, "stem_stride": 4}
@@ -46,8 +46,8 @@ class BasicBlock(nn.Module):
 
 
 class ExactLinear(nn.Linear):
-    """A linear layer that computes in fp64: in fp32, BLAS rounds by where in memory a weight lies, and one that was
-    loaded from a file lies elsewhere than one that was trained."""
+    """Linear layer that computes in fp64: fp32 results of BLAS depend on memory alignment, which differs between
+    trained weights and weights loaded from a file."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(wide(x), wide(self.weight), wide(self.bias)).to(x.dtype)
@@ -72,7 +72,7 @@ class StatisticsNetwork(nn.Module):
 
     def forward(self, lr_BCHW: torch.Tensor) -> torch.Tensor:
         x_BS = self.norm(self.statistics(lr_BCHW)).clamp(-OUTLIER, OUTLIER)
-        return self.layers(x_BS).to(self.layers[0].weight.dtype)  # between layers in fp32, whatever the weights are in
+        return self.layers(x_BS).to(self.layers[0].weight.dtype)  # fp32 between the layers
 
 
 class DegradationLearner(ModelMixin, ConfigMixin):
@@ -140,7 +140,7 @@ class DegradationLearner(ModelMixin, ConfigMixin):
         self.stages = nn.Sequential(*stages)
 
     def checkpoint_gradients(self) -> None:
-        """Compute activations twice instead of holding them.
+        """Enable gradient checkpointing.
 
         Reentrant, so that only the second forward records gradients and normalisation statistics count once.
         """

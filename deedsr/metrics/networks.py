@@ -314,7 +314,7 @@ def locate(file: WeightsFile, metric: str, folder: Path | None = None) -> Path:
 
 
 def _require_published(path: Path, file: WeightsFile) -> None:
-    """safetensors are conversions, whose digest nobody states."""
+    """Refuse other files and TorchScript. Of safetensors, which are conversions, no digest is published."""
     if path.suffix == ".safetensors":
         return
     if _is_torchscript(path):

@@ -130,7 +130,7 @@ def _imported(package: str, name: str) -> ModuleType:
 
 
 def pyiqa(name: str, setting: Setting) -> Metric:
-    """A metric of IQA-PyTorch by its name there: `musiq`, `maniqa-pipal`, `clipiqa`. Its weights are its own affair."""
+    """A metric of IQA-PyTorch by its name there, such as `musiq`. That package manages its weights."""
     package = _imported("pyiqa", name)
     names = package.list_models()
     if name not in names or name.startswith("fid"):
@@ -176,7 +176,7 @@ PIQ: Mapping[str, Measure] = {
 
 
 def piq(name: str, setting: Setting) -> Metric:
-    """A metric of piq, by a name of `PIQ`. Its weights are its own affair."""
+    """A metric of piq, by a name of `PIQ`. That package manages its weights."""
     package = _imported("piq", name)
     if name not in PIQ:
         raise UsageError(f"unknown metric piq:{name}: there are {', '.join(PIQ)}")

@@ -54,7 +54,7 @@ def encode_latents(vae: VAE, x_BCHW: torch.Tensor, noise_BChw: torch.Tensor | No
     """Latents (B, C, h, w) of images in [-1, 1], scaled to what the UNet works on.
 
     Standard normal `noise_BChw` samples AutoencoderKL's posterior, as the paper does; without it its mode is taken.
-    AutoencoderTiny has no posterior, the noise does nothing there.
+    AutoencoderTiny has no posterior and ignores the noise.
     """
     mean_BChw, std_BChw = latent_moments(vae, x_BCHW)
     if noise_BChw is None or std_BChw is None:

@@ -82,13 +82,13 @@ def to_uint8(picture_CHW: torch.Tensor) -> np.ndarray:
 
 
 def strips(height: int, width: int) -> list[slice]:
-    """Rows of a picture in parts of about STRIP pixels, so that what works on them needs little memory beside it."""
+    """Rows of a picture in parts of about STRIP pixels, so that operations on them need little extra memory."""
     rows = max(STRIP // width, 1)
     return [slice(top, min(top + rows, height)) for top in range(0, height, rows)]
 
 
 def pad_reflect(x_BCHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Mirrors right and bottom up to `height` x `width`, back and forth where the image is smaller than the pad."""
+    """Reflection padding, right and bottom, to `height` x `width`; repeated where the image is smaller than the pad."""
     rows, columns = (
         mirrored(have, 0, want).to(x_BCHW.device) for have, want in zip(x_BCHW.shape[2:], (height, width), strict=True)
     )

@@ -1,4 +1,4 @@
-"""How a picture is sampled: what a model recommends, and what a caller wants otherwise."""
+"""Settings of sampling: the model's recommendations and the caller's overrides."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -40,7 +40,7 @@ class SamplingSettings:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """Settings from a model's configuration; a name it does not know is a UsageError."""
+        """Settings from a model's configuration. Raises UsageError for an unknown name."""
         known = [field.name for field in fields(cls)]
         for name in values:
             if name not in known:
@@ -52,7 +52,7 @@ class SamplingSettings:
         return replace(self, **{name: value for name, value in wanted.items() if value is not None})
 
     def chosen(self, **wanted: Any) -> Self:
-        """`override` by what a user typed: raises UsageError for a value that has no effect beside the others."""
+        """`override`, but raises UsageError for a value that has no effect in combination with the others."""
         given = {name: value for name, value in wanted.items() if value is not None}
         settings = self.override(**given)
         for name, idle, beside in (
