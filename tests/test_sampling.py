@@ -15,12 +15,12 @@ from PIL import Image
 from small_networks import SCHEDULE, make_pipeline
 
 from deedsr.errors import UsageError
+from deedsr.hub.settings import COLOR_FIXES, SamplingSettings
 from deedsr.sampling.autoencoder import decode_latents, encode_latents
-from deedsr.sampling.color_fix import COLOR_FIXES, fix_color
+from deedsr.sampling.color_fix import fix_color
 from deedsr.sampling.guidance import clean_latent, guidance_strengths, model_output
 from deedsr.sampling.images import enlarge, pad_reflect, to_tensors
 from deedsr.sampling.pipeline import DeeDSRPipeline
-from deedsr.sampling.settings import SamplingSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,6 +10,7 @@ from small_networks import make_pipeline
 from torch import nn
 
 from benchmarks.seams import seam_energy
+from deedsr.hub.settings import COLOR_FIXES
 from deedsr.sampling import autoencoder, images, pipeline
 from deedsr.sampling.autoencoder import (
     cores,
@@ -20,7 +21,7 @@ from deedsr.sampling.autoencoder import (
     receptive_radius,
     sampled_windows,
 )
-from deedsr.sampling.color_fix import COLOR_FIXES, fix_color
+from deedsr.sampling.color_fix import fix_color
 from deedsr.sampling.guidance import clean_latent
 from deedsr.sampling.images import enlarge, enlarge_window, pad_reflect, to_uint8
 from deedsr.sampling.pipeline import DeeDSRPipeline

@@ -6,9 +6,9 @@ from typing import Any
 from deedsr.errors import UsageError
 from deedsr.hub.model_folder import BASE_PARTS, read_config
 from deedsr.hub.weights import tensor_shapes
-from deedsr.sampling.schedule import PREDICTIONS
 
 REMEDY = "give a text-to-image model such as Stable Diffusion 2.1-base"
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
 # Inputs of a UNet besides noisy latents, timestep and tokens, which the adapter does not provide.
 _OTHER_INPUTS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from deedsr.errors import UsageError
+from deedsr.hub.settings import SamplingSettings
 from deedsr.hub.weights import NAME, base_digest, find_variant
-from deedsr.sampling.settings import SamplingSettings
 
 FORMAT_VERSION = 1
 BASE_PARTS = ("vae", "unet", "scheduler")

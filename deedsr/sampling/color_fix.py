@@ -12,7 +12,6 @@ from torch.nn.functional import conv2d, pad
 from deedsr.precision import wide
 from deedsr.sampling.images import strips
 
-COLOR_FIXES = ("none", "adain", "wavelet")
 WAVELET_LEVELS = 5
 WAVELET_REACH = 2**WAVELET_LEVELS - 1  # pixels
 
@@ -20,7 +19,7 @@ Rows = Callable[[slice], torch.Tensor]  # rows of the reference, (B, C, rows, W)
 
 
 def fix_color(method: str, image_BCHW: torch.Tensor, reference: Rows) -> None:
-    """Applies one of COLOR_FIXES in place; image and reference have the same size and range."""
+    """Applies one of `settings.COLOR_FIXES` in place; image and reference have the same size and range."""
     parts = strips(*image_BCHW.shape[2:])
     if method == "adain":
         adain(image_BCHW, reference, parts)

@@ -25,6 +25,7 @@ from deedsr.adapter.condition_encoder import PreparedDegradation
 from deedsr.errors import UsageError
 from deedsr.hub.model_card import copy_base_licence, write_card
 from deedsr.hub.model_folder import BASE_PARTS, TRAINED_PARTS, ModelFolder, find_folder, load_part
+from deedsr.hub.settings import SamplingSettings
 from deedsr.learner.resnet import DegradationLearner
 from deedsr.sampling.autoencoder import (
     decode_in_tiles,
@@ -38,7 +39,6 @@ from deedsr.sampling.gate import RestorationGate, blend
 from deedsr.sampling.guidance import alpha_bar, clean_latent, guidance_strengths, model_output
 from deedsr.sampling.images import OUTPUT_TYPES, Picture, enlarge_window, from_tensors, to_tensors
 from deedsr.sampling.schedule import ddim, require_prediction, require_signal, solver_for, usable_eta
-from deedsr.sampling.settings import SamplingSettings
 from deedsr.sampling.tiles import Mosaic, Window
 
 BATCH_SIDE = 1024  # pixels of the output: tiles that are together as large as this square go through the UNet at once

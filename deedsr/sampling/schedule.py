@@ -14,8 +14,6 @@ from deedsr.errors import UsageError
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
-SOLVERS = ("ddim", "dpm")
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
 # Share of signal power that counts as none. Stable Diffusion's schedule ends at 0.0047; where one ends at zero, some
 # schedulers of diffusers put 2^-24 in its place.
 NO_SIGNAL = 1e-6

@@ -19,7 +19,7 @@ from pipelines.placement import Device
 from pipelines.storage import localize
 
 if TYPE_CHECKING:
-    from deedsr.sampling.settings import SamplingSettings
+    from deedsr.hub.settings import SamplingSettings
 
 __all__ = ["METHODS", "Evaluated", "Evaluator"]
 

@@ -22,7 +22,7 @@ from pipelines.upscaling.picture import Picture, read_picture
 from pipelines.upscaling.sources import Source
 
 if TYPE_CHECKING:
-    from deedsr.sampling.settings import SamplingSettings
+    from deedsr.hub.settings import SamplingSettings
 
 __all__ = ["Done", "Upscaler"]
 

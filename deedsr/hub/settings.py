@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
 from deedsr.errors import UsageError
-from deedsr.sampling.color_fix import COLOR_FIXES
-from deedsr.sampling.schedule import SOLVERS
+
+COLOR_FIXES = ("none", "adain", "wavelet")
+SOLVERS = ("ddim", "dpm")
 
 
 @dataclass(frozen=True)
