@@ -23,7 +23,7 @@ from deedsr.sampling.autoencoder import (
 )
 from deedsr.sampling.color_fix import fix_color
 from deedsr.sampling.guidance import clean_latent
-from deedsr.sampling.images import enlarge, enlarge_window, pad_reflect, to_uint8
+from deedsr.sampling.images import enlarge, enlarge_window, to_uint8
 from deedsr.sampling.pipeline import DeeDSRPipeline
 from deedsr.sampling.tiles import Mosaic, Window
 
@@ -33,6 +33,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def pipe() -> DeeDSRPipeline:
     return make_pipeline(num_inference_steps=3)
+
+
+def pad_reflect(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    missing = ((0, 0), (0, 0), (0, height - x.shape[2]), (0, width - x.shape[3]))
+    return torch.from_numpy(np.pad(x.numpy(), missing, mode="reflect"))
 
 
 def seeded(seed: int = 0) -> torch.Generator:

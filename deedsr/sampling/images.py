@@ -1,4 +1,4 @@
-"""Pictures to tensors and back, enlargement, and padding to the sizes that networks take.
+"""Pictures to tensors and back, and bicubic enlargement with reflection padding.
 
 Shape suffixes: B batch, C channels, H W pixels.
 """
@@ -85,14 +85,6 @@ def strips(height: int, width: int) -> list[slice]:
     """Rows of a picture in parts of about STRIP pixels, so that operations on them need little extra memory."""
     rows = max(STRIP // width, 1)
     return [slice(top, min(top + rows, height)) for top in range(0, height, rows)]
-
-
-def pad_reflect(x_BCHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Reflection padding, right and bottom, to `height` x `width`; repeated where the image is smaller than the pad."""
-    rows, columns = (
-        mirrored(have, 0, want).to(x_BCHW.device) for have, want in zip(x_BCHW.shape[2:], (height, width), strict=True)
-    )
-    return x_BCHW[:, :, rows][:, :, :, columns]
 
 
 def mirrored(have: int, begin: int, end: int) -> torch.Tensor:
