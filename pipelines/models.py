@@ -43,7 +43,7 @@ class Reference:
 
     @classmethod
     def find(cls, name: str | Path) -> Self:
-        """Raises UsageError where there is none."""
+        """Look the name up. Raises UsageError if nothing is found."""
         reference = cls(*_find(str(name)))
         _ = reference.path
         return reference
@@ -71,7 +71,7 @@ class Reference:
 
 
 class Base(Reference):
-    """A base: `path` holds its `vae/`, `unet/` and `scheduler/`. A trained model stands for the base it names."""
+    """A base: `path` holds its `vae/`, `unet/` and `scheduler/`. The name of a trained model means its base."""
 
     def _used(self, folder: Path) -> Path:
         from deedsr.hub.model_folder import find_base
@@ -241,7 +241,7 @@ def _dtype(precision: Precision, device: "torch.device") -> "torch.dtype":
 
 
 def export_pipeline(model: Model, out: str, *, half: bool = False) -> dict[str, Any]:
-    """Writes a model and its base into the empty place `out`, as a pipeline that needs nothing else.
+    """Writes a model and its base into the empty place `out`, as one self-contained pipeline.
 
     Returns `model` (its location), `bytes`, and `base`, the one that it was made with. Raises UsageError where `out`
     holds something, or as `Model.load` does.

@@ -101,7 +101,7 @@ class Manifest:
         return b"".join(self.json_lines(json.dumps(asdict(shard)) for shard in self.shards))
 
     def json_lines(self, shards: Iterable[str]) -> Iterator[bytes]:
-        """The manifest a piece at a time, with `shards`, each a JSON text, in place of its own."""
+        """The manifest in pieces, with `shards`, each a JSON text, in place of `self.shards`."""
         about = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "shards"}
         about["hr_from"] = self.hr_from and asdict(self.hr_from)
         about["latents"] = self.latents and asdict(self.latents)

@@ -77,8 +77,7 @@ def decode(data: bytes, name: str = "", alpha: Literal["composite", "reject"] = 
     16 bits become 8. The colour space of the file (`colour.py`) is converted to sRGB; a broken profile is ignored as
     browsers do. The first of several pictures (pages, frames, MPO) is taken. `name`: the file's, whose extension must
     not claim another of the four formats. `alpha`: what happens to a picture that is not wholly opaque; it is laid over
-    white, the page it is mostly seen on, or rejected. Raises RejectedImage, and nothing else but MemoryError, for
-    whatever else `data` are.
+    white or rejected. Raises RejectedImage for any other data, and no other exception but MemoryError.
     """
     stored = read_stored(data, name)
     if not stored.space.known:

@@ -46,7 +46,7 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
     "sinc": ("size", "cutoff"),
     "jpeg2": ("quality",),
 }
-# What `scalar_parameters` gives, in order.
+# Columns of `scalar_parameters`, in order.
 SCALAR_COLUMNS = (
     "deg_clean",
     "deg_jpeg_last",
@@ -189,7 +189,7 @@ _STEPS = {"size": 2.0, "quality": 1.0}  # between neighbouring values
 
 
 def parameter_names(column: str) -> tuple[str, ...]:
-    """What the values 0, 1, ... of a column stand for; empty where they are measured numbers."""
+    """Names of the values 0, 1, ... of a categorical column; empty for a numeric column."""
     return _FLAGS.get(column) or _NAMES.get(column.rpartition("_")[2], ())
 
 

@@ -142,7 +142,7 @@ def find_folder(name: str | Path) -> Path:
 
 
 def find_base(name: str | Path) -> Path:
-    """Local folder with `vae/`, `unet/` and `scheduler/`; a trained model stands for the base it was trained on.
+    """Local folder with `vae/`, `unet/` and `scheduler/`; of a trained model, those of the base that it was trained on.
 
     Raises UsageError where there is none.
     """

@@ -49,7 +49,7 @@ class SamplingSettings:
         return cls(**values)
 
     def override(self, **wanted: Any) -> Self:
-        """These settings with every value that is not None in place of its own."""
+        """A copy with every value that is not None replaced."""
         return replace(self, **{name: value for name, value in wanted.items() if value is not None})
 
     def chosen(self, **wanted: Any) -> Self:

@@ -102,8 +102,8 @@ class MomentumContrast(nn.Module):
 
         `query_BD` and `key_BD` have length 1. `sources_B` (int64, >= 0) names the photograph of each sample: keys in
         the queue that come from the query's own photograph are no negatives. `groups_B` (int64) names the degradation
-        of samples that share it with others, or is UNGROUPED: keys of the query's own group are no negatives, neither
-        in the queue nor in the block.
+        of samples that share it with others, or is UNGROUPED: keys of the query's own group are excluded from
+        the negatives, in the queue and in the block.
         """
         batch = len(query_BD)
         query_BD, key_BD = query_BD.float(), key_BD.float()

@@ -337,7 +337,7 @@ def _require_published(path: Path, file: WeightsFile) -> None:
 def load_into(network: nn.Module, path: Path) -> str:
     """Load a network's tensors from a file, which may hold others too; returns the first digits of their SHA-256.
 
-    The digest is over the names and values of what was loaded, whatever the file's format.
+    The digest covers the names and values of the loaded tensors and does not depend on the file's format.
     Raises UsageError where the file is damaged, holds more than tensors, or weights of another network.
     """
     stored, digest = read_tensors(path), hashlib.sha256()

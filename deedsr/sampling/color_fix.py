@@ -46,7 +46,7 @@ def _moments(parts: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]
 
 def wavelet(image_BCHW: torch.Tensor, reference: Rows, parts: list[slice]) -> None:
     """Keeps each image's detail and takes what is coarser than 2 ** WAVELET_LEVELS pixels from its reference."""
-    above = image_BCHW[:, :, :0]  # rows before the part, as they were
+    above = image_BCHW[:, :, :0]  # rows above the part, before correction
     for rows in parts:
         top, bottom = rows.start - above.shape[2], min(rows.stop + WAVELET_REACH, image_BCHW.shape[2])
         seen = torch.cat([above, image_BCHW[:, :, rows.start : bottom]], 2)

@@ -135,7 +135,7 @@ class DeeDSRPipeline(DiffusionPipeline):
 
     @property
     def sampling(self) -> SamplingSettings:
-        """What the model recommends."""
+        """Settings that the model recommends."""
         return SamplingSettings.of(self.config["sampling"])
 
     @torch.no_grad()
@@ -200,7 +200,7 @@ class DeeDSRPipeline(DiffusionPipeline):
         # 3. The LR latent, of the enlarged picture.
         z_lr_BChw = self._encode(lr_BCHW, self._noise(latent_shape, generators), mosaic)
 
-        # 4. From noise to a clean latent, kept in float32 whatever the networks compute in.
+        # 4. From noise to a clean latent, kept in float32 at any precision of the networks.
         require_prediction(self.scheduler, self.adapter.config.get("prediction_type"))
         scheduler = solver_for(settings.solver, self.scheduler, settings.eta)
         scheduler.set_timesteps(settings.num_inference_steps, device=lr_BCHW.device)
