@@ -16,10 +16,10 @@ from deedsr.learner.resnet import DegradationLearner
 
 EMPTY = -1  # source of an unused queue slot
 UNGROUPED = -1  # group of a sample whose degradation no other sample shares
-Image = TypeVar("Image")  # numpy array or torch tensor
+Pixels = TypeVar("Pixels")  # numpy array or torch tensor
 
 
-def quadrant_pair(lr_CHW: Image, rng: np.random.Generator) -> tuple[Image, Image]:
+def quadrant_pair(lr_CHW: Pixels, rng: np.random.Generator) -> tuple[Pixels, Pixels]:
     """Two different quadrants of one LR image, query and key, drawn without replacement (docs/method.md, 2.3).
 
     `lr_CHW` (C, H, W) is a numpy array or a tensor with even sides; the quadrants (C, H/2, W/2) are views of it.
