@@ -2,6 +2,7 @@
 
 import ast
 import subprocess
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,31 @@ def test_no_layer_imports_what_stands_above_it(layer):
 
 def test_the_door_leads_to_the_command_line_and_nowhere_else():
     assert imported(DOOR) <= {"sys", "jobs"}
+
+
+def imported_names(path: Path) -> set[tuple[str, str]]:
+    """(module, name) of everything that a file imports anywhere, also inside functions and for types."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    return {(node.module or "", alias.name) for node in nodes for alias in node.names}
+
+
+@pytest.mark.parametrize("of", ["files", "folders"])
+def test_the_method_has_no_import_circle(of):
+    """Of files, and of folders. The package's own `__init__` and `__main__` lead to all and are left out."""
+    paths = [path for path in (ROOT / "deedsr").rglob("*.py") if path.parent.name != "deedsr" or path.stem[0] != "_"]
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths}
+    known, graph = set(names.values()), defaultdict(set)
+    short = (lambda name: name) if of == "files" else lambda name: ".".join(name.split(".")[:2])
+    for path, name in names.items():
+        for module, part in imported_names(path):
+            target = f"{module}.{part}" if f"{module}.{part}" in known else module
+            if target in known and short(target) != short(name):
+                graph[short(name)].add(short(target))
+    assert len(graph) > 5
+    while settled := [name for name, found in graph.items() if not found & graph.keys()]:
+        for name in settled:
+            del graph[name]
+    assert graph == {}
 
 
 def test_no_tracked_text_postpones_work():

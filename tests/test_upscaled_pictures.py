@@ -30,7 +30,7 @@ from PIL import ExifTags, Image
 from deedsr.dataset.colour import ColourSpace
 from deedsr.dataset.pictures import decode
 from deedsr.errors import DeeDSRError
-from deedsr.sampling.latents import enlarge
+from deedsr.sampling.images import enlarge
 from pipelines.upscaling.encoding import encode, require_fit
 from pipelines.upscaling.metadata import exif_of_result, mark_of
 from pipelines.upscaling.picture import Picture, read_picture

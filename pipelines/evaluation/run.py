@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 import deedsr
 from deedsr.errors import UsageError
+from deedsr.metrics.fidelity import WINDOW
 from deedsr.metrics.metric import Metric
 from deedsr.metrics.niqe import BLOCK
 from deedsr.metrics.registry import WITHOUT_WEIGHTS
-from deedsr.metrics.ssim import WINDOW
 from pipelines import cluster, tracking
 from pipelines.claims import Claim, held
 from pipelines.data.dataset import Dataset
@@ -33,7 +33,7 @@ from pipelines.data.index import require_hr
 from pipelines.data.splits import no_validation
 from pipelines.evaluation.state import PICTURES, RESULTS, Measured, State
 from pipelines.evaluation.work import METHODS, Evaluated, Evaluator
-from pipelines.models import model_digest, pinned, resolve_model, training_run
+from pipelines.models import Model
 from pipelines.placement import Device, place_networks
 from pipelines.reports.strips import strip
 from pipelines.spread import place, spread
@@ -107,17 +107,15 @@ def evaluate(
     Raises UsageError before any work for unknown metrics, an empty split, scales that differ, or an `out` that another
     command writes.
     """
-    from deedsr.hub.model_folder import ModelFolder
-
     dataset = Dataset.open(data).require_pixels("evaluation")
     require_hr(dataset)
     rows = _rows(dataset, split, limit)
     if border < 0 or dataset.recipe.crop.size - 2 * border < WINDOW:
         raise UsageError(f"border must leave {WINDOW} pixels of HR crops of {dataset.recipe.crop.size}, got {border}")
-    folder = ModelFolder.read(resolve_model(model))
-    if folder.scale != dataset.scale:
+    found = Model.find(model, base)
+    if found.description.scale != dataset.scale:
         raise UsageError(
-            f"{model} enlarges by {folder.scale}, the pairs of {data} differ by {dataset.scale}: "
+            f"{model} enlarges by {found.description.scale}, the pairs of {data} differ by {dataset.scale}: "
             "evaluate on a dataset of the model's scale"
         )
     wanted = {
@@ -131,20 +129,19 @@ def evaluate(
         "degradation_per_tile": degradation_per_tile,
         "restoration": restoration,
     }
-    sampling = folder.sampling.chosen(**wanted)
+    sampling = found.description.sampling.chosen(**wanted)
     table = dataset.index(split)
     pairs = {pair["key"][0].as_py(): pair for pair in (table.take([row]) for row in rows)}
     storage = open_storage(out)
     storage.require_writable()
     # Workers need nothing of the index, which the dataset keeps and its copy does not.
     work = Evaluator(
-        pinned(model),
+        found,
         replace(dataset),
         tuple(metrics),
         sampling,
         seed,
         device,
-        base=pinned(base) if base else None,
         border=border,
         metric_weights=metric_weights,
     )
@@ -189,9 +186,8 @@ class _Evaluation:
     progress: bool
 
     def run(self) -> EvaluationResult:
-        digest = model_digest(self.work.model, base=self.work.base)
+        state = self._state()
         with held(Claim(self.out)) as claim:
-            state = self._state(digest)
             samples = state.measured(self.pairs)
             run_id = state.run_id()
             if run_id and len(samples) == len(self.pairs) and (results := state.results(run_id)):
@@ -199,7 +195,7 @@ class _Evaluation:
             if samples:
                 logger.info("evaluate: %d of %d samples are measured already", len(samples), len(self.pairs))
             missing = [pair for key, pair in self.pairs.items() if key not in samples]
-            compute = _computing(self.work, digest, len(missing)) if missing else iter
+            compute = _computing(self.work, len(missing)) if missing else iter
             with self._started(run_id, claim) as run:
                 state.begin(run.id)
                 for done in self._with_bar(compute(missing), len(samples)):
@@ -211,8 +207,8 @@ class _Evaluation:
             patiently(partial(self.out.write, RESULTS, _text(results).encode()))
         return self._result(results)
 
-    def _state(self, digest: str) -> State:
-        samples = self.work.made_of(digest) | {"definitions": self.about["definitions"]}
+    def _state(self) -> State:
+        samples = self.work.made_of() | {"definitions": self.about["definitions"]}
         whole = {"samples": samples, "keys": [*self.pairs], "experiment": self.experiment}
         whole["store"] = tracking.masked_uri(tracking.tracking_uri())
         return State(self.out, _digest(samples), _digest(whole))
@@ -223,7 +219,7 @@ class _Evaluation:
             name=Path(str(self.config["model"]).rstrip("/")).name,
             config=self.config,
             dataset=self.work.dataset,
-            parents={"adapter": training_run(self.config["model"])},
+            parents={"adapter": self.work.model.run_id},
             run_id=run_id,
             tags={"deedsr.kind": "evaluation"},
             permit=claim.holds,
@@ -278,14 +274,11 @@ class _Evaluation:
         return EvaluationResult(results["metrics"], results["run_id"], len(self.pairs), place, self.work.dataset.digest)
 
 
-def _computing(work: Evaluator, digest: str, pairs: int) -> Callable[[list[pa.Table]], Iterator[Evaluated]]:
-    """`work` in this process, or in actors of the cluster that `RAY_ADDRESS` names, once one can start there.
-
-    `digest`: see `pipelines.models.model_digest`.
-    """
+def _computing(work: Evaluator, pairs: int) -> Callable[[list[pa.Table]], Iterator[Evaluated]]:
+    """`work` in this process, or in actors of the cluster that `RAY_ADDRESS` names, once one can start there."""
     if cluster.is_named():
         plan = place("evaluate", pairs, work.device)
-        return partial(spread, replace(work, digest=digest, device=plan.device), plan=plan, command="evaluate")
+        return partial(spread, replace(work, device=plan.device), plan=plan, command="evaluate")
     place_networks(cluster.this_machine(), work.device, 1, "evaluate")
     _ = work.pipeline  # one that cannot be loaded leaves no run behind
     return partial(map, work)

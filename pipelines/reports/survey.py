@@ -10,8 +10,8 @@ import pyarrow.compute
 from tqdm import tqdm
 
 from deedsr.dataset.recipe import Recipe
+from deedsr.degradation.draws import parameter_limits, parameter_names, parameter_shares, parameter_step
 from deedsr.degradation.kernels import KERNELS
-from deedsr.degradation.limits import parameter_limits, parameter_names, parameter_shares, parameter_step
 from pipelines.data.dataset import Dataset
 from pipelines.data.index import SampleIndex
 from pipelines.reports.histograms import Histogram, NamedCounts

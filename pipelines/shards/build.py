@@ -18,7 +18,7 @@ import pyarrow as pa
 from deedsr.dataset.manifest import STATE
 from deedsr.dataset.pictures import RejectedImage
 from deedsr.dataset.recipe import Recipe
-from deedsr.dataset.worker import prepare_worker
+from deedsr.degradation.chain import prepare_worker
 from deedsr.errors import DeeDSRError
 from pipelines.scratch import scratch_folder
 from pipelines.shards.pieces import in_order

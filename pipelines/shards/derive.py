@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 
 import pyarrow.parquet
 
-from deedsr.dataset.codecs import decode_stored
+from deedsr.dataset.members import decode_stored
 from deedsr.dataset.recipe import Recipe
 from deedsr.errors import DeeDSRError
 from pipelines.shards.build import shard_draft
