@@ -28,7 +28,7 @@ from pipelines.data.loader import Batch, micro_batches
 from pipelines.data.order import SampleOrder
 from pipelines.data.shard_cache import ShardCache
 from pipelines.machine import allowed_cpus
-from pipelines.shards.latents import make_latents
+from pipelines.shards.encode import make_latents
 from pipelines.training.adapter_stage import AdapterStage
 from pipelines.training.config import (
     PRESETS,

@@ -25,7 +25,7 @@ class EvaluateOptions(SamplingOptions):
 
 
 def run(options: EvaluateOptions) -> Outcome:
-    from pipelines.evaluation import evaluate
+    from pipelines.inference import evaluate
 
     result = evaluate(
         options.model,

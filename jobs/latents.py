@@ -37,7 +37,7 @@ def run(options: LatentsOptions) -> Outcome:
 
 
 def _make(options: LatentsOptions) -> "ShardsResult":
-    from pipelines.shards.latents import make_latents
+    from pipelines.shards.encode import make_latents
 
     return make_latents(
         options.data,

@@ -29,7 +29,7 @@ class UpscaleOptions(SamplingOptions):
 
 
 def run(options: UpscaleOptions) -> Outcome:
-    from pipelines.upscaling import upscale
+    from pipelines.inference import upscale
 
     result = upscale(
         options.input,

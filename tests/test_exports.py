@@ -14,10 +14,10 @@ from deedsr.hub.digests import base_digest
 from deedsr.hub.model_folder import find_base, pinned_base
 from deedsr.sampling.pipeline import DeeDSRPipeline
 from jobs import cli
+from pipelines.inference import upscale
 from pipelines.models import load_pipeline
 from pipelines.storage import open_storage, publish
 from pipelines.training.config import AdapterOptions, resolved
-from pipelines.upscaling import upscale
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 REVISION = "0123456789abcdef0123456789abcdef01234567"

@@ -19,7 +19,7 @@ from jobs import cli
 from pipelines.data.dataset import Dataset
 from pipelines.data.order import SampleOrder
 from pipelines.shards import verify
-from pipelines.shards.latents import make_latents
+from pipelines.shards.encode import make_latents
 from pipelines.storage import publish
 from pipelines.training.adapter_stage import AdapterStage
 from pipelines.training.config import (

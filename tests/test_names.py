@@ -19,11 +19,11 @@ from deedsr.dataset.manifest import Manifest, ShardEntry, dataset_digest
 from deedsr.errors import DeeDSRError, UsageError
 from jobs.cli import main
 from pipelines.data.shard_cache import ShardCache
+from pipelines.inference import upscale
+from pipelines.inference.inputs import find_sources
 from pipelines.shards.sources import read_source
 from pipelines.storage import localize, open_storage
 from pipelines.storage.patterns import matching, split_pattern
-from pipelines.upscaling import upscale
-from pipelines.upscaling.sources import find_sources
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

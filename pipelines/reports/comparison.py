@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deedsr.errors import UsageError
-from pipelines.reports.curves import Curve, draw
+from pipelines.reports.charts import Curve, draw
 from pipelines.reports.page import data_uri, duration_text, metric_text, page_place, read_picture, write_page
 from pipelines.scratch import scratch_folder
 from pipelines.tracking import EXPERIMENTS, connect, masked_uri

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipelines.reports.curves import ticks
+from pipelines.reports.charts import ticks
 
 __all__ = ["Bar", "Histogram", "NamedCounts"]
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from deedsr.errors import UsageError
 from deedsr.metrics.registry import known
-from pipelines.reports.curves import number_text
+from pipelines.reports.charts import number_text
 from pipelines.storage import Storage, open_storage, split_uri
 
 if TYPE_CHECKING:

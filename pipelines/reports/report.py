@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from deedsr.errors import DeeDSRError
 from deedsr.metrics.registry import known
-from pipelines.reports.curves import Curve, draw
+from pipelines.reports.charts import Curve, draw
 from pipelines.reports.page import data_uri, read_picture, write_page
 
 if TYPE_CHECKING:

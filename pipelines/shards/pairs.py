@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from deedsr.errors import UsageError
-from pipelines.shards.sources.listing import list_sources
-from pipelines.shards.sources.source import Source
+from pipelines.shards.listing import list_sources
+from pipelines.shards.source import Source
 from pipelines.storage import open_storage
 
 __all__ = ["list_pairs"]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from deedsr.dataset.colour import to_srgb
 from deedsr.errors import DeeDSRError
-from pipelines.upscaling.picture import Picture
+from pipelines.inference.pictures import Picture
 
 __all__ = ["EXTENSIONS", "LOSSY", "Format", "encode", "format_of", "holds_deep", "require_fit"]
 

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 from deedsr.dataset.pictures import RejectedImage
 from deedsr.errors import DeeDSRError
-from pipelines.shards.sources.source import Source
-from pipelines.shards.sources.tables import is_table, read_row
+from pipelines.shards.source import Source
+from pipelines.shards.tables import is_table, read_row
 from pipelines.storage import open_storage, split_uri
 
 __all__ = ["read_source"]

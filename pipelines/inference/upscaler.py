@@ -12,14 +12,14 @@ import numpy as np
 
 from deedsr import __version__
 from deedsr.errors import DeeDSRError
+from pipelines.inference.encoding import LOSSY, encode, format_of, holds_deep, require_fit
+from pipelines.inference.inputs import Source
+from pipelines.inference.metadata import exif_of_result, mark_of
+from pipelines.inference.pictures import Picture, read_picture
 from pipelines.models import Precision, load_pipeline, resolve_model
 from pipelines.placement import Device
 from pipelines.storage import Storage
 from pipelines.storage.waiting import patiently
-from pipelines.upscaling.encoding import LOSSY, encode, format_of, holds_deep, require_fit
-from pipelines.upscaling.metadata import exif_of_result, mark_of
-from pipelines.upscaling.picture import Picture, read_picture
-from pipelines.upscaling.sources import Source
 
 if TYPE_CHECKING:
     from deedsr.sampling.settings import SamplingSettings

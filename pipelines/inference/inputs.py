@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from deedsr.errors import UsageError
+from pipelines.inference.encoding import EXTENSIONS, Format
 from pipelines.storage import Storage, is_hidden, leads_out, open_storage, split_uri
 from pipelines.storage.patterns import matching, split_pattern
-from pipelines.upscaling.encoding import EXTENSIONS, Format
 
 __all__ = ["Source", "conflicts", "find_sources"]
 

@@ -10,14 +10,14 @@ from tqdm import tqdm
 
 from deedsr.errors import UsageError
 from pipelines import cluster
+from pipelines.distribution import place, spread
+from pipelines.inference.encoding import Format
+from pipelines.inference.inputs import Source, conflicts, find_sources
+from pipelines.inference.upscaler import Done, Upscaler
 from pipelines.models import Precision, model_digest, pinned, resolve_model
 from pipelines.placement import Device, place_networks
-from pipelines.spread import place, spread
 from pipelines.storage import Storage, open_storage, waiting
 from pipelines.storage.local import begun_name
-from pipelines.upscaling.encoding import Format
-from pipelines.upscaling.sources import Source, conflicts, find_sources
-from pipelines.upscaling.work import Done, Upscaler
 
 __all__ = ["UpscaleResult", "upscale"]
 

@@ -13,7 +13,7 @@ import pyarrow.parquet
 
 from deedsr.dataset.pictures import RejectedImage
 from deedsr.errors import UsageError
-from pipelines.shards.sources.source import Source
+from pipelines.shards.source import Source
 from pipelines.storage import open_storage, split_uri
 
 __all__ = ["NoPictures", "is_table", "list_table", "read_row"]

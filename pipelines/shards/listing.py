@@ -10,9 +10,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 from deedsr.errors import DeeDSRError, UsageError
-from pipelines.shards.sources.source import DECODED, Source, is_picture
-from pipelines.shards.sources.tables import NoPictures, is_table, list_table
-from pipelines.shards.sources.tars import list_tar
+from pipelines.shards.source import DECODED, Source, is_picture
+from pipelines.shards.tables import NoPictures, is_table, list_table
+from pipelines.shards.tars import list_tar
 from pipelines.storage import Entry, Storage, is_hidden, open_storage, split_uri
 from pipelines.storage.patterns import expanded, has_wildcard, matching, split_pattern
 

@@ -4,7 +4,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from pipelines.shards.sources.source import Source, is_picture
+from pipelines.shards.source import Source, is_picture
 from pipelines.storage import is_hidden, open_storage, split_uri
 
 __all__ = ["list_tar"]

@@ -31,12 +31,12 @@ from pipelines.claims import Claim, held
 from pipelines.data.dataset import Dataset
 from pipelines.data.index import require_hr
 from pipelines.data.splits import no_validation
-from pipelines.evaluation.state import PICTURES, RESULTS, Measured, State
-from pipelines.evaluation.work import METHODS, Evaluated, Evaluator
+from pipelines.distribution import place, spread
+from pipelines.inference.evaluator import METHODS, Evaluated, Evaluator
+from pipelines.inference.state import PICTURES, RESULTS, Measured, State
 from pipelines.models import model_digest, pinned, resolve_model, training_run
 from pipelines.placement import Device, place_networks
 from pipelines.reports.strips import strip
-from pipelines.spread import place, spread
 from pipelines.storage import Storage, open_storage
 from pipelines.storage.waiting import patiently
 
