@@ -26,7 +26,7 @@ from pipelines.shards.plan import ShardPlan, plan_shards
 from pipelines.shards.record import Inventory, ShardRecord
 from pipelines.shards.run import PlanParts
 from pipelines.shards.samples import Draft
-from pipelines.shards.sources import Source
+from pipelines.shards.source import Source
 from pipelines.storage import Storage, open_storage
 
 LIMIT_GB = 2.0  # memory of the driver

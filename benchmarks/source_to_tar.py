@@ -34,8 +34,8 @@ from pipelines.shards.assemble import assemble
 from pipelines.shards.build import FromSources
 from pipelines.shards.derive import FromHR
 from pipelines.shards.generate import index_of
+from pipelines.shards.listing import list_sources
 from pipelines.shards.plan import derived_plan, plan_shards
-from pipelines.shards.sources import list_sources
 from pipelines.storage import open_storage
 from tests.plain_degradation import degrade as plain_degrade
 

@@ -190,6 +190,18 @@ def runs(pid: int, since: float) -> bool:
         return True
 
 
+def environment_number(variable: str, default: float, unit: str) -> float:
+    """What a variable of the environment sets, 0 or more. Raises UsageError if it holds no such number."""
+    text = os.environ.get(variable) or str(default)
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not number >= 0:
+        raise UsageError(f"{variable} must be a number of {unit}, 0 or more, got {text!r}")
+    return number
+
+
 def _wanted_cpus() -> int | None:
     text = os.environ.get(CPUS_VARIABLE)
     if not text:

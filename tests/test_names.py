@@ -21,9 +21,9 @@ from jobs.cli import main
 from pipelines.data.shard_cache import ShardCache
 from pipelines.inference import upscale
 from pipelines.inference.inputs import find_sources
-from pipelines.shards.sources import read_source
+from pipelines.shards.source import read_source
 from pipelines.storage import localize, open_storage
-from pipelines.storage.patterns import matching, split_pattern
+from pipelines.storage.location import matching, split_pattern
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -20,10 +20,10 @@ from pipelines.shards import Estimate, collect_garbage, estimate, execute, gener
 from pipelines.shards.build import FromSources
 from pipelines.shards.estimate import _Count
 from pipelines.shards.generate import run_job
+from pipelines.shards.listing import list_sources
 from pipelines.shards.plan import plan_shards
 from pipelines.shards.record import Inventory
 from pipelines.shards.samples import samples_of
-from pipelines.shards.sources import list_sources
 from pipelines.storage import open_storage
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from deedsr.errors import UsageError
 from pipelines.inference.encoding import EXTENSIONS, Format
-from pipelines.storage import Storage, is_hidden, leads_out, open_storage, split_uri
-from pipelines.storage.patterns import matching, split_pattern
+from pipelines.storage import Storage, is_hidden, leads_out, object_at, open_storage
+from pipelines.storage.location import matching, split_pattern
 
 __all__ = ["Source", "conflicts", "find_sources"]
 
@@ -95,8 +95,8 @@ def _places(given: str, out: Storage) -> Iterator[tuple[Storage, str, str]]:
             if _is_picture(entry.path) and not is_result(storage, entry.path):
                 yield storage, entry.path, posixpath.basename(entry.path)
     elif _is_file(uri):
-        place, path = split_uri(uri)
-        yield open_storage(place), path, posixpath.basename(path)
+        storage, path = object_at(uri)
+        yield storage, path, posixpath.basename(path)
     else:
         yield from (place for place in _below(open_storage(uri)) if not is_result(*place[:2]))
 
@@ -104,8 +104,8 @@ def _places(given: str, out: Storage) -> Iterator[tuple[Storage, str, str]]:
 def _is_file(uri: str) -> bool:
     local = open_storage(uri).local_path("")
     if local is None:
-        bucket, key = split_uri(uri)
-        return bool(key) and open_storage(bucket).exists(key)
+        bucket, key = object_at(uri)
+        return bool(key) and bucket.exists(key)
     if not local.exists():
         raise UsageError(f"{uri} does not exist")
     return not local.is_dir()

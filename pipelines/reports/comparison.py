@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from deedsr.errors import UsageError
 from pipelines.reports.charts import Curve, draw
 from pipelines.reports.page import data_uri, duration_text, metric_text, page_place, read_picture, write_page
-from pipelines.scratch import scratch_folder
+from pipelines.storage.lock import scratch_folder
 from pipelines.tracking import EXPERIMENTS, connect, masked_uri
 from pipelines.tracking import tracking_uri as resolve_uri
 from pipelines.tracking.provenance import COMMIT_TAG, CONFIG_TAG, DIGEST_TAG, PARENT_TAG

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from deedsr.errors import UsageError
 from deedsr.metrics.registry import known
 from pipelines.reports.charts import number_text
-from pipelines.storage import Storage, open_storage, split_uri
+from pipelines.storage import Storage, object_at
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,12 +18,12 @@ WEBP_QUALITY = 90
 
 def page_place(out: str | Path) -> tuple[Storage, str]:
     """Where a page is written: a storage, and the path in it. Raises UsageError if `out` is the location of no file."""
-    location, name = split_uri(str(out))
+    storage, name = object_at(str(out))
     if not name:
         raise UsageError(
             f"--out {out} names no file: write a file's location, such as {str(out).rstrip('/')}/page.html"
         )
-    return open_storage(location), name
+    return storage, name
 
 
 def write_page(out: str | Path, template: str, **content: Any) -> None:

@@ -31,10 +31,10 @@ from deedsr.dataset.manifest import (
 )
 from deedsr.dataset.recipe import Recipe
 from deedsr.errors import DeeDSRError
-from pipelines.scratch import scratch_folder
 from pipelines.shards.plan import ShardPlan
 from pipelines.shards.record import COLUMNS, LATENTS_COLUMNS, ShardRecord, read_record
 from pipelines.storage import Conflict, Storage
+from pipelines.storage.lock import scratch_folder
 from pipelines.storage.waiting import patiently
 
 __all__ = ["Inherited", "assemble", "records_of"]

@@ -20,14 +20,14 @@ from deedsr.dataset.pictures import RejectedImage
 from deedsr.dataset.recipe import Recipe
 from deedsr.dataset.worker import prepare_worker
 from deedsr.errors import DeeDSRError
-from pipelines.scratch import scratch_folder
 from pipelines.shards.pieces import in_order
 from pipelines.shards.plan import ShardPlan
 from pipelines.shards.record import COLUMNS, ShardRecord, table_of, tar_name, write_record
 from pipelines.shards.samples import Draft, Drafts, Share, rejection, samples_of
-from pipelines.shards.sources import Source, is_table, read_source
+from pipelines.shards.source import Source, is_table, read_source
 from pipelines.shards.tar import ShardTar
 from pipelines.storage import Storage
+from pipelines.storage.lock import scratch_folder
 
 __all__ = ["FromSources", "ShardDraft", "ShardWork"]
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from deedsr.dataset.pictures import RejectedImage
 from deedsr.errors import DeeDSRError
 from pipelines import cluster
-from pipelines.shards.sources import Source, read_source
+from pipelines.shards.source import Source, read_source
 
 __all__ = ["mark_duplicates"]
 

@@ -14,10 +14,11 @@ from deedsr.dataset.pictures import RejectedImage
 from deedsr.dataset.recipe import Recipe
 from pipelines.machine import this_machine
 from pipelines.reports.page import bytes_text, count_text, duration_text
+from pipelines.shards.listing import list_pairs, list_sources
 from pipelines.shards.plan import ShardPlan, plan_shards
 from pipelines.shards.record import Inventory
 from pipelines.shards.samples import samples_of
-from pipelines.shards.sources import Source, list_pairs, list_sources, read_source
+from pipelines.shards.source import Source, read_source
 from pipelines.storage import open_storage
 
 __all__ = ["Estimate", "estimate"]

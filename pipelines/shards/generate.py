@@ -22,10 +22,11 @@ from pipelines.shards.derive import FromHR, Joined
 from pipelines.shards.duplicates import mark_duplicates
 from pipelines.shards.execute import build_missing
 from pipelines.shards.lineage import record_derived
+from pipelines.shards.listing import list_pairs, list_sources
 from pipelines.shards.plan import ShardPlan, derived_plan, plan_shards
 from pipelines.shards.record import Inventory
 from pipelines.shards.run import PlanParts
-from pipelines.shards.sources import Source, list_pairs, list_sources
+from pipelines.shards.source import Source
 from pipelines.shards.versions import warn_of_versions
 from pipelines.storage import Storage, open_storage
 

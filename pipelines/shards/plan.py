@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 from deedsr.dataset.manifest import FORMAT_VERSION, ShardEntry
 from deedsr.dataset.recipe import ALGORITHM_VERSION, Recipe, Shard, Split
-from pipelines.scratch import scratch_folder
-from pipelines.shards.sources import Source
+from pipelines.shards.source import Source
+from pipelines.storage.lock import scratch_folder
 
 __all__ = ["ShardPlan", "derived_plan", "plan_shards"]
 

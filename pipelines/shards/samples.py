@@ -18,7 +18,7 @@ from deedsr.dataset.pictures import RejectedImage, decode
 from deedsr.dataset.recipe import Recipe
 from deedsr.degradation.chain import degrade
 from deedsr.degradation.draws import scalar_parameters
-from pipelines.shards.sources import Source
+from pipelines.shards.source import Source
 
 __all__ = ["WHOLE", "Crop", "Draft", "Drafts", "Share", "degraded", "rejection", "samples_of"]
 

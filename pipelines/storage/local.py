@@ -16,9 +16,8 @@ from typing import BinaryIO
 from deedsr.errors import DeeDSRError
 from pipelines import machine
 from pipelines.storage.errors import Conflict, explained
-from pipelines.storage.interface import ANYTHING, Entry, Expected, Storage, Upload
+from pipelines.storage.interface import ANYTHING, LONGEST_PART, Entry, Expected, Storage, Upload, leads_out
 from pipelines.storage.lock import PARTIAL, locked
-from pipelines.storage.names import LONGEST_PART, leads_out
 
 __all__ = ["LocalStorage", "begun_name"]
 
@@ -76,7 +75,7 @@ class LocalStorage(Storage):
             file.seek(offset)
             return file.read(size)
 
-    def open(self, path: str) -> BinaryIO:
+    def open(self, path: str, read_ahead: int = 0) -> BinaryIO:
         place = self._place(path)
         with explained("read", str(place)):
             return open(place, "rb", opener=machine.opened_file)

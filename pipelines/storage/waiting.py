@@ -6,24 +6,21 @@ when the command is asked to end.
 
 import logging
 import math
-import os
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from deedsr.errors import DeeDSRError, UsageError
+from deedsr.errors import DeeDSRError
+from pipelines import machine
 from pipelines.storage.errors import Faulty, Full, Refused
-
-__all__ = ["Wait", "cleaning", "fails", "interrupted", "limit", "patiently", "within"]
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 VARIABLE = "DEEDSR_STORAGE_SECONDS"
-_SECONDS = 600.0
 _LINE_SECONDS = 30.0
 _UNSAID_SECONDS = 5.0  # requests to a busy S3 fail now and then: what is over so soon is not logged
 _LONGEST_PAUSE = 10.0
@@ -51,14 +48,7 @@ def fails() -> bool:
 
 def limit() -> float:
     """Seconds that a failure of storage may last. Raises UsageError if the variable holds none."""
-    text = os.environ.get(VARIABLE) or str(_SECONDS)
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not seconds >= 0:
-        raise UsageError(f"{VARIABLE} must be a number of seconds, 0 or more, got {text!r}")
-    return min(seconds, _bounds.get().seconds)
+    return min(machine.environment_number(VARIABLE, 600.0, "seconds"), _bounds.get().seconds)
 
 
 @contextmanager
@@ -113,15 +103,15 @@ class Wait:
         return pause is not None and not self._bounds.over.wait(pause)
 
 
-def patiently(call: Callable[[], Result]) -> Result:
-    """What `call` returns, tried again while a disk is full, a right is missing or a file system fails.
+def patiently(call: Callable[..., Result], *values: Any, **named: Any) -> Result:
+    """Calls with these arguments, again while a disk is full, a right is missing or a file system fails.
 
     What S3 does not answer is waited for request by request, inside of it (`pipelines.storage.s3`).
     """
     wait: Wait | None = None
     while True:
         try:
-            return call()
+            return call(*values, **named)
         except (Full, Refused, Faulty) as error:
             wait = wait or Wait(at_once=True)
             if not wait.sleep(error):
