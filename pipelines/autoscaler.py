@@ -14,8 +14,6 @@ import yaml
 
 from pipelines.placement import Nodes
 
-__all__ = ["answers", "coming", "growth", "refuses"]
-
 BOOTSTRAP = "~/ray_bootstrap_config.yaml"  # on the head of a cluster of `ray up`, where its commands run
 _STATUS = b"__autoscaling_status"
 

@@ -21,25 +21,6 @@ from pipelines import autoscaler, machine
 from pipelines.placement import Nodes, Offer, TrainingPlan, WorkPlan
 from pipelines.storage import open_storage, waiting
 
-__all__ = [
-    "CannotHold",
-    "Waiting",
-    "arrow_filesystem",
-    "connect",
-    "data",
-    "error_values",
-    "is_local",
-    "is_named",
-    "last_words",
-    "nodes",
-    "offer",
-    "raise_error",
-    "require_docstrings",
-    "scratch",
-    "this_machine",
-    "wait_for",
-]
-
 logger = logging.getLogger(__name__)
 
 # The object store only passes plans, summaries and metrics; Ray's default is a third of the memory.
@@ -172,33 +153,6 @@ def _session_folder() -> str | None:
         f"{name} is {given}: Ray needs a folder whose path is at most {_LONGEST_FOLDER} ASCII characters long, "
         "name one by RAY_TMPDIR"
     )
-
-
-def data() -> Any:
-    """`ray.data` on the connected cluster, without its own progress bars and remarks: ours are shown instead."""
-    connect()
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it would log as an error is raised, too
-    return ray.data
-
-
-def error_values(error: DeeDSRError | None = None) -> dict[str, Any]:
-    """The error of a task as values of its row: an exception would come back wrapped in Ray's traceback.
-
-    File names in the message that are not Unicode are escaped, because a row holds Unicode only.
-    """
-    text = str(error or "").encode(errors="backslashreplace").decode()
-    return {"error": text, "usage": isinstance(error, UsageError)}
-
-
-def raise_error(row: dict[str, Any]) -> None:
-    """Raises the error that `error_values` stored in a row, if there is one."""
-    if row["error"]:
-        raise (UsageError if row["usage"] else DeeDSRError)(row["error"])
 
 
 def nodes() -> list[dict[str, Any]]:

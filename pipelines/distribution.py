@@ -1,69 +1,119 @@
-"""Work on the parts of an input on a cluster, with Ray Data: an actor keeps what the work loads for all its parts."""
+"""Work on the parts of an input, on the cluster by Ray Data: in tasks, or in actors that keep what they load."""
 
 import logging
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
-from deedsr.errors import DeeDSRError
+from deedsr.errors import DeeDSRError, UsageError
 from pipelines import cluster
 from pipelines.placement import NETWORK_WORKER, Device, WorkPlan, place_networks
 
-__all__ = ["place", "spread"]
-
 logger = logging.getLogger(__name__)
-Part = TypeVar("Part")
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_MAX_PARTS_PER_ROW = 8
-_ROWS_PER_WORKER = 32  # enough that the last row does not keep one worker busy for long
+_MOST_PER_ITEM = 8
+_ITEMS_PER_WORKER = 32  # enough that the last item does not keep one worker busy for long
 
 
-def place(command: str, parts: int, device: Device, workers: int | None = None) -> WorkPlan:
+def network_plan(command: str, device: Device, workers: int | None = None, parts: int | None = None) -> WorkPlan:
     """Where on the cluster `command` computes its networks; waits until the first worker can start there.
 
-    `workers`: at a time, None = on every GPU, or every CPU where the device is the CPU. `device`: see
-    `pipelines.placement.place_networks`. Raises UsageError where no worker could ever start.
+    `workers`: at a time, None = on every GPU, or every CPU where the device is the CPU; never more than `parts`.
+    `device`: see `pipelines.placement.place_networks`. Raises UsageError where no worker could ever start.
     """
     cluster.connect()
     plan = place_networks(cluster.offer(), device, workers, command)
-    plan = replace(plan, workers=min(plan.workers, parts))
+    plan = replace(plan, workers=min(plan.workers, parts or plan.workers))
     logger.info("%s: %s", command, plan)
     cluster.wait_for(plan, f"--device cpu runs `{command}` on CPUs")
     return plan
 
 
-def spread(work: Callable[[Part], Result], parts: Sequence[Part], plan: WorkPlan, command: str) -> Iterator[Result]:
-    """The result of each part, in any order; what a killed worker had is done again by another.
+def parts_per_item(parts: int, workers: int) -> int:
+    return min(max(parts // (workers * _ITEMS_PER_WORKER), 1), _MOST_PER_ITEM)
 
-    `work` raises DeeDSRError for what would fail with every other part as well. It, parts and results pickle.
+
+def each(work: Callable[[Item], Result], parts: Sequence[Item], plan: WorkPlan, command: str) -> Iterator[Result]:
+    """`work` on each part in actors that hold networks, see `distribute`."""
+    size = parts_per_item(len(parts), plan.workers)
+    need = f"{plan.workers} workers take {plan.workers * NETWORK_WORKER / 1e9:.1f} GB with a model such as tiny"
+    return distribute(
+        partial(_each, work),
+        [parts[start : start + size] for start in range(0, len(parts), size)],
+        actors=plan,
+        failure=f"`{command}` failed on the cluster",
+        less=f"{need}; fewer --workers or a smaller --tile need less",
+    )
+
+
+def _each(work: Callable[[Item], Result], parts: Sequence[Item]) -> Iterator[Result]:
+    return map(work, parts)
+
+
+def distribute(
+    work: Callable[[Item], Iterable[Result]],
+    items: Sequence[Item],
+    *,
+    failure: str,
+    less: str,
+    actors: WorkPlan | None = None,
+    tasks: int | None = None,
+    again: str = "run the same command again",
+) -> Iterator[Result]:
+    """The results of all items, in any order; the items of a killed worker are done again by another.
+
+    `actors`: work in actors of this plan, of which each keeps its copy of `work`; else in `tasks` of one CPU at a time,
+    None for as many as the cluster holds, nodes that an autoscaler adds included. `work` raises DeeDSRError for what
+    would fail with every other item as well; it, items and results pickle. Where Ray fails, the error says `failure`,
+    `less` (what needs less memory, where that ran out) and `again`.
     """
-    data = cluster.data()
+    data = _ray_data()
     from ray.exceptions import RayError
 
-    per_row = min(max(len(parts) // (plan.workers * _ROWS_PER_WORKER), 1), _MAX_PARTS_PER_ROW)
-    rows = [{"parts": pickle.dumps(parts[start : start + per_row])} for start in range(0, len(parts), per_row)]
-    results = data.from_items(rows, override_num_blocks=len(rows)).flat_map(
-        _Actor,
-        fn_constructor_kwargs={"work": work, "one_thread": plan.device == "cpu"},  # there is an actor for each CPU
-        num_cpus=plan.cpus,
-        num_gpus=plan.gpus,
-        compute=data.ActorPoolStrategy(min_size=1, max_size=plan.workers, initial_size=plan.workers),
-    )
+    rows = data.from_items([{"item": pickle.dumps(item)} for item in items], override_num_blocks=len(items))
+    if actors:
+        most = min(actors.workers, len(items))
+        results = rows.flat_map(
+            _Actor,
+            fn_constructor_kwargs={
+                "work": work,
+                "one_thread": actors.device == "cpu",
+            },  # there is an actor for each CPU
+            num_cpus=actors.cpus,
+            num_gpus=actors.gpus,
+            compute=data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=most),
+        )
+    else:
+        at_once = data.TaskPoolStrategy(size=tasks and min(tasks, len(items)))
+        results = rows.flat_map(partial(_results, work), num_cpus=1, compute=at_once)
     try:
         for row in results.iter_rows():
-            cluster.raise_error(row)
-            yield pickle.loads(row["result"])
+            result = pickle.loads(row["result"])
+            if isinstance(result, DeeDSRError):
+                raise result
+            yield result
     except RayError as error:
-        less = "fewer --workers or a smaller --tile need less"
-        need = f"{plan.workers} workers take {plan.workers * NETWORK_WORKER / 1e9:.1f} GB with a model such as tiny"
-        last = cluster.last_words(error, f"{need}; {less}")
-        raise DeeDSRError(f"`{command}` failed on the cluster: {last}; run the same command again") from error
+        raise DeeDSRError(f"{failure}: {cluster.last_words(error, less)}; {again}") from error
+
+
+def _ray_data() -> Any:
+    """`ray.data` on the connected cluster, without its progress bars and log lines: the commands have their own."""
+    cluster.connect()
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it would log as an error is raised, too
+    return ray.data
 
 
 class _Actor:
-    def __init__(self, work: Callable[[Any], Any], one_thread: bool):
+    def __init__(self, work: Callable[[Any], Iterable[Any]], one_thread: bool):
         import torch
 
         from deedsr.dataset.worker import prepare_worker
@@ -73,11 +123,16 @@ class _Actor:
             torch.set_num_threads(1)
         self._work = work
 
-    def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        for part in pickle.loads(row["parts"]):
-            try:
-                result = self._work(part)
-            except DeeDSRError as error:
-                yield {"result": b""} | cluster.error_values(error)
-            else:
-                yield {"result": pickle.dumps(result)} | cluster.error_values()
+    def __call__(self, row: dict[str, bytes]) -> Iterator[dict[str, bytes]]:
+        return _results(self._work, row)
+
+
+def _results(work: Callable[[Any], Iterable[Any]], row: dict[str, bytes]) -> Iterator[dict[str, bytes]]:
+    """An error is a result as well: an exception would come back wrapped in Ray's traceback."""
+    try:
+        for result in work(pickle.loads(row["item"])):
+            yield {"result": pickle.dumps(result)}
+    except DeeDSRError as error:
+        kind = UsageError if isinstance(error, UsageError) else DeeDSRError  # others need not pickle
+        text = str(error).encode(errors="backslashreplace").decode()  # names of files need not be Unicode
+        yield {"result": pickle.dumps(kind(text))}

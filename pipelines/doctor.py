@@ -22,8 +22,6 @@ from pipelines.storage.errors import Conflict
 from pipelines.storage.waiting import within
 from pipelines.training.config import PRESETS, ContrastOptions, TrainOptions
 
-__all__ = ["Check", "examine"]
-
 GIB, MIB = 1 << 30, 1 << 20
 LIBRARIES = ("torch", "diffusers", "numpy", "pillow", "opencv-python-headless", "simplejpeg")
 PIPELINE = {"ray": "ray", "deepspeed": "deepspeed", "webdataset": "webdataset", "mlflow": "mlflow", "boto3": "boto3"}

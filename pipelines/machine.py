@@ -24,22 +24,6 @@ from typing import IO, Any
 
 from deedsr.errors import UsageError
 
-__all__ = [
-    "Limits",
-    "Machine",
-    "allowed_cpus",
-    "cache_folder",
-    "control_group_limits",
-    "gpus",
-    "lock",
-    "may_read",
-    "memory_kills",
-    "opened_file",
-    "process_space",
-    "runs",
-    "this_machine",
-]
-
 CPUS_VARIABLE = "DEEDSR_CPUS"
 
 

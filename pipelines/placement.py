@@ -12,19 +12,6 @@ from typing import Literal
 from deedsr.errors import UsageError
 from pipelines.training.config import TrainOptions, micro_batch, worker_range
 
-__all__ = [
-    "NETWORK_WORKER",
-    "SHARD_WORKER",
-    "Device",
-    "Nodes",
-    "Offer",
-    "TrainingPlan",
-    "WorkPlan",
-    "place_networks",
-    "place_shards",
-    "place_training",
-]
-
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 SHARD_WORKER = 500_000_000  # bytes of a process that makes shards, with the torch that webdataset imports

@@ -22,8 +22,6 @@ from deedsr.dataset.recipe import Recipe
 from deedsr.errors import DatasetNotCommitted, DeeDSRError, UsageError
 from pipelines.storage import Storage, open_storage
 
-__all__ = ["Dataset", "LRSample", "LatentSample", "Sample", "Shards"]
-
 
 def relative_place(uri: str, to: str) -> str:
     """`uri` as seen from `to`, if both are local or in one bucket; else as it is."""

@@ -2,8 +2,6 @@
 
 from deedsr.dataset.recipe import Recipe, builtin_recipes
 
-__all__ = ["no_validation"]
-
 _SHARE = 0.2  # that gives few photographs some
 
 

@@ -1,19 +1,29 @@
-"""A picture as it is enlarged: its pixels upright, and what the networks do not see of it.
+"""Picture files: pixels upright, what the networks do not see of them, and results with equal bytes for equal pictures.
+
+EXIF of results is what the camera wrote, made true for the larger picture, and a mark of what the result is made of:
+ImageUniqueID, 32 hexadecimal digits, beside Software = "DeeDSR ...". It travels with the file, so that no other file
+has to say which results are done.
 
 Array shapes: H W pixels, C channels: 1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha.
 """
 
-from typing import NamedTuple
+import io
+import struct
+import zlib
+from collections.abc import Iterable
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
+from deedsr import __version__
 from deedsr.dataset.colour import ColourSpace, to_srgb
 from deedsr.dataset.pictures import MAX_PIXELS, RejectedImage, read_stored, upright
 from deedsr.errors import DeeDSRError
-
-__all__ = ["Picture", "depth_of", "read_picture"]
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)[:, None, None]  # of grey in RGB, as everywhere in Pillow
 _HINTS = {
@@ -118,3 +128,144 @@ def _bled(colour_HWC: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     by_label = np.empty((nearest.max() + 1, colour_HWC.shape[2]), colour_HWC.dtype)
     by_label[nearest[~hidden]] = colour_HWC[~hidden]
     return by_label[nearest]
+
+
+Format = Literal["png", "jpeg", "webp", "same"]
+EXTENSIONS = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "jpe": "jpeg", "jfif": "jpeg", "webp": "webp"}
+LOSSY = ("jpeg", "webp")
+_LARGEST_SIDE = {"png": 2**31 - 1, "jpeg": 65500, "webp": 16383}  # pixels, of the libraries
+_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+
+
+def format_of(path: str) -> str:
+    """`png`, `jpeg` or `webp`, by the extension of a result."""
+    return EXTENSIONS[path.rpartition(".")[2].lower()]
+
+
+def holds_deep(format: str) -> bool:
+    """Whether a format has 16 bits for each channel."""
+    return format == "png"
+
+
+def require_fit(picture: Picture, format: str, scale: int) -> None:
+    """Raises DeeDSRError before the work where the format could not hold the result."""
+    if format == "jpeg" and not picture.opaque:
+        raise DeeDSRError("it has transparency, which JPEG cannot keep: choose --format png or webp")
+    if format != "png" and not picture.space.known:
+        raise DeeDSRError(f"no ICC profile describes its colours, and {format} stores only those: choose --format png")
+    side = scale * max(picture.pixels_HWC.shape[:2])
+    if side > _LARGEST_SIDE[format]:
+        raise DeeDSRError(
+            f"its result has {side} pixels a side, and {format} at most {_LARGEST_SIDE[format]}: choose --format png"
+        )
+
+
+def encode(picture: Picture, exif: bytes, format: str, quality: int) -> bytes:
+    """A file with the picture's pixels and colour space; `exif` as in PNG's chunk, `quality` of JPEG and WebP."""
+    pixels_HWC = picture.pixels_HWC
+    if format == "jpeg" and picture.alpha is not None:
+        pixels_HWC = pixels_HWC[..., :-1]
+    if pixels_HWC.dtype == np.uint16:
+        return _with_chunks(_deep_png(pixels_HWC, picture.space.profile, exif), picture.space.chunks)
+    profile = picture.space.profile
+    if format == "webp" and picture.grey and profile:  # WebP has no grey, and its profile would not fit
+        level_HW1 = to_srgb(np.ascontiguousarray(pixels_HWC[..., 0]), profile)[..., :1]
+        pixels_HWC, profile = np.concatenate([level_HW1, pixels_HWC[..., 1:]], -1), None
+    channels = pixels_HWC.shape[2]
+    image = Image.fromarray(np.ascontiguousarray(pixels_HWC[..., 0] if channels == 1 else pixels_HWC), _MODES[channels])
+    options: dict[str, object] = {}
+    if format == "jpeg":
+        options = {"quality": quality, "subsampling": 0}  # the detail that was made is in the chroma too
+    elif format == "webp":
+        options = {"quality": quality}
+    file = io.BytesIO()
+    image.save(file, format, icc_profile=profile, exif=b"Exif\0\0" + exif, **options)
+    return _with_chunks(file.getvalue(), picture.space.chunks) if format == "png" else file.getvalue()
+
+
+def _deep_png(pixels_HWC: np.ndarray, profile: bytes | None, exif: bytes) -> bytes:
+    """A PNG of 16 bits, which Pillow writes for grey alone and OpenCV without profile and EXIF."""
+    height, width, channels = pixels_HWC.shape
+    rows = pixels_HWC.astype(">u2").view(np.uint8).reshape(height, -1)
+    above = np.vstack([np.zeros_like(rows[:1]), rows[:-1]])
+    up = np.full((height, 1), 2, np.uint8)  # the number of the filter that stores differences to the row above
+    colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0))]
+    if profile:
+        chunks.append((b"iCCP", b"ICC Profile\0\0" + zlib.compress(profile)))
+    chunks += [(b"eXIf", exif), (b"IDAT", zlib.compress(np.hstack([up, rows - above]).tobytes())), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, data) for kind, data in chunks)
+
+
+def _with_chunks(png: bytes, chunks: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """The chunks behind the header, in front of palette and pixels as they must be."""
+    return png[:33] + b"".join(_chunk(kind, data) for kind, data in chunks) + png[33:]
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+_SOFTWARE = "DeeDSR"
+_LONGEST = 65_000  # bytes; JPEG has room for 65,533
+_ORIENTATION, _SOFTWARE_TAG = ExifTags.Base.Orientation, ExifTags.Base.Software
+_UNIQUE_ID, _MAKER_NOTE = ExifTags.Base.ImageUniqueID, ExifTags.Base.MakerNote
+_WIDTH, _HEIGHT = ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight
+_DIRECTORIES = {directory.value for directory in ExifTags.IFD}
+# How a TIFF stores its pixels, and where; of no other file. IFD1, with the thumbnail, is never written by Pillow.
+_STRUCTURE = {
+    *(254, 255, 256, 257, 258, 259, 262, 263, 264, 265, 266, 273, 277, 278, 279, 280, 281, 284, 288, 289, 290, 291),
+    *(292, 293, 301, 317, 318, 319, 320, 321, 322, 323, 324, 325, 330, 332, 333, 334, 336, 337, 338, 339, 340, 341),
+    *(342, 343, 344, 345, 346, 347, 351, 512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530, 531, 532),
+    *(700, 33723, 34377, 34675, 37724, 50706, 50707),  # XMP, IPTC, Photoshop's, ICC, DNG's version
+}
+
+
+def exif_of_result(exif: Image.Exif, width: int, height: int, mark: str) -> bytes:
+    """What PNG's eXIf chunk holds: the original's EXIF without orientation and thumbnail, with the new size.
+
+    An original's EXIF that cannot be written again is left out, its maker note where there is no room for it.
+    """
+    with_maker_note = _written(exif, width, height, mark, without=())
+    if with_maker_note is not None and len(with_maker_note) <= _LONGEST:
+        return with_maker_note
+    smaller = _written(exif, width, height, mark, without=(_MAKER_NOTE,))
+    if smaller is not None and len(smaller) <= _LONGEST:
+        return smaller
+    alone = _written(Image.Exif(), width, height, mark, without=())
+    assert alone is not None
+    return alone
+
+
+def _written(original: Image.Exif, width: int, height: int, mark: str, without: tuple[int, ...]) -> bytes | None:
+    try:
+        exif = Image.Exif()
+        exif.endian = original.endian or "<"
+        for tag, value in original.items():
+            if tag not in _STRUCTURE | _DIRECTORIES:
+                exif[tag] = value
+        details = {tag: value for tag, value in original.get_ifd(ExifTags.IFD.Exif).items() if tag not in without}
+        if ExifTags.IFD.Interop in details:
+            details[ExifTags.IFD.Interop] = dict(original.get_ifd(ExifTags.IFD.Interop))
+        details |= {_WIDTH: width, _HEIGHT: height, _UNIQUE_ID: mark}
+        exif[ExifTags.IFD.Exif] = details
+        if place := original.get_ifd(ExifTags.IFD.GPSInfo):
+            exif[ExifTags.IFD.GPSInfo] = dict(place)
+        exif.pop(_ORIENTATION, None)
+        exif[_SOFTWARE_TAG] = f"{_SOFTWARE} {__version__}"
+        return exif.tobytes().removeprefix(b"Exif\0\0")
+    except Exception:  # values that fit no EXIF type: struct.error, TypeError, ValueError, KeyError, OverflowError ...
+        return None
+
+
+def mark_of(file: BinaryIO, format: str) -> str | None:
+    """The mark of a result, None for a picture of another program and for what is no such file."""
+    kinds: dict[str, Any] = {"png": PngImageFile, "jpeg": JpegImageFile, "webp": WebPImageFile}
+    try:
+        exif = kinds[format](file).getexif()  # not by Image.open, which refuses to open results of many pixels
+        software = exif.get(_SOFTWARE_TAG)
+        if not isinstance(software, str) or not software.startswith(_SOFTWARE):
+            return None
+        return str(exif.get_ifd(ExifTags.IFD.Exif).get(_UNIQUE_ID, ""))
+    except Exception:  # whatever lies there
+        return None

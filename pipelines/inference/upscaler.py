@@ -12,10 +12,17 @@ import numpy as np
 
 from deedsr import __version__
 from deedsr.errors import DeeDSRError
-from pipelines.inference.encoding import LOSSY, encode, format_of, holds_deep, require_fit
-from pipelines.inference.inputs import Source
-from pipelines.inference.metadata import exif_of_result, mark_of
-from pipelines.inference.pictures import Picture, read_picture
+from pipelines.inference.pictures import (
+    LOSSY,
+    Picture,
+    encode,
+    exif_of_result,
+    format_of,
+    holds_deep,
+    mark_of,
+    read_picture,
+    require_fit,
+)
 from pipelines.models import Precision, load_pipeline, resolve_model
 from pipelines.placement import Device
 from pipelines.storage import Storage
@@ -24,9 +31,19 @@ from pipelines.storage.waiting import patiently
 if TYPE_CHECKING:
     from deedsr.sampling.settings import SamplingSettings
 
-__all__ = ["Done", "Upscaler"]
-
 logger = logging.getLogger(__name__)
+
+
+class Input(NamedTuple):
+    """One picture to enlarge."""
+
+    storage: Storage
+    path: str  # in its storage
+    target: str  # of its result, in the output's storage
+
+    @property
+    def uri(self) -> str:
+        return f"{self.storage.uri.rstrip('/')}/{self.path}"
 
 
 class TooLarge(DeeDSRError):
@@ -65,7 +82,7 @@ class Upscaler:
     device: Device = "auto"  # see `pipelines.models.usable_device`
     precision: Precision = "auto"  # see `pipelines.models.load_pipeline`
 
-    def __call__(self, source: Source) -> Done:
+    def __call__(self, source: Input) -> Done:
         """Raises DeeDSRError for what would fail with every other picture as well: the model, a full disk."""
         began = time.monotonic()
         output = f"{self.out.uri.rstrip('/')}/{source.target}"
@@ -167,7 +184,7 @@ def _is_spoilt(result: Any, rgb: Any) -> bool:
     return not result.isfinite().all() or bool(result.max() < 1 / 255 < rgb.max())
 
 
-def _read(source: Source) -> bytes:
+def _read(source: Input) -> bytes:
     try:
         return source.storage.read(source.path)
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""The command: finds the pictures, has each one enlarged, and says what came of it."""
+"""Upscaling of pictures from anywhere to anywhere, here or on a cluster; a bad one does not stop the others."""
 
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
@@ -10,16 +10,14 @@ from tqdm import tqdm
 
 from deedsr.errors import UsageError
 from pipelines import cluster
-from pipelines.distribution import place, spread
-from pipelines.inference.encoding import Format
-from pipelines.inference.inputs import Source, conflicts, find_sources
-from pipelines.inference.upscaler import Done, Upscaler
+from pipelines.distribution import each, network_plan
+from pipelines.inference.pictures import EXTENSIONS, Format
+from pipelines.inference.upscaler import Done, Input, Upscaler
 from pipelines.models import Precision, model_digest, pinned, resolve_model
 from pipelines.placement import Device, place_networks
-from pipelines.storage import Storage, open_storage, waiting
+from pipelines.storage import Storage, is_hidden, leads_out, object_at, open_storage, waiting
 from pipelines.storage.local import begun_name
-
-__all__ = ["UpscaleResult", "upscale"]
+from pipelines.storage.location import matching, split_pattern
 
 
 @dataclass
@@ -47,7 +45,7 @@ def upscale(
     seed: int = 0,
     progress: bool = True,
     steps: int | None = None,
-    **sampling: Any,
+    **sampling: object,
 ) -> UpscaleResult:
     """Enlarge pictures into files in `out`, named like their inputs; the folders below an input folder are kept.
 
@@ -81,7 +79,7 @@ def upscale(
     if not 1 <= quality <= 100:
         raise UsageError(f"--quality must be 1 to 100, got {quality}")
     target = open_storage(out)
-    sources = find_sources(inputs, target, format)
+    sources = find_inputs(inputs, target, format)
     model, base = pinned(model), pinned(base) if base else None
     settings = ModelFolder.read(resolve_model(model)).sampling.chosen(num_inference_steps=steps, **sampling)
     if not ray:
@@ -94,7 +92,7 @@ def upscale(
     given = [source for source in sources if source.uri not in reasons]
     outcomes = {}
     with tqdm(total=len(given), desc="upscale", unit="picture", disable=not progress) as bar:
-        for done in _spread(work, given, workers) if ray else map(work, given):
+        for done in _on_cluster(work, given, workers) if ray else map(work, given):
             outcomes[done.input] = done
             bar.update()
 
@@ -111,13 +109,13 @@ def upscale(
     return result
 
 
-def _spread(work: Upscaler, sources: list[Source], workers: int | None) -> Iterator[Done]:
+def _on_cluster(work: Upscaler, sources: list[Input], workers: int | None) -> Iterator[Done]:
     """`work` on each of the sources in actors, in any order."""
     if not sources:
         return
-    plan = place("upscale", len(sources), work.device, workers)
+    plan = network_plan("upscale", work.device, workers, len(sources))
     try:
-        yield from spread(replace(work, device=plan.device), sources, plan, "upscale")
+        yield from each(replace(work, device=plan.device), sources, plan, "upscale")
     finally:
         _remove_parts(work.out, {source.target for source in sources})
 
@@ -131,3 +129,116 @@ def _remove_parts(out: Storage, targets: set[str]) -> None:
         for upload in out.abandoned_uploads(timedelta(0)):
             if upload.path in begun:
                 out.abort(upload)
+
+
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff"),
+    *(".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif"),
+)
+
+
+def find_inputs(inputs: Sequence[str], out: Storage, format: Format) -> list[Input]:
+    """Every picture of the inputs in their order, each once. Raises UsageError for an input that has none."""
+    found: dict[str, Input] = {}
+    for given in inputs:
+        places = list(_places(given, out))
+        if not places:
+            raise UsageError(
+                f"{given} has no picture to upscale: give files, folders, glob patterns or URIs with "
+                f"{', '.join(SUFFIXES)} (what lies in --out is left out)"
+            )
+        for storage, path, kept in places:
+            source = Input(storage, path, _result_name(kept, format))
+            found.setdefault(source.uri, source)
+    return list(found.values())
+
+
+def conflicts(sources: Iterable[Input], out: Storage) -> dict[str, str]:
+    """Which sources must not be enlarged, by URI, and why: their results would replace an input or one another, or lie
+    outside of `out`."""
+    sources = list(sources)
+    inputs = {_identity(source.storage, source.path): source.uri for source in sources}
+    taken: dict[str, str] = {}
+    found = {}
+    for source in sources:
+        if leads_out(source.target):
+            found[source.uri] = f"its name {source.path} leads out of --out: give it another, or name it alone"
+            continue
+        replaced = inputs.get(_identity(out, source.target))
+        if replaced == source.uri:
+            found[source.uri] = "its result would replace it: choose another --out"
+        elif replaced is not None:
+            found[source.uri] = f"its result would replace the input {replaced}: choose another --out"
+        elif source.target in taken:
+            found[source.uri] = f"its result would replace that of {taken[source.target]}: give it another --out"
+        else:
+            taken[source.target] = source.uri
+    return found
+
+
+def _identity(storage: Storage, path: str) -> str | tuple[int, int]:
+    """Equal for two names of one local file (links, letter case), else the URI."""
+    local = storage.local_path(path)
+    if local is not None:
+        try:
+            status = local.stat()
+        except OSError:
+            pass
+        else:
+            return status.st_dev, status.st_ino
+    return _uri(storage, path)
+
+
+def _places(given: str, out: Storage) -> Iterator[tuple[Storage, str, str]]:
+    """(storage, path in it, the path that its result keeps) of an input's pictures.
+
+    What lies in `out` are results of earlier commands: a folder or pattern leaves them out, a file's own name does not.
+    """
+    uri = open_storage(given).uri
+    is_result = lambda storage, path: _uri(storage, path).startswith(f"{out.uri.rstrip('/')}/")
+    folder, pattern = split_pattern(uri)
+    if pattern:
+        storage = open_storage(folder)
+        for entry in matching(storage, pattern):
+            if _is_picture(entry.path) and not is_result(storage, entry.path):
+                yield storage, entry.path, posixpath.basename(entry.path)
+    elif _is_file(uri):
+        storage, path = object_at(uri)
+        yield storage, path, posixpath.basename(path)
+    else:
+        yield from (place for place in _below(open_storage(uri)) if not is_result(*place[:2]))
+
+
+def _is_file(uri: str) -> bool:
+    local = open_storage(uri).local_path("")
+    if local is None:
+        bucket, key = object_at(uri)
+        return bool(key) and bucket.exists(key)
+    if not local.exists():
+        raise UsageError(f"{uri} does not exist")
+    return not local.is_dir()
+
+
+def _below(storage: Storage) -> Iterator[tuple[Storage, str, str]]:
+    """The pictures below a folder, without hidden ones."""
+    for entry in storage.list():
+        if _is_picture(entry.path) and not is_hidden(entry.path):
+            yield storage, entry.path, "/".join(part for part in entry.path.split("/") if part not in ("", "."))
+
+
+def _is_picture(path: str) -> bool:
+    return path.lower().endswith(SUFFIXES)
+
+
+def _result_name(path: str, format: Format) -> str:
+    """`path` with the extension of the format of its result."""
+    stem, _, extension = path.rpartition(".")
+    if not _is_picture(path):  # a file that was named, with no extension or an unknown one
+        stem, extension = path, ""
+    own = EXTENSIONS.get(extension.lower())
+    wanted = (own or "png") if format == "same" else format
+    return path if own == wanted else f"{stem}.{'jpg' if wanted == 'jpeg' else wanted}"  # a.JPG stays a.JPG
+
+
+def _uri(storage: Storage, path: str) -> str:
+    return f"{storage.uri.rstrip('/')}/{path}"

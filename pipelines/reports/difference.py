@@ -29,8 +29,6 @@ from pipelines.reports.page import page_place, write_page
 from pipelines.reports.survey import Parameter, Survey, spread_rows, survey
 from pipelines.tracking.store import sqlite_path
 
-__all__ = ["DifferenceResult", "inspect_against"]
-
 logger = logging.getLogger(__name__)
 EXAMPLES = 4  # sources and keys named of each kind
 CHECKED = 64  # samples that are the same by the index and lie in another tar: their bytes are compared

@@ -17,8 +17,6 @@ from pipelines.data.dataset import Dataset
 from pipelines.data.index import SampleIndex
 from pipelines.tracking.provenance import flatten
 
-__all__ = ["Difference", "Fingerprints", "compare_samples", "fingerprints", "recipe_difference"]
-
 # What decides the bytes of a sample's images, as far as the index tells: the recipe's formats, and what was drawn. The
 # stored sizes tell of what no column holds, such as another library.
 _HR = ("source_sha256", "top", "left", "height", "width", "flip", "rotate", "hr_ext", "hr_size")

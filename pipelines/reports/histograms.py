@@ -8,8 +8,6 @@ import numpy as np
 
 from pipelines.reports.charts import ticks
 
-__all__ = ["Bar", "Histogram", "NamedCounts"]
-
 _BINS = 30  # over the limits of continuous values
 _MAX_BEYOND = 30  # bins on either side of the limits; the outermost also takes what lies still further out
 

@@ -25,8 +25,6 @@ from pipelines.reports.page import data_uri, page_place, write_page
 from pipelines.reports.report import describe_degradation, yaml_text
 from pipelines.reports.survey import GROUP, STRATUM, Survey, choose_rows, survey
 
-__all__ = ["InspectResult", "inspect"]
-
 MEASURED = 200  # samples whose severity is measured, besides those shown
 READERS = 8  # samples read at a time
 MAX_GROUPS = 12  # degradation groups with a row of their own

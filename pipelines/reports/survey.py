@@ -16,8 +16,6 @@ from pipelines.data.dataset import Dataset
 from pipelines.data.index import SampleIndex
 from pipelines.reports.histograms import Histogram, NamedCounts
 
-__all__ = ["GROUP", "STRATUM", "Parameter", "Survey", "choose_rows", "spread_rows", "survey"]
-
 _MAX_PARTS = 8  # of the index, from which samples are chosen: a part holds up to a million rows
 
 # Optional columns of the index.

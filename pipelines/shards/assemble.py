@@ -5,12 +5,14 @@ Everything is written as a stream, record by record: what is held does not grow 
 
 import hashlib
 import json
+import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,13 +34,12 @@ from deedsr.dataset.manifest import (
 from deedsr.dataset.recipe import Recipe
 from deedsr.errors import DeeDSRError
 from pipelines.shards.plan import ShardPlan
-from pipelines.shards.record import COLUMNS, LATENTS_COLUMNS, ShardRecord, read_record
+from pipelines.shards.shard import COLUMNS, LATENTS_COLUMNS, ShardRecord, read_record
 from pipelines.storage import Conflict, Storage
 from pipelines.storage.lock import scratch_folder
 from pipelines.storage.waiting import patiently
 
-__all__ = ["Inherited", "assemble", "records_of"]
-
+logger = logging.getLogger(__name__)
 # What can change the bytes of a sample besides the recipe and the sources.
 _LIBRARIES = ("numpy", "opencv-python-headless", "pillow", "scipy")
 _LATENTS_LIBRARIES = ("torch", "diffusers")
@@ -203,3 +204,43 @@ def _reasons(rejected: bytes) -> Counter[str]:
     """How many sources the lines of a `rejected.jsonl` leave out, by reason."""
     lines: Iterator[dict[str, Any]] = (json.loads(line) for line in rejected.splitlines())
     return Counter(line["reason"] for line in lines if line["kind"] == "source")
+
+
+# The ranges of pyproject.toml: from, and below. The lowest and highest version in each made equal shards.
+SEEN = {
+    "numpy": ("2.1", "2.6"),
+    "opencv-python-headless": ("4.13", "5.0.1"),
+    "pillow": ("12.3", "13.1"),
+    "scipy": ("1.15", "1.19"),
+    "simplejpeg": ("1.8.2", "1.10"),
+    "webdataset": ("1.0.2", "1.1"),
+}
+
+
+def warn_of_versions() -> None:
+    """One line for each library of this process whose version is outside."""
+    for name, (low, high) in SEEN.items():
+        found = _found(name)
+        if found is not None and not _numbers(low) <= _numbers(found) < _numbers(high):
+            logger.warning(
+                "shards: %s %s is outside %s to below %s, where the bytes of shards are known to be equal",
+                name,
+                found,
+                low,
+                high,
+            )
+
+
+def _found(name: str) -> str | None:
+    if name.startswith("opencv"):  # several packages bring it
+        import cv2
+
+        return cv2.__version__
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", text)[:4]))

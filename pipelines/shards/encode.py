@@ -5,7 +5,6 @@ which load the networks once, on a GPU each where the cluster has some.
 """
 
 import json
-import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -16,30 +15,25 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from deedsr.dataset.codecs import decode_stored
 from deedsr.dataset.latents import EXTENSION, Latents, pack
 from deedsr.dataset.manifest import LatentsSource
 from deedsr.errors import DeeDSRError, UsageError
 from deedsr.hub.digests import part_digest
-from pipelines import cluster
 from pipelines.data.dataset import Dataset, relative_place
 from pipelines.data.index import require_hr
+from pipelines.distribution import network_plan
 from pipelines.models import load_vae, on_a_worker, pinned, resolve_base, resolve_learner, usable_device
-from pipelines.placement import Device, place_networks
-from pipelines.shards.build import shard_draft
-from pipelines.shards.derive import PLACES, Tars, rows_of
+from pipelines.placement import Device
+from pipelines.shards.build import PLACES, Tars, decoded, rows_of, shard_draft
 from pipelines.shards.generate import ShardsResult, index_of, run_job
 from pipelines.shards.plan import ShardPlan, derived_plan
-from pipelines.shards.record import LATENTS_COLUMNS, ShardRecord
 from pipelines.shards.samples import Draft
+from pipelines.shards.shard import LATENTS_COLUMNS, ShardRecord
 from pipelines.storage import Storage, open_storage
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["latents_source", "make_latents"]
-
-logger = logging.getLogger(__name__)
 Precision = Literal["fp32", "bf16"]
 _VERSION = 1  # of what a shard of latents holds: another one is other work
 
@@ -75,10 +69,7 @@ def make_latents(
         learner, dataset.scale, batch_size,
     )  # fmt: skip
     storage.require_writable()
-    cluster.connect()
-    plan = place_networks(cluster.offer(), device, workers, "latents")
-    logger.info("latents: %s", plan)
-    cluster.wait_for(plan, "--device cpu encodes on CPUs")
+    plan = network_plan("latents", device, workers)
     work = replace(work, device=plan.device)
     return run_job(
         lambda: (derived_plan(shard, work.name) for shard in dataset.manifest.shards),
@@ -169,12 +160,7 @@ class FromPixels:
             for row in rows_of(plan.origin, self.pixels, self.index):
                 hr = hrs.read(row["hr_shard"], row["hr_offset"], row["hr_size"])
                 lr, info = (lrs.read(row["shard"], row[f"{m}_offset"], row[f"{m}_size"]) for m in ("lr", "json"))
-                try:
-                    yield Pair(row, lr, info, decode_stored(hr), decode_stored(lr))
-                except ValueError:
-                    raise DeeDSRError(
-                        f"{self.pixels.uri}: sample {row['key']} is damaged: run `deedsr verify {self.pixels.uri}`"
-                    ) from None
+                yield Pair(row, lr, info, decoded(hr, row, self.pixels), decoded(lr, row, self.pixels))
 
     def _draft(self, pair: Pair, latents: Latents) -> Draft:
         try:
@@ -203,8 +189,6 @@ class Networks:
         from deedsr.learner.resnet import DegradationLearner
 
         device = usable_device(device_type)
-        if device.type == "cpu":
-            torch.set_num_threads(1)  # there is an actor for each CPU
         with on_a_worker():
             folder = resolve_base(base)
             learner_folder = resolve_learner(learner) if learner else None

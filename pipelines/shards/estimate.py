@@ -16,12 +16,10 @@ from pipelines.machine import this_machine
 from pipelines.reports.page import bytes_text, count_text, duration_text
 from pipelines.shards.listing import list_pairs, list_sources
 from pipelines.shards.plan import ShardPlan, plan_shards
-from pipelines.shards.record import Inventory
 from pipelines.shards.samples import samples_of
+from pipelines.shards.shard import Inventory
 from pipelines.shards.source import Source, read_source
 from pipelines.storage import open_storage
-
-__all__ = ["Estimate", "estimate"]
 
 _PROBED = 16  # sources measured
 _PROBE_SECONDS = 30.0  # after which the probe ends with what it has

@@ -16,21 +16,16 @@ from pipelines.data.dataset import Dataset, relative_place
 from pipelines.data.index import require_hr
 from pipelines.data.splits import no_validation
 from pipelines.placement import WorkPlan
-from pipelines.shards.assemble import Inherited, assemble, records_of
-from pipelines.shards.build import FromSources, ShardWork
-from pipelines.shards.derive import FromHR, Joined
+from pipelines.shards.assemble import Inherited, assemble, records_of, warn_of_versions
+from pipelines.shards.build import FromHR, FromSources, Joined
 from pipelines.shards.duplicates import mark_duplicates
-from pipelines.shards.execute import build_missing
-from pipelines.shards.lineage import record_derived
+from pipelines.shards.execute import PlanParts, ShardWork, build_missing
+from pipelines.shards.garbage import record_derived
 from pipelines.shards.listing import list_pairs, list_sources
 from pipelines.shards.plan import ShardPlan, derived_plan, plan_shards
-from pipelines.shards.record import Inventory
-from pipelines.shards.run import PlanParts
+from pipelines.shards.shard import Inventory
 from pipelines.shards.source import Source
-from pipelines.shards.versions import warn_of_versions
 from pipelines.storage import Storage, open_storage
-
-__all__ = ["ShardsResult", "export_pairs", "generate", "regenerate", "run_job"]
 
 logger = logging.getLogger(__name__)
 

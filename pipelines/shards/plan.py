@@ -23,8 +23,6 @@ from deedsr.dataset.recipe import ALGORITHM_VERSION, Recipe, Shard, Split
 from pipelines.shards.source import Source
 from pipelines.storage.lock import scratch_folder
 
-__all__ = ["ShardPlan", "derived_plan", "plan_shards"]
-
 _IN_MEMORY = 200_000  # sources held before they go to files
 _BUCKETS = 64  # per root and split: ten million sources are 160,000 at a time
 

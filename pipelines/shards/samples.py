@@ -20,8 +20,6 @@ from deedsr.degradation.chain import degrade
 from deedsr.degradation.draws import scalar_parameters
 from pipelines.shards.source import Source
 
-__all__ = ["WHOLE", "Crop", "Draft", "Drafts", "Share", "degraded", "rejection", "samples_of"]
-
 Row = dict[str, Any]
 _TURNS = {90: cv2.ROTATE_90_COUNTERCLOCKWISE, 180: cv2.ROTATE_180, 270: cv2.ROTATE_90_CLOCKWISE}
 

@@ -23,10 +23,8 @@ from deedsr.errors import DeeDSRError
 from pipelines.data.dataset import Dataset
 from pipelines.data.index import require_hr
 from pipelines.machine import this_machine
-from pipelines.shards.derive import Tars
+from pipelines.shards.build import Tars
 from pipelines.storage import Storage
-
-__all__ = ["VerifyResult", "verify"]
 
 
 @dataclass

@@ -8,8 +8,6 @@ from typing import Any
 
 from deedsr.errors import DeeDSRError, UsageError
 
-__all__ = ["FAILURES", "Away", "Conflict", "Faulty", "Full", "Refused", "explained"]
-
 _FULL = ("QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "InsufficientStorage", "507")
 _FAULTY = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHOSTDOWN, errno.ENOTCONN)
 _NO_SUCH_NAME = (errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR)  # nothing can be called so

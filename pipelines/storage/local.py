@@ -19,8 +19,6 @@ from pipelines.storage.errors import Conflict, explained
 from pipelines.storage.interface import ANYTHING, LONGEST_PART, Entry, Expected, Storage, Upload, leads_out
 from pipelines.storage.lock import PARTIAL, locked
 
-__all__ = ["LocalStorage", "begun_name"]
-
 logger = logging.getLogger(__name__)
 _ID = 12  # hexadecimal digits in the name of such a file
 

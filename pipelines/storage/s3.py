@@ -28,8 +28,6 @@ from pipelines.storage.errors import Conflict, Faulty, explained
 from pipelines.storage.interface import ANYTHING, Entry, Expected, Storage, Upload
 from pipelines.storage.waiting import Wait
 
-__all__ = ["TRANSFERS", "S3Storage"]
-
 TRANSFERS = 16  # objects in flight at a time: an S3 request is mostly waiting
 _ATTEMPTS = 10  # to read an object that arrives damaged or is replaced meanwhile
 _CONNECT_SECONDS, _READ_SECONDS = 10, 30  # without an answer for so long, a request is tried again

@@ -1,22 +1,30 @@
-"""What commits a shard: one Arrow file whose name says what it vouches for, written after the tar is in place."""
+"""One shard while it is written: a WebDataset tar, then the record that commits it; and what an output holds of them.
 
+A record is an Arrow file whose name says what it commits, so that one listing tells which shards are there.
+"""
+
+import hashlib
 import io
 import json
 import logging
 import re
-from collections.abc import Iterable
+import tarfile
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import pyarrow as pa
 
 from deedsr.dataset.manifest import STATE
+from deedsr.dataset.worker import prepare_worker
 from deedsr.degradation.draws import SCALAR_COLUMNS
 from pipelines.shards.plan import ShardPlan
-from pipelines.storage import Storage
+from pipelines.shards.samples import Draft
+from pipelines.storage import Storage, scratch_folder
 
-__all__ = ["COLUMNS", "LATENTS_COLUMNS", "Inventory", "ShardRecord", "read_record", "write_record"]
-
+logger = logging.getLogger(__name__)
 # The columns of `samples.parquet`.
 COLUMNS = pa.schema(
     [("key", pa.string()), ("content", pa.string()), ("variant", pa.int32()), ("split", pa.string())]
@@ -36,7 +44,6 @@ LATENTS_COLUMNS = (
     .append(pa.field("latents_offset", pa.int64()))
     .append(pa.field("latents_size", pa.int64()))
 )
-logger = logging.getLogger(__name__)
 _FOLDER = f"{STATE}/shards"
 _ABOUT = b"deedsr"
 _NAME = re.compile(r"([0-9a-f]+)-([0-9a-f]+|none)-(\d+)\.arrow")  # plan, tar's SHA-256, bytes
@@ -132,3 +139,94 @@ def _path(plan: ShardPlan, hash: str, size: int) -> str:
 
 def _tar(plan: ShardPlan, hash: str) -> str:
     return f"{plan.split}-{plan.number}-{hash}.tar"
+
+
+class ShardTar:
+    """`webdataset.TarWriter` on an open binary file, which is hashed as it is written.
+
+    Headers carry no time, user, group or host, so equal members are equal bytes.
+    """
+
+    def __init__(self, file: IO[bytes]):
+        from webdataset import TarWriter  # imports torch, which only a process that writes a shard need do
+
+        self._stream = _Hashed(file)
+        self._writer = TarWriter(self._stream, user="", group="", mode=0o444, mtime=0, encoder=False)
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file so far; of the whole archive once it is finished."""
+        return self._stream.size
+
+    def add(self, key: str, extension: str, data: bytes) -> int:
+        """Appends the member `key.extension` and returns the offset of its first byte of data."""
+        self._writer.write({"__key__": key, extension: data})
+        blocks = -(-len(data) // tarfile.BLOCKSIZE)  # behind its header, which may take several
+        return self._writer.tarstream.offset - blocks * tarfile.BLOCKSIZE
+
+    def finish(self) -> str:
+        """Writes the end of the archive, once, and returns the SHA-256 of the whole file, hexadecimal."""
+        self._writer.close()
+        self._stream.file.flush()
+        return self._stream.hash.hexdigest()
+
+    close = finish  # an archive that is given up must not write its buffer when it is collected
+
+
+class _Hashed:
+    """A stream that counts and hashes what goes through to a file."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.hash, self.size = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self.hash.update(data)
+        self.size += len(data)
+        return self.file.write(data)
+
+
+class ShardDraft:
+    """A shard while it is written: a temporary tar, and what its record will say."""
+
+    def __init__(self, plan: ShardPlan, file: Path, tar: ShardTar, columns: pa.Schema):
+        self.plan, self._file, self._tar, self._columns = plan, file, tar, columns
+        self.sources: list[tuple[str, str | None]] = []
+        self.rejected: list[dict[str, Any]] = []
+        self._rows: list[dict[str, Any]] = []
+
+    def add(self, draft: Draft, uri: str | None) -> None:
+        """Appends a sample; `uri` is where its source lies."""
+        row = {
+            **draft.row,
+            "split": self.plan.split,
+            "source_uri": uri and uri.encode(errors="backslashreplace").decode(),  # a folder's name need not be Unicode
+        }
+        key = row["key"]
+        for member, data in draft.members.items():
+            extension = member if member == "json" else f"{member}.{row[f'{member}_ext']}"
+            row[f"{member}_offset"], row[f"{member}_size"] = self._tar.add(key, extension, data), len(data)
+        self._rows.append(row)
+
+    def commit(self, out: Storage) -> ShardRecord:
+        """Puts the tar in place, then the record."""
+        if not self._rows:
+            record = ShardRecord("", "", 0, 0, self.sources, table_of([], self._columns), self.rejected)
+        else:
+            sha256 = self._tar.finish()
+            name = tar_name(self.plan, sha256)
+            rows = table_of(({"hr_shard": name, **row, "shard": name} for row in self._rows), self._columns)
+            out.write(name, self._file)
+            record = ShardRecord(name, sha256, self._tar.size, len(self._rows), self.sources, rows, self.rejected)
+        write_record(self.plan, record, out)
+        return record
+
+
+@contextmanager
+def shard_draft(plan: ShardPlan, columns: pa.Schema = COLUMNS) -> Iterator[ShardDraft]:
+    prepare_worker()
+    with (
+        scratch_folder() as folder,
+        (folder / "shard.tar").open("wb") as file,
+        closing(ShardTar(file)) as tar,
+    ):
+        yield ShardDraft(plan, Path(file.name), tar, columns)
