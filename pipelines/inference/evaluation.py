@@ -35,7 +35,7 @@ from pipelines.distribution import each, network_plan
 from pipelines.inference.evaluator import METHODS, PICTURES, RESULTS, Evaluated, Evaluator, Measured, State
 from pipelines.models import model_digest, pinned, resolve_model, training_run
 from pipelines.placement import Device, place_networks
-from pipelines.reports.strips import strip
+from pipelines.reports.page import strip
 from pipelines.storage import Storage, open_storage
 from pipelines.storage.waiting import patiently
 

@@ -15,6 +15,7 @@ from deedsr.errors import DeeDSRError
 from pipelines import tracking
 from pipelines.data.dataset import Dataset, Sample
 from pipelines.data.index import SampleIndex, require_hr
+from pipelines.reports.charts import Histogram, NamedCounts
 from pipelines.reports.fingerprints import (
     Difference,
     compare_samples,
@@ -23,10 +24,8 @@ from pipelines.reports.fingerprints import (
     recipe_difference,
     same_sources,
 )
-from pipelines.reports.histograms import Histogram, NamedCounts
-from pipelines.reports.inspection import pair_view
+from pipelines.reports.inspection import Parameter, Survey, pair_view, spread_rows, survey
 from pipelines.reports.page import page_place, write_page
-from pipelines.reports.survey import Parameter, Survey, spread_rows, survey
 from pipelines.tracking.store import sqlite_path
 
 logger = logging.getLogger(__name__)

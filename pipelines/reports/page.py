@@ -4,6 +4,9 @@ import base64
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import cv2
+import numpy as np
+
 from deedsr.errors import UsageError
 from deedsr.metrics.registry import known
 from pipelines.reports.charts import number_text
@@ -116,3 +119,9 @@ def duration_text(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def strip(lr: np.ndarray, *others: np.ndarray) -> np.ndarray:
+    """One picture: the LR with its pixels as squares, then the others, which have one size."""
+    squares = cv2.resize(lr, others[0].shape[1::-1], interpolation=cv2.INTER_NEAREST)
+    return np.concatenate([squares, *others], axis=1)
