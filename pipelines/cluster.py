@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines import autoscaler, machine
-from pipelines.placement import Nodes, Offer, TrainingPlan, WorkPlan
+from pipelines.placement import Nodes, Offer, Plan
 from pipelines.storage import open_storage, waiting
 
 logger = logging.getLogger(__name__)
@@ -188,7 +188,7 @@ class CannotHold(UsageError):
 class Waiting:
     """Logs every half minute what is waited for. `without`: the option that would do without GPUs."""
 
-    def __init__(self, plan: TrainingPlan | WorkPlan, without: str, at_once: bool = False):
+    def __init__(self, plan: Plan, without: str, at_once: bool = False):
         self._plan, self._without = plan, without
         self._began = time.monotonic()
         self._said = -math.inf if at_once else self._began
@@ -202,7 +202,7 @@ class Waiting:
             logger.info("waiting %.0f s for %s: %s", now - self._began, _words(self._plan), state)
 
 
-def wait_for(plan: TrainingPlan | WorkPlan, without: str) -> None:
+def wait_for(plan: Plan, without: str) -> None:
     """Waits until the connected cluster can hold the first workers of `plan`; an autoscaler starts nodes for them.
 
     `without`: see `Waiting`. Raises CannotHold where the cluster has not enough, and nothing can add it.
@@ -224,11 +224,11 @@ def wait_for(plan: TrainingPlan | WorkPlan, without: str) -> None:
         remove_placement_group(group)
 
 
-def _words(plan: TrainingPlan | WorkPlan) -> str:
+def _words(plan: Plan) -> str:
     return f"{plan.fewest} x {{{', '.join(f'{kind} {amount:g}' for kind, amount in plan.bundle.items())}}}"
 
 
-def _state(plan: TrainingPlan | WorkPlan, without: str) -> str:
+def _state(plan: Plan, without: str) -> str:
     import ray
 
     free = ray.available_resources()

@@ -17,7 +17,6 @@ from pipelines.claims import held
 from pipelines.data.dataset import Dataset
 from pipelines.data.index import require_hr
 from pipelines.data.splits import no_validation
-from pipelines.placement import TrainingPlan, place_training
 from pipelines.storage import Storage, open_storage
 from pipelines.training import checkpoint, tracked
 from pipelines.training.claim import Claim
@@ -34,6 +33,7 @@ from pipelines.training.feasibility import (
     require_best_metric,
     warn_of_idle,
 )
+from pipelines.training.placement import TrainingPlan, place_training
 from pipelines.training.progress import progress_bar
 from pipelines.training.record import RECORD, TrainingRecord
 from pipelines.training.schedule import with_schedule
