@@ -74,6 +74,13 @@ def test_an_interrupted_evaluation_continues_to_the_figures_of_an_undisturbed_on
     assert_same(tmp_path, evaluated[0])
 
 
+def test_a_refused_evaluation_leaves_nothing_behind(model, small_dataset, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match="no GPU"):
+        evaluate(model, small_dataset, str(out), limit=2, device="cuda", progress=False)
+    assert not out.exists() or list(out.iterdir()) == []
+
+
 def test_a_finished_evaluation_is_not_repeated(evaluated, model, small_dataset):
     out, result, _ = evaluated
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.*") if path.name != "claim.json"}

@@ -11,11 +11,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -33,6 +31,8 @@ from deedsr.dataset.manifest import (
 )
 from deedsr.dataset.recipe import Recipe
 from deedsr.errors import DeeDSRError
+from pipelines.data.dataset import Dataset
+from pipelines.data.index import left_out
 from pipelines.shards.plan import ShardPlan
 from pipelines.shards.shard import COLUMNS, LATENTS_COLUMNS, ShardRecord, read_record
 from pipelines.storage import Conflict, Storage
@@ -46,14 +46,6 @@ _LATENTS_LIBRARIES = ("torch", "diffusers")
 _ROWS = 65_536  # of a row group of `samples.parquet`
 _AHEAD = 32  # records read before they are needed
 _TABLES = 256  # held before they are made one: a table of few rows takes 70 KB
-
-
-class Inherited(NamedTuple):
-    """What a dataset that was made of another says of its sources."""
-
-    given: int
-    source_digest: str
-    rejected: bytes  # `rejected.jsonl`
 
 
 def records_of(paths: Iterable[str], out: Storage) -> Iterator[ShardRecord]:
@@ -73,24 +65,23 @@ def assemble(
     *,
     expected: str | None,
     hr_from: HRSource | None = None,
-    inherited: Inherited | None = None,
+    made_of: Dataset | None = None,
     latents: LatentsSource | None = None,
 ) -> tuple[Manifest, "Sums"]:
     """Writes the dataset's files from its shards in the manifest's order.
 
-    Returns the manifest, its shards left out, and what was counted.
-
-    `expected`: version of the manifest that this one replaces, None if there is to be none. Raises DeeDSRError, and
-    writes nothing, if more than `recipe.max_rejected_share` of the sources were rejected or there is no sample; and if
-    another run replaced the manifest meanwhile by another dataset, which then stands.
+    Returns the manifest, its shards left out, and what was counted. `made_of`: the dataset whose shards its shards are
+    made of. `expected`: version of the manifest that this one replaces, None if there is to be none. Raises
+    DeeDSRError, and writes nothing, if more than `recipe.max_rejected_share` of the sources were rejected or there is
+    no sample; and if another run replaced the manifest meanwhile by another dataset, which then stands.
     """
     with scratch_folder() as folder:
         samples, rejected, entries, whole = (folder / n for n in (SAMPLES, REJECTED, "shards.jsonl", MANIFEST))
         sums = _write_parts(planned, LATENTS_COLUMNS if latents else COLUMNS, samples, rejected, entries)
-        if inherited:
-            sums.given = inherited.given
-            sums.reasons = _reasons(inherited.rejected)
-            rejected.write_bytes(inherited.rejected)
+        if made_of:  # its sources are those of the other dataset
+            sums.given = made_of.manifest.given
+            rejected.write_bytes(made_of.file(REJECTED))
+            sums.reasons = Counter(line.reason for line in left_out(made_of) if line.kind == "source")
         _check_rejected(sums.given, sums.reasons, sums.samples, recipe)
         files = {SAMPLES: samples, REJECTED: rejected}
         hashes = {name: _sha256(path) for name, path in files.items()}
@@ -99,7 +90,7 @@ def assemble(
             created_by=f"deedsr {version('deedsr')}",
             recipe=recipe.model_dump(mode="json"),
             recipe_digest=recipe.digest,
-            source_digest=inherited.source_digest if inherited else sums.sources.hexdigest(),
+            source_digest=made_of.manifest.source_digest if made_of else sums.sources.hexdigest(),
             given=sums.given,
             used=sums.given - sums.reasons.total(),
             rejected=sums.reasons.total(),
@@ -114,11 +105,11 @@ def assemble(
         with whole.open("wb") as file, entries.open() as lines:
             file.writelines(manifest.json_lines(line.rstrip("\n") for line in lines))
         for name, path in files.items():
-            patiently(partial(out.write, kept_copy(name, hashes[name]), path))
+            patiently(out.write, kept_copy(name, hashes[name]), path)
         for name, path in files.items():
-            patiently(partial(out.write, name, path))
+            patiently(out.write, name, path)
         try:
-            patiently(partial(out.write, MANIFEST, whole, expected=expected))
+            patiently(out.write, MANIFEST, whole, expected=expected)
         except Conflict:
             _require_same(manifest, out)
     return manifest, sums
@@ -200,13 +191,8 @@ def _check_rejected(given: int, reasons: Counter[str], samples: int, recipe: Rec
     )
 
 
-def _reasons(rejected: bytes) -> Counter[str]:
-    """How many sources the lines of a `rejected.jsonl` leave out, by reason."""
-    lines: Iterator[dict[str, Any]] = (json.loads(line) for line in rejected.splitlines())
-    return Counter(line["reason"] for line in lines if line["kind"] == "source")
-
-
-# The ranges of pyproject.toml: from, and below. The lowest and highest version in each made equal shards.
+# Versions of the libraries that can change a shard's bytes: the ranges of pyproject.toml, from, and below. The lowest
+# and highest version in each made equal shards.
 SEEN = {
     "numpy": ("2.1", "2.6"),
     "opencv-python-headless": ("4.13", "5.0.1"),

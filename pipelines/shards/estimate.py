@@ -84,10 +84,9 @@ def estimate(
     """
     inventory = Inventory.of(open_storage(out))
     count = _Count()
-    with tqdm(unit="shard", desc="plan", disable=not progress, leave=False) as bar:
-        listing = list_pairs(sources, pairs, recipe.scale) if pairs else list_sources(sources)
-        plans = plan_shards(listing, recipe)
-        probed = _chosen(count.missing(_ticked(plans, bar), inventory), recipe)
+    listing = list_pairs(sources, pairs, recipe.scale) if pairs else list_sources(sources)
+    plans = tqdm(plan_shards(listing, recipe), unit="shard", desc="plan", disable=not progress, leave=False)
+    probed = _chosen(count.missing(plans, inventory), recipe)
     probe = _Probe()
     for source in tqdm(probed, unit="source", desc="probe", disable=not progress, leave=False):
         probe.measure(source, recipe)
@@ -138,12 +137,6 @@ class _Count:
         """How many the busiest core makes. It shares a shard with others only if there are more cores than shards."""
         equal = self.sources_to_make / (cores * (EFFICIENCY if cores > 1 else 1))
         return equal if self.shards_to_make < cores else max(equal, self.largest)
-
-
-def _ticked(plans: Iterable[ShardPlan], bar: tqdm) -> Iterator[ShardPlan]:
-    for plan in plans:
-        yield plan
-        bar.update()
 
 
 def _chosen(sources: Iterable[Source], recipe: Recipe) -> list[Source]:

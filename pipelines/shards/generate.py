@@ -5,10 +5,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import chain
 
 from tqdm import tqdm
 
-from deedsr.dataset.manifest import MANIFEST, REJECTED, SAMPLES, HRSource, LatentsSource, kept_copy
+from deedsr.dataset.manifest import MANIFEST, SAMPLES, HRSource, LatentsSource, kept_copy
 from deedsr.dataset.recipe import Recipe
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines.claims import running
@@ -16,7 +17,7 @@ from pipelines.data.dataset import Dataset, relative_place
 from pipelines.data.index import require_hr
 from pipelines.data.splits import no_validation
 from pipelines.placement import WorkPlan
-from pipelines.shards.assemble import Inherited, assemble, records_of, warn_of_versions
+from pipelines.shards.assemble import assemble, records_of, warn_of_versions
 from pipelines.shards.build import FromHR, FromSources, Joined
 from pipelines.shards.duplicates import mark_duplicates
 from pipelines.shards.execute import PlanParts, ShardWork, build_missing
@@ -143,15 +144,15 @@ def run_job(
     warn_of_versions()
     out.require_writable()
     before = _version(out)
-    first_plans = iter(plans())
-    first = next(first_plans)  # sources that cannot be used are found out before anything is written
+    rest = iter(plans())
+    first = next(rest)  # sources that cannot be used are found out before anything is written
     with running(out) as folder:
         if made_of:
             record_derived(made_of, out)
         inventory = Inventory.of(out)
         parts = PlanParts(folder)
-        with tqdm(unit="shard", desc="plan", disable=not progress, leave=False) as bar:
-            parts.write(_counted(first, first_plans, bar), inventory)
+        every = chain([first], rest)
+        parts.write(tqdm(every, unit="shard", desc="plan", disable=not progress, leave=False), inventory)
         unit, total, done = ("source", parts.sources, parts.reused_sources)
         if not parts.sources:  # shards made of shards
             unit, total, done = "shard", parts.shards, parts.shards - parts.missing_shards
@@ -167,9 +168,8 @@ def run_job(
         _require_tars(parts, inventory, out)
         records = records_of((inventory.record(plan) for plan in parts), out)
         planned = zip(parts, records, strict=True)
-        inherited = inherited_from(made_of) if made_of else None
         manifest, sums = assemble(
-            planned, recipe, out, expected=before, hr_from=hr_from, inherited=inherited, latents=latents
+            planned, recipe, out, expected=before, made_of=made_of, hr_from=hr_from, latents=latents
         )
     end = time.time()
     return ShardsResult(
@@ -209,16 +209,3 @@ def _require_tars(parts: PlanParts, inventory: Inventory, out: Storage) -> None:
 def index_of(dataset: Dataset) -> str:
     """Path of the dataset's `samples.parquet` whose content never changes."""
     return kept_copy(SAMPLES, dataset.manifest.files[SAMPLES])
-
-
-def inherited_from(dataset: Dataset) -> Inherited:
-    manifest = dataset.manifest
-    return Inherited(manifest.given, manifest.source_digest, dataset.file(REJECTED))
-
-
-def _counted(first: ShardPlan, rest: Iterator[ShardPlan], bar: tqdm) -> Iterator[ShardPlan]:
-    yield first
-    bar.update()
-    for plan in rest:
-        yield plan
-        bar.update()
