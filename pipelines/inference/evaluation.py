@@ -28,9 +28,8 @@ from deedsr.metrics.registry import WITHOUT_WEIGHTS
 from deedsr.metrics.ssim import WINDOW
 from pipelines import cluster, tracking
 from pipelines.claims import Claim, held
-from pipelines.data.dataset import Dataset
+from pipelines.data.dataset import Dataset, no_validation
 from pipelines.data.index import require_hr
-from pipelines.data.splits import no_validation
 from pipelines.distribution import each, network_plan
 from pipelines.inference.evaluator import METHODS, PICTURES, RESULTS, Evaluated, Evaluator, Measured, State
 from pipelines.models import model_digest, pinned, resolve_model, training_run

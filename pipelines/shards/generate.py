@@ -13,9 +13,8 @@ from deedsr.dataset.manifest import MANIFEST, SAMPLES, HRSource, LatentsSource, 
 from deedsr.dataset.recipe import Recipe
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines.claims import running
-from pipelines.data.dataset import Dataset, relative_place
+from pipelines.data.dataset import Dataset, no_validation, relative_place
 from pipelines.data.index import require_hr
-from pipelines.data.splits import no_validation
 from pipelines.placement import WorkPlan
 from pipelines.shards.assemble import assemble, records_of, warn_of_versions
 from pipelines.shards.build import FromHR, FromSources, Joined

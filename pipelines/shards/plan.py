@@ -70,11 +70,6 @@ def derived_plan(shard: ShardEntry, work: str) -> ShardPlan:
     return ShardPlan(int(number[:3]), split, number, id, origin=shard.name)
 
 
-def split_of(source: Source, split: Split) -> str:
-    """`validation` if a pattern matches the relative path; without patterns, if the hash falls into the share."""
-    return _split(source, _hash(source.root, source.path), split)
-
-
 class _Placed(NamedTuple):
     """A source and where it stands. The fields are in the order of sorting."""
 
@@ -94,6 +89,7 @@ def _placed(source: Source, split: Split) -> _Placed:
 
 
 def _split(source: Source, hash: bytes, split: Split) -> str:
+    """`validation` if a pattern matches the relative path; without patterns, if the hash falls into the share."""
     if split.validation_patterns:
         chosen = any(fnmatchcase(source.path, pattern) for pattern in split.validation_patterns)
     else:

@@ -14,9 +14,8 @@ from deedsr.errors import UsageError
 from deedsr.metrics.psnr import PSNR
 from pipelines import cluster, tracking
 from pipelines.claims import held
-from pipelines.data.dataset import Dataset
+from pipelines.data.dataset import Dataset, no_validation
 from pipelines.data.index import require_hr
-from pipelines.data.splits import no_validation
 from pipelines.storage import Storage, open_storage
 from pipelines.training import checkpoint, tracked
 from pipelines.training.claim import Claim
