@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
+import pyarrow.parquet
 
 from deedsr.dataset import latents as latents_member
 from deedsr.dataset.codecs import decode_stored
@@ -150,17 +151,12 @@ class Dataset:
             f"--hr-from {hr.uri} --out {self.uri}` with their recipe, or the older HR from its sources and recipe"
         )
 
-    def place_of(self, uri: str) -> str:
-        """`uri` as seen from this dataset, if both are local or in one bucket; else as it is. `located` reads it."""
-        return relative_place(uri, self.uri)
-
     def located(self, uri: str) -> str:
-        """A place that the manifest names, which may be relative to the dataset."""
-        return uri if "://" in uri or uri.startswith("/") else self._beside(uri)
-
-    def _beside(self, relative: str) -> str:
+        """A place that the manifest names, which may be relative to the dataset (`relative_place`)."""
+        if "://" in uri or uri.startswith("/"):
+            return uri
         scheme, separator, path = self.uri.rpartition("://")
-        return scheme + separator + posixpath.normpath(posixpath.join(path, relative))
+        return scheme + separator + posixpath.normpath(posixpath.join(path, uri))
 
     @cached_property
     def _shards(self) -> Shards:
@@ -179,12 +175,13 @@ class Dataset:
                 data = self.storage.read(path)
                 if hashlib.sha256(data).hexdigest() == sha256:
                     return data
-        raise DeeDSRError(f"{self.uri}/{name} is missing or altered: generate the dataset again, it reuses the shards")
+        raise self.altered(name)
+
+    def altered(self, name: str) -> DeeDSRError:
+        return DeeDSRError(f"{self.uri}/{name} is missing or altered: generate the dataset again, it reuses the shards")
 
     @cached_property
     def _samples(self) -> pa.Table:
-        import pyarrow.parquet
-
         return pyarrow.parquet.read_table(io.BytesIO(self.file(SAMPLES)))
 
     def index(self, split: str | None = None) -> pa.Table:
@@ -259,11 +256,8 @@ class Dataset:
         return key, [data[offset - start : offset - start + size] for offset, size in spans]
 
 
-_SHARE = 0.2  # that gives few photographs some
-
-
 def no_validation(uri: str, recipe: Recipe) -> str:
-    """One sentence for a dataset of `recipe` at `uri` none of whose samples is for validation."""
+    """Why a dataset of `recipe` at `uri` has no validation split, and how to get one: one sentence."""
     split = recipe.split
     if split.validation_patterns:
         patterns = ", ".join(map(repr, split.validation_patterns))
@@ -273,5 +267,5 @@ def no_validation(uri: str, recipe: Recipe) -> str:
     file = f"a recipe file with `base: {recipe.name}`" if recipe.name in builtin_recipes() else "its recipe file"
     return (
         f"{uri} has no validation split: {why}; for one, generate it with {file} and "
-        f"`split: {{validation_share: {_SHARE}}}`, or validation_patterns that match some of the sources"
+        f"`split: {{validation_share: 0.2}}`, or validation_patterns that match some of the sources"
     )

@@ -40,11 +40,7 @@ def _open(dataset: Dataset, name: str, read_ahead: int = 0) -> BinaryIO:
         if found.hexdigest() == sha256:
             file.seek(0)
             return file
-    raise _altered(dataset, name)
-
-
-def _altered(dataset: Dataset, name: str) -> DeeDSRError:
-    return DeeDSRError(f"{dataset.uri}/{name} is missing or altered: generate the dataset again, it reuses the shards")
+    raise dataset.altered(name)
 
 
 class LeftOut(NamedTuple):
@@ -64,9 +60,9 @@ def left_out(dataset: Dataset) -> Iterator[LeftOut]:
             content = json.loads(line)
             yield LeftOut(content["kind"], content["source"], content["reason"])
     except (ValueError, KeyError, TypeError) as error:
-        raise _altered(dataset, REJECTED) from error
+        raise dataset.altered(REJECTED) from error
     if found.hexdigest() != dataset.manifest.files[REJECTED]:
-        raise _altered(dataset, REJECTED)
+        raise dataset.altered(REJECTED)
 
 
 class SampleIndex:
@@ -80,7 +76,7 @@ class SampleIndex:
             metadata = self._file.metadata
             sizes = [metadata.row_group(part).num_rows for part in range(metadata.num_row_groups)]
         if sum(sizes) != dataset.manifest.samples:
-            raise _altered(dataset, SAMPLES)
+            raise dataset.altered(SAMPLES)
         stops = [sum(sizes[: part + 1]) for part in range(len(sizes))]
         self.parts = [range(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]  # rows of each
 
@@ -116,7 +112,7 @@ class SampleIndex:
         try:
             yield
         except (pa.ArrowException, OSError) as error:
-            raise _altered(self._dataset, SAMPLES) from error
+            raise self._dataset.altered(SAMPLES) from error
 
 
 def require_hr(dataset: Dataset) -> None:

@@ -32,7 +32,6 @@ from deedsr.dataset.manifest import (
 from deedsr.dataset.recipe import Recipe
 from deedsr.errors import DeeDSRError
 from pipelines.data.dataset import Dataset
-from pipelines.data.index import left_out
 from pipelines.shards.plan import ShardPlan
 from pipelines.shards.shard import COLUMNS, LATENTS_COLUMNS, ShardRecord, read_record
 from pipelines.storage import Conflict, Storage
@@ -81,7 +80,8 @@ def assemble(
         if made_of:  # its sources are those of the other dataset
             sums.given = made_of.manifest.given
             rejected.write_bytes(made_of.file(REJECTED))
-            sums.reasons = Counter(line.reason for line in left_out(made_of) if line.kind == "source")
+            lines = map(json.loads, rejected.read_bytes().splitlines())
+            sums.reasons = Counter(line["reason"] for line in lines if line["kind"] == "source")
         _check_rejected(sums.given, sums.reasons, sums.samples, recipe)
         files = {SAMPLES: samples, REJECTED: rejected}
         hashes = {name: _sha256(path) for name, path in files.items()}
@@ -102,8 +102,8 @@ def assemble(
             latents=latents,
             shards=(),
         )
-        with whole.open("wb") as file, entries.open() as lines:
-            file.writelines(manifest.json_lines(line.rstrip("\n") for line in lines))
+        with whole.open("wb") as file, entries.open() as shards:
+            file.writelines(manifest.json_lines(line.rstrip("\n") for line in shards))
         for name, path in files.items():
             patiently(out.write, kept_copy(name, hashes[name]), path)
         for name, path in files.items():

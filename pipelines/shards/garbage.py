@@ -16,7 +16,7 @@ from typing import NamedTuple
 from deedsr.dataset.manifest import MANIFEST, REJECTED, SAMPLES, STATE, Manifest, kept_copy
 from deedsr.errors import DatasetNotCommitted, DeeDSRError
 from pipelines import claims
-from pipelines.data.dataset import Dataset
+from pipelines.data.dataset import Dataset, relative_place
 from pipelines.reports.page import bytes_text, count_text
 from pipelines.shards.shard import Inventory
 from pipelines.storage import Entry, Storage, open_storage
@@ -41,7 +41,7 @@ class Derived(NamedTuple):
 
 def record_derived(dataset: Dataset, out: Storage) -> None:
     """Writes into the state of `dataset` that what is made in `out` derives from this version of it."""
-    place = dataset.place_of(out.uri)
+    place = relative_place(out.uri, dataset.uri)
     about = {"uri": place, "digest": dataset.digest, "host": socket.gethostname()}
     name = f"{hashlib.sha256(place.encode(errors='surrogateescape')).hexdigest()[:16]}-{dataset.digest[:12]}.json"
     try:

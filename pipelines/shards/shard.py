@@ -150,7 +150,7 @@ class ShardTar:
     def __init__(self, file: IO[bytes]):
         from webdataset import TarWriter  # imports torch, which only a process that writes a shard need do
 
-        self._stream = _Hashed(file)
+        self._stream = HashedFile(file)
         self._writer = TarWriter(self._stream, user="", group="", mode=0o444, mtime=0, encoder=False)
 
     @property
@@ -168,21 +168,33 @@ class ShardTar:
         """Writes the end of the archive, once, and returns the SHA-256 of the whole file, hexadecimal."""
         self._writer.close()
         self._stream.file.flush()
-        return self._stream.hash.hexdigest()
+        return self._stream.sha256
 
     close = finish  # an archive that is given up must not write its buffer when it is collected
 
 
-class _Hashed:
-    """A stream that counts and hashes what goes through to a file."""
+class HashedFile:
+    """A file that counts and hashes what is written to it or read from it."""
 
     def __init__(self, file: IO[bytes]):
-        self.file, self.hash, self.size = file, hashlib.sha256(), 0
+        self.file, self._hash, self.size = file, hashlib.sha256(), 0
 
     def write(self, data: bytes) -> int:
-        self.hash.update(data)
-        self.size += len(data)
+        self._passed(data)
         return self.file.write(data)
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.file.read(size)
+        self._passed(data)
+        return data
+
+    def _passed(self, data: bytes) -> None:
+        self._hash.update(data)
+        self.size += len(data)
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
 
 
 class ShardDraft:

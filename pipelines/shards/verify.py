@@ -1,7 +1,6 @@
 """Checks a finished dataset: every hash of the manifest, every member of every sample, every row of the index."""
 
 import hashlib
-import io
 import json
 import tarfile
 from collections.abc import Iterator
@@ -21,9 +20,10 @@ from deedsr.dataset.recipe import Recipe
 from deedsr.degradation.chain import degrade
 from deedsr.errors import DeeDSRError
 from pipelines.data.dataset import Dataset
-from pipelines.data.index import require_hr
+from pipelines.data.index import left_out, require_hr
 from pipelines.machine import this_machine
 from pipelines.shards.build import Tars
+from pipelines.shards.shard import HashedFile
 from pipelines.storage import Storage
 
 
@@ -54,7 +54,7 @@ def verify(uri: str, replay: int = 0, progress: bool = True) -> VerifyResult:
     problems = [*_check_manifest(manifest, dataset.recipe), *_check_files(manifest, dataset.storage)]
     index = None
     try:
-        problems += _check_rejected(dataset.file(REJECTED), manifest)
+        problems += _check_rejected(dataset)
         index = dataset.index()
         problems += _check_index(index, manifest)
     except DeeDSRError as error:
@@ -129,10 +129,10 @@ def _check_index(index: pa.Table, manifest: Manifest) -> Iterator[str]:
         yield f"{SAMPLES}: a key stands for more than one sample"
 
 
-def _check_rejected(data: bytes, manifest: Manifest) -> Iterator[str]:
-    sources = sum(json.loads(line)["kind"] == "source" for line in data.splitlines())
-    if sources != manifest.rejected:
-        yield f"{REJECTED}: {sources} sources, the manifest counts {manifest.rejected}"
+def _check_rejected(dataset: Dataset) -> Iterator[str]:
+    sources = sum(line.kind == "source" for line in left_out(dataset))
+    if sources != dataset.manifest.rejected:
+        yield f"{REJECTED}: {sources} sources, the manifest counts {dataset.manifest.rejected}"
 
 
 def _check_shard(shard: ShardEntry, rows: list[dict[str, Any]] | None, dataset: Dataset) -> tuple[int, list[str]]:
@@ -145,10 +145,11 @@ def _check_shard(shard: ShardEntry, rows: list[dict[str, Any]] | None, dataset: 
     good = extra = 0
     seen: set[str] = set()
     try:
-        file = HashedReader(dataset.storage.open(shard.name))
+        stored = dataset.storage.open(shard.name)
     except FileNotFoundError:
         return 0, [f"{shard.name} is missing"]
-    with file, Tars(dataset.hr_dataset().storage) as hrs:
+    file = HashedFile(stored)
+    with stored, Tars(dataset.hr_dataset().storage) as hrs:
         try:
             for key, members in _samples(file):
                 row = expected.get(key) if expected is not None else _row_of(key, members)
@@ -164,7 +165,8 @@ def _check_shard(shard: ShardEntry, rows: list[dict[str, Any]] | None, dataset: 
                 problems += [f"{shard.name}: {problem}"] if problem else []
         except (tarfile.TarError, OSError) as error:
             problems.append(f"{shard.name}: not a whole tar file ({error})")
-        file.drain()
+        while file.read(1 << 20):
+            pass
     if file.size != shard.bytes:
         problems.insert(0, f"{shard.name}: {file.size} bytes, the manifest says {shard.bytes}")
     elif file.sha256 != shard.sha256:
@@ -185,7 +187,7 @@ class Member(NamedTuple):
     data: bytes
 
 
-def _samples(file: "HashedReader") -> Iterator[tuple[str, dict[str, Member]]]:
+def _samples(file: HashedFile) -> Iterator[tuple[str, dict[str, Member]]]:
     """(key, {`hr`, `lr`, `json`: member}) of each sample of a tar, whose members lie one after the other."""
     key, members = "", dict[str, Member]()
     with tarfile.open(fileobj=cast(BinaryIO, file), mode="r|") as tar:
@@ -199,31 +201,6 @@ def _samples(file: "HashedReader") -> Iterator[tuple[str, dict[str, Member]]]:
             key, members[name] = this, Member(ext, info.offset_data, content.read() if content else b"")
     if members:
         yield key, members
-
-
-class HashedReader(io.RawIOBase):
-    """Passes a file on while it is read, and knows size and SHA-256 of what was read."""
-
-    def __init__(self, file: BinaryIO):
-        self._file, self._hash, self.size = file, hashlib.sha256(), 0
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._file.read(size)
-        self._hash.update(data)
-        self.size += len(data)
-        return data
-
-    def drain(self) -> None:
-        while self.read(1 << 20):
-            pass
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-    @property
-    def sha256(self) -> str:
-        return self._hash.hexdigest()
 
 
 def _row_of(key: str, members: dict[str, Member]) -> dict[str, Any]:
