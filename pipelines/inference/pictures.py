@@ -11,11 +11,11 @@ import io
 import struct
 import zlib
 from collections.abc import Iterable
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 import cv2
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
@@ -260,7 +260,7 @@ def _written(original: Image.Exif, width: int, height: int, mark: str, without: 
 
 def mark_of(file: BinaryIO, format: str) -> str | None:
     """The mark of a result, None for a picture of another program and for what is no such file."""
-    kinds: dict[str, Any] = {"png": PngImageFile, "jpeg": JpegImageFile, "webp": WebPImageFile}
+    kinds: dict[str, type[ImageFile.ImageFile]] = {"png": PngImageFile, "jpeg": JpegImageFile, "webp": WebPImageFile}
     try:
         exif = kinds[format](file).getexif()  # not by Image.open, which refuses to open results of many pixels
         software = exif.get(_SOFTWARE_TAG)

@@ -6,7 +6,7 @@ import logging
 import time
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,9 @@ from pipelines.storage import Storage
 from pipelines.storage.waiting import patiently
 
 if TYPE_CHECKING:
+    import torch
+
+    from deedsr.sampling.pipeline import DeeDSRPipeline
     from deedsr.sampling.settings import SamplingSettings
 
 logger = logging.getLogger(__name__)
@@ -49,7 +52,7 @@ class Input(NamedTuple):
 class TooLarge(DeeDSRError):
     """The memory of this machine does not do for a picture."""
 
-    def __init__(self, rgb_CHW: Any):
+    def __init__(self, rgb_CHW: "torch.Tensor"):
         height, width = rgb_CHW.shape[1:]
         super().__init__(f"not enough memory to enlarge {width}x{height} pixels: cut it into parts, or lower --tile")
 
@@ -146,11 +149,11 @@ class Upscaler:
         return ModelFolder.read(resolve_model(self.model)).scale
 
     @cached_property
-    def _pipeline(self) -> Any:
+    def _pipeline(self) -> "DeeDSRPipeline":
         return load_pipeline(self.model, self.device, self.digest, self.base, self.precision)
 
     @cached_property
-    def _fp32_pipeline(self) -> Any:
+    def _fp32_pipeline(self) -> "DeeDSRPipeline":
         return load_pipeline(self.model, self.device, self.digest, self.base, "fp32")
 
     def _enlarge(self, picture: Picture, name: str) -> np.ndarray:
@@ -164,7 +167,7 @@ class Upscaler:
             result = self._sampled(self._fp32_pipeline, rgb)
         return result.numpy()
 
-    def _sampled(self, pipeline: Any, rgb: Any) -> Any:
+    def _sampled(self, pipeline: "DeeDSRPipeline", rgb: "torch.Tensor") -> "torch.Tensor":
         import torch
 
         generator = torch.Generator().manual_seed(self.seed)
@@ -179,9 +182,9 @@ class Upscaler:
         return result.images[0].cpu()
 
 
-def _is_spoilt(result: Any, rgb: Any) -> bool:
+def _is_spoilt(result: "torch.Tensor", rgb: "torch.Tensor") -> bool:
     """Whether half precision overflowed: a value is not finite, or all of it is black and the picture was not."""
-    return not result.isfinite().all() or bool(result.max() < 1 / 255 < rgb.max())
+    return not bool(result.isfinite().all()) or bool(result.max() < 1 / 255 < rgb.max())
 
 
 def _read(source: Input) -> bytes:

@@ -4,7 +4,7 @@ import posixpath
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any
+from typing import TypedDict
 
 from tqdm import tqdm
 
@@ -20,12 +20,24 @@ from pipelines.storage.local import begun_name
 from pipelines.storage.location import matching, split_pattern
 
 
+class Upscaled(TypedDict):
+    input: str  # URI
+    output: str
+    seconds: float
+    reused: bool
+
+
+class Failed(TypedDict):
+    input: str
+    reason: str
+
+
 @dataclass
 class UpscaleResult:
-    """`images`: `{input, output, seconds, reused}`; `failed`: `{input, reason}`; `reused`: how many were there."""
+    """`reused`: how many of the results were there."""
 
-    images: list[dict[str, Any]] = field(default_factory=list)
-    failed: list[dict[str, str]] = field(default_factory=list)
+    images: list[Upscaled] = field(default_factory=list)
+    failed: list[Failed] = field(default_factory=list)
     reused: int = 0
 
 
@@ -102,10 +114,9 @@ def upscale(
         if reason:
             result.failed.append({"input": source.uri, "reason": reason})
             continue
-        image = outcomes[source.uri]._asdict()
-        del image["reason"]
-        result.images.append(image)
-        result.reused += image["reused"]
+        done = outcomes[source.uri]
+        result.images.append(Upscaled(input=done.input, output=done.output, seconds=done.seconds, reused=done.reused))
+        result.reused += done.reused
     return result
 
 

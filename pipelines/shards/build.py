@@ -10,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow.parquet
@@ -23,7 +23,7 @@ from deedsr.dataset.worker import prepare_worker
 from deedsr.errors import DeeDSRError
 from pipelines.shards.execute import in_order
 from pipelines.shards.plan import ShardPlan
-from pipelines.shards.samples import Crop, Draft, Drafts, Share, degraded, rejection, samples_of
+from pipelines.shards.samples import Crop, Draft, Drafts, Row, Share, degraded, rejection, samples_of
 from pipelines.shards.shard import ShardRecord, shard_draft
 from pipelines.shards.source import Source, is_table, read_source
 from pipelines.storage import Storage
@@ -182,7 +182,7 @@ class FromHR:
     index: str
 
     def build(self, plan: ShardPlan, out: Storage, cpus: int = 1) -> ShardRecord:
-        rows: dict[str, dict[str, Any]] = {}
+        rows: dict[str, Row] = {}
         for row in rows_of(plan.origin, self.hr, self.index):
             rows.setdefault(row["content"], row)  # its variants hold the same HR
         wanted = [(row, variant) for row in rows.values() for variant in range(self.recipe.variants_of(row["source"]))]
@@ -212,7 +212,7 @@ class FromHR:
                 yield Draft(sample.members, sample.row | where), row["source_uri"]
 
 
-Wanted = tuple[dict[str, Any], int]  # a row with the HR, and one of its variants
+Wanted = tuple[Row, int]  # a row with the HR, and one of its variants
 
 
 def _pieces(wanted: list[Wanted], cpus: int) -> Iterator[list[Wanted]]:
@@ -238,7 +238,7 @@ class Joined:
             return draft.commit(out)
 
 
-def rows_of(shard: str, storage: Storage, index: str) -> Iterator[dict[str, Any]]:
+def rows_of(shard: str, storage: Storage, index: str) -> Iterator[Row]:
     """A shard's rows of `samples.parquet`, of which only the row groups that can hold them are read."""
     with storage.open(index) as file:
         yield from pyarrow.parquet.read_table(file, filters=[("shard", "==", shard)]).to_pylist()
@@ -255,7 +255,7 @@ class Tars:
     def __enter__(self) -> "Tars":
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._file:
             self._file.close()
 
@@ -277,7 +277,7 @@ class Tars:
         return data
 
 
-def decoded(data: bytes, row: dict[str, Any], storage: Storage) -> np.ndarray:
+def decoded(data: bytes, row: Row, storage: Storage) -> np.ndarray:
     """The image in a member of a sample. Raises DeeDSRError for a damaged one."""
     try:
         return decode_stored(data)

@@ -5,13 +5,13 @@ which load the networks once, on a GPU each where the cluster has some.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -27,12 +27,15 @@ from pipelines.placement import Device
 from pipelines.shards.build import PLACES, Tars, decoded, rows_of, shard_draft
 from pipelines.shards.generate import ShardsResult, index_of, run_job
 from pipelines.shards.plan import ShardPlan, derived_plan
-from pipelines.shards.samples import Draft
+from pipelines.shards.samples import Draft, Row
 from pipelines.shards.shard import LATENTS_COLUMNS, ShardRecord
 from pipelines.storage import Storage, open_storage
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import AutoencoderKL
+
+    from deedsr.learner.resnet import DegradationLearner
 
 Precision = Literal["fp32", "bf16"]
 _VERSION = 1  # of what a shard of latents holds: another one is other work
@@ -111,7 +114,7 @@ def latents_source(dataset: Dataset, base: str, learner: str | None, precision: 
 class Pair(NamedTuple):
     """A sample as read: its row of the index, its members as stored, and their pixels."""
 
-    row: dict[str, Any]
+    row: Row
     lr_bytes: bytes
     info: bytes
     hr: np.ndarray
@@ -176,8 +179,8 @@ class FromPixels:
 class Networks:
     """Frozen networks on one device."""
 
-    vae: Any
-    learner: Any | None
+    vae: "AutoencoderKL"
+    learner: "DegradationLearner | None"
     device: "torch.device"
 
     @classmethod
@@ -212,7 +215,7 @@ class Networks:
             for images in ([pair.hr for pair in pairs], [pair.lr for pair in pairs])
         )
         with torch.inference_mode():
-            moments: list[list[Any]] = []
+            moments: list[Sequence[np.ndarray | None]] = []
             for x_BCHW in (hr_BCHW, enlarge(lr_BCHW, scale)):
                 for moment in latent_moments(self.vae, (2 * x_BCHW - 1).to(self.vae.dtype)):
                     moments.append([None] * len(pairs) if moment is None else [*moment.half().cpu().numpy()])

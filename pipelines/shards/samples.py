@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from math import isnan
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import cv2
 import numpy as np
@@ -20,8 +20,19 @@ from deedsr.degradation.chain import degrade
 from deedsr.degradation.draws import scalar_parameters
 from pipelines.shards.source import Source
 
-Row = dict[str, Any]
+Row = dict[str, Any]  # of `samples.parquet`, by column: `pipelines.shards.shard.COLUMNS`
+
 _TURNS = {90: cv2.ROTATE_90_COUNTERCLOCKWISE, 180: cv2.ROTATE_180, 270: cv2.ROTATE_90_CLOCKWISE}
+
+
+class Rejection(TypedDict):
+    """A line of `rejected.jsonl`: a source, or a crop of it, that was left out."""
+
+    kind: Literal["source", "crop"]
+    root: int
+    source: str  # path below its `--source`
+    reason: str
+    crop: NotRequired[list[int]]
 
 
 class Draft(NamedTuple):
@@ -48,7 +59,7 @@ class Drafts(NamedTuple):
 
     sha256: str | None
     samples: list[Draft]
-    rejected: list[Row]
+    rejected: list[Rejection]
 
 
 class Share(NamedTuple):
@@ -67,7 +78,7 @@ WHOLE = Share(0, 1)
 def samples_of(source: Source, data: bytes, lr_data: bytes | None, recipe: Recipe, share: Share = WHOLE) -> Drafts:
     """A share of the samples of one source, and all that is rejected; never raises for what `data` is."""
     sha256 = hashlib.sha256(data).hexdigest()
-    rejected: list[Row] = []
+    rejected: list[Rejection] = []
     samples: list[Draft] = []
     try:
         for crop, pixels, lr, variants in _crops(source, sha256, data, lr_data, recipe, share, rejected):
@@ -77,13 +88,19 @@ def samples_of(source: Source, data: bytes, lr_data: bytes | None, recipe: Recip
     return Drafts(sha256, samples, rejected)
 
 
-def rejection(source: Source, reason: str) -> Row:
+def rejection(source: Source, reason: str) -> Rejection:
     """The line of `rejected.jsonl` for a whole source."""
     return {"kind": "source", "root": source.root, "source": source.path, "reason": reason}
 
 
 def _crops(
-    source: Source, sha256: str, data: bytes, lr_data: bytes | None, recipe: Recipe, share: Share, rejected: list[Row]
+    source: Source,
+    sha256: str,
+    data: bytes,
+    lr_data: bytes | None,
+    recipe: Recipe,
+    share: Share,
+    rejected: list[Rejection],
 ) -> Iterator[tuple[Crop, np.ndarray, np.ndarray | None, list[int]]]:
     """The crops of a share as turned, each with its real LR partner if it has one, and with its variants in the share;
     `rejected` gets the smooth ones of the source."""
@@ -97,8 +114,7 @@ def _crops(
             raise RejectedImage("the LR partner is not HR size / scale")
     places, smooth = choose_crops(image, recipe.crop, rng)
     for place in smooth:
-        row = rejection(source, "too little texture") | {"kind": "crop", "crop": _corners(place)}
-        rejected.append(row)
+        rejected.append({**rejection(source, "too little texture"), "kind": "crop", "crop": _corners(place)})
     each = 1 if partner is not None else recipe.variants_of(source.path)
     shared = groupby(share.range(len(places) * each), key=lambda sample: sample // each)
     variants = {number: [sample % each for sample in samples] for number, samples in shared}

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import pyarrow as pa
 
@@ -21,7 +21,7 @@ from deedsr.dataset.manifest import STATE
 from deedsr.dataset.worker import prepare_worker
 from deedsr.degradation.draws import SCALAR_COLUMNS
 from pipelines.shards.plan import ShardPlan
-from pipelines.shards.samples import Draft
+from pipelines.shards.samples import Draft, Rejection, Row
 from pipelines.storage import Storage, scratch_folder
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class ShardRecord:
     samples: int
     sources: list[tuple[str, str | None]]
     rows: pa.Table
-    rejected: list[dict[str, Any]]
+    rejected: list[Rejection]
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def read_record(path: str, out: Storage) -> ShardRecord:
     return ShardRecord(**about, rows=table.replace_schema_metadata(None))
 
 
-def table_of(rows: Iterable[dict[str, Any]], columns: pa.Schema = COLUMNS) -> pa.Table:
+def table_of(rows: Iterable[Row], columns: pa.Schema = COLUMNS) -> pa.Table:
     """Rows of `samples.parquet`; what a row lacks is null."""
     return pa.Table.from_pylist(list(rows), schema=columns)
 
@@ -203,8 +203,8 @@ class ShardDraft:
     def __init__(self, plan: ShardPlan, file: Path, tar: ShardTar, columns: pa.Schema):
         self.plan, self._file, self._tar, self._columns = plan, file, tar, columns
         self.sources: list[tuple[str, str | None]] = []
-        self.rejected: list[dict[str, Any]] = []
-        self._rows: list[dict[str, Any]] = []
+        self.rejected: list[Rejection] = []
+        self._rows: list[Row] = []
 
     def add(self, draft: Draft, uri: str | None) -> None:
         """Appends a sample; `uri` is where its source lies."""

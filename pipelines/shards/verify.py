@@ -6,7 +6,7 @@ import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,7 @@ from pipelines.data.dataset import Dataset
 from pipelines.data.index import left_out, require_hr
 from pipelines.machine import this_machine
 from pipelines.shards.build import Tars
+from pipelines.shards.samples import Row
 from pipelines.shards.shard import HashedFile
 from pipelines.storage import Storage
 
@@ -135,7 +136,7 @@ def _check_rejected(dataset: Dataset) -> Iterator[str]:
         yield f"{REJECTED}: {sources} sources, the manifest counts {dataset.manifest.rejected}"
 
 
-def _check_shard(shard: ShardEntry, rows: list[dict[str, Any]] | None, dataset: Dataset) -> tuple[int, list[str]]:
+def _check_shard(shard: ShardEntry, rows: list[Row] | None, dataset: Dataset) -> tuple[int, list[str]]:
     """How many samples could be read whole, and what is wrong. `rows`: the shard's part of the index, if any.
 
     The shard is read once, from beginning to end, and a sample at a time is held.
@@ -203,15 +204,15 @@ def _samples(file: HashedFile) -> Iterator[tuple[str, dict[str, Member]]]:
         yield key, members
 
 
-def _row_of(key: str, members: dict[str, Member]) -> dict[str, Any]:
+def _row_of(key: str, members: dict[str, Member]) -> Row:
     """What the index would say, from the tar itself."""
-    row: dict[str, Any] = {"key": key}
+    row: Row = {"key": key}
     for name, member in members.items():
         row |= {f"{name}_ext": member.ext, f"{name}_offset": member.offset, f"{name}_size": len(member.data)}
     return row
 
 
-def _check_sample(row: dict[str, Any], members: dict[str, Member], hrs: Tars, recipe: Recipe) -> str | None:
+def _check_sample(row: Row, members: dict[str, Member], hrs: Tars, recipe: Recipe) -> str | None:
     """What is wrong with one sample, None if nothing is."""
     key = row["key"]
     own_hr = row.get("hr_shard") == row.get("shard")
@@ -231,9 +232,7 @@ def _check_sample(row: dict[str, Any], members: dict[str, Member], hrs: Tars, re
     return _check_info(key, members["json"].data, recipe)
 
 
-def _check_latents(
-    row: dict[str, Any], members: dict[str, Member], source: LatentsSource, recipe: Recipe
-) -> str | None:
+def _check_latents(row: Row, members: dict[str, Member], source: LatentsSource, recipe: Recipe) -> str | None:
     """The same of a sample of latents."""
     key, images = row["key"], () if source.learner else ("lr",)
     if problem := _check_members(row, members, ("latents", *images, "json")):
@@ -254,7 +253,7 @@ def _check_latents(
     return _check_info(key, members["json"].data, recipe)
 
 
-def _check_members(row: dict[str, Any], members: dict[str, Member], wanted: tuple[str, ...]) -> str | None:
+def _check_members(row: Row, members: dict[str, Member], wanted: tuple[str, ...]) -> str | None:
     """Whether a sample's members are there, under their names and where the index says."""
     key = row["key"]
     for name in wanted:

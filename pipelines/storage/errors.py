@@ -4,7 +4,6 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from deedsr.errors import DeeDSRError, UsageError
 
@@ -68,7 +67,7 @@ def explained(verb: str, uri: str) -> Iterator[None]:
         raise reason from (None if _tells_secret(error) else error)
 
 
-def _explain_file_system(verb: str, uri: str, error: Any) -> DeeDSRError:
+def _explain_file_system(verb: str, uri: str, error: OSError) -> DeeDSRError:
     if isinstance(error, PermissionError):
         return Refused(f"no permission to {verb} {uri}")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
