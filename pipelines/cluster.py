@@ -29,7 +29,7 @@ _ANSWER_SECONDS = 10.0  # that a cluster is given to answer, in which a head can
 # Ray makes sockets below its temporary folder, and systems take at most 107 bytes for the path of one.
 _LONGEST_FOLDER = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 _SHORT_FOLDERS = ("/tmp", "/var/tmp")
-_REMARKS = ("Failed to apply UDF transform", "To change retry attempts")  # of Ray Data, below what the task said
+_REMARKS = ("Failed to apply UDF transform", "To change retry attempts")  # added by Ray Data to a task's message
 _POLL_SECONDS = 1.0
 _kills = 0  # processes killed for want of memory before this one connected
 _LINE_SECONDS = 30.0  # between two lines on what is waited for
@@ -55,7 +55,7 @@ def connect() -> None:
 
 
 def last_words(error: BaseException, less: str) -> str:
-    """What a failure of Ray's comes to: its last line, or that memory ran out; `less` says what would need less."""
+    """One line for a failure of Ray: its last line, or that memory ran out; `less`: what would need less of it."""
     text = "\n".join(line for line in str(error).strip().splitlines() if not line.startswith(_REMARKS))
     if "OutOfMemoryError" in f"{type(error).__name__} {text}" or machine.memory_kills() > _kills:
         limit = machine.this_machine().memory
@@ -86,7 +86,7 @@ def _connect(address: str | None) -> None:
     import ray
     from ray._private.services import canonicalize_bootstrap_address
 
-    # What Ray says of dead workers and raylets stays in its files, for which it has no option.
+    # Ray's messages about dead workers and raylets stay in its log files; Ray has no option for that.
     ray._private.worker._worker_logs_enabled = False
     if not address or address == "local":
         # A token of its own: Ray would keep one in the home folder, which not every container has.

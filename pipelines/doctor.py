@@ -45,7 +45,7 @@ class Check:
 
 
 def examine(out: str | None, address: str | None) -> list[Check]:
-    """Looks at everything that commands depend on; never raises for what is broken.
+    """Checks everything that commands depend on; never raises for what is broken.
 
     Args:
         out: a place for results, folder or s3://bucket/prefix; None = the working directory.

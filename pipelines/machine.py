@@ -152,7 +152,7 @@ def user_name() -> str:
 
 
 def process_space() -> str:
-    """Where a process id means one process: this boot of this machine, and in it this container."""
+    """The space in which a process id is unique: this boot of this machine, and in it this container."""
     import psutil
 
     try:
@@ -170,7 +170,7 @@ def runs(pid: int, since: float) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= since
     except psutil.NoSuchProcess:
         return False
-    except psutil.AccessDenied:  # it is there, and somebody else's
+    except psutil.AccessDenied:  # it exists and belongs to another user
         return True
 
 

@@ -39,8 +39,9 @@ class Nodes:
 class Offer:
     """What there is, and what an autoscaler may add to it.
 
-    `growth`: () = nothing, None = an autoscaler whose node types are not known. `answers`: it says which requests
-    none of them holds, so that much can be asked for. `memory`, `shared_memory` (free): bytes, of a single machine.
+    `growth`: () = nothing, None = an autoscaler whose node types are not known. `answers`: it reports requests that
+    none of them holds, so that as many workers as the batch allows can be requested. `memory`, `shared_memory` (free):
+    bytes, of a single machine.
     """
 
     nodes: tuple[Nodes, ...]
@@ -99,7 +100,7 @@ class Plan(ABC):
 
     @property
     def each(self) -> str:
-        """`bundle` in words."""
+        """`bundle` as text."""
         cpus = f"{self.cpus:g} CPU" + ("" if self.cpus == 1 else "s")
         return f"{self.gpus} GPU and {cpus}" if self.gpus else f"{cpus}, no GPU"
 
@@ -146,7 +147,7 @@ def place_networks(offer: Offer, device: Device, workers: int | None, command: s
 
 
 def place_shards(offer: Offer, workers: int | None) -> WorkPlan:
-    """Tasks of one CPU each that make shards. `workers`: at a time, None = every CPU that the memory does for."""
+    """Tasks of one CPU each that make shards. `workers`: at a time, None = every CPU, as far as the memory suffices."""
     return WorkPlan(workers or offer.within_memory(max(1, offer.cpus), SHARD_WORKER), 1.0)
 
 

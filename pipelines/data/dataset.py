@@ -102,7 +102,7 @@ class Dataset:
 
     @property
     def order_digest(self) -> str:
-        """What the order of samples in training follows from: latents come in the order of their pixels."""
+        """Digest that the order of samples in training follows from: latents come in the order of their pixels."""
         return self.manifest.latents.dataset if self.manifest.latents else self.digest
 
     def require_pixels(self, wish: str = "this") -> Self:
@@ -141,7 +141,7 @@ class Dataset:
         return found
 
     def hr_is_gone(self, what: str) -> str:
-        """Why HR images are not where this dataset's index has them, in words, for the HR dataset was made anew."""
+        """Message for HR images that are missing because the HR dataset was generated again."""
         source = self.manifest.hr_from
         assert source
         hr = self.hr_dataset()

@@ -25,7 +25,7 @@ _DESCRIPTIVE = ("deg_", "source")
 
 
 def _open(dataset: Dataset, name: str, read_ahead: int = 0) -> BinaryIO:
-    """The file that the manifest means.
+    """The file that the manifest refers to.
 
     The copy named after its hash is taken as it is, so that parts of it can be read alone; a file under its plain name
     may belong to another manifest and is hashed first.
@@ -118,7 +118,7 @@ class SampleIndex:
 def require_hr(dataset: Dataset) -> None:
     """Raises DeeDSRError if HR images that the dataset takes from another one are gone since that was generated anew.
 
-    Only then something is read: the column that says which shards they are in.
+    Reads the column `hr_shard` only if the HR dataset has changed.
     """
     if dataset.manifest.hr_from is None:
         return

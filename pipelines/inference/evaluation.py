@@ -44,7 +44,7 @@ LOGGED_PICTURES = 8  # comparisons among the artifacts of the MLflow run
 
 @dataclass
 class EvaluationResult:
-    """`metrics`: `{model: {psnr: ...}, bicubic: {...}}`; None where a figure cannot be told."""
+    """`metrics`: `{model: {psnr: ...}, bicubic: {...}}`; None for an undefined value."""
 
     metrics: dict[str, dict[str, float | None]]
     run_id: str
@@ -145,7 +145,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """An evaluation whose options are checked. `about`: what `results.json` says of it."""
+    """An evaluation whose options are checked. `about`: its description in `results.json`."""
 
     work: Evaluator
     measures: dict[str, Metric]
@@ -212,7 +212,7 @@ class _Evaluation:
             run.log_picture(key, strip(*(_pixels(self.out.read(f"{PICTURES}/{key}.{name}.png")) for name in names)))
 
     def _results(self, run: tracking.Run, measured: dict[str, Measured]) -> dict[str, Any]:
-        """What `results.json` holds, logged."""
+        """Content of `results.json`, also logged to MLflow."""
         samples = [measured[key] for key in self.pairs]
         summary = {
             method: {
@@ -272,7 +272,7 @@ def _evenly(count: int, wanted: int) -> list[int]:
 
 
 def _prepared(work: Evaluator) -> dict[str, Metric]:
-    """The metrics with their weights, before any work; of this process, which may have no GPU."""
+    """The metrics with their weights, loaded before any work; on the CPU, since this process may have no GPU."""
     measures = replace(work, device="cpu").measures
     side = work.dataset.recipe.crop.size
     if "niqe_set" in measures and side < BLOCK:
@@ -286,7 +286,7 @@ def _prepared(work: Evaluator) -> dict[str, Metric]:
 
 
 def _values(name: str, metric: Metric, method: str, samples: Sequence[Measured]) -> list[Any]:
-    """What a metric found in each picture of a method."""
+    """Values of a metric for the pictures of a method."""
     if metric.of_pictures:
         return [sample.record["metrics"][method][name] for sample in samples]
     return [sample.features[method][name] for sample in samples]

@@ -60,7 +60,7 @@ class Measured(NamedTuple):
 
 
 class Evaluated(NamedTuple):
-    """What came of one pair. `pictures`: lr, METHODS, hr; uint8 RGB (height, width, 3)."""
+    """Result of one pair. `pictures`: lr, METHODS, hr; uint8 RGB (height, width, 3)."""
 
     sample: Measured
     pictures: dict[str, np.ndarray]
@@ -113,7 +113,7 @@ class Evaluator:
         return selected(self.metrics, Setting(self.border, weights, str(usable_device(self.device))))
 
     def made_of(self, digest: str) -> dict[str, Any]:
-        """What the figures of a pair follow from. `digest`: of the model, see `pipelines.models.model_digest`."""
+        """What the metrics of a pair depend on. `digest`: of the model, see `pipelines.models.model_digest`."""
         return {
             "version": __version__,
             "model": digest,
@@ -138,7 +138,7 @@ class Evaluator:
 
 
 def _finite(value: float | None) -> float | None:
-    """JSON knows neither infinity nor NaN, which a metric of another package may give."""
+    """None for infinity and NaN, which JSON lacks and a metric of another package may return."""
     return value if value is not None and math.isfinite(value) else None
 
 

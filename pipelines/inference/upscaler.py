@@ -50,7 +50,7 @@ class Input(NamedTuple):
 
 
 class TooLarge(DeeDSRError):
-    """The memory of this machine does not do for a picture."""
+    """A picture does not fit into the memory of this machine."""
 
     def __init__(self, rgb_CHW: "torch.Tensor"):
         height, width = rgb_CHW.shape[1:]
@@ -58,7 +58,7 @@ class TooLarge(DeeDSRError):
 
 
 class Done(NamedTuple):
-    """What came of one picture."""
+    """Result of one picture."""
 
     input: str  # URI
     output: str
@@ -117,7 +117,7 @@ class Upscaler:
         return done()
 
     def _mark(self, data: bytes, format: str) -> str:
-        """What a result is made of, 32 hexadecimal digits; device and `auto` precision only change rounding."""
+        """Digest of what a result depends on, 32 hexadecimal digits; device and `auto` precision affect only rounding."""
         made_of = {
             "version": __version__,
             "model": self.digest,

@@ -32,7 +32,7 @@ DEFINED = ", definition"  # behind a metric's name: the definitions themselves a
 
 @dataclass(frozen=True)
 class RunGroup:
-    """Runs whose figures may be compared. `title` says what they share."""
+    """Runs whose metrics may be compared. `title` names what they have in common."""
 
     title: str
     runs: list[dict[str, Any]]
@@ -79,7 +79,7 @@ def compare(
         storage.require_writable()
     uri = resolve_uri(tracking_uri)
     if (path := sqlite_path(uri)) and not path.exists():
-        # Connecting would make an empty store here, which helps nobody who stands in the wrong folder.
+        # Connecting would create an empty store here.
         raise UsageError(
             f"there is no MLflow store at {path}: go to the folder in which the runs were "
             "made, or set MLFLOW_TRACKING_URI"
@@ -189,7 +189,7 @@ def _metric_of(row: str) -> str:
 
 
 def _config(run: "StoredRun") -> dict[str, str]:
-    """Parameters in force: a resume may have changed some, which stands in tags."""
+    """Parameters in force: those that a resume has changed are recorded as tags."""
     changed = {k.removeprefix(CONFIG_TAG): v for k, v in run.data.tags.items() if k.startswith(CONFIG_TAG)}
     return run.data.params | changed
 

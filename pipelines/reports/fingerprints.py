@@ -17,8 +17,8 @@ from pipelines.data.dataset import Dataset
 from pipelines.data.index import SampleIndex
 from pipelines.tracking.provenance import flatten
 
-# What decides the bytes of a sample's images, as far as the index tells: the recipe's formats, and what was drawn. The
-# stored sizes tell of what no column holds, such as another library.
+# What determines the bytes of a sample's images, as far as the index records it: the recipe's formats, and what was
+# drawn. The stored sizes also show other causes, such as another version of a library.
 _HR = ("source_sha256", "top", "left", "height", "width", "flip", "rotate", "hr_ext", "hr_size")
 _LR = ("stratum", "degradation_group", "lr_ext", "lr_size")
 _PRIME = np.uint64(0x9E3779B97F4A7C15)
@@ -41,7 +41,7 @@ class Fingerprints:
 
 
 def fingerprints(dataset: Dataset, index: SampleIndex, progress: bool) -> Fingerprints:
-    """One pass over the columns that say what a sample is."""
+    """One pass over the columns that identify a sample."""
     drawn = [name for name in index.columns if name.startswith("deg_")]
     facets = {
         "key": ["key"],

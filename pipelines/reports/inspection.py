@@ -84,7 +84,7 @@ class Parameter:
 
 @dataclass
 class Survey:
-    """What one pass over the index tells: samples by split, stratum and group, and the parameters by step."""
+    """Counts from one pass over the index: samples by split, stratum and group, and the parameters by step."""
 
     samples: int
     splits: Counter[str] = field(default_factory=Counter)
@@ -96,7 +96,7 @@ class Survey:
 def survey(
     dataset: Dataset, index: SampleIndex, progress: bool, beside: tuple[Dataset, SampleIndex] | None = None
 ) -> Survey:
-    """Count what the index says of every sample, in one pass.
+    """Count the columns of the index in one pass.
 
     `beside`: another dataset, with which the histograms shall share their bins.
     """
@@ -334,7 +334,7 @@ def strata_rows(found: Survey, strata: Mapping[str, Mapping[str, Any]], pairs: S
 
 
 def group_summary(groups: Counter[int | None]) -> dict[str, Any] | None:
-    """How many samples share a degradation group, and the groups one by one if they are few; None without any."""
+    """Sizes of the degradation groups, and each group if there are few; None without any."""
     sizes = {group: count for group, count in groups.items() if group is not None}
     if not sizes:
         return None

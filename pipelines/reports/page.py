@@ -92,7 +92,7 @@ def count_text(value: int) -> str:
 
 
 def bytes_text(size: float) -> str:
-    """Bytes as people say them, in powers of 1000: `820 B`, `1.2 MB`, `340 GB`."""
+    """Bytes in powers of 1000: `820 B`, `1.2 MB`, `340 GB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 999.5:
             return f"{size:.3g} {unit}"
@@ -101,7 +101,7 @@ def bytes_text(size: float) -> str:
 
 
 def share_text(share: float) -> str:
-    """A share in per cent; what is there at all never reads as 0 %, what is missing a part never as 100 %."""
+    """A share in per cent; only 0 is shown as 0 %, and only 1 as 100 %."""
     if 0 < share < 0.001:
         return "< 0.1 %"
     if 0.999 < share < 1:
@@ -110,7 +110,7 @@ def share_text(share: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """Seconds as people say them: `0.42 s`, `38 s`, `9 min 12 s`, `2 h 05 min`."""
+    """Seconds as text: `0.42 s`, `38 s`, `9 min 12 s`, `2 h 05 min`."""
     if seconds < 10:
         return f"{seconds:.2g} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -30,8 +30,8 @@ from pipelines.storage import Storage
 
 logger = logging.getLogger(__name__)
 ATTEMPTS = f"{STATE}/attempts"
-_LIVES = 2  # a source that kills so many processes is left out
-_DECODING = 2  # samples that take the time of reading and decoding their source, which each of its pieces does again
+_LIVES = 2  # processes that a source may kill before it is left out
+_DECODING = 2  # cost of reading and decoding a source, in samples; each piece of a source does it again
 
 
 MakeSamples = Callable[[Source, bytes, bytes | None, Recipe, Share], Drafts]
@@ -64,7 +64,7 @@ class FromSources:
 
     @contextmanager
     def _each(self, pieces: Iterator["_Piece"], plan: ShardPlan, out: Storage, cpus: int) -> Iterator[Iterator[Drafts]]:
-        """What each piece gives."""
+        """Samples and rejections of each piece, in order."""
         attempt = f"{ATTEMPTS}/{plan.id}"
         tried = out.exists(attempt)
         if not tried:
@@ -107,9 +107,9 @@ def _cuts(sources: tuple[Source, ...], recipe: Recipe, cpus: int) -> list[int]:
 
 @contextmanager
 def _guarded(samples: MakeSamples) -> Iterator[MakeSamples]:
-    """`samples` in a process of its own, for sources of which one may have killed a worker.
+    """`samples` in a separate process, for a shard one of whose sources may have killed a worker.
 
-    Only the death of that process counts against a source: whoever kills workers from outside harms none.
+    A source is left out only if that process dies, so that workers killed from outside lose no source.
     """
     pool: ProcessPoolExecutor | None = None
 
@@ -156,7 +156,7 @@ def _read(source: Source) -> Content:
 
 
 def _joined(source: Source, shares: list[Drafts]) -> Drafts:
-    """A source's drafts from those of its shares, of which one that rejects the source decides."""
+    """A source's drafts from those of its shares; rejected if one of them rejects the source."""
     for drafts in shares:
         if any(row["kind"] == "source" for row in drafts.rejected):
             return drafts
@@ -166,7 +166,7 @@ def _joined(source: Source, shares: list[Drafts]) -> Drafts:
 
 
 _PIECES_PER_CPU = 8  # of a shard
-# What a row says that the place in the new shard decides.
+# Columns whose values follow from the place in the new shard.
 PLACES = ("split", "shard", "hr_shard", "hr_offset", "hr_size", "lr_offset", "lr_size", "json_offset", "json_size")
 
 

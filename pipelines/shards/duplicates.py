@@ -17,7 +17,7 @@ from pipelines.shards.source import Source, read_source
 
 _FEW = 2_000  # sources that one process reads in less time than a cluster needs to start
 _CHUNK = 256  # sources of one task
-_WINDOW = 400  # tasks known to Ray at a time: what the driver holds of the listing
+_WINDOW = 400  # tasks submitted to Ray at a time, which bounds what the driver holds of the listing
 _THREADS = 16  # of a task: reading is mostly waiting
 _HASH = 16  # bytes: that two of ten million contents look the same has a probability of 1e-25
 

@@ -185,7 +185,7 @@ class Networks:
 
     @classmethod
     def load(cls, base: str, learner: str | None, source: LatentsSource, device_type: str) -> "Networks":
-        """Raises DeeDSRError if what is found here is not what `source` says."""
+        """Raises DeeDSRError if the networks found on this node are not those of `source`."""
         import torch
 
         from deedsr.adapter.adapter import freeze

@@ -28,7 +28,7 @@ EFFICIENCY = 0.9  # of many cores against as many times one
 
 @dataclass
 class Estimate:
-    """What `deedsr shards --plan` says. Times and bytes are of the shards that are not there yet."""
+    """Result of `deedsr shards --plan`. Times and bytes are those of the missing shards."""
 
     sources: int
     shards: int

@@ -86,7 +86,7 @@ def read_part(folder: Storage, name: str) -> list[ShardPlan]:
 
 
 class Built(NamedTuple):
-    """One shard that was committed; `key` is what an inventory knows of its record."""
+    """One committed shard. `key`: see `record_key`."""
 
     id: str
     key: tuple[str, int]
@@ -223,7 +223,7 @@ class _Queue(Generic[Piece, Result]):
             self._make(*taken, function)
 
     def results(self, function: Callable[[Piece], Result]) -> Iterator[Result]:
-        """Each result in its turn; until it is there, this thread makes pieces too."""
+        """The results in order; while the next one is missing, this thread makes pieces as well."""
         while True:
             with self._changed:
                 there = self._given in self._made

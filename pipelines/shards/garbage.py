@@ -27,8 +27,8 @@ DERIVED = f"{STATE}/derived"
 
 
 class Derived(NamedTuple):
-    """A dataset that is made of a version of another one: `record` is the path of the record that says so, `problem`
-    why it could not be asked, empty if it says so itself."""
+    """A dataset made of a version of another one. `record`: path of its record; `problem`: why its manifest could not
+    be read, empty if it was."""
 
     record: str
     uri: str
@@ -53,9 +53,9 @@ def record_derived(dataset: Dataset, out: Storage) -> None:
 
 
 def derived_datasets(dataset: Dataset) -> Iterator[Derived]:
-    """Those whose record still counts: they are there and name the version that it names, or are being made of it.
+    """Datasets whose record is valid: they exist and name the version in it, or are being made.
 
-    One that cannot be read counts: it may be there.
+    One that cannot be read is included, because it may exist.
     """
     for entry in dataset.storage.list(DERIVED):
         try:
@@ -88,11 +88,11 @@ def _made_of(manifest: Manifest) -> list[str]:
     return made_of + ([manifest.latents.dataset] if manifest.latents else [])
 
 
-_NAMED = 10  # objects, in words
+_NAMED = 10  # objects listed by name
 
 
 def live_runs(out: Storage) -> dict[str, str]:
-    """Runs with a heartbeat in the last ten minutes: the location of the claim, and the process in words.
+    """Runs with a heartbeat in the last ten minutes: location of the claim -> host and process.
 
     Raises DeeDSRError where a claim cannot be read: its run may be at work.
     """
@@ -143,7 +143,7 @@ class Garbage:
         return sum(entry.size for entry in self.objects)
 
     def text(self) -> str:
-        """What a collection would do, for people."""
+        """Readable summary of what a collection would remove."""
         if not self.objects and not self.uploads:
             return "nothing to remove"
         shards = [entry.size for entry in self.objects if entry.path.endswith(".tar")]

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ShardsResult:
-    """INTERFACE's result of `deedsr shards`. `samples_per_second` counts new samples and leaves the start-up out."""
+    """Result of `deedsr shards`. `samples_per_second` counts new samples and leaves the start-up out."""
 
     manifest: str
     digest: str
@@ -144,7 +144,7 @@ def run_job(
     out.require_writable()
     before = _version(out)
     rest = iter(plans())
-    first = next(rest)  # sources that cannot be used are found out before anything is written
+    first = next(rest)  # raises for unusable sources before anything is written
     with running(out) as folder:
         if made_of:
             record_derived(made_of, out)
@@ -187,7 +187,7 @@ def run_job(
 
 
 def _version(out: Storage) -> str | None:
-    """Of the manifest that is there now."""
+    """Version of the present manifest, None without one."""
     try:
         return out.stat(MANIFEST).version
     except FileNotFoundError:
@@ -195,7 +195,7 @@ def _version(out: Storage) -> str | None:
 
 
 def _require_tars(parts: PlanParts, inventory: Inventory, out: Storage) -> None:
-    """Nobody may have removed what the manifest is about to name."""
+    """Raises DeeDSRError if a tar that the manifest is going to name has been removed."""
     now = Inventory(Inventory.of(out).tars, inventory.records)
     gone = next((plan for plan in parts if not now.holds(plan)), None)
     if gone is not None:

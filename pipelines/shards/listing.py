@@ -173,11 +173,11 @@ def _stat(uri: str) -> Entry:
     try:
         return storage.stat(name)
     except FileNotFoundError:
-        return Entry(name, 0, "")  # reading it will say so, and it is recorded as rejected
+        return Entry(name, 0, "")  # rejected with the reason when it is read
 
 
 def _looked_into(files: _Files, unused: list[str]) -> Iterator[Source]:
-    """Pictures themselves, and those inside of the other files; `unused` gets what tables without any say."""
+    """Pictures, and those inside tars and tables; `unused` collects the messages of tables without pictures."""
     with ThreadPoolExecutor(_THREADS) as threads:
         waiting: deque[Future[Iterable[Source]] | list[Source]] = deque()
         for file in files.files:

@@ -31,7 +31,7 @@ _BUCKETS = 64  # per root and split: ten million sources are 160,000 at a time
 class ShardPlan:
     """The sources of one shard, in order; or the shard of another dataset that it derives from.
 
-    `number` says where the shard stands: three digits of the root, ten of the hash of its first source, and twelve of
+    `number` orders the shards: three digits of the root, ten of the hash of its first source, and twelve of
     that source's place where it lies inside another file. `id` names the work: recipe, algorithm, and the path, size
     and version of each source, or the content of the shard behind. Equal ids, equal shards.
     """
@@ -147,7 +147,7 @@ def _cut(ordered: Iterable[_Placed], shard: Shard) -> Iterator[list[_Placed]]:
 
 
 def _ends(run: list[_Placed], shard: Shard) -> bool:
-    # Other bytes of the hash than the ones that order: those of a run's last source say little about it.
+    # Other bytes of the hash than those that define the order, which are not uniform at the end of a run.
     last_says_so = int(run[-1].hash[32:], 16) % shard.target_sources == 0
     return len(run) >= shard.max_sources or (len(run) >= shard.min_sources and last_says_so)
 

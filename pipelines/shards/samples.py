@@ -43,7 +43,7 @@ class Draft(NamedTuple):
 
 
 class Crop(NamedTuple):
-    """What a crop is, whatever its degradation; what the members of its samples say about it."""
+    """A crop of a source, independent of its degradation; recorded in the members of its samples."""
 
     content: str
     root: int
@@ -55,7 +55,7 @@ class Crop(NamedTuple):
 
 
 class Drafts(NamedTuple):
-    """What one source gives: SHA-256 of its file (None: not read), samples, and what it did not give and why."""
+    """Output of one source: SHA-256 of its file (None: not read), samples, and rejections with their reasons."""
 
     sha256: str | None
     samples: list[Draft]

@@ -70,7 +70,7 @@ class ShardRecord:
 class Inventory:
     """What an output holds, from one listing.
 
-    `tars`: sizes by name. `records`: by id, what their names say: first 12 characters of the tar's SHA-256, its bytes.
+    `tars`: sizes by name. `records`: by id, from their names: first 12 characters of the tar's SHA-256, its bytes.
     """
 
     tars: dict[str, int]
@@ -104,7 +104,7 @@ class Inventory:
 
 
 def record_key(record: ShardRecord) -> tuple[str, int]:
-    """What an inventory knows of a record."""
+    """The part of a record that is in its name, see `Inventory.records`."""
     return record.sha256[:12] or "none", record.bytes
 
 
@@ -198,7 +198,7 @@ class HashedFile:
 
 
 class ShardDraft:
-    """A shard while it is written: a temporary tar, and what its record will say."""
+    """A shard while it is written: a temporary tar and the content of its record."""
 
     def __init__(self, plan: ShardPlan, file: Path, tar: ShardTar, columns: pa.Schema):
         self.plan, self._file, self._tar, self._columns = plan, file, tar, columns

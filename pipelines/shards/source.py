@@ -45,7 +45,7 @@ class Source(NamedTuple):
     duplicate: bool = False  # another source with the same content comes first
     lr: str = ""  # where its real LR partner lies
     lr_version: str = ""  # size and version of that
-    problem: str = ""  # why it gives no picture, where the listing already says so
+    problem: str = ""  # why it is rejected, where the listing already shows it
 
 
 def is_picture(path: str) -> bool:
@@ -244,7 +244,7 @@ def _named(table: Source, column: _Column) -> Iterator[Source]:
     row = 0
     try:
         with _open(table.uri) as parquet:
-            for group in range(parquet.num_row_groups):  # one by one: what stands before a damaged one is used
+            for group in range(parquet.num_row_groups):  # one by one: rows before a damaged group are used
                 for batch in parquet.iter_batches(row_groups=[group], columns=[column.read], use_threads=False):
                     for target in batch.column(0).to_pylist():
                         yield _target(_row(table, row), target, folder)

@@ -30,7 +30,7 @@ from pipelines.storage import Storage
 
 @dataclass
 class VerifyResult:
-    """INTERFACE's result of `deedsr verify`: `samples` were read whole; each problem names its shard or sample.
+    """Result of `deedsr verify`. `samples`: read completely; each problem names its shard or sample.
 
     `replayed`: samples whose LR was made again and is the same.
     """
@@ -89,7 +89,7 @@ def verify(uri: str, replay: int = 0, progress: bool = True) -> VerifyResult:
 
 
 def _replay(dataset: Dataset, index: pa.Table, row: int) -> str | None:
-    """What is wrong with the LR of one sample, as its HR and draws give it again; None if nothing is."""
+    """Makes the LR of one sample again from its HR and draws. Returns the problem, None if the bytes are equal."""
     key, shard = index["key"][row].as_py(), index["shard"][row].as_py()
     try:
         sample = dataset.read(index, row)
@@ -137,7 +137,7 @@ def _check_rejected(dataset: Dataset) -> Iterator[str]:
 
 
 def _check_shard(shard: ShardEntry, rows: list[Row] | None, dataset: Dataset) -> tuple[int, list[str]]:
-    """How many samples could be read whole, and what is wrong. `rows`: the shard's part of the index, if any.
+    """Number of samples that are complete, and problems. `rows`: the shard's part of the index, if any.
 
     The shard is read once, from beginning to end, and a sample at a time is held.
     """
@@ -205,7 +205,7 @@ def _samples(file: HashedFile) -> Iterator[tuple[str, dict[str, Member]]]:
 
 
 def _row_of(key: str, members: dict[str, Member]) -> Row:
-    """What the index would say, from the tar itself."""
+    """The row that the index should have, from the tar itself."""
     row: Row = {"key": key}
     for name, member in members.items():
         row |= {f"{name}_ext": member.ext, f"{name}_offset": member.offset, f"{name}_size": len(member.data)}
@@ -213,7 +213,7 @@ def _row_of(key: str, members: dict[str, Member]) -> Row:
 
 
 def _check_sample(row: Row, members: dict[str, Member], hrs: Tars, recipe: Recipe) -> str | None:
-    """What is wrong with one sample, None if nothing is."""
+    """Problem with one sample, None without one."""
     key = row["key"]
     own_hr = row.get("hr_shard") == row.get("shard")
     if problem := _check_members(row, members, ("hr", "lr", "json") if own_hr else ("lr", "json")):
@@ -254,7 +254,7 @@ def _check_latents(row: Row, members: dict[str, Member], source: LatentsSource, 
 
 
 def _check_members(row: Row, members: dict[str, Member], wanted: tuple[str, ...]) -> str | None:
-    """Whether a sample's members are there, under their names and where the index says."""
+    """Problem with the names or places of a sample's members, None without one."""
     key = row["key"]
     for name in wanted:
         ext = EXTENSION if name == "latents" else row.get(f"{name}_ext", "")

@@ -1,4 +1,4 @@
-"""What every storage can do, and which names its objects may have."""
+"""Interface of a storage, and rules for the names of its objects."""
 
 import enum
 import os
@@ -28,7 +28,7 @@ class Entry(NamedTuple):
 
 
 class Upload(NamedTuple):
-    """A write that has begun and not ended: under way, or abandoned by a process that died. No listing shows it."""
+    """An unfinished write: under way, or abandoned by a process that died. No listing shows it."""
 
     path: str  # of the object that it would have become
     id: str
@@ -108,7 +108,7 @@ class Storage(ABC):
 
     @abstractmethod
     def require_writable(self, needed_bytes: int | None = None) -> None:
-        """Asks before the work whether its results can be kept, and leaves nothing behind.
+        """Checks before the work that results can be written, without leaving anything.
 
         Raises UsageError for a missing bucket, credentials that are wrong or may not write, and a read-only place;
         DeeDSRError for a local disk that is full or has less than `needed_bytes` free.

@@ -99,7 +99,7 @@ class LocalStorage(Storage):
                     if expected is not ANYTHING and expected != present:
                         raise Conflict(str(target))
                     version = partial.stat().st_mtime_ns
-                    if present and version <= int(present):  # written within one tick of the file system's clock
+                    if present and version <= int(present):  # within the resolution of the file system's clock
                         version = int(present) + 1
                         os.utime(partial, ns=(version, version))
                     partial.replace(target)
@@ -122,7 +122,7 @@ class LocalStorage(Storage):
                     break
                 try:
                     folder.rmdir()
-                except FileNotFoundError:  # somebody else removed it, or there never was one
+                except FileNotFoundError:  # removed by another process, or never there
                     continue
                 except OSError as error:
                     if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):

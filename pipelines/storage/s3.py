@@ -34,8 +34,8 @@ _CONNECT_SECONDS, _READ_SECONDS = 10, 30  # without an answer for so long, a req
 _ONE_PUT = 8 << 20  # bytes; what is larger is uploaded in parts, since S3 takes 5 GB in one
 _PIECE = 64 << 10  # bytes of a body taken at a time: no more is lost where it breaks
 _DELETED_AT_ONCE = 1000  # S3's limit
-_making_a_client = threading.Lock()  # else every thread that comes before there is one makes its own
-_WRITER = "deedsr-write"  # metadata that tells a conditional write from those of others
+_making_a_client = threading.Lock()  # else concurrent threads would make a client each
+_WRITER = "deedsr-write"  # metadata that identifies a conditional write
 
 
 class S3Storage(Storage):
@@ -188,7 +188,7 @@ class S3Storage(Storage):
                 if code == "ConditionalRequestConflict" and left:  # another write was under way
                     time.sleep(0.1)
                 elif code in ("PreconditionFailed", "412", "NoSuchKey", "404"):
-                    # The answer to an attempt that did write may have been lost, and boto3 has then tried again.
+                    # The response to a successful attempt may have been lost, after which boto3 has tried again.
                     return self._version_by(writer, path)
                 else:
                     raise
@@ -263,7 +263,7 @@ class S3Storage(Storage):
 
 
 class _Threads(ThreadPoolExecutor):
-    """Threads that wait no longer than whoever gave them their work (`pipelines.storage.waiting.within`)."""
+    """Threads that inherit the waiting limits of the submitting thread (`pipelines.storage.waiting.within`)."""
 
     def submit(self, call: Any, /, *values: Any, **named: Any) -> Any:
         return super().submit(copy_context().run, call, *values, **named)
