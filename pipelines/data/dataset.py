@@ -9,7 +9,7 @@ import posixpath
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -33,13 +33,36 @@ def relative_place(uri: str, to: str) -> str:
     return uri
 
 
+class SourceInfo(TypedDict):
+    """`root`: ordinal of the `--source`; `path`: below it; `sha256`: of the file."""
+
+    root: int
+    path: str
+    sha256: str
+
+
+class SampleInfo(TypedDict):
+    """A sample's KEY.json. Nothing was drawn for a real pair: `seed` and `degradation` are None."""
+
+    source: SourceInfo
+    crop: list[int]  # top, left, height, width in source pixels
+    flip: bool
+    rotate: int  # degrees, counterclockwise, after flipping
+    variant: int
+    seed: int | None
+    stratum: str | None
+    degradation_group: int | None
+    recipe_digest: str
+    degradation: Any  # as of `deedsr.degradation.draws.draw_degradation`, None for a real pair
+
+
 class Sample(NamedTuple):
     """`hr` and `lr`: uint8 RGB, (height, width, 3), the HR `scale` times the LR; `info`: the sample's KEY.json."""
 
     key: str
     hr: np.ndarray
     lr: np.ndarray
-    info: dict[str, Any]
+    info: SampleInfo
 
 
 class LRSample(NamedTuple):
@@ -47,7 +70,7 @@ class LRSample(NamedTuple):
 
     key: str
     lr: np.ndarray
-    info: dict[str, Any]
+    info: SampleInfo
 
 
 class LatentSample(NamedTuple):

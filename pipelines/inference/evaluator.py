@@ -22,7 +22,7 @@ from deedsr.dataset.keys import generator
 from deedsr.dataset.manifest import STATE
 from deedsr.metrics.metric import Metric, Setting
 from deedsr.metrics.registry import selected
-from pipelines.data.dataset import Dataset
+from pipelines.data.dataset import Dataset, SourceInfo
 from pipelines.models import load_pipeline, usable_device
 from pipelines.placement import Device
 from pipelines.storage import Storage, localize
@@ -47,7 +47,7 @@ class Record(TypedDict):
     """A sample's part of `results.json`."""
 
     key: str
-    source: dict[str, Any] | None  # of the sample's KEY.json
+    source: SourceInfo | None
     metrics: dict[str, dict[str, float | None]]  # by method: the metrics that single pictures have
     pictures: dict[str, str]  # paths in the output: lr, METHODS, hr
 

@@ -117,7 +117,7 @@ class Upscaler:
         return done()
 
     def _mark(self, data: bytes, format: str) -> str:
-        """Digest of what a result depends on, 32 hexadecimal digits; device and `auto` precision affect only rounding."""
+        """What a result depends on, 32 hexadecimal digits; device and `auto` precision affect only rounding."""
         made_of = {
             "version": __version__,
             "model": self.digest,

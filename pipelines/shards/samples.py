@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 import cv2
 import numpy as np
 
-from deedsr.dataset.assignment import assign_degradation
+from deedsr.dataset.assignment import Assignment, assign_degradation
 from deedsr.dataset.codecs import EXTENSIONS, decode_stored, encode
 from deedsr.dataset.crops import CropPlace, choose_crops, cut
 from deedsr.dataset.keys import content_key, generator, sample_key
@@ -18,6 +18,7 @@ from deedsr.dataset.pictures import RejectedImage, decode
 from deedsr.dataset.recipe import Recipe
 from deedsr.degradation.chain import degrade
 from deedsr.degradation.draws import scalar_parameters
+from pipelines.data.dataset import SampleInfo
 from pipelines.shards.source import Source
 
 Row = dict[str, Any]  # of `samples.parquet`, by column: `pipelines.shards.shard.COLUMNS`
@@ -163,29 +164,29 @@ def degraded(crop: Crop, hr: np.ndarray, recipe: Recipe, variants: Iterable[int]
     for variant in variants:
         assignment = assign_degradation(recipe, crop.content, variant, (hr.shape[0], hr.shape[1]))
         lr = degrade(hr, assignment.draws)
-        yield _draft(crop, variant, lr, recipe, assignment._asdict())
+        yield _draft(crop, variant, lr, recipe, assignment)
 
 
 def _paired(crop: Crop, lr: np.ndarray, recipe: Recipe) -> Draft:
     """The one sample of a crop whose LR is real: nothing was drawn."""
-    return _draft(crop, 0, lr, recipe, {"seed": None, "stratum": None, "group": None, "draws": None})
+    return _draft(crop, 0, lr, recipe, None)
 
 
-def _draft(crop: Crop, variant: int, lr: np.ndarray, recipe: Recipe, assigned: dict[str, Any]) -> Draft:
+def _draft(crop: Crop, variant: int, lr: np.ndarray, recipe: Recipe, assigned: Assignment | None) -> Draft:
     key = sample_key(crop.content, variant)
-    info = {
-        "source": {"root": crop.root, "path": crop.path, "sha256": crop.sha256},
-        "crop": crop.place,
-        "flip": crop.flip,
-        "rotate": crop.rotate,
-        "variant": variant,
-        "seed": assigned["seed"],
-        "stratum": assigned["stratum"],
-        "degradation_group": assigned["group"],
-        "recipe_digest": recipe.digest,
-        "degradation": assigned["draws"],
-    }
-    top, left, height, width = crop.place
+    seed, stratum, group, draws = assigned or (None, None, None, None)
+    info = SampleInfo(
+        source={"root": crop.root, "path": crop.path, "sha256": crop.sha256},
+        crop=crop.place,
+        flip=crop.flip,
+        rotate=crop.rotate,
+        variant=variant,
+        seed=seed,
+        stratum=stratum,
+        degradation_group=group,
+        recipe_digest=recipe.digest,
+        degradation=draws,
+    )
     row: Row = {
         "key": key,
         "content": crop.content,
@@ -193,18 +194,14 @@ def _draft(crop: Crop, variant: int, lr: np.ndarray, recipe: Recipe, assigned: d
         "root": crop.root,
         "source": crop.path,
         "source_sha256": crop.sha256,
-        "top": top,
-        "left": left,
-        "height": height,
-        "width": width,
+        **dict(zip(("top", "left", "height", "width"), crop.place, strict=True)),
         "flip": crop.flip,
         "rotate": crop.rotate,
-        "stratum": assigned["stratum"],
-        "degradation_group": assigned["group"],
+        "stratum": stratum,
+        "degradation_group": group,
         "lr_ext": EXTENSIONS[recipe.formats.lr],
     }
-    if assigned["draws"] is not None:
-        drawn = scalar_parameters(assigned["draws"]).items()
-        row |= {name: None if isnan(value) else value for name, value in drawn}
+    if draws is not None:
+        row |= {name: None if isnan(value) else value for name, value in scalar_parameters(draws).items()}
     text = json.dumps(info, separators=(",", ":"), ensure_ascii=False).encode()
     return Draft({"lr": encode(lr, recipe.formats.lr), "json": text}, row)
