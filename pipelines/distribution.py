@@ -1,10 +1,13 @@
-"""Work on the parts of an input, on the cluster by Ray Data: in tasks, or in actors that keep what they load."""
+"""Work on the parts of an input: in threads, or on the cluster in tasks or in actors, which keep what they load."""
 
 import logging
 import pickle
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 from deedsr.errors import DeeDSRError, UsageError
@@ -31,6 +34,20 @@ def network_plan(command: str, device: Device, workers: int | None = None, parts
     logger.info("%s: %s", command, plan)
     cluster.wait_for(plan, f"--device cpu runs `{command}` on CPUs")
     return plan
+
+
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int) -> Iterator[Result]:
+    """`function` of each item, in order. Items are taken and begun at most `ahead` places before the result in use."""
+    rest = iter(items)
+    pool = ThreadPoolExecutor(threads)
+    try:
+        begun = deque(pool.submit(function, item) for item in islice(rest, ahead))
+        while begun:
+            result = begun.popleft().result()
+            begun.extend(pool.submit(function, item) for item in islice(rest, 1))
+            yield result
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def parts_per_item(parts: int, workers: int) -> int:

@@ -9,10 +9,8 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -32,6 +30,7 @@ from deedsr.dataset.manifest import (
 from deedsr.dataset.recipe import Recipe
 from deedsr.errors import DeeDSRError
 from pipelines.data.dataset import Dataset
+from pipelines.distribution import in_threads
 from pipelines.shards.plan import ShardPlan
 from pipelines.shards.shard import COLUMNS, LATENTS_COLUMNS, ShardRecord, read_record
 from pipelines.storage import Conflict, Storage
@@ -49,12 +48,7 @@ _TABLES = 256  # held before they are made one: a table of few rows takes 70 KB
 
 def records_of(paths: Iterable[str], out: Storage) -> Iterator[ShardRecord]:
     """Records in the order of their paths, read ahead of need."""
-    paths = iter(paths)
-    with ThreadPoolExecutor(16) as threads:
-        waiting = [threads.submit(read_record, path, out) for path in islice(paths, _AHEAD)]
-        while waiting:
-            yield waiting.pop(0).result()
-            waiting += [threads.submit(read_record, path, out) for path in islice(paths, 1)]
+    return in_threads(lambda path: read_record(path, out), paths, 16, _AHEAD)
 
 
 def assemble(

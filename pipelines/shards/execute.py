@@ -6,16 +6,16 @@ because the CPUs may be on other nodes, and because Ray ends its processes with 
 """
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from queue import SimpleQueue
+from typing import NamedTuple, Protocol, TypeVar
 
 from deedsr.dataset.worker import prepare_worker
 from deedsr.errors import DeeDSRError
 from pipelines import cluster
-from pipelines.distribution import distribute, parts_per_item
+from pipelines.distribution import distribute, in_threads, parts_per_item
 from pipelines.placement import NETWORK_WORKER, SHARD_WORKER, WorkPlan, place_shards
 from pipelines.shards.plan import ShardPlan
 from pipelines.shards.shard import Inventory, ShardRecord, record_key
@@ -190,82 +190,19 @@ def in_order(
     """
     here = here or function
     if cpus == 1:
-        yield from map(here, pieces)
-        return
-    queue = _Queue[Piece, Result](pieces, _AHEAD * cpus)
-    elsewhere = _elsewhere(function, guarded)
-    for _ in range(cpus - 1):
-        threading.Thread(target=queue.work, args=(elsewhere,), daemon=True).start()
-    try:
-        yield from queue.results(here)
-    finally:
-        queue.close()
+        return map(here, pieces)
+    makers: SimpleQueue[Callable[[Piece], Result]] = SimpleQueue()
+    for maker in [here] + [_elsewhere(function, guarded)] * (cpus - 1):
+        makers.put(maker)
 
-
-class _Queue(Generic[Piece, Result]):
-    """Pieces to take, each by one thread, and their results in order; no piece is taken `ahead` places early."""
-
-    def __init__(self, pieces: Iterable[Piece], ahead: int):
-        self._pieces, self._ahead = enumerate(pieces), ahead
-        self._changed = threading.Condition()
-        self._made: dict[int, Result | Exception] = {}
-        self._taken = self._given = 0
-        self._closed = False  # nothing more is to be taken
-
-    def work(self, function: Callable[[Piece], Result]) -> None:
-        """Takes pieces and makes them until there are none."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._taken < self._given + self._ahead)
-                taken = self._take()
-            if taken is None:
-                return
-            self._make(*taken, function)
-
-    def results(self, function: Callable[[Piece], Result]) -> Iterator[Result]:
-        """The results in order; while the next one is missing, this thread makes pieces as well."""
-        while True:
-            with self._changed:
-                there = self._given in self._made
-                taken = None if there or self._taken >= self._given + self._ahead else self._take()
-                if not there and taken is None:
-                    if self._given == self._taken:
-                        return
-                    self._changed.wait_for(lambda: self._given in self._made)
-            if taken is not None:
-                self._make(*taken, function)
-                continue
-            with self._changed:
-                result = self._made.pop(self._given)
-                self._given += 1
-                self._changed.notify_all()
-            if isinstance(result, Exception):
-                raise result
-            yield result
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-
-    def _take(self) -> tuple[int, Piece] | None:
-        taken = None if self._closed else next(self._pieces, None)
-        if taken is None:
-            self._closed = True
-            self._changed.notify_all()
-        else:
-            self._taken += 1
-        return taken
-
-    def _make(self, number: int, piece: Piece, function: Callable[[Piece], Result]) -> None:
-        result: Result | Exception
+    def make(piece: Piece) -> Result:
+        maker = makers.get()
         try:
-            result = function(piece)
-        except Exception as error:  # raised in its turn
-            result = error
-        with self._changed:
-            self._made[number] = result
-            self._changed.notify_all()
+            return maker(piece)
+        finally:
+            makers.put(maker)
+
+    return in_threads(make, pieces, cpus, _AHEAD * cpus)
 
 
 def _elsewhere(

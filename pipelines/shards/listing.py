@@ -5,12 +5,14 @@ import logging
 import os
 import posixpath
 import re
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from typing import NamedTuple
 
 from deedsr.errors import DeeDSRError, UsageError
+from pipelines.distribution import in_threads
 from pipelines.shards.source import DECODED, NoPictures, Source, is_picture, is_table, list_table, list_tar
 from pipelines.storage import Entry, Storage, is_hidden, object_at, open_storage
 from pipelines.storage.location import expanded, has_wildcard, matching, split_pattern
@@ -178,36 +180,33 @@ def _stat(uri: str) -> Entry:
 
 def _looked_into(files: _Files, unused: list[str]) -> Iterator[Source]:
     """Pictures, and those inside tars and tables; `unused` collects the messages of tables without pictures."""
-    with ThreadPoolExecutor(_THREADS) as threads:
-        waiting: deque[Future[Iterable[Source]] | list[Source]] = deque()
-        for file in files.files:
-            container = file._replace(version=f"{file.size}-{file.version}", container=file.path)
-            if not file.version:  # missing or unreadable: reading it gives the reason
-                waiting.append([file])
-            elif file.path.lower().endswith(".tar"):
-                waiting.append(threads.submit(list_tar, container))
-            elif is_table(file.path):
-                waiting.append(threads.submit(list_table, container, follow=files.named))
-            elif file.path.lower().endswith(_COMPRESSED):
-                waiting.append([file._replace(problem="compressed tar file: it must be unpacked")])
-            else:
-                waiting.append([file])
-            if len(waiting) > _AHEAD:
-                yield from _result(waiting.popleft(), files.named, unused)
-        while waiting:
-            yield from _result(waiting.popleft(), files.named, unused)
+    for is_container, run in groupby(files.files, key=_is_container):
+        if not is_container:
+            yield from run
+            continue
+        for found, problem in in_threads(lambda file: _inside(file, files.named), run, _THREADS, _AHEAD):
+            unused += [problem] if problem else []
+            yield from found
 
 
-def _result(found: Future[Iterable[Source]] | list[Source], named: bool, unused: list[str]) -> Iterable[Source]:
-    if isinstance(found, list):
-        return found
+def _is_container(file: Source) -> bool:
+    """Whether to look into a file; not if it is missing or unreadable, for which reading it gives the reason."""
+    return bool(file.version) and file.path.lower().endswith((".tar", ".parquet", *_COMPRESSED))
+
+
+def _inside(file: Source, named: bool) -> tuple[Iterable[Source], str]:
+    """The pictures in a container; for a table without any that was not itself named, why it has none."""
+    container = file._replace(version=f"{file.size}-{file.version}", container=file.path)
+    if file.path.lower().endswith(".tar"):
+        return list_tar(container), ""
+    if not is_table(file.path):
+        return [file._replace(problem="compressed tar file: it must be unpacked")], ""
     try:
-        return found.result()
+        return list_table(container, follow=named), ""
     except NoPictures as error:
         if named:
             raise
-        unused.append(str(error))
-        return []
+        return [], str(error)
 
 
 # Canon_001_HR.png and Canon_001_LR4.png (RealSR), DSC_0970_x1.png and DSC_0970_x4.png (DRealSR), 0801.png and
