@@ -91,7 +91,7 @@ def upscale(
     if not 1 <= quality <= 100:
         raise UsageError(f"--quality must be 1 to 100, got {quality}")
     target = open_storage(out)
-    sources = find_inputs(inputs, target, format)
+    pictures = find_inputs(inputs, target, format)
     model, base = pinned(model), pinned(base) if base else None
     settings = ModelFolder.read(resolve_model(model)).sampling.chosen(num_inference_steps=steps, **sampling)
     if not ray:
@@ -100,8 +100,8 @@ def upscale(
     work = Upscaler(model, digest, settings, seed, quality, overwrite, target, base, device, precision)
     target.require_writable()
 
-    reasons = conflicts(sources, target)
-    given = [source for source in sources if source.uri not in reasons]
+    reasons = conflicts(pictures, target)
+    given = [picture for picture in pictures if picture.uri not in reasons]
     outcomes = {}
     with tqdm(total=len(given), desc="upscale", unit="picture", disable=not progress) as bar:
         for done in _on_cluster(work, given, workers) if ray else map(work, given):
@@ -109,26 +109,26 @@ def upscale(
             bar.update()
 
     result = UpscaleResult()
-    for source in sources:
-        reason = reasons.get(source.uri) or outcomes[source.uri].reason
+    for picture in pictures:
+        reason = reasons.get(picture.uri) or outcomes[picture.uri].reason
         if reason:
-            result.failed.append({"input": source.uri, "reason": reason})
+            result.failed.append({"input": picture.uri, "reason": reason})
             continue
-        done = outcomes[source.uri]
+        done = outcomes[picture.uri]
         result.images.append(Upscaled(input=done.input, output=done.output, seconds=done.seconds, reused=done.reused))
         result.reused += done.reused
     return result
 
 
-def _on_cluster(work: Upscaler, sources: list[Input], workers: int | None) -> Iterator[Done]:
-    """`work` on each of the sources in actors, in any order."""
-    if not sources:
+def _on_cluster(work: Upscaler, pictures: list[Input], workers: int | None) -> Iterator[Done]:
+    """`work` on each of the pictures in actors, in any order."""
+    if not pictures:
         return
-    plan = network_plan("upscale", work.device, workers, len(sources))
+    plan = network_plan("upscale", work.device, workers, len(pictures))
     try:
-        yield from each(replace(work, device=plan.device), sources, plan, "upscale")
+        yield from each(replace(work, device=plan.device), pictures, plan, "upscale")
     finally:
-        _remove_parts(work.out, {source.target for source in sources})
+        _remove_parts(work.out, {picture.target for picture in pictures})
 
 
 def _remove_parts(out: Storage, targets: set[str]) -> None:
@@ -159,31 +159,31 @@ def find_inputs(inputs: Sequence[str], out: Storage, format: Format) -> list[Inp
                 f"{', '.join(SUFFIXES)} (what lies in --out is left out)"
             )
         for storage, path, kept in places:
-            source = Input(storage, path, _result_name(kept, format))
-            found.setdefault(source.uri, source)
+            picture = Input(storage, path, _result_name(kept, format))
+            found.setdefault(picture.uri, picture)
     return list(found.values())
 
 
-def conflicts(sources: Iterable[Input], out: Storage) -> dict[str, str]:
-    """Which sources must not be enlarged, by URI, and why: their results would replace an input or one another, or lie
+def conflicts(pictures: Iterable[Input], out: Storage) -> dict[str, str]:
+    """Which pictures must not be enlarged, by URI, and why: their results would replace an input or one another, or lie
     outside of `out`."""
-    sources = list(sources)
-    inputs = {_identity(source.storage, source.path): source.uri for source in sources}
+    pictures = list(pictures)
+    inputs = {_identity(picture.storage, picture.path): picture.uri for picture in pictures}
     taken: dict[str, str] = {}
     found = {}
-    for source in sources:
-        if leads_out(source.target):
-            found[source.uri] = f"its name {source.path} leads out of --out: give it another, or name it alone"
+    for picture in pictures:
+        if leads_out(picture.target):
+            found[picture.uri] = f"its name {picture.path} leads out of --out: give it another, or name it alone"
             continue
-        replaced = inputs.get(_identity(out, source.target))
-        if replaced == source.uri:
-            found[source.uri] = "its result would replace it: choose another --out"
+        replaced = inputs.get(_identity(out, picture.target))
+        if replaced == picture.uri:
+            found[picture.uri] = "its result would replace it: choose another --out"
         elif replaced is not None:
-            found[source.uri] = f"its result would replace the input {replaced}: choose another --out"
-        elif source.target in taken:
-            found[source.uri] = f"its result would replace that of {taken[source.target]}: give it another --out"
+            found[picture.uri] = f"its result would replace the input {replaced}: choose another --out"
+        elif picture.target in taken:
+            found[picture.uri] = f"its result would replace that of {taken[picture.target]}: give it another --out"
         else:
-            taken[source.target] = source.uri
+            taken[picture.target] = picture.uri
     return found
 
 

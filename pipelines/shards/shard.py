@@ -108,10 +108,6 @@ def record_key(record: ShardRecord) -> tuple[str, int]:
     return record.sha256[:12] or "none", record.bytes
 
 
-def tar_name(plan: ShardPlan, sha256: str) -> str:
-    return _tar(plan, sha256[:12])
-
-
 def write_record(plan: ShardPlan, record: ShardRecord, out: Storage) -> None:
     about = {name: getattr(record, name) for name in ("name", "sha256", "bytes", "samples", "sources", "rejected")}
     table = record.rows.replace_schema_metadata({_ABOUT: json.dumps(about).encode()})
@@ -225,7 +221,7 @@ class ShardDraft:
             record = ShardRecord("", "", 0, 0, self.sources, table_of([], self._columns), self.rejected)
         else:
             sha256 = self._tar.finish()
-            name = tar_name(self.plan, sha256)
+            name = _tar(self.plan, sha256[:12])
             rows = table_of(({"hr_shard": name, **row, "shard": name} for row in self._rows), self._columns)
             out.write(name, self._file)
             record = ShardRecord(name, sha256, self._tar.size, len(self._rows), self.sources, rows, self.rejected)
