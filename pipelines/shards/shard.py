@@ -96,7 +96,7 @@ class Inventory:
         if plan.id not in self.records:
             return False
         hash, size = self.records[plan.id]
-        return not size or self.tars.get(_tar(plan, hash)) == size
+        return not size or self.tars.get(tar_name(plan, hash)) == size
 
     def record(self, plan: ShardPlan) -> str:
         """Path of the shard's record."""
@@ -133,7 +133,7 @@ def _path(plan: ShardPlan, hash: str, size: int) -> str:
     return f"{_FOLDER}/{plan.id}-{hash}-{size}.arrow"
 
 
-def _tar(plan: ShardPlan, hash: str) -> str:
+def tar_name(plan: ShardPlan, hash: str) -> str:
     return f"{plan.split}-{plan.number}-{hash}.tar"
 
 
@@ -221,7 +221,7 @@ class ShardDraft:
             record = ShardRecord("", "", 0, 0, self.sources, table_of([], self._columns), self.rejected)
         else:
             sha256 = self._tar.finish()
-            name = _tar(self.plan, sha256[:12])
+            name = tar_name(self.plan, sha256[:12])
             rows = table_of(({"hr_shard": name, **row, "shard": name} for row in self._rows), self._columns)
             out.write(name, self._file)
             record = ShardRecord(name, sha256, self._tar.size, len(self._rows), self.sources, rows, self.rejected)
