@@ -25,7 +25,7 @@ class EvaluateOptions(SamplingOptions):
 
 
 def run(options: EvaluateOptions) -> Outcome:
-    from pipelines.inference import evaluate
+    from pipelines.inference.evaluation import evaluate
 
     result = evaluate(
         options.model,

@@ -22,5 +22,5 @@ class SamplingOptions:
     seed: NonNegativeInt = 0  # of the noise: the same seed gives the same picture
 
     def sampling(self) -> dict[str, Any]:
-        """What `pipelines.inference.upscale` and `evaluate` take of these."""
+        """What `upscale` and `evaluate` of `pipelines.inference` take of these."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplingOptions)}

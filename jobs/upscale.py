@@ -29,7 +29,7 @@ class UpscaleOptions(SamplingOptions):
 
 
 def run(options: UpscaleOptions) -> Outcome:
-    from pipelines.inference import upscale
+    from pipelines.inference.upscaling import upscale
 
     result = upscale(
         options.input,

@@ -20,7 +20,7 @@ from test_evaluation import actors, assert_same, evaluated, model, on_cluster, s
 from deedsr.errors import UsageError
 from jobs.cli import main
 from pipelines.claims import Claim, Superseded, held
-from pipelines.inference import evaluate
+from pipelines.inference.evaluation import evaluate
 from pipelines.storage import open_storage
 
 

@@ -14,7 +14,7 @@ from deedsr.hub.digests import base_digest
 from deedsr.hub.model_folder import find_base, pinned_base
 from deedsr.sampling.pipeline import DeeDSRPipeline
 from jobs import cli
-from pipelines.inference import upscale
+from pipelines.inference.upscaling import upscale
 from pipelines.models import load_pipeline
 from pipelines.storage import open_storage, publish
 from pipelines.training.config import AdapterOptions, resolved

@@ -19,8 +19,7 @@ from deedsr.dataset.manifest import Manifest, ShardEntry, dataset_digest
 from deedsr.errors import DeeDSRError, UsageError
 from jobs.cli import main
 from pipelines.data.shard_cache import ShardCache
-from pipelines.inference import upscale
-from pipelines.inference.upscaling import find_inputs
+from pipelines.inference.upscaling import find_inputs, upscale
 from pipelines.shards.source import read_source
 from pipelines.storage import localize, open_storage
 from pipelines.storage.location import matching, split_pattern

@@ -21,7 +21,7 @@ from small_networks import make_pipeline
 from deedsr.errors import UsageError
 from deedsr.sampling.pipeline import DeeDSRPipeline
 from jobs.cli import main
-from pipelines.inference import upscale
+from pipelines.inference.upscaling import upscale
 from pipelines.storage import open_storage, publish
 
 pytestmark = pytest.mark.usefixtures("one_thread")
