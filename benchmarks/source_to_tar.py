@@ -26,7 +26,7 @@ from benchmarks.sources_4k import make_sources
 from deedsr.dataset.crops import choose_crops, cut
 from deedsr.dataset.keys import generator
 from deedsr.dataset.recipe import Recipe, load_recipe
-from deedsr.dataset.worker import prepare_worker
+from deedsr.degradation.chain import prepare_worker
 from deedsr.degradation.draws import draw_degradation
 from pipelines.data.dataset import Dataset
 from pipelines.shards import build, samples

@@ -18,9 +18,9 @@ class ExportOptions:
 
 
 def run(options: ExportOptions) -> Outcome:
-    from pipelines.models import export_pipeline
+    from pipelines.models import Model, export_pipeline
 
-    return Outcome(export_pipeline(options.model, options.out, options.base, half=options.half))
+    return Outcome(export_pipeline(Model.find(options.model, options.base), options.out, half=options.half))
 
 
 COMMAND = Command(ExportOptions, run, operand="model", example="deedsr export runs/adapter --out pipeline --half")

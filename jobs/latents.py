@@ -37,12 +37,13 @@ def run(options: LatentsOptions) -> Outcome:
 
 
 def _make(options: LatentsOptions) -> "ShardsResult":
+    from pipelines.models import Base, Learner
     from pipelines.shards.encode import make_latents
 
     return make_latents(
         options.data,
-        options.base,
-        options.learner,
+        Base.find(options.base),
+        Learner.find(options.learner) if options.learner else None,
         options.out,
         precision=options.precision,
         batch_size=options.batch_size,
@@ -54,13 +55,13 @@ def _make(options: LatentsOptions) -> "ShardsResult":
 def _run_tracked(options: LatentsOptions) -> dict[str, Any]:
     from pipelines import tracking
     from pipelines.data.dataset import Dataset
-    from pipelines.models import training_run
+    from pipelines.models import Learner
 
     pixels = Dataset.open(options.data)
     made_by = {"deedsr.kind": "shards", "deedsr.dataset.digest": pixels.digest}
     parents = {
         "shards": tracking.find_run(None, made_by),
-        "learner": training_run(options.learner) if options.learner else None,
+        "learner": Learner.find(options.learner).run_id if options.learner else None,
     }
     with tracking.start_run(
         options.experiment,

@@ -133,7 +133,7 @@ class _Actor:
     def __init__(self, work: Callable[[Any], Iterable[Any]], one_thread: bool):
         import torch
 
-        from deedsr.dataset.worker import prepare_worker
+        from deedsr.degradation.chain import prepare_worker
 
         prepare_worker()
         if one_thread:

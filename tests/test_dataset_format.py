@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from deedsr.dataset.codecs import decode_stored, encode
 from deedsr.dataset.crops import choose_crops, cut
 from deedsr.dataset.manifest import Manifest
+from deedsr.dataset.members import decode_stored, encode
 from deedsr.dataset.pictures import RejectedImage, decode
 from deedsr.dataset.recipe import Crop
 from deedsr.degradation.chain import degrade

@@ -200,7 +200,7 @@ def test_hidden_files_are_no_pictures_in_any_command(place, png, model):
 
 
 def test_hidden_files_beside_weights_change_no_digest(model, tmp_path):
-    from deedsr.hub.digests import part_digest
+    from deedsr.hub.weights import part_digest
     from pipelines.training.fit import _weights_digest
 
     learner = Path(model) / "learner"

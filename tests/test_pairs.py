@@ -8,7 +8,7 @@ import pytest
 import yaml
 from source_files import put, rejected, run, tar_of
 
-from deedsr.dataset.codecs import decode_stored
+from deedsr.dataset.members import decode_stored
 from deedsr.dataset.pictures import decode
 from deedsr.dataset.recipe import load_recipe
 from deedsr.errors import UsageError

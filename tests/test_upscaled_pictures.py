@@ -30,7 +30,7 @@ from PIL import ExifTags, Image
 from deedsr.dataset.colour import ColourSpace
 from deedsr.dataset.pictures import decode
 from deedsr.errors import DeeDSRError
-from deedsr.sampling.latents import enlarge
+from deedsr.sampling.images import enlarge
 from pipelines.inference.pictures import Picture, encode, exif_of_result, mark_of, read_picture, require_fit
 
 CASES = {case.name: case for case in cases()}

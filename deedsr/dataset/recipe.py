@@ -12,13 +12,14 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from deedsr.degradation.ranges import DegradationRanges, Probability
 from deedsr.errors import UsageError
 
 __all__ = ["ALGORITHM_VERSION", "Recipe", "builtin_recipes", "load_recipe"]
 
-# Raised whenever the same recipe and sources would give other bytes than before. Not for
+# Increased whenever the same recipe and sources would give other bytes than before. Not for
 # corrections in reading a few kinds of sources (docs/data.md lists them): every dataset would be made anew.
 ALGORITHM_VERSION = 2
 
@@ -148,9 +149,9 @@ class Recipe(_Part):
         return next((w.variants for w in self.weights if fnmatchcase(path, w.pattern)), self.variants)
 
     def degrading(self, other: Recipe) -> Recipe:
-        """This recipe with the degradations of `other`: what makes new LR images of the HR this one made.
+        """This recipe with the degradations of `other`, to make new LR images for its HR images.
 
-        What fixes the HR images and their shards stays; name, seed, variants, weights, strata, degradation and the
+        Settings of the HR images and shards stay; name, seed, variants, weights, strata, degradation and the
         LR's format are the other's.
         """
         theirs = ("name", "seed", "variants", "weights", "distinct_degradations", "strata", "degradation")
@@ -243,7 +244,7 @@ def _override(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: ErrorDetails) -> str:
     """One line on one wrong key: its dotted name, what is accepted, what was given."""
     where = ".".join(str(part) for part in problem["loc"])
     match problem["type"]:

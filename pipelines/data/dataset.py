@@ -16,9 +16,8 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
 
-from deedsr.dataset import latents as latents_member
-from deedsr.dataset.codecs import decode_stored
 from deedsr.dataset.manifest import MANIFEST, SAMPLES, Manifest, kept_copy
+from deedsr.dataset.members import Latents, decode_stored, unpack
 from deedsr.dataset.recipe import Recipe, builtin_recipes
 from deedsr.errors import DatasetNotCommitted, DeeDSRError, UsageError
 from pipelines.storage import Storage, open_storage
@@ -77,7 +76,7 @@ class LatentSample(NamedTuple):
     """A sample of a dataset of latents; `lr` (uint8 RGB) only where that holds no degradation vector."""
 
     key: str
-    latents: latents_member.Latents
+    latents: Latents
     lr: np.ndarray | None
 
 
@@ -240,7 +239,7 @@ class Dataset:
         members = ("latents",) if source.learner else ("latents", "lr")
         key, (packed, *lr) = self._members(table, row, members)
         try:
-            latents = latents_member.unpack(packed)
+            latents = unpack(packed)
         except ValueError:
             raise self._damaged(key) from None
         return LatentSample(key, latents, self._decode(lr[0], key) if lr else None)

@@ -22,17 +22,17 @@ from tqdm import tqdm
 
 import deedsr
 from deedsr.errors import UsageError
+from deedsr.metrics.fidelity import WINDOW
 from deedsr.metrics.metric import Metric
 from deedsr.metrics.niqe import BLOCK
 from deedsr.metrics.registry import WITHOUT_WEIGHTS
-from deedsr.metrics.ssim import WINDOW
 from pipelines import cluster, tracking
 from pipelines.claims import Claim, held
 from pipelines.data.dataset import Dataset, no_validation
 from pipelines.data.index import require_hr
 from pipelines.distribution import each, network_plan
 from pipelines.inference.evaluator import METHODS, PICTURES, RESULTS, Evaluated, Evaluator, Measured, State
-from pipelines.models import model_digest, pinned, resolve_model, training_run
+from pipelines.models import Model
 from pipelines.placement import Device, place_networks
 from pipelines.reports.page import strip
 from pipelines.storage import Storage, open_storage
@@ -98,33 +98,30 @@ def evaluate(
     Raises UsageError before any work for unknown metrics, an empty split, scales that differ, or an `out` that another
     command writes.
     """
-    from deedsr.hub.model_folder import ModelFolder
-
     dataset = Dataset.open(data).require_pixels("evaluation")
     require_hr(dataset)
     rows = _rows(dataset, split, limit)
     if border < 0 or dataset.recipe.crop.size - 2 * border < WINDOW:
         raise UsageError(f"border must leave {WINDOW} pixels of HR crops of {dataset.recipe.crop.size}, got {border}")
-    folder = ModelFolder.read(resolve_model(model))
-    if folder.scale != dataset.scale:
+    found = Model.find(model, base)
+    if found.description.scale != dataset.scale:
         raise UsageError(
-            f"{model} enlarges by {folder.scale}, the pairs of {data} differ by {dataset.scale}: "
+            f"{model} enlarges by {found.description.scale}, the pairs of {data} differ by {dataset.scale}: "
             "evaluate on a dataset of the model's scale"
         )
-    settings = folder.sampling.chosen(num_inference_steps=steps, **sampling)
+    settings = found.description.sampling.chosen(num_inference_steps=steps, **sampling)
     table = dataset.index(split)
     pairs = {pair["key"][0].as_py(): pair for pair in (table.take([row]) for row in rows)}
     storage = open_storage(out)
     storage.require_writable()
     # Workers need nothing of the index, which the dataset keeps and its copy does not.
     work = Evaluator(
-        pinned(model),
+        found,
         replace(dataset),
         tuple(metrics),
         settings,
         seed,
         device,
-        base=pinned(base) if base else None,
         border=border,
         metric_weights=metric_weights,
     )
@@ -157,9 +154,8 @@ class _Evaluation:
     progress: bool
 
     def run(self) -> EvaluationResult:
-        digest = model_digest(self.work.model, base=self.work.base)
+        state = self._state()
         with held(Claim(self.out)) as claim:
-            state = self._state(digest)
             samples = state.measured(self.pairs)
             run_id = state.run_id()
             if run_id and len(samples) == len(self.pairs) and (results := state.results(run_id)):
@@ -167,7 +163,7 @@ class _Evaluation:
             if samples:
                 logger.info("evaluate: %d of %d samples are measured already", len(samples), len(self.pairs))
             missing = [pair for key, pair in self.pairs.items() if key not in samples]
-            compute = _computing(self.work, digest, len(missing)) if missing else iter
+            compute = _computing(self.work, len(missing)) if missing else iter
             with self._started(run_id, claim) as run:
                 state.begin(run.id)
                 with tqdm(
@@ -186,8 +182,8 @@ class _Evaluation:
             patiently(self.out.write, RESULTS, _text(results).encode())
         return self._result(results)
 
-    def _state(self, digest: str) -> State:
-        samples = self.work.made_of(digest) | {"definitions": self.about["definitions"]}
+    def _state(self) -> State:
+        samples = self.work.made_of() | {"definitions": self.about["definitions"]}
         whole = {"samples": samples, "keys": [*self.pairs], "experiment": self.experiment}
         whole["store"] = tracking.masked_uri(tracking.tracking_uri())
         return State(self.out, _digest(samples), _digest(whole))
@@ -198,7 +194,7 @@ class _Evaluation:
             name=Path(str(self.config["model"]).rstrip("/")).name,
             config=self.config,
             dataset=self.work.dataset,
-            parents={"adapter": training_run(self.config["model"])},
+            parents={"adapter": self.work.model.run_id},
             run_id=run_id,
             tags={"deedsr.kind": "evaluation"},
             permit=claim.holds,
@@ -237,14 +233,11 @@ class _Evaluation:
         return EvaluationResult(results["metrics"], results["run_id"], len(self.pairs), place, self.work.dataset.digest)
 
 
-def _computing(work: Evaluator, digest: str, pairs: int) -> Callable[[list[pa.Table]], Iterator[Evaluated]]:
-    """`work` in this process, or in actors of the cluster that `RAY_ADDRESS` names, once one can start there.
-
-    `digest`: see `pipelines.models.model_digest`.
-    """
+def _computing(work: Evaluator, pairs: int) -> Callable[[list[pa.Table]], Iterator[Evaluated]]:
+    """`work` in this process, or in actors of the cluster that `RAY_ADDRESS` names, once one can start there."""
     if cluster.is_named():
         plan = network_plan("evaluate", work.device, parts=pairs)
-        return partial(each, replace(work, digest=digest, device=plan.device), plan=plan, command="evaluate")
+        return partial(each, replace(work, device=plan.device), plan=plan, command="evaluate")
     place_networks(cluster.this_machine(), work.device, 1, "evaluate")
     _ = work.pipeline  # one that cannot be loaded leaves no run behind
     return partial(map, work)

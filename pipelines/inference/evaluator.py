@@ -23,14 +23,14 @@ from deedsr.dataset.manifest import STATE
 from deedsr.metrics.metric import Metric, Setting
 from deedsr.metrics.registry import selected
 from pipelines.data.dataset import Dataset, SourceInfo
-from pipelines.models import load_pipeline, usable_device
+from pipelines.models import Model, usable_device
 from pipelines.placement import Device
 from pipelines.storage import Storage, localize
 from pipelines.storage.waiting import patiently
 
 if TYPE_CHECKING:
+    from deedsr.hub.settings import SamplingSettings
     from deedsr.sampling.pipeline import DeeDSRPipeline
-    from deedsr.sampling.settings import SamplingSettings
 
 Old = TypeVar("Old")
 New = TypeVar("New")
@@ -70,18 +70,16 @@ class Evaluated(NamedTuple):
 class Evaluator:
     """Samples and measures pairs of `dataset`. Pickles; each process loads the model when the first pair needs it.
 
-    `device`, `digest` and `base`: see `pipelines.models.load_pipeline`. `border`, `metric_weights`: see
-    `deedsr.metrics.metric.Setting`; the weights may lie in object storage.
+    `device`: see `pipelines.models.usable_device`. `border`, `metric_weights`: see `deedsr.metrics.metric.Setting`; the
+    weights may lie in object storage.
     """
 
-    model: str
+    model: Model
     dataset: Dataset
     metrics: tuple[str, ...]
     sampling: "SamplingSettings"
     seed: int
     device: Device
-    digest: str | None = None
-    base: str | None = None
     border: int = 0
     metric_weights: str | None = None
 
@@ -112,11 +110,11 @@ class Evaluator:
         weights = localize(self.metric_weights) if self.metric_weights else None
         return selected(self.metrics, Setting(self.border, weights, str(usable_device(self.device))))
 
-    def made_of(self, digest: str) -> dict[str, Any]:
-        """What the metrics of a pair depend on. `digest`: of the model, see `pipelines.models.model_digest`."""
+    def made_of(self) -> dict[str, Any]:
+        """What the metrics of a pair depend on."""
         return {
             "version": __version__,
-            "model": digest,
+            "model": self.model.digest,
             "dataset": self.dataset.digest,
             "metrics": self.metrics,
             "sampling": self.sampling.as_dict(),
@@ -126,7 +124,7 @@ class Evaluator:
 
     @cached_property
     def pipeline(self) -> "DeeDSRPipeline":
-        return load_pipeline(self.model, self.device, self.digest, self.base)
+        return self.model.load(self.device)
 
     def _sample(self, key: str, lr: np.ndarray) -> np.ndarray:
         """The model's picture. Its noise follows from the seed and the key, whatever else is evaluated."""

@@ -23,7 +23,7 @@ from pipelines.inference.pictures import (
     read_picture,
     require_fit,
 )
-from pipelines.models import Precision, load_pipeline, resolve_model
+from pipelines.models import Model, Precision
 from pipelines.placement import Device
 from pipelines.storage import Storage
 from pipelines.storage.waiting import patiently
@@ -31,8 +31,8 @@ from pipelines.storage.waiting import patiently
 if TYPE_CHECKING:
     import torch
 
+    from deedsr.hub.settings import SamplingSettings
     from deedsr.sampling.pipeline import DeeDSRPipeline
-    from deedsr.sampling.settings import SamplingSettings
 
 logger = logging.getLogger(__name__)
 
@@ -69,21 +69,16 @@ class Done(NamedTuple):
 
 @dataclass(frozen=True)
 class Upscaler:
-    """Enlarges pictures into `out`. Pickles; each process loads the model when the first picture needs it.
+    """Enlarges pictures into `out`. Pickles; each process loads the model when the first picture needs it."""
 
-    `digest`: of the model where the command was given, see `pipelines.models.model_digest`.
-    """
-
-    model: str
-    digest: str
+    model: Model
     sampling: "SamplingSettings"
     seed: int
     quality: int
     overwrite: bool
     out: Storage
-    base: str | None = None  # where the model's base lies, if not where it says
     device: Device = "auto"  # see `pipelines.models.usable_device`
-    precision: Precision = "auto"  # see `pipelines.models.load_pipeline`
+    precision: Precision = "auto"  # see `pipelines.models.Model.load`
 
     def __call__(self, source: Input) -> Done:
         """Raises DeeDSRError for what would fail with every other picture as well: the model, a full disk."""
@@ -120,7 +115,7 @@ class Upscaler:
         """What a result depends on, 32 hexadecimal digits; device and `auto` precision affect only rounding."""
         made_of = {
             "version": __version__,
-            "model": self.digest,
+            "model": self.model.digest,
             "sampling": self.sampling.as_dict(),
             "seed": self.seed,
             "format": format,
@@ -144,17 +139,15 @@ class Upscaler:
 
     @cached_property
     def _scale(self) -> int:
-        from deedsr.hub.model_folder import ModelFolder
-
-        return ModelFolder.read(resolve_model(self.model)).scale
+        return self.model.description.scale
 
     @cached_property
     def _pipeline(self) -> "DeeDSRPipeline":
-        return load_pipeline(self.model, self.device, self.digest, self.base, self.precision)
+        return self.model.load(self.device, self.precision)
 
     @cached_property
     def _fp32_pipeline(self) -> "DeeDSRPipeline":
-        return load_pipeline(self.model, self.device, self.digest, self.base, "fp32")
+        return self.model.load(self.device, "fp32")
 
     def _enlarge(self, picture: Picture, name: str) -> np.ndarray:
         """float32 (3, scale H, scale W) in [0, 1]; anew in fp32 where half precision spoilt it."""

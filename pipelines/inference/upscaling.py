@@ -13,7 +13,7 @@ from pipelines import cluster
 from pipelines.distribution import each, network_plan
 from pipelines.inference.pictures import EXTENSIONS, Format
 from pipelines.inference.upscaler import Done, Input, Upscaler
-from pipelines.models import Precision, model_digest, pinned, resolve_model
+from pipelines.models import Model, Precision
 from pipelines.placement import Device, place_networks
 from pipelines.storage import Storage, is_hidden, leads_out, object_at, open_storage, waiting
 from pipelines.storage.local import begun_name
@@ -84,20 +84,18 @@ def upscale(
     A picture that cannot be read, enlarged or written is in `failed`. Raises UsageError before any work where an input
     has no picture, or the model, a setting or `out` is wrong.
     """
-    from deedsr.hub.model_folder import ModelFolder
-
     if workers is not None and not ray:
         raise UsageError(f"--workers {workers} is for --ray: give both, or neither")
     if not 1 <= quality <= 100:
         raise UsageError(f"--quality must be 1 to 100, got {quality}")
     target = open_storage(out)
     pictures = find_inputs(inputs, target, format)
-    model, base = pinned(model), pinned(base) if base else None
-    settings = ModelFolder.read(resolve_model(model)).sampling.chosen(num_inference_steps=steps, **sampling)
+    found = Model.find(model, base)
+    settings = found.description.sampling.chosen(num_inference_steps=steps, **sampling)
     if not ray:
         place_networks(cluster.this_machine(), device, 1, "upscale")
-    digest = model_digest(model, base)
-    work = Upscaler(model, digest, settings, seed, quality, overwrite, target, base, device, precision)
+    _ = found.digest  # an error of the model or its base is one of the command, not of every picture
+    work = Upscaler(found, settings, seed, quality, overwrite, target, device, precision)
     target.require_writable()
 
     reasons = conflicts(pictures, target)

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from deedsr.dataset.keys import generator
 from deedsr.dataset.recipe import Recipe
+from deedsr.degradation.draws import parameter_limits, parameter_names, parameter_shares, parameter_step
 from deedsr.degradation.kernels import KERNELS
-from deedsr.degradation.limits import parameter_limits, parameter_names, parameter_shares, parameter_step
 from deedsr.metrics import psnr_y
 from pipelines.data.dataset import Dataset, Sample
 from pipelines.data.index import LeftOut, SampleIndex, left_out, require_hr

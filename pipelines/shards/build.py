@@ -15,11 +15,11 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import pyarrow.parquet
 
-from deedsr.dataset.codecs import decode_stored
 from deedsr.dataset.manifest import STATE
+from deedsr.dataset.members import decode_stored
 from deedsr.dataset.pictures import RejectedImage
 from deedsr.dataset.recipe import Recipe
-from deedsr.dataset.worker import prepare_worker
+from deedsr.degradation.chain import prepare_worker
 from deedsr.errors import DeeDSRError
 from pipelines.shards.execute import in_order
 from pipelines.shards.plan import ShardPlan

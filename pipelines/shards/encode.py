@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from deedsr.dataset.latents import EXTENSION, Latents, pack
 from deedsr.dataset.manifest import LatentsSource
+from deedsr.dataset.members import LATENTS_EXTENSION, Latents, pack
 from deedsr.errors import DeeDSRError, UsageError
-from deedsr.hub.digests import part_digest
+from deedsr.hub.weights import part_digest
 from pipelines.data.dataset import Dataset, relative_place
 from pipelines.data.index import require_hr
 from pipelines.distribution import network_plan
-from pipelines.models import load_vae, on_a_worker, pinned, resolve_base, resolve_learner, usable_device
+from pipelines.models import Base, Learner, usable_device
 from pipelines.placement import Device
 from pipelines.shards.build import PLACES, Tars, decoded, rows_of, shard_draft
 from pipelines.shards.generate import ShardsResult, index_of, run_job
@@ -43,8 +43,8 @@ _VERSION = 1  # of what a shard of latents holds: another one is other work
 
 def make_latents(
     data: str,
-    base: str,
-    learner: str | None,
+    base: Base,
+    learner: Learner | None,
     out: str,
     *,
     precision: Precision = "fp32",
@@ -65,7 +65,6 @@ def make_latents(
     if storage.uri == dataset.uri:
         raise UsageError(f"--out {storage.uri} is the dataset that the pixels come from: choose another")
     require_hr(dataset)
-    base, learner = pinned(base), pinned(learner) if learner else None
     source = latents_source(dataset, base, learner, precision)
     work = FromPixels(
         replace(source, dataset="", uri=""), dataset.storage, index_of(dataset), dataset.hr_dataset().storage, base,
@@ -87,24 +86,23 @@ def make_latents(
     )
 
 
-def latents_source(dataset: Dataset, base: str, learner: str | None, precision: Precision) -> LatentsSource:
-    """What the latents of a dataset would be made of. Raises UsageError where base or learner is none, or the
-    VAE cannot take the HR images."""
-    from deedsr.sampling.latents import downsampling_factor
+def latents_source(dataset: Dataset, base: Base, learner: Learner | None, precision: Precision) -> LatentsSource:
+    """What the latents of a dataset would be made of. Raises UsageError where the VAE cannot take the HR images."""
+    from deedsr.hub.model_folder import load_part
+    from deedsr.sampling.autoencoder import downsampling_factor
 
-    folder = resolve_base(base)
-    vae = load_vae(folder)
+    vae = load_part(base.path, "vae")
     factor, crop = downsampling_factor(vae), dataset.recipe.crop.size
     if crop % factor:
         raise UsageError(
-            f"the HR images in {dataset.uri} have {crop} px a side, and the VAE of {base} takes multiples of {factor}: "
-            "make shards with such a crop.size"
+            f"the HR images in {dataset.uri} have {crop} px a side, and the VAE of {base.name} takes multiples of "
+            f"{factor}: make shards with such a crop.size"
         )
     return LatentsSource(
         dataset=dataset.digest,
         uri=dataset.uri,
-        vae=part_digest(folder / "vae"),
-        learner=part_digest(resolve_learner(learner)) if learner else None,
+        vae=part_digest(base.path / "vae"),
+        learner=learner.digest if learner else None,
         precision=precision,
         factor=factor,
         channels=int(vae.config["latent_channels"]),
@@ -130,8 +128,8 @@ class FromPixels:
     pixels: Storage
     index: str
     hr: Storage
-    base: str
-    learner: str | None
+    base: Base
+    learner: Learner | None
     scale: int
     batch_size: int
     device: str = "cpu"
@@ -172,7 +170,7 @@ class FromPixels:
             raise DeeDSRError(f"the networks fail at sample {pair.row['key']}: {error}; try --precision fp32") from None
         kept = {"lr": pair.lr_bytes} if self.source.learner is None else {}
         row = {name: value for name, value in pair.row.items() if name not in PLACES}
-        return Draft({"latents": packed, **kept, "json": pair.info}, row | {"latents_ext": EXTENSION})
+        return Draft({"latents": packed, **kept, "json": pair.info}, row | {"latents_ext": LATENTS_EXTENSION})
 
 
 @dataclass(frozen=True)
@@ -184,31 +182,30 @@ class Networks:
     device: "torch.device"
 
     @classmethod
-    def load(cls, base: str, learner: str | None, source: LatentsSource, device_type: str) -> "Networks":
+    def load(cls, base: Base, learner: Learner | None, source: LatentsSource, device_type: str) -> "Networks":
         """Raises DeeDSRError if the networks found on this node are not those of `source`."""
         import torch
 
         from deedsr.adapter.adapter import freeze
+        from deedsr.hub.model_folder import load_part
         from deedsr.learner.resnet import DegradationLearner
 
         device = usable_device(device_type)
-        with on_a_worker():
-            folder = resolve_base(base)
-            learner_folder = resolve_learner(learner) if learner else None
-        _require_same("base", base, part_digest(folder / "vae"), source.vae)
+        _require_same("base", base, part_digest(base.path / "vae"), source.vae)
         dtype = torch.bfloat16 if source.precision == "bf16" else torch.float32
-        vae = freeze(load_vae(folder, torch_dtype=dtype)).to(device, memory_format=torch.channels_last)
-        if learner_folder is None:
+        vae = freeze(load_part(base.path, "vae", torch_dtype=dtype)).to(device, memory_format=torch.channels_last)
+        if learner is None:
             return cls(vae, None, device)
-        _require_same("learner", str(learner), part_digest(learner_folder), source.learner)
-        loaded = DegradationLearner.from_pretrained(learner_folder, low_cpu_mem_usage=False)
+        _require_same("learner", learner, learner.digest, source.learner)
+        loaded = DegradationLearner.from_pretrained(learner.path, low_cpu_mem_usage=False)
         return cls(vae, freeze(loaded).to(device), device)
 
     def encode(self, pairs: tuple[Pair, ...], scale: int) -> list[Latents]:
         """Means and deviations of HR and enlarged LR, and the vectors of the LR."""
         import torch
 
-        from deedsr.sampling.latents import enlarge, latent_moments
+        from deedsr.sampling.autoencoder import latent_moments
+        from deedsr.sampling.images import enlarge
 
         hr_BCHW, lr_BCHW = (
             torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2).float() / 255
@@ -223,6 +220,6 @@ class Networks:
         return [Latents(*parts) for parts in zip(*moments, vectors, strict=True)]
 
 
-def _require_same(part: str, name: str, found: str, wanted: str | None) -> None:
+def _require_same(part: str, network: Base | Learner, found: str, wanted: str | None) -> None:
     if found != wanted:
-        raise DeeDSRError(f"the {part} {name} is another one on this node than where the command was given")
+        raise DeeDSRError(f"the {part} {network.name} is another one on this node than where the command was given")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import NamedTuple, Protocol, TypeVar
 
-from deedsr.dataset.worker import prepare_worker
+from deedsr.degradation.chain import prepare_worker
 from deedsr.errors import DeeDSRError
 from pipelines import cluster
 from pipelines.distribution import distribute, in_threads, parts_per_item

@@ -11,9 +11,9 @@ import cv2
 import numpy as np
 
 from deedsr.dataset.assignment import Assignment, assign_degradation
-from deedsr.dataset.codecs import EXTENSIONS, decode_stored, encode
 from deedsr.dataset.crops import CropPlace, choose_crops, cut
 from deedsr.dataset.keys import content_key, generator, sample_key
+from deedsr.dataset.members import EXTENSIONS, decode_stored, encode
 from deedsr.dataset.pictures import RejectedImage, decode
 from deedsr.dataset.recipe import Recipe
 from deedsr.degradation.chain import degrade

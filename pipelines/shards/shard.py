@@ -18,7 +18,7 @@ from typing import IO
 import pyarrow as pa
 
 from deedsr.dataset.manifest import STATE
-from deedsr.dataset.worker import prepare_worker
+from deedsr.degradation.chain import prepare_worker
 from deedsr.degradation.draws import SCALAR_COLUMNS
 from pipelines.shards.plan import ShardPlan
 from pipelines.shards.samples import Draft, Rejection, Row

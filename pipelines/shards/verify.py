@@ -13,9 +13,8 @@ import pyarrow as pa
 import pyarrow.compute
 from tqdm import tqdm
 
-from deedsr.dataset.codecs import decode_stored, encode
-from deedsr.dataset.latents import EXTENSION, unpack
 from deedsr.dataset.manifest import REJECTED, SAMPLES, LatentsSource, Manifest, ShardEntry
+from deedsr.dataset.members import LATENTS_EXTENSION, decode_stored, encode, unpack
 from deedsr.dataset.recipe import Recipe
 from deedsr.degradation.chain import degrade
 from deedsr.errors import DeeDSRError
@@ -257,7 +256,7 @@ def _check_members(row: Row, members: dict[str, Member], wanted: tuple[str, ...]
     """Problem with the names or places of a sample's members, None without one."""
     key = row["key"]
     for name in wanted:
-        ext = EXTENSION if name == "latents" else row.get(f"{name}_ext", "")
+        ext = LATENTS_EXTENSION if name == "latents" else row.get(f"{name}_ext", "")
         member, called = members.get(name), f"{key}.{name}{ext and '.'}{ext}"
         if member is None or (name != "json" and member.ext != ext):
             return f"sample {key} has no member {called}"

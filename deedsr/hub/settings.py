@@ -1,12 +1,13 @@
-"""How a picture is sampled: what a model recommends, and what a caller wants otherwise."""
+"""Settings of sampling: the model's recommendations and the caller's overrides."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
 from deedsr.errors import UsageError
-from deedsr.sampling.color_fix import COLOR_FIXES
-from deedsr.sampling.solvers import SOLVERS
+
+COLOR_FIXES = ("none", "adain", "wavelet")
+SOLVERS = ("ddim", "dpm")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class SamplingSettings:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """Settings from a model's configuration; a name it does not know is a UsageError."""
+        """Settings from a model's configuration. Raises UsageError for an unknown name."""
         known = [field.name for field in fields(cls)]
         for name in values:
             if name not in known:
@@ -48,11 +49,11 @@ class SamplingSettings:
         return cls(**values)
 
     def override(self, **wanted: Any) -> Self:
-        """These settings with every value that is not None in place of its own."""
+        """A copy with every value that is not None replaced."""
         return replace(self, **{name: value for name, value in wanted.items() if value is not None})
 
     def chosen(self, **wanted: Any) -> Self:
-        """`override` by what a user typed: raises UsageError for a value that has no effect beside the others."""
+        """`override`, but raises UsageError for a value that has no effect in combination with the others."""
         given = {name: value for name, value in wanted.items() if value is not None}
         settings = self.override(**given)
         for name, idle, beside in (
