@@ -29,7 +29,7 @@ from pipelines.data.order import SampleOrder
 from pipelines.data.shard_cache import ShardCache
 from pipelines.machine import allowed_cpus
 from pipelines.models import Base, Learner
-from pipelines.shards.latents import make_latents
+from pipelines.shards.encode import make_latents
 from pipelines.training.adapter_stage import AdapterStage
 from pipelines.training.config import (
     PRESETS,

@@ -31,11 +31,10 @@ from deedsr.degradation.draws import draw_degradation
 from pipelines.data.dataset import Dataset
 from pipelines.shards import build, samples
 from pipelines.shards.assemble import assemble
-from pipelines.shards.build import FromSources
-from pipelines.shards.derive import FromHR
+from pipelines.shards.build import FromHR, FromSources
 from pipelines.shards.generate import index_of
+from pipelines.shards.listing import list_sources
 from pipelines.shards.plan import derived_plan, plan_shards
-from pipelines.shards.sources import list_sources
 from pipelines.storage import open_storage
 from tests.plain_degradation import degrade as plain_degrade
 

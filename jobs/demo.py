@@ -247,7 +247,7 @@ class Chain:
     def _training_record(self, title: str, stage: str, run_id: str, names: tuple[str, ...]) -> Any:
         from pipelines import tracking
         from pipelines.reports import report
-        from pipelines.reports.curves import Curve
+        from pipelines.reports.charts import Curve
 
         client = tracking.connect(tracking.tracking_uri())
         record = json.loads((self.out / stage / "training.json").read_text())

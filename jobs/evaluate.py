@@ -23,7 +23,7 @@ class EvaluateOptions(SamplingOptions):
 
 
 def run(options: EvaluateOptions) -> Outcome:
-    from pipelines.evaluation import evaluate
+    from pipelines.inference.evaluation import evaluate
 
     metrics = [name.strip() for name in options.metrics.split(",") if name.strip()]
     result = evaluate(**dataclasses.asdict(options) | {"metrics": metrics})

@@ -33,7 +33,7 @@ def run(options: InspectOptions) -> Outcome:
 
 
 def _compared(options: InspectOptions, against: str) -> Outcome:
-    from pipelines.reports.difference_page import inspect_against
+    from pipelines.reports.difference import inspect_against
 
     found = inspect_against(options.uri, against, options.out, options.samples, options.seed, log=options.tracking)
     values = dataclasses.asdict(found)

@@ -38,7 +38,7 @@ def run(options: LatentsOptions) -> Outcome:
 
 def _make(options: LatentsOptions) -> "ShardsResult":
     from pipelines.models import Base, Learner
-    from pipelines.shards.latents import make_latents
+    from pipelines.shards.encode import make_latents
 
     return make_latents(
         options.data,

@@ -27,7 +27,7 @@ class UpscaleOptions(SamplingOptions):
 
 
 def run(options: UpscaleOptions) -> Outcome:
-    from pipelines.upscaling import upscale
+    from pipelines.inference.upscaling import upscale
 
     values = dataclasses.asdict(options)
     result = upscale(values.pop("input"), **values)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines.machine import this_machine
-from pipelines.scratch import scratch_folder
 from pipelines.storage import localize, open_storage, publish
+from pipelines.storage.lock import scratch_folder
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from deedsr.dataset.pictures import decode
 from deedsr.dataset.recipe import Recipe, load_recipe
 from deedsr.degradation.chain import degrade
 from pipelines.shards.samples import samples_of
-from pipelines.shards.sources import Source
+from pipelines.shards.source import Source
 
 SIZE = (64, 64)
 

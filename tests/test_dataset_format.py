@@ -20,9 +20,9 @@ from deedsr.degradation.chain import degrade
 from deedsr.errors import DatasetNotCommitted, DeeDSRError
 from pipelines.data.dataset import Dataset
 from pipelines.shards.build import FromSources
+from pipelines.shards.listing import list_sources
 from pipelines.shards.plan import plan_shards
-from pipelines.shards.sources import list_sources
-from pipelines.shards.tar import ShardTar
+from pipelines.shards.shard import ShardTar
 from pipelines.storage import open_storage
 
 

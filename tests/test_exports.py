@@ -15,10 +15,10 @@ from deedsr.hub.model_folder import find_base, with_revision
 from deedsr.hub.weights import base_digest
 from deedsr.sampling.pipeline import DeeDSRPipeline
 from jobs import cli
+from pipelines.inference.upscaling import upscale
 from pipelines.models import Learner, Model
 from pipelines.storage import open_storage, publish
 from pipelines.training.config import AdapterOptions, resolved
-from pipelines.upscaling import upscale
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 REVISION = "0123456789abcdef0123456789abcdef01234567"

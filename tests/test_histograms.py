@@ -12,7 +12,7 @@ from deedsr.degradation.draws import (
     parameter_step,
     scalar_parameters,
 )
-from pipelines.reports.histograms import Histogram, NamedCounts
+from pipelines.reports.charts import Histogram, NamedCounts
 
 
 def test_the_limits_and_shares_of_a_recipe_are_those_of_its_draws():

@@ -20,7 +20,7 @@ from pipelines.data.dataset import Dataset
 from pipelines.data.order import SampleOrder
 from pipelines.models import Base, Learner
 from pipelines.shards import verify
-from pipelines.shards.latents import make_latents
+from pipelines.shards.encode import make_latents
 from pipelines.storage import publish
 from pipelines.training.adapter_stage import AdapterStage
 from pipelines.training.config import (

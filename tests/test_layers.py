@@ -2,7 +2,7 @@
 
 import ast
 import subprocess
-from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -40,29 +40,49 @@ def test_the_door_leads_to_the_command_line_and_nowhere_else():
     assert imported(DOOR) <= {"sys", "jobs"}
 
 
-def imported_names(path: Path) -> set[tuple[str, str]]:
-    """(module, name) of everything that a file imports anywhere, also inside functions and for types."""
-    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
-    return {(node.module or "", alias.name) for node in nodes for alias in node.names}
+def modules() -> dict[str, Path]:
+    """Every module of the three layers by its dotted name."""
+    files = [path for layer in ("deedsr", "pipelines", "jobs") for path in (ROOT / layer).rglob("*.py") if path != DOOR]
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
 
 
-@pytest.mark.parametrize("of", ["files", "folders"])
-def test_the_method_has_no_import_circle(of):
-    """Of files, and of folders. The package's own `__init__` and `__main__` lead to all and are left out."""
-    paths = [path for path in (ROOT / "deedsr").rglob("*.py") if path.parent.name != "deedsr" or path.stem[0] != "_"]
-    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths}
-    known, graph = set(names.values()), defaultdict(set)
-    short = (lambda name: name) if of == "files" else lambda name: ".".join(name.split(".")[:2])
-    for path, name in names.items():
-        for module, part in imported_names(path):
-            target = f"{module}.{part}" if f"{module}.{part}" in known else module
-            if target in known and short(target) != short(name):
-                graph[short(name)].add(short(target))
-    assert len(graph) > 5
-    while settled := [name for name, found in graph.items() if not found & graph.keys()]:
-        for name in settled:
-            del graph[name]
-    assert graph == {}
+def imports(path: Path, known: Collection[str]) -> set[str]:
+    """Modules of `known` that a file imports, also inside functions and for types alone."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in known else node.module for name in names}
+    return found & set(known)
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of nodes that reach one another."""
+    reached = {node: set(targets) for node, targets in graph.items()}
+    for between in graph:
+        for node in graph:
+            if between in reached[node]:
+                reached[node] |= reached[between]
+    groups = {tuple(sorted(n for n in graph if n in reached[node] and node in reached[n])) for node in graph}
+    return [list(group) for group in sorted(groups) if group]
+
+
+def folder(module: str) -> str:
+    """The folder of its layer that a module is in; the module itself where it lies beside the folders."""
+    layer, _, rest = module.partition(".")
+    return f"{layer}.{rest.partition('.')[0]}" if rest else layer
+
+
+@pytest.mark.parametrize("of", ["modules", "folders"])
+def test_nothing_imports_itself_through_others(of):
+    files = modules()
+    graph: dict[str, set[str]] = {}
+    for module, path in files.items():
+        name = (lambda module: module) if of == "modules" else folder
+        graph.setdefault(name(module), set()).update({name(found) for found in imports(path, files)} - {name(module)})
+    assert circles(graph) == []
 
 
 def test_no_tracked_text_postpones_work():

@@ -31,9 +31,7 @@ from deedsr.dataset.colour import ColourSpace
 from deedsr.dataset.pictures import decode
 from deedsr.errors import DeeDSRError
 from deedsr.sampling.images import enlarge
-from pipelines.upscaling.encoding import encode, require_fit
-from pipelines.upscaling.metadata import exif_of_result, mark_of
-from pipelines.upscaling.picture import Picture, read_picture
+from pipelines.inference.pictures import Picture, encode, exif_of_result, mark_of, read_picture, require_fit
 
 CASES = {case.name: case for case in cases()}
 READ = [case for case in CASES.values() if not isinstance(case.expected, str)]

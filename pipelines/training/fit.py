@@ -14,10 +14,8 @@ from deedsr.errors import UsageError
 from deedsr.metrics.fidelity import PSNR
 from pipelines import cluster, tracking
 from pipelines.claims import held
-from pipelines.data.dataset import Dataset
+from pipelines.data.dataset import Dataset, no_validation
 from pipelines.data.index import require_hr
-from pipelines.data.splits import no_validation
-from pipelines.placement import TrainingPlan, place_training
 from pipelines.storage import Storage, open_storage
 from pipelines.training import checkpoint, tracked
 from pipelines.training.claim import Claim
@@ -34,6 +32,7 @@ from pipelines.training.feasibility import (
     require_best_metric,
     warn_of_idle,
 )
+from pipelines.training.placement import TrainingPlan, place_training
 from pipelines.training.progress import progress_bar
 from pipelines.training.record import RECORD, TrainingRecord
 from pipelines.training.schedule import with_schedule

@@ -6,39 +6,59 @@ import logging
 import time
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from deedsr import __version__
 from deedsr.errors import DeeDSRError
+from pipelines.inference.pictures import (
+    LOSSY,
+    Picture,
+    encode,
+    exif_of_result,
+    format_of,
+    holds_deep,
+    mark_of,
+    read_picture,
+    require_fit,
+)
 from pipelines.models import Model, Precision
 from pipelines.placement import Device
 from pipelines.storage import Storage
 from pipelines.storage.waiting import patiently
-from pipelines.upscaling.encoding import LOSSY, encode, format_of, holds_deep, require_fit
-from pipelines.upscaling.metadata import exif_of_result, mark_of
-from pipelines.upscaling.picture import Picture, read_picture
-from pipelines.upscaling.sources import Source
 
 if TYPE_CHECKING:
-    from deedsr.hub.settings import SamplingSettings
+    import torch
 
-__all__ = ["Done", "Upscaler"]
+    from deedsr.hub.settings import SamplingSettings
+    from deedsr.sampling.pipeline import DeeDSRPipeline
 
 logger = logging.getLogger(__name__)
 
 
-class TooLarge(DeeDSRError):
-    """The memory of this machine does not do for a picture."""
+class Input(NamedTuple):
+    """One picture to enlarge."""
 
-    def __init__(self, rgb_CHW: Any):
+    storage: Storage
+    path: str  # in its storage
+    target: str  # of its result, in the output's storage
+
+    @property
+    def uri(self) -> str:
+        return f"{self.storage.uri.rstrip('/')}/{self.path}"
+
+
+class TooLarge(DeeDSRError):
+    """A picture does not fit into the memory of this machine."""
+
+    def __init__(self, rgb_CHW: "torch.Tensor"):
         height, width = rgb_CHW.shape[1:]
         super().__init__(f"not enough memory to enlarge {width}x{height} pixels: cut it into parts, or lower --tile")
 
 
 class Done(NamedTuple):
-    """What came of one picture."""
+    """Result of one picture."""
 
     input: str  # URI
     output: str
@@ -60,7 +80,7 @@ class Upscaler:
     device: Device = "auto"  # see `pipelines.models.usable_device`
     precision: Precision = "auto"  # see `pipelines.models.Model.load`
 
-    def __call__(self, source: Source) -> Done:
+    def __call__(self, source: Input) -> Done:
         """Raises DeeDSRError for what would fail with every other picture as well: the model, a full disk."""
         began = time.monotonic()
         output = f"{self.out.uri.rstrip('/')}/{source.target}"
@@ -92,7 +112,7 @@ class Upscaler:
         return done()
 
     def _mark(self, data: bytes, format: str) -> str:
-        """What a result is made of, 32 hexadecimal digits; device and `auto` precision only change rounding."""
+        """What a result depends on, 32 hexadecimal digits; device and `auto` precision affect only rounding."""
         made_of = {
             "version": __version__,
             "model": self.model.digest,
@@ -122,11 +142,11 @@ class Upscaler:
         return self.model.description.scale
 
     @cached_property
-    def _pipeline(self) -> Any:
+    def _pipeline(self) -> "DeeDSRPipeline":
         return self.model.load(self.device, self.precision)
 
     @cached_property
-    def _fp32_pipeline(self) -> Any:
+    def _fp32_pipeline(self) -> "DeeDSRPipeline":
         return self.model.load(self.device, "fp32")
 
     def _enlarge(self, picture: Picture, name: str) -> np.ndarray:
@@ -140,7 +160,7 @@ class Upscaler:
             result = self._sampled(self._fp32_pipeline, rgb)
         return result.numpy()
 
-    def _sampled(self, pipeline: Any, rgb: Any) -> Any:
+    def _sampled(self, pipeline: "DeeDSRPipeline", rgb: "torch.Tensor") -> "torch.Tensor":
         import torch
 
         generator = torch.Generator().manual_seed(self.seed)
@@ -155,12 +175,12 @@ class Upscaler:
         return result.images[0].cpu()
 
 
-def _is_spoilt(result: Any, rgb: Any) -> bool:
+def _is_spoilt(result: "torch.Tensor", rgb: "torch.Tensor") -> bool:
     """Whether half precision overflowed: a value is not finite, or all of it is black and the picture was not."""
-    return not result.isfinite().all() or bool(result.max() < 1 / 255 < rgb.max())
+    return not bool(result.isfinite().all()) or bool(result.max() < 1 / 255 < rgb.max())
 
 
-def _read(source: Source) -> bytes:
+def _read(source: Input) -> bytes:
     try:
         return source.storage.read(source.path)
     except FileNotFoundError:

@@ -5,40 +5,38 @@ which load the networks once, on a GPU each where the cluster has some.
 """
 
 import json
-import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
 from deedsr.dataset.manifest import LatentsSource
-from deedsr.dataset.members import LATENTS_EXTENSION, Latents, decode_stored, pack
+from deedsr.dataset.members import LATENTS_EXTENSION, Latents, pack
 from deedsr.errors import DeeDSRError, UsageError
 from deedsr.hub.weights import part_digest
-from pipelines import cluster
 from pipelines.data.dataset import Dataset, relative_place
 from pipelines.data.index import require_hr
+from pipelines.distribution import network_plan
 from pipelines.models import Base, Learner, usable_device
-from pipelines.placement import Device, place_networks
-from pipelines.shards.build import shard_draft
-from pipelines.shards.derive import PLACES, Tars, rows_of
+from pipelines.placement import Device
+from pipelines.shards.build import PLACES, Tars, decoded, rows_of, shard_draft
 from pipelines.shards.generate import ShardsResult, index_of, run_job
 from pipelines.shards.plan import ShardPlan, derived_plan
-from pipelines.shards.record import LATENTS_COLUMNS, ShardRecord
-from pipelines.shards.samples import Draft
+from pipelines.shards.samples import Draft, Row
+from pipelines.shards.shard import LATENTS_COLUMNS, ShardRecord
 from pipelines.storage import Storage, open_storage
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import AutoencoderKL
 
-__all__ = ["latents_source", "make_latents"]
+    from deedsr.learner.resnet import DegradationLearner
 
-logger = logging.getLogger(__name__)
 Precision = Literal["fp32", "bf16"]
 _VERSION = 1  # of what a shard of latents holds: another one is other work
 
@@ -73,10 +71,7 @@ def make_latents(
         learner, dataset.scale, batch_size,
     )  # fmt: skip
     storage.require_writable()
-    cluster.connect()
-    plan = place_networks(cluster.offer(), device, workers, "latents")
-    logger.info("latents: %s", plan)
-    cluster.wait_for(plan, "--device cpu encodes on CPUs")
+    plan = network_plan("latents", device, workers)
     work = replace(work, device=plan.device)
     return run_job(
         lambda: (derived_plan(shard, work.name) for shard in dataset.manifest.shards),
@@ -117,7 +112,7 @@ def latents_source(dataset: Dataset, base: Base, learner: Learner | None, precis
 class Pair(NamedTuple):
     """A sample as read: its row of the index, its members as stored, and their pixels."""
 
-    row: dict[str, Any]
+    row: Row
     lr_bytes: bytes
     info: bytes
     hr: np.ndarray
@@ -166,12 +161,7 @@ class FromPixels:
             for row in rows_of(plan.origin, self.pixels, self.index):
                 hr = hrs.read(row["hr_shard"], row["hr_offset"], row["hr_size"])
                 lr, info = (lrs.read(row["shard"], row[f"{m}_offset"], row[f"{m}_size"]) for m in ("lr", "json"))
-                try:
-                    yield Pair(row, lr, info, decode_stored(hr), decode_stored(lr))
-                except ValueError:
-                    raise DeeDSRError(
-                        f"{self.pixels.uri}: sample {row['key']} is damaged: run `deedsr verify {self.pixels.uri}`"
-                    ) from None
+                yield Pair(row, lr, info, decoded(hr, row, self.pixels), decoded(lr, row, self.pixels))
 
     def _draft(self, pair: Pair, latents: Latents) -> Draft:
         try:
@@ -187,13 +177,13 @@ class FromPixels:
 class Networks:
     """Frozen networks on one device."""
 
-    vae: Any
-    learner: Any | None
+    vae: "AutoencoderKL"
+    learner: "DegradationLearner | None"
     device: "torch.device"
 
     @classmethod
     def load(cls, base: Base, learner: Learner | None, source: LatentsSource, device_type: str) -> "Networks":
-        """Raises DeeDSRError if what is found here is not what `source` says."""
+        """Raises DeeDSRError if the networks found on this node are not those of `source`."""
         import torch
 
         from deedsr.adapter.adapter import freeze
@@ -201,8 +191,6 @@ class Networks:
         from deedsr.learner.resnet import DegradationLearner
 
         device = usable_device(device_type)
-        if device.type == "cpu":
-            torch.set_num_threads(1)  # there is an actor for each CPU
         _require_same("base", base, part_digest(base.path / "vae"), source.vae)
         dtype = torch.bfloat16 if source.precision == "bf16" else torch.float32
         vae = freeze(load_part(base.path, "vae", torch_dtype=dtype)).to(device, memory_format=torch.channels_last)
@@ -224,7 +212,7 @@ class Networks:
             for images in ([pair.hr for pair in pairs], [pair.lr for pair in pairs])
         )
         with torch.inference_mode():
-            moments: list[list[Any]] = []
+            moments: list[Sequence[np.ndarray | None]] = []
             for x_BCHW in (hr_BCHW, enlarge(lr_BCHW, scale)):
                 for moment in latent_moments(self.vae, (2 * x_BCHW - 1).to(self.vae.dtype)):
                     moments.append([None] * len(pairs) if moment is None else [*moment.half().cpu().numpy()])

@@ -1,22 +1,158 @@
-"""Pictures in Parquet tables: a row holds the bytes of one, or names where it lies."""
+"""One picture of a `--source` and its bytes: a file, a member of a tar, or a row of a Parquet table."""
 
 import os
 import posixpath
+import tarfile
 import threading
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet
 
 from deedsr.dataset.pictures import RejectedImage
-from deedsr.errors import UsageError
-from pipelines.shards.sources.source import Source
-from pipelines.storage import open_storage, split_uri
+from deedsr.errors import DeeDSRError, UsageError
+from pipelines.storage import is_hidden, object_at, open_storage
 
-__all__ = ["NoPictures", "is_table", "list_table", "read_row"]
+DECODED = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
+# Formats that are not read are listed all the same: what was given and left out is recorded, with the reason.
+_PICTURES = (
+    *DECODED,
+    *(".jpe", ".jfif", ".gif", ".bmp", ".dib", ".heic", ".heif", ".avif", ".jp2", ".j2k", ".jpf", ".jpx", ".jxl"),
+    *(".psd", ".tga", ".exr", ".hdr", ".pfm", ".ppm", ".pgm", ".pbm", ".pnm", ".svg", ".ico", ".dng", ".cr2", ".cr3"),
+    *(".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"),
+)
+
+
+class Source(NamedTuple):
+    """One picture. `root` is the ordinal of its `--source`, `path` its name below it: what a sample is named after.
+
+    A picture inside a tar or a Parquet table has that file's name as the first part of its `path`, and that file's size
+    and version as its `version`: the file is the unit of change.
+    """
+
+    root: int
+    path: str
+    uri: str  # where it lies now: itself, or the file that holds it
+    size: int  # bytes; 0 for a row of a Parquet table
+    version: str  # changes with the content: modification time or ETag
+    container: str = ""  # relative path of the tar or Parquet table that holds it, or names it
+    offset: int = -1  # of its first byte in a tar
+    row: int = -1  # in a Parquet table
+    duplicate: bool = False  # another source with the same content comes first
+    lr: str = ""  # where its real LR partner lies
+    lr_version: str = ""  # size and version of that
+    problem: str = ""  # why it is rejected, where the listing already shows it
+
+
+def is_picture(path: str) -> bool:
+    return path.lower().endswith(_PICTURES)
+
+
+def read_source(source: Source) -> tuple[bytes, bytes | None]:
+    """The picture and its real LR partner, if it has one.
+
+    Raises FileNotFoundError if the picture is gone, RejectedImage with the reason where there is none to read.
+    """
+    if source.problem:
+        raise RejectedImage(source.problem)
+    with _permitted(known=bool(source.version)):
+        data = _picture(source)
+    if not source.lr:
+        return data, None
+    storage, name = object_at(source.lr)
+    with _permitted(known=not source.lr_version.endswith("-")):
+        try:
+            return data, storage.read(name)
+        except FileNotFoundError:
+            raise RejectedImage("no LR partner") from None
+
+
+@contextmanager
+def _permitted(known: bool) -> Iterator[None]:
+    """Turns the error of a file that was unreadable when listed (no version) into its rejection.
+
+    Other errors end the work: a storage that fails for a moment must not change the dataset.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except DeeDSRError:
+        if known:
+            raise
+        raise RejectedImage("no permission to read it") from None
+
+
+def _picture(source: Source) -> bytes:
+    if source.row >= 0 and is_table(source.uri):  # else the row names a file
+        return read_row(source)
+    storage, name = object_at(source.uri)
+    if source.offset < 0:
+        return storage.read(name)
+    return storage.read_range(name, source.offset, source.size) if source.size else b""
+
+
+# What `tarfile` raises for headers that are none.
+_TAR_DAMAGE = (tarfile.TarError, ValueError, ArithmeticError, LookupError)
+
+
+def list_tar(tar: Source) -> list[Source]:
+    """Every picture of the tar at `tar.uri`, in its order; their paths are `tar.path` and their names as they are.
+
+    Links and sparse files are no pictures, nor is `KEY.lr.EXT` beside a `KEY.hr.EXT`: degradation shards give their HR.
+    A file that is not a whole tar comes first, as a source that is rejected; the members that are whole are used all
+    the same. Of equal names the last counts, as in extracting; the others are rejected.
+    """
+    members: list[Source] = []
+    last: dict[str, int] = {}  # place of each name
+    problem = ""
+    try:
+        storage, name = object_at(tar.uri)
+        with storage.open(name) as file:
+            for member in _members(file):
+                if not member.isreg() or member.issparse() or not is_picture(member.name) or is_hidden(member.name):
+                    continue
+                if member.name in last:
+                    replaced = members[last[member.name]]
+                    members[last[member.name]] = replaced._replace(problem="replaced by a later member of that name")
+                last[member.name] = len(members)
+                path = f"{tar.path}/{member.name}"
+                members.append(tar._replace(path=path, size=member.size, offset=member.offset_data))
+    except FileNotFoundError:
+        problem = "no such file"
+    except _TAR_DAMAGE:
+        problem = "not a whole tar file"
+    degraded = {f"{tar.path}/{name}" for name in _degraded(set(last))}
+    broken = [tar._replace(problem=problem)] if problem else []
+    return broken + [member for member in members if member.path not in degraded]
+
+
+def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """Whole members. Raises `_TAR_DAMAGE` where the tar is cut off, ends without a mark or goes on behind it."""
+    size = file.seek(0, 2)
+    file.seek(0)
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        end = 0
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # type: ignore[attr-defined]  # else all headers are held
+            if member.offset_data + member.size > size or tar.offset <= end:
+                raise tarfile.ReadError("cut off")
+            end = tar.offset
+            yield member
+        file.seek(tar.offset)
+        rest = file.read(tarfile.RECORDSIZE)
+        if len(rest) < tarfile.BLOCKSIZE or any(rest):
+            raise tarfile.ReadError("no end mark, or another tar behind it")
+
+
+def _degraded(names: set[str]) -> Iterator[str]:
+    hr = {name.rpartition(".hr.")[0] for name in names if ".hr." in name}
+    return (name for name in names if ".lr." in name and name.rpartition(".lr.")[0] in hr)
+
 
 _BYTES = ("image", "bytes", "data", "content", "jpg", "jpeg", "png", "webp")
 _URIS = ("url", "uri", "path", "image_path", "file_name")
@@ -24,7 +160,7 @@ _BATCH = 16  # rows decoded at a time: photographs, some MB each
 _BUFFER = 1 << 20  # bytes read at a time, instead of a whole row group
 _NO_IMAGE = "no image in this row"
 _NO_URI = "neither a path nor an s3:// URI"
-_BROKEN = "not a whole Parquet file"
+_BROKEN_TABLE = "not a whole Parquet file"
 # What pyarrow raises for bytes that are no table, or no text where text should be.
 _DAMAGE = (pa.ArrowException, OSError, ValueError, LookupError, StopIteration)
 
@@ -61,7 +197,7 @@ def list_table(table: Source, follow: bool) -> Iterable[Source]:
     except FileNotFoundError:
         return [table._replace(problem="no such file")]
     except _DAMAGE:
-        return [table._replace(problem=_BROKEN)]
+        return [table._replace(problem=_BROKEN_TABLE)]
     if column is None:
         raise NoPictures(
             f"{table.uri} has no column of pictures: bytes called {', '.join(_BYTES)}, or strings called "
@@ -108,13 +244,13 @@ def _named(table: Source, column: _Column) -> Iterator[Source]:
     row = 0
     try:
         with _open(table.uri) as parquet:
-            for group in range(parquet.num_row_groups):  # one by one: what stands before a damaged one is used
+            for group in range(parquet.num_row_groups):  # one by one: rows before a damaged group are used
                 for batch in parquet.iter_batches(row_groups=[group], columns=[column.read], use_threads=False):
                     for target in batch.column(0).to_pylist():
                         yield _target(_row(table, row), target, folder)
                         row += 1
     except _DAMAGE:
-        yield table._replace(problem=_BROKEN)
+        yield table._replace(problem=_BROKEN_TABLE)
 
 
 def _target(source: Source, target: str | None, folder: str) -> Source:
@@ -138,9 +274,9 @@ def _target(source: Source, target: str | None, folder: str) -> Source:
 
 
 def _open(uri: str) -> pyarrow.parquet.ParquetFile:
-    folder, name = split_uri(uri)
+    storage, name = object_at(uri)
     # Without the buffer, all of a row group's pictures would be in memory at once.
-    return pyarrow.parquet.ParquetFile(open_storage(folder).open(name), pre_buffer=False, buffer_size=_BUFFER)
+    return pyarrow.parquet.ParquetFile(storage.open(name), pre_buffer=False, buffer_size=_BUFFER)
 
 
 def _starts(parquet: pyarrow.parquet.ParquetFile) -> list[int]:

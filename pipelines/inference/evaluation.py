@@ -1,8 +1,8 @@
-"""Evaluation: a model and bicubic interpolation measured on the same pairs of a dataset.
+"""Evaluation: a model and bicubic interpolation measured on the same pairs of a dataset, here or on a cluster.
 
 OUT/results.json                     figures of the set and of every sample, settings, lineage; written last
 OUT/pictures/KEY.{lr,bicubic,model,hr}.png
-OUT/_state/                          what is measured so far, see `state`
+OUT/_state/                          what is measured so far, see `evaluator`
 OUT/claim.json                       one command at a time, see `pipelines.claims`
 """
 
@@ -28,15 +28,13 @@ from deedsr.metrics.niqe import BLOCK
 from deedsr.metrics.registry import WITHOUT_WEIGHTS
 from pipelines import cluster, tracking
 from pipelines.claims import Claim, held
-from pipelines.data.dataset import Dataset
+from pipelines.data.dataset import Dataset, no_validation
 from pipelines.data.index import require_hr
-from pipelines.data.splits import no_validation
-from pipelines.evaluation.state import PICTURES, RESULTS, Measured, State
-from pipelines.evaluation.work import METHODS, Evaluated, Evaluator
+from pipelines.distribution import each, network_plan
+from pipelines.inference.evaluator import METHODS, PICTURES, RESULTS, Evaluated, Evaluator, Measured, State
 from pipelines.models import Model
 from pipelines.placement import Device, place_networks
-from pipelines.reports.strips import strip
-from pipelines.spread import place, spread
+from pipelines.reports.page import strip
 from pipelines.storage import Storage, open_storage
 from pipelines.storage.waiting import patiently
 
@@ -46,7 +44,7 @@ LOGGED_PICTURES = 8  # comparisons among the artifacts of the MLflow run
 
 @dataclass
 class EvaluationResult:
-    """`metrics`: `{model: {psnr: ...}, bicubic: {...}}`; None where a figure cannot be told."""
+    """`metrics`: `{model: {psnr: ...}, bicubic: {...}}`; None for an undefined value."""
 
     metrics: dict[str, dict[str, float | None]]
     run_id: str
@@ -66,19 +64,12 @@ def evaluate(
     border: int = 0,
     split: str = "validation",
     limit: int | None = None,
-    steps: int | None = None,
-    noise_guidance: float | None = None,
-    noise_guidance_share: float | None = None,
-    eta: float | None = None,
-    color_fix: str | None = None,
-    solver: str | None = None,
-    tile: int | None = None,
-    degradation_per_tile: bool | None = None,
-    restoration: float | None = None,
     seed: int = 0,
     device: Device = "auto",
     experiment: str = "deedsr-evaluation",
     progress: bool = True,
+    steps: int | None = None,
+    **sampling: object,
 ) -> EvaluationResult:
     """Measure a model beside bicubic interpolation; figures and pictures go to `out`, and into an MLflow run.
 
@@ -97,12 +88,12 @@ def evaluate(
         border: pixels that PSNR and SSIM leave out on each side.
         split: `train` or `validation`.
         limit: measure at most so many samples, evenly spread over the split.
-        steps, noise_guidance, noise_guidance_share, eta, color_fix, solver, tile, degradation_per_tile,
-            restoration: as for `DeeDSRPipeline`; None = the model's own.
         seed: with a sample's key it decides that sample's noise, whatever else is measured.
         device: `auto` = a CUDA GPU where this machine has one, and on a cluster always; `cpu`; `cuda`; `mps`.
         experiment: of MLflow.
         progress: show a progress bar on stderr.
+        steps: sampling steps.
+        sampling: other settings of `SamplingSettings`; what is None or missing is the model's own.
 
     Raises UsageError before any work for unknown metrics, an empty split, scales that differ, or an `out` that another
     command writes.
@@ -118,18 +109,7 @@ def evaluate(
             f"{model} enlarges by {found.description.scale}, the pairs of {data} differ by {dataset.scale}: "
             "evaluate on a dataset of the model's scale"
         )
-    wanted = {
-        "num_inference_steps": steps,
-        "noise_guidance": noise_guidance,
-        "noise_guidance_share": noise_guidance_share,
-        "eta": eta,
-        "color_fix": color_fix,
-        "solver": solver,
-        "tile": tile,
-        "degradation_per_tile": degradation_per_tile,
-        "restoration": restoration,
-    }
-    sampling = found.description.sampling.chosen(**wanted)
+    settings = found.description.sampling.chosen(num_inference_steps=steps, **sampling)
     table = dataset.index(split)
     pairs = {pair["key"][0].as_py(): pair for pair in (table.take([row]) for row in rows)}
     storage = open_storage(out)
@@ -139,7 +119,7 @@ def evaluate(
         found,
         replace(dataset),
         tuple(metrics),
-        sampling,
+        settings,
         seed,
         device,
         border=border,
@@ -147,34 +127,22 @@ def evaluate(
     )
     measures = _prepared(work)
     definitions = {name: metric.statement() for name, metric in measures.items()}
-    config = {
-        "model": model,
-        "base": base,
-        "data": data,
-        "out": out,
-        "metrics": list(metrics),
-        "definitions": definitions,
-        "split": split,
-        "limit": limit,
-        "seed": seed,
-        "sampling": sampling.as_dict(),
-    }
+    both = {"model": model, "sampling": settings.as_dict(), "seed": seed, "definitions": definitions}
+    config = {**both, "base": base, "data": data, "out": out, "metrics": list(metrics), "split": split, "limit": limit}
     about = {
         "format_version": 1,
         "created_by": f"deedsr {deedsr.__version__}",
         "model": model,
         "scale": dataset.scale,
         "dataset": {"uri": dataset.uri, "digest": dataset.digest, "split": split},
-        "sampling": sampling.as_dict(),
-        "seed": seed,
-        "definitions": definitions,
+        **both,
     }
     return _Evaluation(work, measures, pairs, storage, experiment, config, about, progress).run()
 
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """An evaluation whose options are checked. `about`: what `results.json` says of it."""
+    """An evaluation whose options are checked. `about`: its description in `results.json`."""
 
     work: Evaluator
     measures: dict[str, Metric]
@@ -198,13 +166,20 @@ class _Evaluation:
             compute = _computing(self.work, len(missing)) if missing else iter
             with self._started(run_id, claim) as run:
                 state.begin(run.id)
-                for done in self._with_bar(compute(missing), len(samples)):
-                    claim.check()
-                    samples[done.key] = self._kept(done, state)
+                with tqdm(
+                    compute(missing), "evaluate", len(self.pairs), initial=len(samples), unit="sample",
+                    disable=not self.progress,
+                ) as computed:  # fmt: skip
+                    for sample, pictures in computed:
+                        claim.check()
+                        for name, path in sample.record["pictures"].items():
+                            patiently(self.out.write, path, _png(pictures[name]))
+                        state.add(sample)  # its pictures are whole
+                        samples[sample.record["key"]] = sample
                 self._log_pictures(run)
                 results = self._results(run, samples)
             claim.check()
-            patiently(partial(self.out.write, RESULTS, _text(results).encode()))
+            patiently(self.out.write, RESULTS, _text(results).encode())
         return self._result(results)
 
     def _state(self) -> State:
@@ -226,22 +201,6 @@ class _Evaluation:
             out=self.out.uri,
         )
 
-    def _with_bar(self, computed: Iterator[Evaluated], before: int) -> Iterator[Evaluated]:
-        whole = len(self.pairs)
-        return iter(
-            tqdm(computed, initial=before, total=whole, desc="evaluate", unit="sample", disable=not self.progress)
-        )
-
-    def _kept(self, done: Evaluated, state: State) -> Measured:
-        """What came of one pair, written: the pictures, and then that they are whole."""
-        files = {name: f"{PICTURES}/{done.key}.{name}.png" for name in done.pictures}
-        for name, picture in done.pictures.items():
-            patiently(partial(self.out.write, files[name], _png(picture)))
-        record = {"key": done.key, "source": done.source, "metrics": done.metrics, "pictures": files}
-        sample = Measured(record, done.features)
-        state.add(sample)
-        return sample
-
     def _log_pictures(self, run: tracking.Run) -> None:
         keys = [*self.pairs]
         for key in (keys[i] for i in _evenly(len(keys), LOGGED_PICTURES)):
@@ -249,7 +208,7 @@ class _Evaluation:
             run.log_picture(key, strip(*(_pixels(self.out.read(f"{PICTURES}/{key}.{name}.png")) for name in names)))
 
     def _results(self, run: tracking.Run, measured: dict[str, Measured]) -> dict[str, Any]:
-        """What `results.json` holds, logged."""
+        """Content of `results.json`, also logged to MLflow."""
         samples = [measured[key] for key in self.pairs]
         summary = {
             method: {
@@ -277,8 +236,8 @@ class _Evaluation:
 def _computing(work: Evaluator, pairs: int) -> Callable[[list[pa.Table]], Iterator[Evaluated]]:
     """`work` in this process, or in actors of the cluster that `RAY_ADDRESS` names, once one can start there."""
     if cluster.is_named():
-        plan = place("evaluate", pairs, work.device)
-        return partial(spread, replace(work, device=plan.device), plan=plan, command="evaluate")
+        plan = network_plan("evaluate", work.device, parts=pairs)
+        return partial(each, replace(work, device=plan.device), plan=plan, command="evaluate")
     place_networks(cluster.this_machine(), work.device, 1, "evaluate")
     _ = work.pipeline  # one that cannot be loaded leaves no run behind
     return partial(map, work)
@@ -306,7 +265,7 @@ def _evenly(count: int, wanted: int) -> list[int]:
 
 
 def _prepared(work: Evaluator) -> dict[str, Metric]:
-    """The metrics with their weights, before any work; of this process, which may have no GPU."""
+    """The metrics with their weights, loaded before any work; on the CPU, since this process may have no GPU."""
     measures = replace(work, device="cpu").measures
     side = work.dataset.recipe.crop.size
     if "niqe_set" in measures and side < BLOCK:
@@ -320,7 +279,7 @@ def _prepared(work: Evaluator) -> dict[str, Metric]:
 
 
 def _values(name: str, metric: Metric, method: str, samples: Sequence[Measured]) -> list[Any]:
-    """What a metric found in each picture of a method."""
+    """Values of a metric for the pictures of a method."""
     if metric.of_pictures:
         return [sample.record["metrics"][method][name] for sample in samples]
     return [sample.features[method][name] for sample in samples]

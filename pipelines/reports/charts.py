@@ -1,14 +1,126 @@
-"""How often values were drawn, counted batch by batch, beside what the recipe lets them be."""
+"""Curves as inline SVG, and histograms beside what a recipe allows.
 
+Colours and fonts come from the page around them, so that they follow light and dark.
+"""
+
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from markupsafe import Markup, escape
 
-from pipelines.reports.curves import ticks
+WIDTH, HEIGHT = 1000, 400  # drawing units; the page stretches the plot, lines keep their width
+SMOOTHED_FROM = 60  # points: a curve with at least so many is drawn faint, its running mean above it
+MAX_POINTS = 600  # of one line in the page
 
-__all__ = ["Bar", "Histogram", "NamedCounts"]
+
+@dataclass(frozen=True)
+class Curve:
+    """One line: `points` are (step, value) in rising steps; values that are not finite are left out."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+
+    def finite(self) -> list[tuple[float, float]]:
+        points = [(float(x), float(y)) for x, y in self.points if math.isfinite(y)]
+        stride = max(1, math.ceil(len(points) / MAX_POINTS))
+        return points[:-1:stride] + points[-1:]
+
+
+def draw(curves: Sequence[Curve], label: str) -> Markup:
+    """A chart of several curves over one x axis, with axes, ticks and (for more than one) a legend.
+
+    `label` names the vertical axis. Curves without a finite point are left out; with none left, a line of text.
+    """
+    lines = [(curve.name, points) for curve in curves if (points := curve.finite())]
+    if not lines:
+        return Markup('<p class="quiet">No measurement was logged.</p>')
+    xs = [x for _, points in lines for x, _ in points]
+    ys = [y for _, points in lines for _, y in points]
+    x_ticks, y_ticks = ticks(min(xs), max(xs), 6), ticks(min(ys), max(ys), 5)
+    x_low, x_high = min(xs), max(max(xs), min(xs) + 1e-9)
+    y_low, y_high = min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (x - x_low) / (x_high - x_low), 1 - (y - y_low) / (y_high - y_low)
+
+    def path(points: list[tuple[float, float]]) -> str:
+        placed = (place(x, y) for x, y in points)
+        return "M" + "L".join(f"{left * WIDTH:.1f},{top * HEIGHT:.1f}" for left, top in placed)
+
+    parts = [f'<path class="grid" d="M0,{place(x_low, y)[1] * HEIGHT:.1f}h{WIDTH}"/>' for y in y_ticks]
+    for number, (_, points) in enumerate(lines):
+        tone = f"tone-{number % 8}"
+        if len(points) >= SMOOTHED_FROM:
+            parts.append(f'<path class="raw {tone}" d="{path(points)}"/>')
+            points = running_mean(points)
+        parts.append(f'<path class="line {tone}" d="{path(points)}"/>')
+    labels = [
+        f'<span class="y-tick" style="top:{100 * place(x_low, y)[1]:.2f}%">{number_text(y)}</span>' for y in y_ticks
+    ] + [
+        f'<span class="x-tick" style="left:{100 * place(x, y_low)[0]:.2f}%">{number_text(x)}</span>'
+        for x in x_ticks
+        if x_low <= x <= x_high
+    ]
+    summary = "; ".join(
+        f"{name}: {number_text(points[0][1])} at step {number_text(points[0][0])}, "
+        f"{number_text(points[-1][1])} at step {number_text(points[-1][0])}"
+        for name, points in lines
+    )
+    data = json.dumps(
+        {"x": [x_low, x_high], "lines": [[n, [[x, float(f"{y:.5g}")] for x, y in p]] for n, p in lines]},
+        separators=(",", ":"),
+    )
+    legend = (
+        '<ul class="legend">'
+        + "".join(f'<li><i class="tone-{i % 8}"></i>{escape(name)}</li>' for i, (name, _) in enumerate(lines))
+        + "</ul>"
+        if len(lines) > 1
+        else ""
+    )
+    return Markup(
+        f'<div class="chart" data-chart="{escape(data)}"><p class="axis">{escape(label)}</p>'
+        f'<div class="plot"><svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" '
+        f'aria-label="{escape(label)}. {escape(summary)}">{"".join(parts)}</svg>{"".join(labels)}'
+        f'<output class="readout" aria-hidden="true"></output></div><p class="axis x">step</p>{legend}</div>'
+    )
+
+
+def ticks(low: float, high: float, about: int) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten apart) from at most `low` to at least `high`."""
+    if high - low < 1e-12 * max(abs(low), abs(high), 1e-12):
+        pad = abs(low) / 10 or 1.0
+        low, high = low - pad, high + pad
+    rough = (high - low) / max(1, about - 1)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Each value averaged with its neighbours, about a thirtieth of the curve to each side (less at the ends)."""
+    reach = max(2, len(points) // 30)
+    smooth = []
+    for i, (x, _) in enumerate(points):
+        near = min(reach, i, len(points) - 1 - i)
+        window = [y for _, y in points[i - near : i + near + 1]]
+        smooth.append((x, sum(window) / len(window)))
+    return smooth
+
+
+def number_text(value: float) -> str:
+    """Four significant digits at most, thousands grouped, a true minus sign."""
+    if value != 0 and not 1e-3 <= abs(value) < 1e7:
+        return f"{value:.3g}".replace("-", "−")
+    digits = max(0, 3 - math.floor(math.log10(abs(value)))) if value else 0
+    text = f"{value:,.{digits}f}"
+    if "." in text:
+        text = text.rstrip("0").rstrip(".")
+    return text.replace("-", "−")
+
 
 _BINS = 30  # over the limits of continuous values
 _MAX_BEYOND = 30  # bins on either side of the limits; the outermost also takes what lies still further out
