@@ -10,7 +10,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from deedsr.errors import UsageError
 from jobs import evaluate, latents, shards, train_adapter, train_learner
@@ -30,48 +30,48 @@ AUTO = "auto"
 
 @dataclasses.dataclass
 class ShardsStep(ShardsOptions):
-    out: str = AUTO  # the dataset; auto = OUT/shards
+    out: Annotated[str, "the dataset; auto = OUT/shards"] = AUTO
 
 
 @dataclasses.dataclass
 class LearnerStep(LearnerOptions):
-    data: str = AUTO  # degradation shards; auto = those of this chain
-    out: str = AUTO  # checkpoints and the trained learner; auto = OUT/learner
+    data: Annotated[str, "degradation shards; auto = those of this chain"] = AUTO
+    out: Annotated[str, "checkpoints and the trained learner; auto = OUT/learner"] = AUTO
 
 
 @dataclasses.dataclass
 class LatentsStep(LatentsOptions):
-    data: str = AUTO  # degradation shards; auto = those of this chain
-    base: str = AUTO  # auto = the chain's
-    learner: str | None = AUTO  # auto = that of this chain; null = keep the LR images instead of vectors
-    out: str = AUTO  # the dataset of latents; auto = OUT/latents
+    data: Annotated[str, "degradation shards; auto = those of this chain"] = AUTO
+    base: Annotated[str, "auto = the chain's"] = AUTO
+    learner: Annotated[str | None, "auto = that of this chain; null = keep the LR images instead of vectors"] = AUTO
+    out: Annotated[str, "the dataset of latents; auto = OUT/latents"] = AUTO
 
 
 @dataclasses.dataclass
 class AdapterStep(AdapterOptions):
-    data: str = AUTO  # shards of pixels or latents; auto = the latents of this chain
-    learner: str = AUTO  # auto = that of this chain
-    base: str = AUTO  # auto = the chain's
-    out: str = AUTO  # checkpoints and the trained model folder; auto = OUT/adapter
+    data: Annotated[str, "shards of pixels or latents; auto = the latents of this chain"] = AUTO
+    learner: Annotated[str, "auto = that of this chain"] = AUTO
+    base: Annotated[str, "auto = the chain's"] = AUTO
+    out: Annotated[str, "checkpoints and the trained model folder; auto = OUT/adapter"] = AUTO
 
 
 @dataclasses.dataclass(kw_only=True)
 class EvaluateStep(EvaluateOptions):
-    model: str = AUTO  # auto = the adapter of this chain
-    data: str = AUTO  # degradation shards; auto = those of this chain
-    out: str = AUTO  # where figures and pictures go; auto = OUT/evaluation
+    model: Annotated[str, "auto = the adapter of this chain"] = AUTO
+    data: Annotated[str, "degradation shards; auto = those of this chain"] = AUTO
+    out: Annotated[str, "where figures and pictures go; auto = OUT/evaluation"] = AUTO
 
 
 @dataclasses.dataclass
 class ChainOptions:
-    out: str  # of the whole chain: folder or s3://bucket/prefix
-    base: str = "tiny"  # frozen diffusion model: `tiny`, a diffusers folder or URI, or a hub id
+    out: Annotated[str, "of the whole chain: folder or s3://bucket/prefix"]
+    base: Annotated[str, "frozen diffusion model: `tiny`, a diffusers folder or URI, or a hub id"] = "tiny"
     shards: ShardsStep = dataclasses.field(default_factory=ShardsStep)
     learner: LearnerStep = dataclasses.field(default_factory=LearnerStep)
     latents: LatentsStep = dataclasses.field(default_factory=LatentsStep)
     adapter: AdapterStep = dataclasses.field(default_factory=AdapterStep)
     evaluate: EvaluateStep = dataclasses.field(default_factory=EvaluateStep)
-    experiment: str = "deedsr-chain"  # MLflow experiment of the run above those of the steps
+    experiment: Annotated[str, "MLflow experiment of the run above those of the steps"] = "deedsr-chain"
 
 
 class Step(NamedTuple):
@@ -218,8 +218,8 @@ class Chain:
 
     def _require_validation(self, place: str) -> None:
         """Refuses, before the trainings, an evaluation on pairs that there are none of."""
-        from pipelines.data.dataset import Dataset
-        from pipelines.data.splits import no_validation
+
+        from pipelines.data.dataset import Dataset, no_validation
 
         evaluate = self.options.evaluate
         if evaluate.data == AUTO and evaluate.split == "validation":

@@ -22,11 +22,12 @@ from jobs import cli
 from jobs.chain import STEPS, ChainOptions, check, steps
 from jobs.job_file import load_job_file
 from pipelines import tracking
+from pipelines.models import Base, Learner
 from pipelines.shards import generate
 from pipelines.shards.build import FromSources
 from pipelines.shards.finished import finished_latents, finished_shards
+from pipelines.shards.listing import list_sources
 from pipelines.shards.plan import plan_shards
-from pipelines.shards.sources import list_sources
 from pipelines.storage import open_storage
 
 ROOT = Path(__file__).parent.parent
@@ -221,16 +222,17 @@ def test_shards_of_another_dataset_are_done_while_that_is_the_same(things):
 
 
 def test_latents_are_done_while_pixels_and_networks_are_the_same(things):
-    given = ("dataset", "base", "learner", "latents")
+    base, learner = Base.find("base"), Learner.find("learner")
+    given = ("dataset", base, learner, "latents")
     done = finished_latents(*given)
     assert (done.written, done.reused) == (0, done.shards)
     assert finished_latents(*given, precision="bf16") is None
-    assert finished_latents("dataset", "base", None, "latents") is None
-    assert finished_latents("dataset", "tiny", "learner", "latents") is None
-    assert finished_latents("dataset", "base", "learner", "dataset") is None
+    assert finished_latents("dataset", base, None, "latents") is None
+    assert finished_latents("dataset", Base.find("tiny"), learner, "latents") is None
+    assert finished_latents("dataset", base, learner, "dataset") is None
     config = Path("learner/learner/config.json")
     config.write_text(config.read_text().replace("}", ', "more": 1}'))
-    assert finished_latents(*given) is None
+    assert finished_latents("dataset", base, Learner.find("learner"), "latents") is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

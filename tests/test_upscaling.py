@@ -20,14 +20,12 @@ from PIL import Image
 from small_networks import make_pipeline
 
 from deedsr.errors import UsageError
-from deedsr.hub.model_folder import ModelFolder
 from deedsr.sampling.pipeline import DeeDSRPipeline
 from jobs.cli import main
-from pipelines.models import model_digest
+from pipelines.inference.upscaler import Input, Upscaler
+from pipelines.inference.upscaling import upscale
+from pipelines.models import Model
 from pipelines.storage import open_storage, publish
-from pipelines.upscaling import upscale
-from pipelines.upscaling.sources import Source
-from pipelines.upscaling.work import Upscaler
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -377,10 +375,9 @@ def test_a_cluster_makes_the_same_bytes_also_when_a_worker_is_killed(ray_cluster
 @pytest.mark.parametrize("lacking", ["input", "out"])
 def test_a_worker_that_has_other_disks_than_the_command_is_named_and_writes_nothing(folder, model, tmp_path, lacking):
     out = open_storage(str(tmp_path / "out"))
-    work = Upscaler(
-        model, model_digest(model), ModelFolder.read(Path(model)).sampling, 0, 95, False, out, sentinel=".here"
-    )
-    source = Source(open_storage(str(folder)), "a.png", "a.png")
+    found = Model.find(model)
+    work = Upscaler(found, found.description.sampling, 0, 95, False, out, sentinel=".here")
+    source = Input(open_storage(str(folder)), "a.png", "a.png")
     if lacking == "input":
         out.write(".here", b"")
         source = source._replace(storage=open_storage(str(tmp_path / "elsewhere")))

@@ -8,12 +8,12 @@ from deedsr.dataset.manifest import MANIFEST
 from deedsr.dataset.recipe import Recipe
 from deedsr.errors import DatasetNotCommitted
 from pipelines.data.dataset import Dataset
-from pipelines.models import pinned
+from pipelines.models import Base, Learner
+from pipelines.shards.encode import Precision, latents_source
 from pipelines.shards.generate import ShardsResult
-from pipelines.shards.latents import Precision, latents_source
+from pipelines.shards.listing import list_pairs, list_sources
 from pipelines.shards.plan import ShardPlan, derived_plan, plan_shards
-from pipelines.shards.record import Inventory, tar_name
-from pipelines.shards.sources import list_pairs, list_sources
+from pipelines.shards.shard import Inventory, tar_name
 
 __all__ = ["finished_latents", "finished_shards"]
 
@@ -48,13 +48,13 @@ def finished_shards(
 
 
 def finished_latents(
-    data: str, base: str, learner: str | None, out: str, precision: Precision = "fp32"
+    data: str, base: Base, learner: Learner | None, out: str, precision: Precision = "fp32"
 ) -> ShardsResult | None:
     """What `make_latents` would return, if it would make no shard."""
     if (dataset := _dataset(out)) is None or (made_of := dataset.manifest.latents) is None:
         return None
     pixels = Dataset.open(data).require_pixels("--data")
-    source = latents_source(pixels, pinned(base), pinned(learner) if learner else None, precision)
+    source = latents_source(pixels, base, learner, precision)
     return _result(dataset) if made_of == replace(source, uri=made_of.uri) else None
 
 
