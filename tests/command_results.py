@@ -24,8 +24,18 @@ _REMOVED = {"removed_objects": int, "removed_bytes": int, "removed_uploads": int
 _TRAINING = {"run_id": str, "checkpoint": str, "step": int, "loss": float, "samples_seen": int}
 _FIGURES = {"psnr": float, "ssim": float, "niqe": (float, NULL)}
 _METRICS = {"model": _FIGURES, "bicubic": _FIGURES}
+_EVALUATION = {"metrics": _METRICS, "run_id": str, "samples": int, "results": str, "dataset_digest": str}
 
 RESULTS: dict[str, Any] = {
+    "chain": {
+        "run_id": (str, NULL),
+        "skipped": [str],
+        "shards": _SHARDS,
+        "learner": _TRAINING,
+        "latents": _SHARDS,
+        "adapter": _TRAINING,
+        "evaluate": _EVALUATION,
+    },
     "demo": {
         "report": str,
         "shards": str,
@@ -59,7 +69,7 @@ RESULTS: dict[str, Any] = {
     "latents": _SHARDS,
     "train learner": _TRAINING,
     "train adapter": _TRAINING,
-    "evaluate": {"metrics": _METRICS, "run_id": str, "samples": int, "results": str, "dataset_digest": str},
+    "evaluate": _EVALUATION,
     "upscale": {
         "images": [{"input": str, "output": str, "seconds": float, "reused": bool}],
         "failed": [{"input": str, "reason": str}],

@@ -7,7 +7,7 @@ import time
 import torch
 from pipelines.storage import waiting
 from pipelines.storage.errors import Faulty
-from pipelines.data.blocked_reads import BlockedReads
+from pipelines.training.blocked_reads import BlockedReads
 from pipelines.training.interruption import Stop
 from pipelines.training.watchdog import Watchdog
 

@@ -23,7 +23,7 @@ from jobs.cli import load
 from jobs.job_file import load_job_file
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 JOBS = sorted(set((ROOT / "jobs").glob("*.yaml")) - set((ROOT / "jobs").glob("site*.yaml")))
 # Size of the instances: vCPU, GiB, GPUs.
 INSTANCES = {
@@ -131,8 +131,8 @@ def test_shipped_job_files_are_valid_with_the_names_of_a_site_and_named_after_th
     assert Path(job.working_dir, "deedsr", "__main__.py").is_file()
 
 
-def test_there_is_a_job_file_for_each_step():
-    assert [path.stem for path in JOBS] == ["adapter", "evaluate", "latents", "learner", "shards", "upscale"]
+def test_there_is_a_job_file_for_each_step_and_for_all_of_them():
+    assert [path.stem for path in JOBS] == ["adapter", "chain", "evaluate", "latents", "learner", "shards", "upscale"]
 
 
 def test_a_slurm_job_is_queued_again_after_its_time_limit_and_not_after_scancel():

@@ -43,7 +43,7 @@ def test_the_shipped_photographs_have_their_digest_in_the_demo(ray_cluster, phot
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Results of commands. Those of `latents` and `submit` are looked at in test_latents.py and test_submit.py.
+# Results of commands. Those of `chain`, `latents` and `submit` are looked at in the tests of these.
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ COMMANDS = {
     "compare": "compare --out comparison.html",
     "doctor": "doctor",
 }
-ELSEWHERE = {"demo", "latents", "runs close-stale", "submit", "submit --wait"}
+ELSEWHERE = {"chain", "demo", "latents", "runs close-stale", "submit", "submit --wait"}
 
 
 def test_the_result_of_every_command_is_looked_at():

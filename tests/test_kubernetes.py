@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from jobs.cli import load
+from jobs.job_file import STOP_SECONDS
 
 ROOT = Path(__file__).parent.parent
 CLUSTERS = ["raycluster.yaml", "rayjob.yaml"]
@@ -203,6 +204,7 @@ def test_a_job_runs_a_command_that_the_command_line_accepts_once():
     [manifest] = documents("rayjob.yaml")
     spec = manifest["spec"]
     assert spec["entrypointNumCpus"] == 0
+    assert yaml.safe_load(spec["runtimeEnvYAML"]) == {"env_vars": STOP_SECONDS}  # as `deedsr submit` gives a job
     assert spec["backoffLimit"] == 0  # KubeRay would start a cluster again for what exit code 2 refuses
     for entrypoint in (spec["entrypoint"], *re.findall(r"python -m deedsr .+", PAGE)):
         python, flag, module, command, *words = shlex.split(entrypoint)

@@ -73,7 +73,8 @@ class Slurm:
         return self.network[host].start(f"/usr/sbin/{daemon}", *words, log=daemon, SLURM_CONF=str(self.conf))
 
     def _wait(self, true: Callable[[], bool], daemons: list[Process]) -> None:
-        for _ in range(120):
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline:
             with suppress(AssertionError):
                 if true():
                     return

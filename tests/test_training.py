@@ -294,8 +294,8 @@ def test_a_queue_from_before_there_were_groups_goes_on(learner_options):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_a_noisy_latent_pulled_to_the_lr_still_has_the_hr_as_its_answer(adapter_options, prediction):
     """A base that knows the HR latent has no loss, whatever share of x_t is the LR's."""
+    from deedsr.sampling.autoencoder import encode_latents
     from deedsr.sampling.guidance import alpha_bar, model_output
-    from deedsr.sampling.latents import encode_latents
     from pipelines.training.adapter_stage import AdapterStage
 
     diffusion = DiffusionOptions(lr_crop=16, noise_guidance=1.0, max_timestep=300)

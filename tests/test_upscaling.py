@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,8 +22,10 @@ from small_networks import make_pipeline
 from deedsr.errors import UsageError
 from deedsr.sampling.pipeline import DeeDSRPipeline
 from jobs.cli import main
+from pipelines.inference.upscaler import Input, Upscaler
+from pipelines.inference.upscaling import upscale
+from pipelines.models import Model
 from pipelines.storage import open_storage, publish
-from pipelines.upscaling import upscale
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -367,6 +370,23 @@ def test_a_cluster_makes_the_same_bytes_also_when_a_worker_is_killed(ray_cluster
     assert [Path(image["input"]).name for image in result.images] == [*names, odd]
     run([many], tmp_path / "plain", model, steps=20)
     assert contents(out) == contents(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("lacking", ["input", "out"])
+def test_a_worker_that_has_other_disks_than_the_command_is_named_and_writes_nothing(folder, model, tmp_path, lacking):
+    out = open_storage(str(tmp_path / "out"))
+    found = Model.find(model)
+    work = Upscaler(found, found.description.sampling, 0, 95, False, out, sentinel=".here")
+    source = Input(open_storage(str(folder)), "a.png", "a.png")
+    if lacking == "input":
+        out.write(".here", b"")
+        source = source._replace(storage=open_storage(str(tmp_path / "elsewhere")))
+    with pytest.raises(UsageError) as error:
+        work(source)
+    place = tmp_path / ("elsewhere" if lacking == "input" else "out")
+    assert str(error.value).startswith(f"on {socket.gethostname()}: {place} is missing, or another folder than")
+    assert "give folders that all nodes share or s3:// locations" in str(error.value)
+    assert whole(tmp_path / "out") == []
 
 
 def test_what_cannot_begin_is_refused_before_any_work(folder, model, tmp_path):

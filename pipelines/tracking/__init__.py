@@ -11,6 +11,7 @@ A patient run outlives its store: what the store does not take waits in an outbo
 ends is `Run.unsent()`, for the next one to `take_up`.
 """
 
+from pipelines.tracking.nesting import children_of
 from pipelines.tracking.provenance import DatasetInput, HasDigest
 from pipelines.tracking.run import Run, find_run, open_run, start_run
 from pipelines.tracking.stale import Closed, close_stale
@@ -22,6 +23,7 @@ __all__ = [
     "DatasetInput",
     "HasDigest",
     "Run",
+    "children_of",
     "close_stale",
     "connect",
     "find_run",

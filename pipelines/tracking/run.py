@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from deedsr.errors import DeeDSRError, UsageError
+from pipelines.tracking.nesting import parent_tags
 from pipelines.tracking.outbox import Outbox, Point
 from pipelines.tracking.provenance import (
     COMMIT_TAG,
@@ -82,6 +83,7 @@ def start_run(
     """
     uri = resolve_uri(tracking_uri)
     config = plain(config)
+    tags = parent_tags() | dict(tags or {})
     new = run_id is None
     if run_id is None:
         client = connect(uri)
@@ -316,7 +318,7 @@ class Run:
             self.finish()
             return
         try:
-            self.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            self.finish("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
         except DeeDSRError as lost:  # what stopped the work matters more
             _log.warning("%s", lost)
 

@@ -48,8 +48,8 @@ def check_learner_data(options: LearnerOptions, dataset: Dataset) -> None:
 def check_adapter_data(options: AdapterOptions, dataset: Dataset, base: Path, learner: Path) -> None:
     """Refuse crops that the base's networks cannot take, a learner without weights, unknown sampling settings."""
     from deedsr.hub.base import picture_unit
+    from deedsr.hub.settings import SamplingSettings
     from deedsr.hub.weights import tensor_shapes
-    from deedsr.sampling.settings import SamplingSettings
 
     crop, scale = dataset.recipe.crop.size, dataset.scale
     unit = picture_unit(base)  # of the HR

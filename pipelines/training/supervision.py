@@ -10,8 +10,8 @@ from typing import Any
 
 from deedsr.errors import DeeDSRError
 from pipelines import cluster
-from pipelines.placement import TrainingPlan
 from pipelines.training.claim import Claim
+from pipelines.training.placement import TrainingPlan
 
 __all__ = ["WITHOUT_GPUS", "supervised"]
 

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from deedsr.errors import DeeDSRError
 from pipelines.claims import Superseded
-from pipelines.data.blocked_reads import BlockedReads
 from pipelines.data.dataset import Dataset
 from pipelines.data.loader import Batch, follow, micro_batches
 from pipelines.data.order import SampleOrder
 from pipelines.data.shard_cache import ShardCache
-from pipelines.scratch import scratch_folder
 from pipelines.storage import Storage, open_storage, publish, waiting
 from pipelines.storage.errors import FAILURES
+from pipelines.storage.lock import scratch_folder
 from pipelines.training import checkpoint, tracked
+from pipelines.training.blocked_reads import BlockedReads
 from pipelines.training.claim import Claim
 from pipelines.training.config import (
     AdapterOptions,
