@@ -14,9 +14,10 @@ from diffusers import (
 from PIL import Image
 from small_networks import SCHEDULE, make_pipeline
 
+from deedsr.adapter.objective import clean_latent, model_output
 from deedsr.errors import UsageError
 from deedsr.sampling.color_fix import COLOR_FIXES, fix_color
-from deedsr.sampling.guidance import clean_latent, guidance_strengths, model_output
+from deedsr.sampling.guidance import guidance_strengths
 from deedsr.sampling.images import pad_reflect, to_tensors
 from deedsr.sampling.latents import decode_latents, encode_latents, enlarge
 from deedsr.sampling.pipeline import DeeDSRPipeline

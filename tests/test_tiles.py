@@ -9,10 +9,10 @@ import torch
 from small_networks import make_pipeline
 from torch import nn
 
+from deedsr.adapter.objective import clean_latent
 from deedsr.metrics.seams import seam_energy
 from deedsr.sampling import images, pipeline, tiled_vae
 from deedsr.sampling.color_fix import COLOR_FIXES, fix_color
-from deedsr.sampling.guidance import clean_latent
 from deedsr.sampling.images import pad_reflect, to_uint8
 from deedsr.sampling.latents import decode_latents, encode_latents, enlarge, enlarge_window
 from deedsr.sampling.pipeline import DeeDSRPipeline

@@ -294,7 +294,8 @@ def test_a_queue_from_before_there_were_groups_goes_on(learner_options):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_a_noisy_latent_pulled_to_the_lr_still_has_the_hr_as_its_answer(adapter_options, prediction):
     """A base that knows the HR latent has no loss, whatever share of x_t is the LR's."""
-    from deedsr.sampling.guidance import alpha_bar, model_output
+    from deedsr.adapter.objective import model_output
+    from deedsr.sampling.guidance import alpha_bar
     from deedsr.sampling.latents import encode_latents
     from pipelines.training.adapter_stage import AdapterStage
 
@@ -320,18 +321,6 @@ def test_a_noisy_latent_pulled_to_the_lr_still_has_the_hr_as_its_answer(adapter_
     loss, _ = stage.loss(oracle, batch)
     ignorant, _ = stage.loss(lambda noisy, t, z_lr, degradation: torch.zeros_like(noisy), batch)
     assert loss < 1e-6 * ignorant
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-def test_the_snr_weight_caps_what_an_error_of_the_clean_latent_costs(prediction):
-    from deedsr.sampling.guidance import clean_latent
-    from pipelines.training.adapter_stage import snr_weight
-
-    abar = torch.tensor([0.99, 0.9, 0.5, 0.1], dtype=torch.float64)
-    off = [clean_latent(output, torch.zeros(()), abar, prediction) for output in (torch.zeros(()), torch.ones(()))]
-    error_of_clean_latent = (off[1] - off[0]) ** 2  # of a base that errs by 1
-    snr = abar / (1 - abar)
-    torch.testing.assert_close(snr_weight(abar, 5.0, prediction), snr.clamp(max=5) * error_of_clean_latent)
 
 
 def test_zero_stages_workers_and_accumulation_change_no_bit_of_a_loss(learner_options, adapter_options, tmp_path):

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import deedsr
 from deedsr.adapter.adapter import DegradationAwareAdapter, freeze
+from deedsr.adapter.objective import denoising_loss, noisy_and_target
 from deedsr.dataset.keys import generator
 from deedsr.dataset.manifest import LatentsSource
 from deedsr.hub.digests import base_digest, part_digest
@@ -166,28 +166,14 @@ class AdapterStage:
         return min(self.options.diffusion.max_timestep or steps, steps)
 
     def losses(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
-        """The loss of each sample (B,). Noise, target and loss are fp32; what the networks compute in is `model`'s."""
+        """The loss of each sample (B,), in fp32 whatever the networks compute in."""
         with torch.no_grad():
             z_lr, z_hr, degradation_BD = self._encoded(batch)
-            noise, t = batch["noise"], batch["timestep"]
+            t, prediction = batch["timestep"], self.scheduler.config["prediction_type"]
             abar_B = self.scheduler.alphas_cumprod.to(t.device)[t]
-            # As sampling meets it: x_t holds what guidance and the steps before made of the LR, not the HR yet. Seen
-            # from the HR, which is the answer all the same, that difference is noise too.
-            pull = batch["guidance"].view(-1, 1, 1, 1) * (z_lr - z_hr)
-            noisy = self.scheduler.add_noise(z_hr + pull, noise, t)
-            noise = noise + (abar_B / (1 - abar_B)).sqrt().view(-1, 1, 1, 1) * pull
-            kind = self.scheduler.config["prediction_type"]
-            if kind == "epsilon":
-                target = noise
-            elif kind == "v_prediction":
-                target = self.scheduler.get_velocity(z_hr, noise, t)
-            else:
-                target = z_hr
-        prediction = model(noisy, t, z_lr, degradation_BD)
-        loss_B = F.mse_loss(prediction.float(), target, reduction="none").mean((1, 2, 3))
-        if self.options.diffusion.snr_gamma:
-            loss_B = loss_B * snr_weight(abar_B, self.options.diffusion.snr_gamma, kind)
-        return loss_B
+            noisy, target = noisy_and_target(z_hr, z_lr, batch["noise"], abar_B, batch["guidance"], prediction)
+        output = model(noisy, t, z_lr, degradation_BD)
+        return denoising_loss(output, target, abar_B, prediction, self.options.diffusion.snr_gamma)
 
     def measure(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         """The loss of each sample at the middle of each bucket of timesteps, with the sample's one noise."""
@@ -248,16 +234,6 @@ class AdapterStage:
         (folder / "deedsr.json").write_text(json.dumps(description, indent=2))
         write_card(folder, **made, lineage=lineage)
         copy_base_licence(resolve_base(self.options.base), folder)
-
-
-def snr_weight(abar_B: Tensor, gamma: float, prediction: str) -> Tensor:
-    """Weight of a squared error of the base's prediction that weighs the clean latent's by min(SNR, gamma).
-
-    Hang et al. 2023 (arXiv 2303.09556). `abar_B`: share of signal power; `prediction`: epsilon, v_prediction, sample.
-    """
-    snr_B = abar_B / (1 - abar_B)
-    of_clean_latent_B = {"epsilon": snr_B, "v_prediction": snr_B + 1}.get(prediction, torch.ones_like(snr_B))
-    return snr_B.clamp(max=gamma) / of_clean_latent_B
 
 
 def _unit(image: np.ndarray) -> np.ndarray:
