@@ -73,7 +73,7 @@ def main() -> None:
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)
         from pipelines.training.adapter_stage import AdapterStage
         from pipelines.training.learner_stage import LearnerStage
-        from pipelines.training.worker import train
+        from pipelines.training.loop import train
 
         chosen, clock = options(arguments, f"{folder}/out"), Clock()
         dataset = Dataset.open(chosen.data)

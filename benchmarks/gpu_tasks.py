@@ -207,7 +207,7 @@ def bare_step(stage: Stage, module: nn.Module, trained: list[nn.Parameter], plan
 
 
 def engine_step(stage: Stage, module: nn.Module, plan: TrainOptions, micro: int) -> Callable[..., None]:
-    from pipelines.training.worker import _average
+    from pipelines.training.loop import _average
 
     engine = Engine(module, plan, micro=micro, accumulation=1)
     ema: dict[str, Tensor] = {}

@@ -93,7 +93,7 @@ def bare_arm(data: str, steps: int) -> dict[str, float]:
     from pipelines.data.dataset import Dataset
     from pipelines.training.adapter_stage import AdapterStage
     from pipelines.training.config import micro_batch
-    from pipelines.training.schedule import learning_rate
+    from pipelines.training.schedules import learning_rate
 
     torch.set_num_threads(1)
     dataset = Dataset.open(data)

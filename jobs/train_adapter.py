@@ -10,7 +10,7 @@ from pipelines.training.config import PRESETS, AdapterOptions, check
 
 
 def run(options: AdapterOptions) -> Outcome:
-    from pipelines.training.fit import train_adapter
+    from pipelines.training.launch import train_adapter
 
     return Outcome(dataclasses.asdict(train_adapter(options)))
 

@@ -10,7 +10,7 @@ from pipelines.training.config import PRESETS, LearnerOptions, check
 
 
 def run(options: LearnerOptions) -> Outcome:
-    from pipelines.training.fit import train_learner
+    from pipelines.training.launch import train_learner
 
     return Outcome(dataclasses.asdict(train_learner(options)))
 

@@ -15,7 +15,7 @@ from deedsr.adapter.da_block import DegradationAwareGroup
 from deedsr.errors import UsageError
 from jobs.options import CommandParser
 from pipelines.training.config import AdapterModelOptions, AdapterOptions, check, resolved
-from pipelines.training.record import TrainingRecord
+from pipelines.training.identity import TrainingRecord
 
 OWN = "condition_encoder.constant_vector"  # the one parameter that an ablation adds
 

@@ -21,9 +21,9 @@ from deedsr.sampling.pipeline import DeeDSRPipeline
 from deedsr.sampling.schedule import ddim
 from pipelines.data.dataset import Dataset
 from pipelines.models import resolve_learner
+from pipelines.training.checks import check_adapter_data
 from pipelines.training.config import AdapterOptions, DiffusionOptions
-from pipelines.training.feasibility import check_adapter_data
-from pipelines.training.fit import train_adapter
+from pipelines.training.launch import train_adapter
 
 UNET = {
     "block_out_channels": (16, 32),

@@ -20,7 +20,7 @@ from pipelines.claims import CLAIM, Superseded, held, of_this_process
 from pipelines.storage import Storage, open_storage
 from pipelines.training import checkpoint, tracked
 from pipelines.training.checkpoint import Checkpoint, Keep, Writer
-from pipelines.training.claim import Claim
+from pipelines.training.identity import Claim
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -122,7 +122,7 @@ def test_a_training_continues_with_its_base_wherever_that_lies_and_refuses_anoth
     trained, other_base, small_dataset, tmp_path
 ):
     from pipelines.data.dataset import Dataset
-    from pipelines.training.fit import _weights_digest, train_adapter
+    from pipelines.training.launch import _weights_digest, train_adapter
 
     out = tmp_path / "out"
     learner = trained / "model" / "learner"

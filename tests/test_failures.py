@@ -21,7 +21,7 @@ from pipelines.data.order import SampleOrder
 from pipelines.storage import open_storage, publish
 from pipelines.training import checkpoint
 from pipelines.training.config import resolved
-from pipelines.training.incidents import WINDOW, LossWindow, Records
+from pipelines.training.health import WINDOW, LossWindow, Records
 
 
 @pytest.fixture(scope="module")
@@ -303,9 +303,9 @@ import json, sys
 import torch
 from pipelines.data.dataset import Dataset
 from pipelines.training.config import LearnerOptions, from_resolved
-from pipelines.training.interruption import Stop, Unwritable
+from pipelines.training.health import Stop, Unwritable
 from pipelines.training.learner_stage import LearnerStage
-from pipelines.training.worker import train
+from pipelines.training.loop import train
 
 options = from_resolved(LearnerOptions, json.loads(sys.argv[1]))
 torch.set_num_threads(1)

@@ -202,7 +202,7 @@ def test_hidden_files_are_no_pictures_in_any_command(place, png, model):
 
 def test_hidden_files_beside_weights_change_no_digest(model, tmp_path):
     from deedsr.hub.digests import part_digest
-    from pipelines.training.fit import _weights_digest
+    from pipelines.training.launch import _weights_digest
 
     learner = Path(model) / "learner"
     before = part_digest(learner), _weights_digest(learner)

@@ -6,8 +6,8 @@ import pytest
 
 from deedsr.errors import UsageError
 from pipelines.training.config import AdapterOptions, LearnerOptions, TrainOptions, resolved
-from pipelines.training.record import TrainingRecord
-from pipelines.training.schedule import learning_rate, with_schedule
+from pipelines.training.identity import TrainingRecord
+from pipelines.training.schedules import learning_rate, with_schedule
 
 
 def test_learning_rate_warms_up_and_decays():

@@ -215,7 +215,7 @@ if os.environ.get("FLOAT64"):  # all that the project computes in fp32
 dist.init_process_group("gloo")
 from pipelines.data.dataset import Dataset
 from pipelines.training.config import AdapterOptions, LearnerOptions, from_resolved
-from pipelines.training.worker import train
+from pipelines.training.loop import train
 
 class Curve(list):
     def log_metrics(self, values, step):

@@ -9,8 +9,8 @@ import pytest
 import test_training
 from test_training import base, learner_options, run_processes, variants  # noqa: F401
 
+from pipelines.training.checks import logged_metrics
 from pipelines.training.config import AdapterModelOptions, AdapterOptions, DiffusionOptions, TrainOptions
-from pipelines.training.feasibility import logged_metrics
 from pipelines.training.metrics import bucket_names
 from pipelines.training.validation import fixed_rows, strip
 

@@ -24,9 +24,8 @@ from deedsr.sampling.schedule import ddim
 from pipelines.data.dataset import Dataset
 from pipelines.models import load_vae, on_a_worker, resolve_base, resolve_learner, resolve_model
 from pipelines.training.config import AdapterOptions
-from pipelines.training.initial import initial_weights
 from pipelines.training.metrics import by_timestep, middles
-from pipelines.training.stage import Workers, fresh
+from pipelines.training.stage import Workers, fresh, initial_weights
 
 
 class Draws(NamedTuple):

@@ -3,7 +3,7 @@
 `OUT/checkpoints/step-00000100/` holds `trained.safetensors` (what trains), `optimizer.safetensors` (its moments),
 `state.safetensors` (queue, momentum encoder, averages, the loss window) and `checkpoint.json`, written last: step,
 samples seen, loss, metrics, the SHA-256 of each file, and the MLflow run and attempt that wrote it. A folder without
-`checkpoint.json` does not count.
+`checkpoint.json` does not count. All workers continue from the checkpoint that rank 0 reads.
 """
 
 import contextlib
@@ -16,8 +16,10 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
+import torch
+import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -41,7 +43,7 @@ class Checkpoint:
     metrics: dict[str, float] = field(default_factory=dict)  # as logged last
     unsent: list[list] = field(default_factory=list)  # points of the curves that the MLflow store has not taken yet
     run_id: str = ""  # MLflow run
-    attempt: int = 0  # of the claim on the place, see `claim.py`
+    attempt: int = 0  # of the claim on the place, see `identity.py`
 
     @property
     def folder(self) -> str:
@@ -210,3 +212,31 @@ class Writer:
         if kind is not None:
             self._given_up.set()
         self._pool.shutdown(wait=kind is None)
+
+
+def read_agreed(out: Storage, device: torch.device) -> tuple[Checkpoint, Tensors] | None:
+    """Rank 0's newest whole checkpoint, on every worker; None where rank 0 finds none. A collective.
+
+    Raises the DeeDSRError of rank 0 on every worker, and one where a worker cannot read what rank 0 has chosen.
+    """
+    rank = dist.get_rank()
+    mine, error = None, None
+    try:
+        mine = read_latest(out)
+    except DeeDSRError as reason:
+        error = reason
+    said: list[Any] = [error or (mine and mine[0])]
+    dist.broadcast_object_list(said, src=0, device=device)
+    chosen = said[0]
+    if isinstance(chosen, DeeDSRError):
+        raise chosen
+    if chosen is None or (mine and mine[0].sha256 == chosen.sha256 and mine[0].step == chosen.step):
+        return mine if chosen else None
+    mine = None  # another one than rank 0's: its memory is needed
+    try:
+        return chosen, read(out, chosen)
+    except (FileNotFoundError, ValueError) as reason:
+        raise DeeDSRError(
+            f"worker {rank} cannot read {out.uri}/{chosen.folder}, from which worker 0 continues ({reason}): "
+            f"{out.uri} must be the same storage on every node"
+        ) from reason

@@ -16,8 +16,7 @@ from deedsr.learner.pairs import quadrant_pair
 from deedsr.learner.resnet import DegradationLearner
 from pipelines.data.dataset import Dataset
 from pipelines.training.config import LearnerOptions
-from pipelines.training.initial import initial_folder, initial_weights, learner_config
-from pipelines.training.stage import Workers, fresh, under
+from pipelines.training.stage import Workers, fresh, initial_folder, initial_weights, learner_config, under
 
 
 class LearnerStage:

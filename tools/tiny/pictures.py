@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from deedsr import DeeDSRPipeline
-from deedsr.sampling.guidance import clean_latent
+from deedsr.adapter.objective import clean_latent
 from deedsr.sampling.latents import decode_latents, encode_latents
 from tools.tiny.bank import SIDE, read_bank
 from tools.tiny.base import FACTOR, edge_error

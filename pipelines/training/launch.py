@@ -20,7 +20,12 @@ from pipelines.data.splits import no_validation
 from pipelines.placement import TrainingPlan, place_training
 from pipelines.storage import Storage, open_storage
 from pipelines.training import checkpoint, tracked
-from pipelines.training.claim import Claim
+from pipelines.training.checks import (
+    check_adapter_data,
+    check_learner_data,
+    require_best_metric,
+    warn_of_idle,
+)
 from pipelines.training.config import (
     AdapterOptions,
     LearnerOptions,
@@ -28,16 +33,9 @@ from pipelines.training.config import (
     check,
     resolved,
 )
-from pipelines.training.feasibility import (
-    check_adapter_data,
-    check_learner_data,
-    require_best_metric,
-    warn_of_idle,
-)
-from pipelines.training.progress import progress_bar
-from pipelines.training.record import RECORD, TrainingRecord
-from pipelines.training.schedule import with_schedule
-from pipelines.training.supervision import WITHOUT_GPUS, supervised
+from pipelines.training.identity import RECORD, Claim, TrainingRecord
+from pipelines.training.schedules import with_schedule
+from pipelines.training.supervision import WITHOUT_GPUS, progress_bar, supervised
 
 logger = logging.getLogger(__name__)
 Options = TypeVar("Options", LearnerOptions, AdapterOptions)
@@ -116,7 +114,7 @@ def _initial(stage: str, options: LearnerOptions | AdapterOptions) -> dict[str, 
     """Digest of the weights that the training starts from, where it does not start from new ones."""
     if options.init is None:
         return {}
-    from pipelines.training.initial import check_initial, initial_folder
+    from pipelines.training.stage import check_initial, initial_folder
 
     check_initial(options.init, options)
     return {"init": _weights_digest(initial_folder(options.init, stage))}
@@ -330,9 +328,8 @@ def _run_ray_train(
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
-    from pipelines.training.backend import ListeningTorchConfig, OneMachineTrainer, RestartingTrainer
-    from pipelines.training.restarts import GroupWatch
-    from pipelines.training.worker import train_worker
+    from pipelines.training.loop import train_worker
+    from pipelines.training.ray_train import GroupWatch, ListeningTorchConfig, OneMachineTrainer, RestartingTrainer
 
     placed = replace(options, train=replace(options.train, loader_threads=plan.loader_threads))
     # Ray Train keeps its own records per attempt; ours are the checkpoints in --out, so these are dropped again.

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from deedsr.errors import DeeDSRError
 from pipelines.claims import Superseded
-from pipelines.data.blocked_reads import BlockedReads
 from pipelines.data.dataset import Dataset
 from pipelines.data.loader import Batch, follow, micro_batches
 from pipelines.data.order import SampleOrder
@@ -21,7 +20,7 @@ from pipelines.scratch import scratch_folder
 from pipelines.storage import Storage, open_storage, publish, waiting
 from pipelines.storage.errors import FAILURES
 from pipelines.training import checkpoint, tracked
-from pipelines.training.claim import Claim
+from pipelines.training.checkpoint import read_agreed
 from pipelines.training.config import (
     AdapterOptions,
     LearnerOptions,
@@ -30,14 +29,23 @@ from pipelines.training.config import (
     micro_batch,
 )
 from pipelines.training.engine import Engine, on_cpu
-from pipelines.training.incidents import MOST_IN_A_ROW, LossWindow, Records
-from pipelines.training.interruption import Ended, Moved, Stop, Untrainable, Unwritable
+from pipelines.training.health import (
+    MOST_IN_A_ROW,
+    BlockedReads,
+    Ended,
+    LossWindow,
+    Moved,
+    Records,
+    Stop,
+    Untrainable,
+    Unwritable,
+    Watchdog,
+)
+from pipelines.training.identity import Claim
 from pipelines.training.metrics import Meter
-from pipelines.training.resume import read_agreed
-from pipelines.training.schedule import learning_rate
+from pipelines.training.schedules import learning_rate
 from pipelines.training.stage import Stage, under
 from pipelines.training.validation import Validation
-from pipelines.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 1.0  # between two looks at a checkpoint that is being written
@@ -52,7 +60,7 @@ def train_worker(config: dict[str, Any]) -> str | None:
     """
     import ray.train.torch
 
-    from pipelines.training.backend import Asked
+    from pipelines.training.ray_train import Asked
 
     torch.set_num_threads(config["threads"])
     options: LearnerOptions | AdapterOptions

@@ -1,15 +1,43 @@
-"""`OUT/training.json`: what an `--out` is. Stage, configuration, digests of the inputs, MLflow run."""
+"""What an `--out` is: who trains into it (`claim.json`), and what is trained there (`training.json`).
+
+One command at a time trains into an `--out`, and one of its groups of workers writes there and to MLflow.
+`OUT/claim.json` also counts attempts: each command and each group of workers takes the next number. A group that finds
+another number there has been replaced, and writes nothing more. `OUT/training.json` holds stage, configuration, digests
+of the inputs and the MLflow run; a continuation may change what `MAY_CHANGE` names.
+"""
 
 import json
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from deedsr.errors import UsageError
+from pipelines import claims
+from pipelines.claims import Superseded
 from pipelines.storage import Storage
 from pipelines.training.config import MAY_CHANGE, AdapterOptions, LearnerOptions, flatten, resolved
-from pipelines.training.schedule import recorded_length
+from pipelines.training.schedules import recorded_length
 
-__all__ = ["RECORD", "TrainingRecord"]
+
+@dataclass
+class Claim(claims.Claim):
+    doing: ClassVar[str] = "trained"
+
+    attempt: int = 0  # the group of workers; 0 = the command, whichever of its groups is at work
+    run_id: str = ""  # MLflow run that is trained
+
+    def next_attempt(self) -> None:
+        """For a new group of workers. Raises Superseded where the place is another command's."""
+        self.attempt = 0
+        self.attempt = self._change(lambda found: found | {"attempt": found["attempt"] + 1})["attempt"]
+
+    def _is_own(self, found: dict[str, Any]) -> bool:
+        return super()._is_own(found) and self.attempt in (0, found["attempt"])
+
+    def _superseded(self, found: dict[str, Any]) -> Superseded:
+        if super()._is_own(found):
+            return Superseded(f"other workers train into {self.out.uri} in place of these")
+        return super()._superseded(found)
+
 
 RECORD = "training.json"
 
