@@ -207,7 +207,6 @@ def bare_step(stage: Stage, module: nn.Module, trained: list[nn.Parameter], plan
 
 
 def engine_step(stage: Stage, module: nn.Module, plan: TrainOptions, micro: int) -> Callable[..., None]:
-    from pipelines.training.loop import _average
 
     engine = Engine(module, plan, micro=micro, accumulation=1)
     ema: dict[str, Tensor] = {}
@@ -217,7 +216,7 @@ def engine_step(stage: Stage, module: nn.Module, plan: TrainOptions, micro: int)
         engine.backward(loss)
         engine.step(plan.lr)
         stage.end_step(engine)
-        _average(ema, engine, 0.999)
+        engine.average(ema, 0.999)
 
     return step
 

@@ -200,16 +200,16 @@ def test_a_loss_far_above_the_last_ones_is_a_spike_and_a_continued_window_judges
     rng = random.Random(0)
     for _ in range(WINDOW + 20):
         loss = 1 + rng.gauss(0, 0.1)
-        assert window.objection(loss) is None
+        assert window.anomaly(loss) is None
         window.take(loss)
     continued = LossWindow(5.0)
     continued.load_state(window.state())
     for judge in (window, continued):
-        assert judge.objection(1.45) is None
-        assert "above" in judge.objection(1.8)
-        assert judge.objection(0.2) is None
-    assert LossWindow(0.0).objection(1e9) is None
-    assert "nan" in LossWindow(0.0).objection(float("nan"))
+        assert judge.anomaly(1.45) is None
+        assert "above" in judge.anomaly(1.8)
+        assert judge.anomaly(0.2) is None
+    assert LossWindow(0.0).anomaly(1e9) is None
+    assert "nan" in LossWindow(0.0).anomaly(float("nan"))
 
 
 def test_sigterm_to_one_worker_checkpoints_the_same_step_on_all(learner_options, tmp_path):  # noqa: F811

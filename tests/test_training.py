@@ -216,6 +216,7 @@ dist.init_process_group("gloo")
 from pipelines.data.dataset import Dataset
 from pipelines.training.config import AdapterOptions, LearnerOptions, from_resolved
 from pipelines.training.loop import train
+from pipelines.training.stage import make_stage
 
 class Curve(list):
     def log_metrics(self, values, step):
@@ -226,12 +227,7 @@ curves = []
 for kind, tree in json.loads(sys.argv[1]):
     options = from_resolved({"learner": LearnerOptions, "adapter": AdapterOptions}[kind], tree)
     dataset = Dataset.open(options.data)
-    if kind == "learner":
-        from pipelines.training.learner_stage import LearnerStage
-        stage = LearnerStage(options)
-    else:
-        from pipelines.training.adapter_stage import AdapterStage
-        stage = AdapterStage(options, dataset.scale, dataset.manifest.latents)
+    stage = make_stage(options, dataset)
     def loss(model, batch, loss=stage.loss):
         return loss(model, {name: t.to(wide) if t.is_floating_point() else t for name, t in batch.items()})
 

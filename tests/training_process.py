@@ -105,16 +105,11 @@ def work(
     from pipelines.data.dataset import Dataset
     from pipelines.storage import open_storage
     from pipelines.training import checkpoint, health
-    from pipelines.training.adapter_stage import AdapterStage
-    from pipelines.training.learner_stage import LearnerStage
     from pipelines.training.loop import train
+    from pipelines.training.stage import make_stage
 
     dataset = Dataset.open(options.data)
-    stage = (
-        LearnerStage(options)
-        if isinstance(options, LearnerOptions)
-        else AdapterStage(options, dataset.scale, dataset.manifest.latents)
-    )
+    stage = make_stage(options, dataset)
     sample, loss, end_step, drop_step = stage.sample, stage.loss, stage.end_step, stage.drop_step
     found = checkpoint.committed(open_storage(options.out))
     step, rows = found[-1].step if found else 0, []

@@ -159,6 +159,15 @@ class Engine:
         else:
             yield ((name, safe_get_full_fp32_param(p).detach().view(_shape(p))) for name, p in self.named)
 
+    def average(self, ema: dict[str, Tensor], decay: float) -> None:
+        """Move exponential averages of the trained parameters on, or begin them; a collective."""
+        with self.full_parameters() as parameters, torch.no_grad():
+            for name, value in parameters:
+                if name in ema:
+                    ema[name].lerp_(value.float(), 1 - decay)
+                else:
+                    ema[name] = value.float().clone()
+
     def optimizer_state(self) -> dict[str, Tensor]:
         """Whole fp32 moments by `{parameter}.{moment}`, and `step`, on the CPU of rank 0 and nothing elsewhere.
 

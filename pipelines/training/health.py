@@ -106,7 +106,7 @@ class LossWindow:
         self.skipped = 0  # in all
         self.in_a_row = 0
 
-    def objection(self, loss: float) -> str | None:
+    def anomaly(self, loss: float) -> str | None:
         """Why a step with this loss should not be taken, or None."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"

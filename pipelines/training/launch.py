@@ -328,8 +328,13 @@ def _run_ray_train(
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
-    from pipelines.training.loop import train_worker
-    from pipelines.training.ray_train import GroupWatch, ListeningTorchConfig, OneMachineTrainer, RestartingTrainer
+    from pipelines.training.ray_train import (
+        GroupWatch,
+        ListeningTorchConfig,
+        OneMachineTrainer,
+        RestartingTrainer,
+        train_worker,
+    )
 
     placed = replace(options, train=replace(options.train, loader_threads=plan.loader_threads))
     # Ray Train keeps its own records per attempt; ours are the checkpoints in --out, so these are dropped again.

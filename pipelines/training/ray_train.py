@@ -3,6 +3,7 @@
 It uses private classes of Ray, in the version that is pinned: look here when that changes.
 """
 
+import logging
 import os
 import threading
 import time
@@ -13,6 +14,8 @@ from typing import Any
 
 import psutil
 import ray
+import ray.train.torch
+import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -23,9 +26,19 @@ from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
-from deedsr.errors import UsageError
+from deedsr.errors import DeeDSRError, UsageError
+from pipelines.claims import Superseded
+from pipelines.data.dataset import Dataset
 from pipelines.models import usable_device
-from pipelines.training.health import Moved, Stop, listen, terminated
+from pipelines.storage import open_storage
+from pipelines.training import tracked
+from pipelines.training.config import AdapterOptions, LearnerOptions, from_resolved
+from pipelines.training.health import Ended, Moved, Stop, Untrainable, Unwritable, listen, terminated
+from pipelines.training.identity import Claim
+from pipelines.training.loop import train
+from pipelines.training.stage import make_stage
+
+logger = logging.getLogger(__name__)
 
 _WITHOUT_WORKERS = {"INITIALIZING", "SCHEDULING", "RESCHEDULING", "RESTARTING", "RESIZING"}
 _PAUSE = 0.2  # seconds
@@ -248,3 +261,43 @@ def _reason(error: TrainingFailedError) -> str:
         return "the process or the node of one is gone"
     text = str(next(iter(failures), error)).strip()
     return text.splitlines()[-1].strip()[:_LONGEST_REASON] if text else type(error).__name__
+
+
+def train_worker(config: dict[str, Any]) -> str | None:
+    """Ray Train's loop of one worker. `config`: `stage`, `options`, `claim`, `tracking_uri`, `device`, `threads`,
+    `progress`.
+
+    Returns what is to be told the user instead where starting the workers again would be of no use.
+    """
+    torch.set_num_threads(config["threads"])
+    kind = LearnerOptions if config["stage"] == "learner" else AdapterOptions
+    options = from_resolved(kind, config["options"])
+    dataset = Dataset.open(options.data)
+    stage = make_stage(options, dataset)
+    stage.fetch()  # before the watchdog counts, and once for all workers of a node
+    rank = ray.train.get_context().get_world_rank()
+    asked = Asked(config["progress"], rank)
+    claim: Claim = config["claim"]
+    try:
+        claim.next_attempt() if rank == 0 else claim.check()
+    except Superseded as end:  # by another command: every worker finds the same
+        return str(end)
+    run = None
+    if rank == 0:
+        from pipelines import tracking
+
+        run = tracking.open_run(config["tracking_uri"], claim.run_id, permit=claim.holds)
+        run.take_up(tracked.unsent(open_storage(options.out)))
+    try:
+        device = ray.train.torch.get_device() if config["device"] == "cuda" else torch.device("cpu")
+        progress = config["progress"]
+        train(stage, options, dataset, device, run, progress.tell.remote, asked, claim, progress.say.remote)
+    except (Ended, Untrainable, Unwritable) as end:  # every worker has the same
+        return str(end)
+    finally:
+        if run is not None and not run.close():
+            try:
+                tracked.keep(open_storage(options.out), run.unsent())
+            except DeeDSRError as error:  # the last checkpoint has them but for those after it
+                logger.warning("metrics that MLflow did not take could not be kept: %s", error)
+    return None

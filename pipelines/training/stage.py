@@ -85,6 +85,17 @@ class Stage(Protocol):
         """Write the model that whole fp32 parameters and what `state` gave make; `history` is what is told of them."""
 
 
+def make_stage(options: LearnerOptions | AdapterOptions, dataset: Dataset) -> Stage:
+    """The stage that these options are of."""
+    if isinstance(options, LearnerOptions):
+        from pipelines.training.learner_stage import LearnerStage
+
+        return LearnerStage(options)
+    from pipelines.training.adapter_stage import AdapterStage
+
+    return AdapterStage(options, dataset.scale, dataset.manifest.latents)
+
+
 def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The entries below `prefix`, without it."""
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
