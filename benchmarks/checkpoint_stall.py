@@ -18,7 +18,6 @@ import torch
 
 from pipelines.data.dataset import Dataset
 from pipelines.training.config import (
-    PRESETS,
     AdapterModelOptions,
     AdapterOptions,
     ContrastOptions,
@@ -27,6 +26,7 @@ from pipelines.training.config import (
     LearnerOptions,
     TrainOptions,
 )
+from pipelines.training.schedules import PRESETS
 
 
 class Clock:

@@ -22,7 +22,6 @@ from benchmarks.full_size import HR, SCALE
 from deedsr.dataset.manifest import LatentsSource
 from pipelines.training.adapter_stage import AdapterStage
 from pipelines.training.config import (
-    PRESETS,
     AdapterModelOptions,
     AdapterOptions,
     ContrastOptions,
@@ -33,6 +32,7 @@ from pipelines.training.config import (
 )
 from pipelines.training.engine import Engine
 from pipelines.training.learner_stage import LearnerStage
+from pipelines.training.schedules import PRESETS
 
 DEVICE = os.environ.get("DS_ACCELERATOR", "cpu")  # as DeepSpeed reads it
 Size = Literal["tiny", "full"]

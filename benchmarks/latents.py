@@ -31,12 +31,12 @@ from pipelines.machine import allowed_cpus
 from pipelines.shards.latents import make_latents
 from pipelines.training.adapter_stage import AdapterStage
 from pipelines.training.config import (
-    PRESETS,
     AdapterModelOptions,
     AdapterOptions,
     DiffusionOptions,
     TrainOptions,
 )
+from pipelines.training.schedules import PRESETS
 
 GOAL = 1.5
 # Stable Diffusion 2.1-base.

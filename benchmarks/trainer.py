@@ -21,7 +21,8 @@ import time
 from importlib.resources import files
 from typing import Any
 
-from pipelines.training.config import PRESETS, AdapterModelOptions, AdapterOptions, DiffusionOptions, TrainOptions
+from pipelines.training.config import AdapterModelOptions, AdapterOptions, DiffusionOptions, TrainOptions
+from pipelines.training.schedules import PRESETS
 
 GOAL, START_GOAL_SECONDS = 0.95, 35
 WARM_UP = 20

@@ -6,7 +6,8 @@ The same command with the same --out continues from the last checkpoint, and doe
 import dataclasses
 
 from jobs.command import Command, Outcome
-from pipelines.training.config import PRESETS, AdapterOptions, check
+from pipelines.training.config import AdapterOptions, check
+from pipelines.training.schedules import PRESETS
 
 
 def run(options: AdapterOptions) -> Outcome:

@@ -20,7 +20,8 @@ from pipelines.placement import Nodes, Offer, place_networks, place_shards, plac
 from pipelines.storage import open_storage
 from pipelines.storage.errors import Conflict
 from pipelines.storage.waiting import within
-from pipelines.training.config import PRESETS, ContrastOptions, TrainOptions
+from pipelines.training.config import ContrastOptions, TrainOptions
+from pipelines.training.schedules import PRESETS
 
 __all__ = ["Check", "examine"]
 

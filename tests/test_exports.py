@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from deedsr.sampling.pipeline import DeeDSRPipeline
 from jobs import cli
 from pipelines.models import load_pipeline
 from pipelines.storage import open_storage, publish
-from pipelines.training.config import AdapterOptions, resolved
+from pipelines.training.config import AdapterOptions
 from pipelines.upscaling import upscale
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -122,13 +123,14 @@ def test_a_training_continues_with_its_base_wherever_that_lies_and_refuses_anoth
     trained, other_base, small_dataset, tmp_path
 ):
     from pipelines.data.dataset import Dataset
-    from pipelines.training.launch import _weights_digest, train_adapter
+    from pipelines.training.identity import weights_digest
+    from pipelines.training.launch import train_adapter
 
     out = tmp_path / "out"
     learner = trained / "model" / "learner"
     before = AdapterOptions(data=small_dataset, learner=str(learner), base="/mnt/then/base", out=str(out))
-    inputs = {"dataset": Dataset.open(small_dataset).digest, "learner": _weights_digest(learner)}
-    record = {"stage": "adapter", "config": resolved(before), "run_id": "0" * 32}
+    inputs = {"dataset": Dataset.open(small_dataset).digest, "learner": weights_digest(learner)}
+    record = {"stage": "adapter", "config": asdict(before), "run_id": "0" * 32}
 
     def refusal(base, inputs) -> str:
         out.mkdir(exist_ok=True)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,6 @@ from pipelines.data.dataset import Dataset
 from pipelines.data.order import SampleOrder
 from pipelines.storage import open_storage, publish
 from pipelines.training import checkpoint
-from pipelines.training.config import resolved
 from pipelines.training.health import WINDOW, LossWindow, Records
 
 
@@ -328,7 +328,7 @@ def test_a_training_says_that_the_disk_is_full_and_ends_on_all_workers_when_it_i
 ):
     (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - (100 << 10)))
     options = variants(learner_options, small_disk / "out", max_steps=50, checkpoint_every=2)
-    printed = run_script(ENDED, 2, [json.dumps(resolved(options))], tmp_path)
+    printed = run_script(ENDED, 2, [json.dumps(asdict(options))], tmp_path)
     [said], error = json.loads(printed.splitlines()[-1])
     assert "checkpoint of step 2" in said
     assert "no space left" in said

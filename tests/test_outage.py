@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 
@@ -24,7 +25,6 @@ from pipelines.storage import open_storage
 from pipelines.tracking.registry import register
 from pipelines.training import tracked
 from pipelines.training.checkpoint import Checkpoint
-from pipelines.training.config import resolved
 
 
 class SqliteStore:
@@ -258,7 +258,7 @@ def test_a_training_outlives_its_tracking_server_and_its_own_death_without_a_gap
     environment = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 
     def training(port: int) -> subprocess.Popen:
-        jobs = json.dumps([["learner", resolved(options)]])
+        jobs = json.dumps([["learner", asdict(options)]])
         words = [sys.executable, "-c", code, jobs, server.uri, run.id, str(out)]
         return subprocess.Popen(words, env=environment | {"MASTER_PORT": str(port)}, stderr=subprocess.DEVNULL)
 

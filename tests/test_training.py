@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,6 @@ from pipelines.data.order import SampleOrder
 from pipelines.storage import open_storage
 from pipelines.training import checkpoint
 from pipelines.training.config import (
-    PRESETS,
     AdapterModelOptions,
     AdapterOptions,
     ContrastOptions,
@@ -29,10 +29,10 @@ from pipelines.training.config import (
     check,
     from_resolved,
     micro_batch,
-    resolved,
     worker_range,
 )
 from pipelines.training.learner_stage import LearnerStage
+from pipelines.training.schedules import PRESETS
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_a_batch_that_does_not_divide_over_the_workers_is_refused():
 
 def test_options_survive_json():
     options = AdapterOptions(data="d", sampling={"eta": 1.0}, train=TrainOptions(num_workers="1..4"))
-    assert from_resolved(AdapterOptions, json.loads(json.dumps(resolved(options)))) == options
+    assert from_resolved(AdapterOptions, json.loads(json.dumps(asdict(options)))) == options
     assert worker_range("1..4") == (1, 4)
 
 
@@ -245,7 +245,7 @@ dist.destroy_process_group()
 
 def run_processes(world_size: int, many_options: list, **environment: str) -> list[list[list[float]]]:
     """Loss curves `[[step, loss], ...]` of the trainings, one after the other in the same processes."""
-    jobs = json.dumps([["learner" if isinstance(o, LearnerOptions) else "adapter", resolved(o)] for o in many_options])
+    jobs = json.dumps([["learner" if isinstance(o, LearnerOptions) else "adapter", asdict(o)] for o in many_options])
     with tempfile.TemporaryDirectory() as folder:
         output = run_script(WORKER, world_size, [jobs], Path(folder), **environment)
     line = next(line for line in output.splitlines() if line.startswith("CURVES"))

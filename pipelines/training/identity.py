@@ -6,16 +6,33 @@ another number there has been replaced, and writes nothing more. `OUT/training.j
 of the inputs and the MLflow run; a continuation may change what `MAY_CHANGE` names.
 """
 
+import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from deedsr.errors import UsageError
 from pipelines import claims
 from pipelines.claims import Superseded
 from pipelines.storage import Storage
-from pipelines.training.config import MAY_CHANGE, AdapterOptions, LearnerOptions, flatten, resolved
+from pipelines.tracking.provenance import flatten
+from pipelines.training.checkpoint import Checkpoint, committed
+from pipelines.training.config import AdapterOptions, LearnerOptions
 from pipelines.training.schedules import recorded_length
+
+# What may change between the first command and a continuation of it.
+MAY_CHANGE = {
+    "out", "experiment", "train.max_steps", "train.num_workers", "train.micro_batch_size", "train.zero_stage",
+    "train.cpus_per_worker", "train.compute_threads", "train.gpus_per_worker", "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.log_every", "train.max_failures", "train.best_metric", "train.best_mode",
+    "train.checkpoint_retry_seconds",  # of runs of earlier versions
+    "train.spike_sigma", "train.on_spike", "train.hang_seconds",
+    "train.cache_gb", "train.loader_threads", "train.gradient_checkpointing", "train.exact_sums",
+    "train.compile", "train.validate_every", "train.validation_samples", "train.validation_pictures",
+    "register_as", "license",
+}  # fmt: skip
 
 
 @dataclass
@@ -73,11 +90,11 @@ class TrainingRecord:
         where = f"{options.out} holds a training of"
         if self.stage != stage:
             raise UsageError(f"{where} the {self.stage}, not of the {stage}: choose another --out")
-        before, now = flatten(self.config), flatten(json.loads(json.dumps(resolved(options))))
+        before, now = flatten(self.config), flatten(json.loads(json.dumps(asdict(options))))
         # Data, learner, base and initial weights are compared by content: they may have moved.
         same_by_content = MAY_CHANGE | {"data", "learner", "init", "base"}
         # A training from before there was an option has its default.
-        defaults = flatten(json.loads(json.dumps(resolved(type(options)()))))
+        defaults = flatten(json.loads(json.dumps(asdict(type(options)()))))
         before = {key: value for key, value in defaults.items() if value != {}} | before
         if before["train.schedule"] == "cosine":
             before["train.schedule_steps"] = recorded_length(self.config)
@@ -97,3 +114,42 @@ class TrainingRecord:
             raise UsageError(
                 f"{where} another configuration: {'; '.join(lines)}. Choose another --out, or the old values"
             )
+
+
+def continued(
+    out: Storage, stage: str, options: LearnerOptions | AdapterOptions, inputs: dict[str, str]
+) -> TrainingRecord | None:
+    """The record of what lies in `out`, None where nothing does. Raises UsageError where that is another training."""
+    record = TrainingRecord.read(out)
+    if record:
+        record.refuse_differences(stage, options, inputs)
+    for found in committed(out):
+        refuse_of_others(out, found, record.run_id if record else None)
+    return record
+
+
+def refuse_of_others(out: Storage, found: Checkpoint, run_id: str | None) -> None:
+    if run_id is None:
+        raise UsageError(f"{out.uri} has checkpoints and no {RECORD} that says of what: choose another --out")
+    if found.run_id not in ("", run_id):  # "" = of an earlier version
+        raise UsageError(
+            f"{out.uri}/{found.folder} is of MLflow run {found.run_id}, and {RECORD} there of {run_id}: choose another "
+            "--out, or delete what does not belong there"
+        )
+
+
+def finished(
+    out: Storage, record: TrainingRecord | None, options: LearnerOptions | AdapterOptions
+) -> Checkpoint | None:
+    """The last checkpoint where all steps are done and the model is exported."""
+    found = committed(out)[-1:]
+    if record and found and options.train.max_steps <= found[0].step == record.exported:
+        return found[0]
+    return None
+
+
+def weights_digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("[!.]*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

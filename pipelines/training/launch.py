@@ -31,9 +31,15 @@ from pipelines.training.config import (
     LearnerOptions,
     TrainOptions,
     check,
-    resolved,
 )
-from pipelines.training.identity import RECORD, Claim, TrainingRecord
+from pipelines.training.identity import (
+    Claim,
+    TrainingRecord,
+    continued,
+    finished,
+    refuse_of_others,
+    weights_digest,
+)
 from pipelines.training.schedules import with_schedule
 from pipelines.training.supervision import WITHOUT_GPUS, progress_bar, supervised
 
@@ -83,7 +89,7 @@ def train_adapter(options: AdapterOptions, *, progress: bool = True) -> TrainRes
     check_adapter_data(options, dataset, base, learner)
     require_best_metric(options, dataset, base)
     _require_latents_of(dataset, options, base, learner)
-    inputs = {"dataset": dataset.digest, "learner": _weights_digest(learner), "base": base_digest(base)}
+    inputs = {"dataset": dataset.digest, "learner": weights_digest(learner), "base": base_digest(base)}
     inputs |= _initial("adapter", options)
     parents = {"learner": training_run(options.learner)}
     return _fit("adapter", options, dataset, 1, inputs, parents, progress)
@@ -117,7 +123,7 @@ def _initial(stage: str, options: LearnerOptions | AdapterOptions) -> dict[str, 
     from pipelines.training.stage import check_initial, initial_folder
 
     check_initial(options.init, options)
-    return {"init": _weights_digest(initial_folder(options.init, stage))}
+    return {"init": weights_digest(initial_folder(options.init, stage))}
 
 
 def _located(options: Options) -> Options:
@@ -159,51 +165,19 @@ def _fit(
     began = TrainingRecord.read(out)
     options = with_schedule(options, began.config if began else None)
     warn_of_idle(options, dataset)
-    record = _continued(out, stage, options, inputs)
-    done = _finished(out, record, options)
+    record = continued(out, stage, options, inputs)
+    done = finished(out, record, options)
     if record and done and record.published == done.step:
         return _result(record.run_id, out, done)
     with held(Claim(out)) as claim:
-        record = _continued(out, stage, options, inputs)  # whoever held it before may have gone on
-        done = _finished(out, record, options)
+        record = continued(out, stage, options, inputs)  # whoever held it before may have gone on
+        done = finished(out, record, options)
         if record and done:
             if record.published != done.step:
                 run = tracking.open_run(tracking.tracking_uri(), record.run_id, system_metrics=False)
                 _conclude(run, options, out, record, done)
             return _result(record.run_id, out, done)
         return _train(stage, options, dataset, unit, inputs, parents, progress, claim, record)
-
-
-def _continued(
-    out: Storage, stage: str, options: LearnerOptions | AdapterOptions, inputs: dict[str, str]
-) -> TrainingRecord | None:
-    """The record of what lies in `out`, None where nothing does. Raises UsageError where that is another training."""
-    record = TrainingRecord.read(out)
-    if record:
-        record.refuse_differences(stage, options, inputs)
-    for found in checkpoint.committed(out):
-        _refuse_of_others(out, found, record.run_id if record else None)
-    return record
-
-
-def _refuse_of_others(out: Storage, found: checkpoint.Checkpoint, run_id: str | None) -> None:
-    if run_id is None:
-        raise UsageError(f"{out.uri} has checkpoints and no {RECORD} that says of what: choose another --out")
-    if found.run_id not in ("", run_id):  # "" = of an earlier version
-        raise UsageError(
-            f"{out.uri}/{found.folder} is of MLflow run {found.run_id}, and {RECORD} there of {run_id}: choose another "
-            "--out, or delete what does not belong there"
-        )
-
-
-def _finished(
-    out: Storage, record: TrainingRecord | None, options: LearnerOptions | AdapterOptions
-) -> checkpoint.Checkpoint | None:
-    """The last checkpoint where all steps are done and the model is exported."""
-    found = checkpoint.committed(out)[-1:]
-    if record and found and options.train.max_steps <= found[0].step == record.exported:
-        return found[0]
-    return None
 
 
 def _train(
@@ -227,7 +201,7 @@ def _train(
         made = {"shards": dataset.order_digest} | ({"latents": dataset.digest} if dataset.manifest.latents else {})
         for kind, digest in made.items():
             parents[kind] = tracking.find_run(None, {"deedsr.kind": kind, "deedsr.dataset.digest": digest})
-    config = resolved(options)
+    config = asdict(options)
     if stage == "adapter":
         config["definitions"] = {f"validation/{name}": PSNR().statement() for name in ("psnr_y", "psnr_y_bicubic")}
     with tracking.start_run(
@@ -244,13 +218,13 @@ def _train(
         patient=True,
         permit=claim.holds,
     ) as run:
-        record = TrainingRecord(stage, resolved(options), inputs, run.id, version=record.version if record else None)
+        record = TrainingRecord(stage, asdict(options), inputs, run.id, version=record.version if record else None)
         record.write(out)
         claim.run_id = run.id
         _run_ray_train(stage, options, claim, uri, plan, progress)
         claim.check()
         last = checkpoint.committed(out)[-1]
-        _refuse_of_others(out, last, run.id)
+        refuse_of_others(out, last, run.id)
         record.exported = last.step
         record.write(out)
         _conclude(run, options, out, record, last)
@@ -369,15 +343,6 @@ def _run_ray_train(
             ),
         )
         supervised(stage, trainer, bar, plan, claim)
-
-
-def _weights_digest(folder: Path) -> str:
-    import hashlib
-
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("[!.]*.safetensors")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def _result(run_id: str, out: Storage, last: checkpoint.Checkpoint) -> TrainResult:
