@@ -42,7 +42,7 @@ class Clock:
         else:
             self.steps[step] = now
 
-    def unsent(self):
+    def logged(self):
         return []
 
 

@@ -221,7 +221,7 @@ from pipelines.training.stage import make_stage
 class Curve(list):
     def log_metrics(self, values, step):
         if "loss" in values: self.append([step, values["loss"]])
-    def unsent(self): return []
+    def logged(self): return []
 
 curves = []
 for kind, tree in json.loads(sys.argv[1]):

@@ -51,7 +51,7 @@ def _lines(out: Path, name: str) -> list:
 @pytest.fixture
 def told(monkeypatch) -> None:
     worker = test_training.WORKER
-    start, end = worker.index("    def log_metrics"), worker.index("    def unsent")
+    start, end = worker.index("    def log_metrics"), worker.index("    def logged")
     monkeypatch.setattr(test_training, "WORKER", worker[:start] + SEEN.lstrip(chr(10)) + worker[end:])
 
 

@@ -37,7 +37,7 @@ class Curve:
 
     def log_picture(self, name, picture, step): ...
 
-    def unsent(self):
+    def logged(self):
         os.fsync(self.file.fileno())
         return []
 

@@ -5,13 +5,15 @@ import json
 import logging
 import os
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from deedsr.errors import DeeDSRError, UsageError
-from pipelines.tracking.outbox import Outbox, Point
+from pipelines.tracking.mirror import SYSTEM, Mirror, NeverTaken, Point, Recorded, StoreRefused
 from pipelines.tracking.provenance import (
     COMMIT_TAG,
     CONFIG_TAG,
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
 
 END_SECONDS = 60.0  # that the end of a patient run tries to reach a store that is away
 STOP_SECONDS = 60.0  # of the one try where a patient run is only left, or did not get to its end
-ATTEMPT_SECONDS = 2.0  # that a checkpoint waits for the store
 # Limits of MLflow's stores.
 MAX_KEY_CHARACTERS = 250
 MAX_PARAMS_PER_BATCH = 100
@@ -121,13 +122,20 @@ def start_run(
 
 
 def open_run(
-    tracking_uri: str, run_id: str, *, system_metrics: bool = True, permit: Callable[[], bool] = lambda: True
+    tracking_uri: str,
+    run_id: str,
+    *,
+    system_metrics: bool = True,
+    permit: Callable[[], bool] = lambda: True,
+    recorded: Recorded | None = None,
 ) -> "Run":
     """Open a run that another process started, to write it from here; patient. It is RUNNING again.
 
-    Returns at once and never raises for a store that is away. `permit`: see `start_run`.
+    Returns at once and never raises for a store that is away. `permit`: see `start_run`; `recorded`: see `Run.replay`.
     """
     run = Run(resolve_uri(tracking_uri), run_id, patient=True, permit=permit)
+    if recorded is not None:
+        run.replay(recorded)  # before system metrics count on from what the store holds
     run.later(run._set_running)
     if system_metrics:
         run.later(run._watch_system)
@@ -151,10 +159,6 @@ def find_run(experiment: str | None, tags: Mapping[str, str], tracking_uri: str 
     return runs[0].info.run_id if runs else None
 
 
-class StoreRefused(DeeDSRError):
-    """The store answered with an error, or not at all, to something that was to be logged."""
-
-
 class Run:
     """A run being written. A context manager: an exception ends it as FAILED, Ctrl-C as KILLED.
 
@@ -173,9 +177,11 @@ class Run:
         self._monitor: Any = None
         self._finished = False
         name = f"the MLflow store {masked_uri(tracking_uri)}"
-        self._outbox = Outbox(self._send, self._stored_steps, name, permit)
+        self._mirror = Mirror(self._send, self._stored_steps, name, permit)
+        self._logged: list[Point] = []
+        self._logging = threading.Lock()  # system metrics come from a thread of their own
         if patient:
-            # The outbox tries again for as long as it takes; MLflow would hold each try for minutes.
+            # The mirror tries again for as long as it takes; MLflow would hold each try for minutes.
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
@@ -187,27 +193,33 @@ class Run:
     def log_metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Log numbers of one step. Returns at once: they are sent in batches every few seconds and by `flush`.
 
-        For each metric, steps up to the last that the run holds are skipped, so repeated steps after a resume are
-        stored once. Put `unsent` into every checkpoint, and give it to `take_up` after a restart: no step is lost.
+        For each metric, steps up to the last that the store holds are not sent, so repeated steps after a resume are
+        stored once. A patient run is to put what it has `logged` into its own record, and to `replay` that after a
+        restart: then no step is lost.
         """
-        self._outbox.add(values, step)
+        now = int(time.time() * 1000)
+        points = [Point(name, float(value), now, step) for name, value in values.items()]
+        if self.patient:
+            with self._logging:
+                self._logged += points
+        self._mirror.add(points)
 
-    def take_up(self, points: Iterable[Sequence]) -> None:
-        """Log what `unsent` of an earlier process gave, before anything else is logged."""
-        self._outbox.load(points)
+    def logged(self) -> list[Point]:
+        """What was logged since this was asked last, whether the store has it or not."""
+        with self._logging:
+            points, self._logged = self._logged, []
+        return points
 
-    def unsent(self) -> list[list]:
-        """`[name, value, timestamp in ms, step]` of what the store has not taken, oldest first.
+    def replay(self, recorded: Recorded) -> None:
+        """Send what earlier processes logged and the store lacks, before anything else.
 
-        A store that works is given two seconds to take it first; one that is known to be away is not waited for.
+        `recorded` gets the last step that the store holds, by metric, and gives at least the points behind these.
         """
-        if not self._outbox.away:
-            self._outbox.attempt(ATTEMPT_SECONDS)
-        return self._outbox.unsent()
+        self._mirror.replay(recorded)
 
     def later(self, call: Callable[[], object]) -> None:
         """Do something with the store when it is there, behind the metrics, on the sender's thread. Returns at once."""
-        self._outbox.errand(call)
+        self._mirror.errand(call)
 
     def flush(self) -> None:
         """Send what is pending now.
@@ -215,7 +227,7 @@ class Run:
         Raises:
             DeeDSRError: the store did not take it. Nothing is lost: it stays pending.
         """
-        self._outbox.deliver()
+        self._mirror.deliver()
 
     def log_picture(self, name: str, image_HWC: "np.ndarray", step: int | None = None) -> None:
         """Store a uint8 RGB picture as artifact `pictures/{name}.png`; with a step also in MLflow's series of images.
@@ -270,8 +282,7 @@ class Run:
     def close(self) -> bool:
         """Send what is pending and stop the threads; the status stays RUNNING for whoever writes on.
 
-        True when the store took all. What it did not take stays in `unsent` of a patient run; another one raises
-        DeeDSRError.
+        True when the store took all; where it did not, a patient run returns False and another one raises DeeDSRError.
         """
         return self._close()
 
@@ -296,11 +307,11 @@ class Run:
     def _close(self, to_the_end: bool = False) -> bool:
         self._stop_monitor()
         if not self.patient:
-            self._outbox.close()
+            self._mirror.close()
             self.flush()
             return True
-        sent = self._outbox.drain(END_SECONDS) if to_the_end else self._outbox.attempt(STOP_SECONDS)
-        self._outbox.close()
+        sent = self._mirror.drain(END_SECONDS) if to_the_end else self._mirror.attempt(STOP_SECONDS)
+        self._mirror.close()
         return sent
 
     def _stop_monitor(self) -> None:
@@ -369,9 +380,9 @@ class Run:
         ).strip()
 
     def _watch_system(self) -> None:
-        from pipelines.tracking.system import PREFIX, SystemMetrics
+        from pipelines.tracking.system import SystemMetrics
 
-        step = self._outbox.last_step(PREFIX) + 1
+        step = self._mirror.last_step(SYSTEM) + 1
         self._monitor = SystemMetrics(self.id, self.tracking_uri, self.log_metrics, step)
         self._monitor.start()
 
@@ -396,9 +407,11 @@ class Run:
         try:
             yield
         except (MlflowException, SQLAlchemyError, OSError) as error:
-            if getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE" and (deleted := self._deleted()):
+            # The one code that blames what was sent; MLflow has BAD_REQUEST for a database that is away, too.
+            never = getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE"
+            if never and (deleted := self._deleted()):
                 raise StoreRefused(deleted) from error
-            raise StoreRefused(
+            raise (NeverTaken if never else StoreRefused)(
                 f"the MLflow store {masked_uri(self.tracking_uri)} did not take what run {self.id} logs "
                 f"({cause(error)}): see that it runs and has space, then start the same command again, "
                 "which continues the run"

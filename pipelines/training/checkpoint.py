@@ -12,10 +12,10 @@ import json
 import logging
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Literal, Self
 
 import torch
@@ -41,7 +41,7 @@ class Checkpoint:
     loss: float
     sha256: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)  # as logged last
-    unsent: list[list] = field(default_factory=list)  # points of the curves that the MLflow store has not taken yet
+    unsent: list[list] = field(default_factory=list)  # of earlier versions, see `metrics.py`
     run_id: str = ""  # MLflow run
     attempt: int = 0  # of the claim on the place, see `identity.py`
 
@@ -66,10 +66,16 @@ class Keep:
 
 
 def write(
-    out: Storage, checkpoint: Checkpoint, tensors: Tensors, keep: Keep, check: Callable[[], object] = lambda: None
+    out: Storage,
+    checkpoint: Checkpoint,
+    tensors: Tensors,
+    keep: Keep,
+    check: Callable[[], object] = lambda: None,
+    beside: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
     """Write, verify and commit; then drop what `keep` does not name and what earlier attempts left.
 
+    `beside`: other files of `out`, which are there before the checkpoint is committed.
     `check` is called before each file, and raises Superseded where the place has become another's.
     """
     for part in PARTS:
@@ -85,6 +91,9 @@ def write(
         if not whole:
             raise Faulty(f"{out.uri}/{path} is not what was written: the disk or the network damages data")
         del data
+    for path, data in beside.items():
+        check()
+        out.write(path, data)
     check()
     out.write(f"{checkpoint.folder}/{RECORD}", json.dumps(asdict(checkpoint)).encode())
     _drop_others(out, {c.folder for c in keep.kept(committed(out))}, checkpoint)
@@ -156,13 +165,15 @@ class Writer:
         self._given_up = threading.Event()
         self.failing = False  # what is being written had to be tried again
 
-    def start(self, checkpoint: Checkpoint, tensors: Tensors) -> None:
-        """Begin to write, once the one before is committed.
+    def start(
+        self, checkpoint: Checkpoint, tensors: Tensors, beside: Mapping[str, bytes] = MappingProxyType({})
+    ) -> None:
+        """Begin to write, once the one before is committed. `beside`: see `write`.
 
         `tensors`: contiguous copies on the CPU, which nobody changes any more.
         """
         self.wait()
-        self._running = self._pool.submit(self._persist, checkpoint, tensors)
+        self._running = self._pool.submit(self._persist, checkpoint, tensors, beside)
 
     def wait(self) -> None:
         """Until the last checkpoint is committed."""
@@ -185,7 +196,7 @@ class Writer:
             self._given_up.set()
         return self.failing
 
-    def _persist(self, checkpoint: Checkpoint, tensors: Tensors) -> None:
+    def _persist(self, checkpoint: Checkpoint, tensors: Tensors, beside: Mapping[str, bytes]) -> None:
         self.failing = False
 
         def say(text: str) -> None:
@@ -194,7 +205,7 @@ class Writer:
 
         try:
             with waiting.within(over=self._given_up, say=say):
-                waiting.patiently(lambda: write(self.out, checkpoint, tensors, self.keep, self._check))
+                waiting.patiently(lambda: write(self.out, checkpoint, tensors, self.keep, self._check, beside))
         except Superseded:
             raise
         except DeeDSRError as error:

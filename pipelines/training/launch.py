@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from pipelines.data.index import require_hr
 from pipelines.data.splits import no_validation
 from pipelines.placement import TrainingPlan, place_training
 from pipelines.storage import Storage, open_storage
-from pipelines.training import checkpoint, tracked
+from pipelines.training import checkpoint
 from pipelines.training.checks import (
     check_adapter_data,
     check_learner_data,
@@ -40,6 +41,7 @@ from pipelines.training.identity import (
     refuse_of_others,
     weights_digest,
 )
+from pipelines.training.metrics import FOLDER, recorded
 from pipelines.training.schedules import with_schedule
 from pipelines.training.supervision import WITHOUT_GPUS, progress_bar, supervised
 
@@ -283,9 +285,28 @@ def _conclude(
             lineage["deedsr.base"] = tracking.masked_uri(options.base)
         register(run, options.register_as, out, lineage)
 
-    if tracked.conclude(run, out, publish):
+    if finish_run(run, out, publish):
         record.published = last.step
         record.write(out)
+
+
+def finish_run(run: tracking.Run, out: Storage, publish: Callable[[], object]) -> bool:
+    """Send what the MLflow store lacks of the metrics, then `publish` (tags, model), and finish the run.
+
+    False, with a warning, when the store did not take it in time.
+    """
+    run.replay(partial(recorded, out))
+    run.later(publish)
+    if run.finish():
+        return True
+    logger.warning(
+        "the model in %s is finished, but the MLflow store did not come back: its metrics are in %s/%s. "
+        "The same command again sends it",
+        out.uri,
+        out.uri,
+        FOLDER,
+    )
+    return False
 
 
 def _run_ray_train(

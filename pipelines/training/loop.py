@@ -37,13 +37,13 @@ from pipelines.training.health import (
     Watchdog,
 )
 from pipelines.training.identity import Claim
-from pipelines.training.metrics import Meter
+from pipelines.training.metrics import Meter, record_part
 from pipelines.training.schedules import learning_rate
 from pipelines.training.stage import Stage, under
 from pipelines.training.validation import Validation
 
 if TYPE_CHECKING:
-    from pipelines.tracking import Run
+    from pipelines.tracking import Point, Run
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 1.0  # between two looks at a checkpoint that is being written
@@ -301,11 +301,12 @@ class Loop:
             run_id=self.run_id,
             attempt=self.attempt,
         )
+        points: list[Point] = []
         if self.run is not None:
             self.run.log_metrics({"checkpoint_stall_seconds": time.perf_counter() - stalled}, step)
-            saved.unsent = self.run.unsent()  # with these, a checkpoint never runs ahead of the curves
+            points = self.run.logged()
         if self.rank == 0:
-            self.writer.start(saved, tensors)
+            self.writer.start(saved, tensors, record_part(points, self.attempt, step))
         self.watchdog.beat()
 
     def leave(self, step: int, stop: Stop) -> None:

@@ -7,9 +7,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cached_property
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cached_property, partial
 from typing import Any
 
 import psutil
@@ -30,12 +30,12 @@ from deedsr.errors import DeeDSRError, UsageError
 from pipelines.claims import Superseded
 from pipelines.data.dataset import Dataset
 from pipelines.models import usable_device
-from pipelines.storage import open_storage
-from pipelines.training import tracked
+from pipelines.storage import Storage, open_storage
 from pipelines.training.config import AdapterOptions, LearnerOptions, from_resolved
 from pipelines.training.health import Ended, Moved, Stop, Untrainable, Unwritable, listen, terminated
 from pipelines.training.identity import Claim
 from pipelines.training.loop import train
+from pipelines.training.metrics import record_part, recorded
 from pipelines.training.stage import make_stage
 
 logger = logging.getLogger(__name__)
@@ -273,7 +273,7 @@ def train_worker(config: dict[str, Any]) -> str | None:
     kind = LearnerOptions if config["stage"] == "learner" else AdapterOptions
     options = from_resolved(kind, config["options"])
     dataset = Dataset.open(options.data)
-    stage = make_stage(options, dataset)
+    stage, out = make_stage(options, dataset), open_storage(options.out)
     stage.fetch()  # before the watchdog counts, and once for all workers of a node
     rank = ray.train.get_context().get_world_rank()
     asked = Asked(config["progress"], rank)
@@ -286,8 +286,9 @@ def train_worker(config: dict[str, Any]) -> str | None:
     if rank == 0:
         from pipelines import tracking
 
-        run = tracking.open_run(config["tracking_uri"], claim.run_id, permit=claim.holds)
-        run.take_up(tracked.unsent(open_storage(options.out)))
+        run = tracking.open_run(
+            config["tracking_uri"], claim.run_id, permit=claim.holds, recorded=partial(recorded, out)
+        )
     try:
         device = ray.train.torch.get_device() if config["device"] == "cuda" else torch.device("cpu")
         progress = config["progress"]
@@ -295,9 +296,18 @@ def train_worker(config: dict[str, Any]) -> str | None:
     except (Ended, Untrainable, Unwritable) as end:  # every worker has the same
         return str(end)
     finally:
-        if run is not None and not run.close():
-            try:
-                tracked.keep(open_storage(options.out), run.unsent())
-            except DeeDSRError as error:  # the last checkpoint has them but for those after it
-                logger.warning("metrics that MLflow did not take could not be kept: %s", error)
+        if run is not None:
+            run.close()
+            with suppress(Superseded):
+                claim.check()
+                _keep(out, record_part(run.logged(), claim.attempt))
     return None
+
+
+def _keep(out: Storage, files: Mapping[str, bytes]) -> None:
+    """The end of the record of metrics, behind the last checkpoint."""
+    try:
+        for path, data in files.items():
+            out.write(path, data)
+    except DeeDSRError as error:
+        logger.warning("metrics since the last checkpoint could not be kept: %s", error)
