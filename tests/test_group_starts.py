@@ -16,7 +16,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from pipelines.training import ray_train
 from pipelines.training.health import Moved
-from pipelines.training.ray_train import ListeningTorchConfig, OneMachineTrainer, RestartPolicy
+from pipelines.training.ray_train import ListeningTorchConfig, RestartingTrainer, RestartPolicy
 from pipelines.training.supervision import progress_bar
 
 
@@ -68,7 +68,7 @@ def both_sum() -> float:
 
 def fit(progress: Any, folder: Path, kinds: tuple[str, ...]) -> float:
     (folder / "starts").mkdir()
-    trainer = OneMachineTrainer(
+    trainer = RestartingTrainer(
         lambda config: both_sum(),
         train_loop_config={"progress": progress},
         torch_config=BrokenStarts(backend="gloo", folder=str(folder / "starts"), kinds=kinds),

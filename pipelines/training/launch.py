@@ -318,15 +318,13 @@ def _run_ray_train(
     progress: bool,
 ) -> None:
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_SECONDS))
-    local = cluster.is_local()
-    if local:  # no node of it is drained, so nobody need watch for that
+    if cluster.is_local():  # no node of it is drained, so nobody need watch for that
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
     from pipelines.training.ray_train import (
         GroupWatch,
         ListeningTorchConfig,
-        OneMachineTrainer,
         RestartingTrainer,
         train_worker,
     )
@@ -338,7 +336,7 @@ def _run_ray_train(
         cluster.scratch(options.out, f"_ray-{uuid.uuid4().hex[:8]}") as (path, filesystem),
         progress_bar(stage, options.train.max_steps, done[-1].step if done else 0, progress) as bar,
     ):
-        trainer = (OneMachineTrainer if local else RestartingTrainer)(
+        trainer = RestartingTrainer(
             train_worker,
             train_loop_config={
                 "stage": stage,

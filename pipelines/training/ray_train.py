@@ -23,7 +23,6 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
-from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from deedsr.errors import DeeDSRError, UsageError
@@ -128,32 +127,6 @@ class RestartingTrainer(TorchTrainer):
         if self.scaling_config.elasticity_enabled:
             settings["scaling_policy"] = ElasticPolicy(self.scaling_config, progress)
         return super()._initialize_and_run_controller(**settings)
-
-
-class OneMachineTrainer(RestartingTrainer):
-    """RestartingTrainer for a cluster that starts and ends with the command, without three actors that each are a
-    process to be waited for: one tidies up after a controller that died before its cluster, one hands out Ray Datasets,
-    one asks an autoscaler for machines.
-
-    It leans on what is Ray's own, in the version that is pinned: look here when that changes.
-    """
-
-    def _create_default_callbacks(self) -> list[Any]:
-        needless = ("PlacementGroupCleanerCallback", "DatasetsCallback")
-        return [c for c in super()._create_default_callbacks() if type(c).__name__ not in needless]
-
-    def _initialize_and_run_controller(self, **settings: Any) -> Any:
-        if type(settings.get("scaling_policy")) is FixedScalingPolicy:
-            settings["scaling_policy"] = _WithoutAutoscaler(self.scaling_config)
-        return super()._initialize_and_run_controller(**settings)
-
-
-class _WithoutAutoscaler(FixedScalingPolicy):
-    def after_controller_start(self, train_run_context: Any) -> None:
-        pass
-
-    def _maybe_send_resource_request(self) -> None:
-        pass
 
 
 class Asked:
