@@ -13,9 +13,9 @@ training keeps a record of its own (`pipelines.training.metrics`), of which the 
 
 from pipelines.tracking.mirror import Point
 from pipelines.tracking.provenance import DatasetInput, HasDigest
-from pipelines.tracking.run import Run, find_run, open_run, start_run
+from pipelines.tracking.run import Run, open_run, start_run
 from pipelines.tracking.stale import Closed, close_stale
-from pipelines.tracking.store import EXPERIMENTS, connect, masked_uri, require_shared_store, tracking_uri
+from pipelines.tracking.store import EXPERIMENTS, connect, find_run, masked_uri, require_shared_store, tracking_uri
 
 __all__ = [
     "EXPERIMENTS",

@@ -146,19 +146,24 @@ class Mirror:
             self._points = sorted(points.values(), key=lambda p: p.step)
             self._recorded = None
 
-    def _send_valid(self, points: Sequence[Point]) -> None:
-        """Send a batch; where the store will never take it, its halves, and in the end all but the points at fault."""
+    def _send_valid(self, points: Sequence[Point], refused: bool = False) -> None:
+        """Send a batch; where the store will never take it, its halves, and in the end all but the points at fault.
+
+        `refused`: this one point was refused before, as it might have been for what had passed when it was explained.
+        """
         if not points:
             return
         try:
             self._send(points)
         except NeverTaken as error:
-            if len(points) == 1:
-                _log.warning("%s at step %d is left out: %s", points[0].name, points[0].step, error)
-                return
             middle = len(points) // 2
-            self._send_valid(points[:middle])
-            self._send_valid(points[middle:])
+            if middle:
+                self._send_valid(points[:middle])
+                self._send_valid(points[middle:])
+            elif not refused:
+                self._send_valid(points, refused=True)
+            else:
+                _log.warning("%s at step %d is left out: %s", points[0].name, points[0].step, error)
 
     def _may_send(self) -> bool:
         if self._permit():

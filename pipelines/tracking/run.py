@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 import os
-import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from pipelines.tracking.provenance import (
     plain,
 )
 from pipelines.tracking.stale import USER_TAG, close_stale, presence, user
-from pipelines.tracking.store import StoreAway, cause, connect, experiment_id, masked_uri, quoted
+from pipelines.tracking.store import StoreAway, cause, connect, experiment_id, how_to_restore, masked_uri
 from pipelines.tracking.store import tracking_uri as resolve_uri
 
 if TYPE_CHECKING:
@@ -140,23 +139,6 @@ def open_run(
     if system_metrics:
         run.later(run._watch_system)
     return run
-
-
-def find_run(experiment: str | None, tags: Mapping[str, str], tracking_uri: str | None = None) -> str | None:
-    """Id of the newest run with all these tags, in one experiment or (None) in all; None when there is none."""
-    client = connect(resolve_uri(tracking_uri))
-    if experiment is None:
-        experiments = client.search_experiments()
-    else:
-        found = client.get_experiment_by_name(experiment)
-        experiments = [found] if found else []
-    if not experiments:
-        return None
-    condition = " and ".join(f"tags.`{key}` = {quoted(value)}" for key, value in tags.items())
-    runs = client.search_runs(
-        [e.experiment_id for e in experiments], condition, order_by=["attributes.start_time DESC"], max_results=1
-    )
-    return runs[0].info.run_id if runs else None
 
 
 class Run:
@@ -352,32 +334,10 @@ class Run:
                 if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                     raise
                 raise UsageError(
-                    self._deleted()
+                    how_to_restore(self.client, self.tracking_uri, self.id)
                     or f"the MLflow store {masked_uri(self.tracking_uri)} has no run {self.id} to continue: set "
                     "MLFLOW_TRACKING_URI to the store in which the work was begun, or begin anew with another --out"
                 ) from error
-
-    def _deleted(self) -> str | None:
-        """How to have the run again if somebody deleted it, or its experiment; else None."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            about = self.client.get_run(self.id).info
-            experiment = self.client.get_experiment(about.experiment_id)
-        except MlflowException:  # gone for good, or never there
-            return None
-        if experiment.lifecycle_stage == "deleted":
-            what, command = f"the experiment {experiment.name} of", "experiments restore --experiment-id"
-        elif about.lifecycle_stage == "deleted":
-            what, command = "", "runs restore --run-id"
-        else:
-            return None
-        id = about.experiment_id if what else self.id
-        store = masked_uri(self.tracking_uri)
-        return (
-            f"{what} MLflow run {self.id} was deleted in {store}: to have it again, "
-            f"MLFLOW_TRACKING_URI={shlex.quote(store)} mlflow {command} {id}"
-        ).strip()
 
     def _watch_system(self) -> None:
         from pipelines.tracking.system import SystemMetrics
@@ -409,8 +369,8 @@ class Run:
         except (MlflowException, SQLAlchemyError, OSError) as error:
             # The one code that blames what was sent; MLflow has BAD_REQUEST for a database that is away, too.
             never = getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE"
-            if never and (deleted := self._deleted()):
-                raise StoreRefused(deleted) from error
+            if never and (remedy := how_to_restore(self.client, self.tracking_uri, self.id)):
+                raise StoreRefused(remedy) from error
             raise (NeverTaken if never else StoreRefused)(
                 f"the MLflow store {masked_uri(self.tracking_uri)} did not take what run {self.id} logs "
                 f"({cause(error)}): see that it runs and has space, then start the same command again, "
