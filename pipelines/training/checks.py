@@ -71,6 +71,27 @@ def check_adapter_data(options: AdapterOptions, dataset: Dataset, base: Path, le
         raise UsageError(f"sampling: {error}") from None
 
 
+def require_latents_of(dataset: Dataset, options: AdapterOptions, base: Path, learner: Path) -> None:
+    """Refuse latents that other networks made than those that this training would use."""
+    from deedsr.hub.digests import part_digest
+
+    made_of = dataset.manifest.latents
+    if made_of is None:
+        return
+    parts = {"base": (made_of.vae, base / "vae")} | ({"learner": (made_of.learner, learner)} if made_of.learner else {})
+    differing = [
+        f"--{name} {getattr(options, name)} ({'its VAE' if name == 'base' else 'it'} has digest {found:.12}, "
+        f"theirs had {stored:.12})"
+        for name, (stored, folder) in parts.items()
+        if (found := part_digest(folder)) != stored
+    ]
+    if differing:
+        raise UsageError(
+            f"the latents in {dataset.uri} were not made with {' and not with '.join(differing)}: give what they were "
+            f"made with, or make others by `deedsr latents`"
+        )
+
+
 def require_best_metric(options: LearnerOptions | AdapterOptions, dataset: Dataset, base: Path | None = None) -> None:
     """Raises UsageError for a `train.best_metric` that no checkpoint would hold. `base`: of the adapter."""
     train = options.train

@@ -25,6 +25,7 @@ from pipelines.training.checks import (
     check_adapter_data,
     check_learner_data,
     require_best_metric,
+    require_latents_of,
     warn_of_idle,
 )
 from pipelines.training.config import (
@@ -73,7 +74,7 @@ def train_learner(options: LearnerOptions, *, progress: bool = True) -> TrainRes
     require_best_metric(options, dataset)
     unit = options.contrast.batch_block
     inputs = {"dataset": dataset.digest} | _initial("learner", options)
-    return _fit("learner", options, dataset, unit, inputs, {}, progress)
+    return Launch("learner", options, dataset, unit, inputs, {}, progress).fit()
 
 
 def train_adapter(options: AdapterOptions, *, progress: bool = True) -> TrainResult:
@@ -90,32 +91,11 @@ def train_adapter(options: AdapterOptions, *, progress: bool = True) -> TrainRes
     options = replace(options, base=pinned_base(options.base, base))  # one revision for all workers and continuations
     check_adapter_data(options, dataset, base, learner)
     require_best_metric(options, dataset, base)
-    _require_latents_of(dataset, options, base, learner)
+    require_latents_of(dataset, options, base, learner)
     inputs = {"dataset": dataset.digest, "learner": weights_digest(learner), "base": base_digest(base)}
     inputs |= _initial("adapter", options)
     parents = {"learner": training_run(options.learner)}
-    return _fit("adapter", options, dataset, 1, inputs, parents, progress)
-
-
-def _require_latents_of(dataset: Dataset, options: AdapterOptions, base: Path, learner: Path) -> None:
-    """Refuse latents that other networks made than those that this training would use."""
-    from deedsr.hub.digests import part_digest
-
-    made_of = dataset.manifest.latents
-    if made_of is None:
-        return
-    parts = {"base": (made_of.vae, base / "vae")} | ({"learner": (made_of.learner, learner)} if made_of.learner else {})
-    differing = [
-        f"--{name} {getattr(options, name)} ({'its VAE' if name == 'base' else 'it'} has digest {found:.12}, "
-        f"theirs had {stored:.12})"
-        for name, (stored, folder) in parts.items()
-        if (found := part_digest(folder)) != stored
-    ]
-    if differing:
-        raise UsageError(
-            f"the latents in {dataset.uri} were not made with {' and not with '.join(differing)}: give what they were "
-            f"made with, or make others by `deedsr latents`"
-        )
+    return Launch("adapter", options, dataset, 1, inputs, parents, progress).fit()
 
 
 def _initial(stage: str, options: LearnerOptions | AdapterOptions) -> dict[str, str]:
@@ -154,83 +134,148 @@ def _open(stage: str, options: LearnerOptions | AdapterOptions) -> Dataset:
     return dataset
 
 
-def _fit(
-    stage: str,
-    options: LearnerOptions | AdapterOptions,
-    dataset: Dataset,
-    unit: int,
-    inputs: dict[str, str],
-    parents: dict[str, str | None],
-    progress: bool,
-) -> TrainResult:
-    out = open_storage(options.out)
-    began = TrainingRecord.read(out)
-    options = with_schedule(options, began.config if began else None)
-    warn_of_idle(options, dataset)
-    record = continued(out, stage, options, inputs)
-    done = finished(out, record, options)
-    if record and done and record.published == done.step:
-        return _result(record.run_id, out, done)
-    with held(Claim(out)) as claim:
-        record = continued(out, stage, options, inputs)  # whoever held it before may have gone on
-        done = finished(out, record, options)
-        if record and done:
-            if record.published != done.step:
-                run = tracking.open_run(tracking.tracking_uri(), record.run_id, system_metrics=False)
-                _conclude(run, options, out, record, done)
+@dataclass
+class Launch:
+    """A training that is asked for."""
+
+    stage: str
+    options: LearnerOptions | AdapterOptions
+    dataset: Dataset
+    unit: int  # samples that must stay in one forward
+    inputs: dict[str, str]  # digests by name
+    parents: dict[str, str | None]  # MLflow runs by role
+    progress: bool
+
+    def fit(self) -> TrainResult:
+        out = open_storage(self.options.out)
+        began = TrainingRecord.read(out)
+        self.options = with_schedule(self.options, began.config if began else None)
+        warn_of_idle(self.options, self.dataset)
+        record = continued(out, self.stage, self.options, self.inputs)
+        done = finished(out, record, self.options)
+        if record and done and record.published == done.step:
             return _result(record.run_id, out, done)
-        return _train(stage, options, dataset, unit, inputs, parents, progress, claim, record)
+        with held(Claim(out)) as claim:
+            record = continued(out, self.stage, self.options, self.inputs)  # whoever held it before may have gone on
+            done = finished(out, record, self.options)
+            if record and done:
+                if record.published != done.step:
+                    run = tracking.open_run(tracking.tracking_uri(), record.run_id, system_metrics=False)
+                    self._conclude(run, record, done)
+                return _result(record.run_id, out, done)
+            return self._train(claim, record)
 
+    def _train(self, claim: Claim, record: TrainingRecord | None) -> TrainResult:
+        out, uri = claim.out, tracking.tracking_uri()
+        # Its imports and a new store take as long as the start of Ray's processes; a continuation needs no store.
+        with nullcontext() if record else _beside(lambda: tracking.connect(uri)):
+            cluster.connect()
+        tracking.require_shared_store(uri, cluster.nodes())
+        plan = _placed(self.stage, self.options.train, self.unit)
+        if record is None:  # a run that is continued has these tags
+            made = {"shards": self.dataset.order_digest}
+            if self.dataset.manifest.latents:
+                made["latents"] = self.dataset.digest
+            for kind, digest in made.items():
+                self.parents[kind] = tracking.find_run(None, {"deedsr.kind": kind, "deedsr.dataset.digest": digest})
+        config = asdict(self.options)
+        if self.stage == "adapter":
+            config["definitions"] = {f"validation/{name}": PSNR().statement() for name in ("psnr_y", "psnr_y_bicubic")}
+        with tracking.start_run(
+            self.options.experiment,
+            name=Path(self.options.out.rstrip("/")).name,
+            config=config,
+            dataset=self.dataset,
+            parents=self.parents,
+            run_id=record.run_id if record else None,
+            tags={"deedsr.kind": self.stage},
+            out=self.options.out,
+            tracking_uri=uri,
+            system_metrics=False,
+            patient=True,
+            permit=claim.holds,
+        ) as run:
+            version = record.version if record else None
+            record = TrainingRecord(self.stage, asdict(self.options), self.inputs, run.id, version=version)
+            record.write(out)
+            claim.run_id = run.id
+            self._run_ray_train(claim, uri, plan)
+            claim.check()
+            last = checkpoint.committed(out)[-1]
+            refuse_of_others(out, last, run.id)
+            record.exported = last.step
+            record.write(out)
+            self._conclude(run, record, last)
+        return _result(run.id, out, last)
 
-def _train(
-    stage: str,
-    options: LearnerOptions | AdapterOptions,
-    dataset: Dataset,
-    unit: int,
-    inputs: dict[str, str],
-    parents: dict[str, str | None],
-    progress: bool,
-    claim: Claim,
-    record: TrainingRecord | None,
-) -> TrainResult:
-    out, uri = claim.out, tracking.tracking_uri()
-    # Its imports and a new store take as long as the start of Ray's processes. A continuation does without the store.
-    with nullcontext() if record else _beside(lambda: tracking.connect(uri)):
-        cluster.connect()
-    tracking.require_shared_store(uri, cluster.nodes())
-    plan = _placed(stage, options.train, unit)
-    if record is None:  # a run that is continued has these tags
-        made = {"shards": dataset.order_digest} | ({"latents": dataset.digest} if dataset.manifest.latents else {})
-        for kind, digest in made.items():
-            parents[kind] = tracking.find_run(None, {"deedsr.kind": kind, "deedsr.dataset.digest": digest})
-    config = asdict(options)
-    if stage == "adapter":
-        config["definitions"] = {f"validation/{name}": PSNR().statement() for name in ("psnr_y", "psnr_y_bicubic")}
-    with tracking.start_run(
-        options.experiment,
-        name=Path(options.out.rstrip("/")).name,
-        config=config,
-        dataset=dataset,
-        parents=parents,
-        run_id=record.run_id if record else None,
-        tags={"deedsr.kind": stage},
-        out=options.out,
-        tracking_uri=uri,
-        system_metrics=False,
-        patient=True,
-        permit=claim.holds,
-    ) as run:
-        record = TrainingRecord(stage, asdict(options), inputs, run.id, version=record.version if record else None)
-        record.write(out)
-        claim.run_id = run.id
-        _run_ray_train(stage, options, claim, uri, plan, progress)
-        claim.check()
-        last = checkpoint.committed(out)[-1]
-        refuse_of_others(out, last, run.id)
-        record.exported = last.step
-        record.write(out)
-        _conclude(run, options, out, record, last)
-    return _result(run.id, out, last)
+    def _conclude(self, run: tracking.Run, record: TrainingRecord, last: checkpoint.Checkpoint) -> None:
+        """Log the result to the MLflow store, once: the last checkpoint, and the model as a version of the registry."""
+        from pipelines.tracking.provenance import COMMIT_TAG, DIGEST_TAG, PARENT_TAG
+        from pipelines.tracking.registry import register
+
+        out = open_storage(self.options.out)
+
+        def publish() -> None:
+            run.set_tags({"deedsr.checkpoint": tracking.masked_uri(f"{out.uri}/{last.folder}")})
+            if not self.options.register_as:
+                return
+            known = run.client.get_run(run.id).data.tags
+            lineage = {k: v for k, v in known.items() if k in (COMMIT_TAG, DIGEST_TAG) or k.startswith(PARENT_TAG)}
+            lineage |= {"deedsr.kind": record.stage, "deedsr.step": str(last.step)}
+            if isinstance(self.options, AdapterOptions):
+                lineage["deedsr.base"] = tracking.masked_uri(self.options.base)
+            register(run, self.options.register_as, out, lineage)
+
+        if finish_run(run, out, publish):
+            record.published = last.step
+            record.write(out)
+
+    def _run_ray_train(self, claim: Claim, uri: str, plan: TrainingPlan) -> None:
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_SECONDS))
+        if cluster.is_local():  # no node of it is drained, so nobody need watch for that
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+
+        from pipelines.training.ray_train import (
+            GroupWatch,
+            ListeningTorchConfig,
+            RestartingTrainer,
+            train_worker,
+        )
+
+        placed = replace(self.options, train=replace(self.options.train, loader_threads=plan.loader_threads))
+        # Ray Train keeps its own records per attempt; ours are the checkpoints in --out, so these are dropped again.
+        done = checkpoint.committed(claim.out)
+        with (
+            cluster.scratch(self.options.out, f"_ray-{uuid.uuid4().hex[:8]}") as (path, filesystem),
+            progress_bar(self.stage, self.options.train.max_steps, done[-1].step if done else 0, self.progress) as bar,
+        ):
+            trainer = RestartingTrainer(
+                train_worker,
+                train_loop_config={
+                    "stage": self.stage,
+                    "options": asdict(placed),
+                    "claim": claim,
+                    "tracking_uri": uri,
+                    "device": plan.device,
+                    "threads": plan.threads,
+                    "progress": bar,
+                },
+                torch_config=ListeningTorchConfig(backend=plan.backend),
+                scaling_config=ScalingConfig(
+                    num_workers=plan.workers[0] if plan.workers[0] == plan.workers[1] else plan.workers,
+                    use_gpu=bool(plan.gpus),
+                    resources_per_worker=plan.bundle,
+                ),
+                run_config=RunConfig(
+                    name=f"deedsr-{self.stage}",
+                    storage_path=path,
+                    storage_filesystem=filesystem,
+                    failure_config=FailureConfig(max_failures=self.options.train.max_failures),
+                    callbacks=[GroupWatch(bar)],
+                ),
+            )
+            supervised(self.stage, trainer, bar, plan, claim)
 
 
 def _placed(stage: str, train: TrainOptions, unit: int) -> TrainingPlan:
@@ -263,33 +308,6 @@ def _beside(work: Callable[[], object]) -> Iterator[None]:
     thread.join()
 
 
-def _conclude(
-    run: tracking.Run,
-    options: LearnerOptions | AdapterOptions,
-    out: Storage,
-    record: TrainingRecord,
-    last: checkpoint.Checkpoint,
-) -> None:
-    """Tell the MLflow store what came out, once: the last checkpoint, and the model as a version of the registry."""
-    from pipelines.tracking.provenance import COMMIT_TAG, DIGEST_TAG, PARENT_TAG
-    from pipelines.tracking.registry import register
-
-    def publish() -> None:
-        run.set_tags({"deedsr.checkpoint": tracking.masked_uri(f"{out.uri}/{last.folder}")})
-        if not options.register_as:
-            return
-        known = run.client.get_run(run.id).data.tags
-        lineage = {k: v for k, v in known.items() if k in (COMMIT_TAG, DIGEST_TAG) or k.startswith(PARENT_TAG)}
-        lineage |= {"deedsr.kind": record.stage, "deedsr.step": str(last.step)}
-        if isinstance(options, AdapterOptions):
-            lineage["deedsr.base"] = tracking.masked_uri(options.base)
-        register(run, options.register_as, out, lineage)
-
-    if finish_run(run, out, publish):
-        record.published = last.step
-        record.write(out)
-
-
 def finish_run(run: tracking.Run, out: Storage, publish: Callable[[], object]) -> bool:
     """Send what the MLflow store lacks of the metrics, then `publish` (tags, model), and finish the run.
 
@@ -307,61 +325,6 @@ def finish_run(run: tracking.Run, out: Storage, publish: Callable[[], object]) -
         FOLDER,
     )
     return False
-
-
-def _run_ray_train(
-    stage: str,
-    options: LearnerOptions | AdapterOptions,
-    claim: Claim,
-    tracking_uri: str,
-    plan: TrainingPlan,
-    progress: bool,
-) -> None:
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_SECONDS))
-    if cluster.is_local():  # no node of it is drained, so nobody need watch for that
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-
-    from pipelines.training.ray_train import (
-        GroupWatch,
-        ListeningTorchConfig,
-        RestartingTrainer,
-        train_worker,
-    )
-
-    placed = replace(options, train=replace(options.train, loader_threads=plan.loader_threads))
-    # Ray Train keeps its own records per attempt; ours are the checkpoints in --out, so these are dropped again.
-    done = checkpoint.committed(claim.out)
-    with (
-        cluster.scratch(options.out, f"_ray-{uuid.uuid4().hex[:8]}") as (path, filesystem),
-        progress_bar(stage, options.train.max_steps, done[-1].step if done else 0, progress) as bar,
-    ):
-        trainer = RestartingTrainer(
-            train_worker,
-            train_loop_config={
-                "stage": stage,
-                "options": asdict(placed),
-                "claim": claim,
-                "tracking_uri": tracking_uri,
-                "device": plan.device,
-                "threads": plan.threads,
-                "progress": bar,
-            },
-            torch_config=ListeningTorchConfig(backend=plan.backend),
-            scaling_config=ScalingConfig(
-                num_workers=plan.workers[0] if plan.workers[0] == plan.workers[1] else plan.workers,
-                use_gpu=bool(plan.gpus),
-                resources_per_worker=plan.bundle,
-            ),
-            run_config=RunConfig(
-                name=f"deedsr-{stage}",
-                storage_path=path,
-                storage_filesystem=filesystem,
-                failure_config=FailureConfig(max_failures=options.train.max_failures),
-                callbacks=[GroupWatch(bar)],
-            ),
-        )
-        supervised(stage, trainer, bar, plan, claim)
 
 
 def _result(run_id: str, out: Storage, last: checkpoint.Checkpoint) -> TrainResult:
