@@ -2,11 +2,13 @@
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +29,9 @@ from pipelines.training.config import AdapterOptions
 from pipelines.training.metrics import by_timestep, middles
 from pipelines.training.stage import Workers, fresh, initial_weights
 
+if TYPE_CHECKING:
+    from deedsr.sampling.pipeline import DeeDSRPipeline
+
 
 class Draws(NamedTuple):
     """What chance decides for one sample: `place` of the crop (top, left, height, width in LR pixels), the noise that
@@ -35,6 +40,21 @@ class Draws(NamedTuple):
     place: tuple[int, int, int, int]
     encoding_noise: np.ndarray
     questions: dict[str, Any]
+
+
+class AdapterBatch(TypedDict):
+    """A micro-batch: of pixels, or of latents that were stored."""
+
+    timestep: Tensor  # (B,)
+    noise: Tensor  # (B, C, h, w)
+    guidance: Tensor  # (B,) strength of the pull to the LR
+    lr: NotRequired[Tensor]  # (B, 3, H, W) in [0, 1], whole, for the learner
+    lr_crop: NotRequired[Tensor]  # (B, 3, H, W) in [0, 1]
+    hr_crop: NotRequired[Tensor]  # (B, 3, s H, s W) in [0, 1]
+    encoding_noise: NotRequired[Tensor]  # (B, 2, C, h, w) of the posteriors of LR and HR
+    z_lr: NotRequired[Tensor]  # (B, C, h, w)
+    z_hr: NotRequired[Tensor]  # (B, C, h, w)
+    degradation: NotRequired[Tensor]  # (B, D)
 
 
 class AdapterStage:
@@ -90,7 +110,7 @@ class AdapterStage:
     def _trained_learner(self) -> DegradationLearner:
         return DegradationLearner.from_pretrained(resolve_learner(self.options.learner), low_cpu_mem_usage=False)
 
-    def sample(self, dataset: Dataset, index: Any, row: int, epoch: int) -> dict[str, Any]:
+    def sample(self, dataset: Dataset, index: pa.Table, row: int, epoch: int) -> dict[str, Any]:
         """The whole LR for the learner; an aligned LR/HR crop, a timestep and the noise for the denoiser. Of latents:
         the vector, and crops of the latents at the nearest cells."""
         if self.latents is not None:
@@ -110,7 +130,7 @@ class AdapterStage:
             **draws.questions,
         }
 
-    def _sample_latents(self, dataset: Dataset, index: Any, row: int, epoch: int) -> dict[str, Any]:
+    def _sample_latents(self, dataset: Dataset, index: pa.Table, row: int, epoch: int) -> dict[str, Any]:
         key, stored, lr = dataset.read_latents(index, row)
         height, width = (side * self.vae_factor // self.scale for side in stored.hr_mean.shape[1:])
         draws = self._draw(key, epoch, height, width)
@@ -142,7 +162,7 @@ class AdapterStage:
         questions["guidance"] = np.float32(options.diffusion.noise_guidance * min(1, 2 * rng.random()))
         return Draws((top, left, rows, columns), encoding_noise, questions)
 
-    def _encoded(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _encoded(self, batch: AdapterBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Latents of LR and HR, and the degradation vectors, all fp32: computed, or as they were stored."""
         vector_BD = batch["degradation"] if "degradation" in batch else self.learner(batch["lr"])
         if "z_lr" in batch:
@@ -154,7 +174,7 @@ class AdapterStage:
         )
         return z_lr, z_hr, vector_BD
 
-    def loss(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: Callable[..., Tensor], batch: AdapterBatch) -> tuple[Tensor, dict[str, Tensor]]:
         loss_B = self.losses(model, batch)
         return loss_B.mean(), by_timestep(loss_B.detach(), batch["timestep"], self.timesteps)
 
@@ -164,7 +184,7 @@ class AdapterStage:
         steps = self.scheduler.config["num_train_timesteps"]
         return min(self.options.diffusion.max_timestep or steps, steps)
 
-    def losses(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+    def losses(self, model: Callable[..., Tensor], batch: AdapterBatch) -> Tensor:
         """The loss of each sample (B,), in fp32 whatever the networks compute in."""
         with torch.no_grad():
             z_lr, z_hr, degradation_BD = self._encoded(batch)
@@ -174,7 +194,7 @@ class AdapterStage:
         output = model(noisy, t, z_lr, degradation_BD)
         return denoising_loss(output, target, abar_B, prediction, self.options.diffusion.snr_gamma)
 
-    def measure(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+    def measure(self, model: Callable[..., Tensor], batch: AdapterBatch) -> Tensor:
         """The loss of each sample at the middle of each bucket of timesteps, with the sample's one noise."""
         at = [batch | {"timestep": torch.full_like(batch["timestep"], t)} for t in middles(self.timesteps)]
         return torch.stack([self.losses(model, one) for one in at], 1)
@@ -184,7 +204,7 @@ class AdapterStage:
         by_timestep = {f"loss_timestep/{t:03d}": mean for t, mean in zip(middles(self.timesteps), means_N, strict=True)}
         return {"loss": means_N.mean()} | by_timestep
 
-    def pipeline(self) -> Any | None:
+    def pipeline(self) -> "DeeDSRPipeline | None":
         if self.latents is not None:  # neither pixels nor what would make some
             return None
         from deedsr.sampling.pipeline import DeeDSRPipeline

@@ -51,7 +51,7 @@ VALIDATION_SECONDS = 1800.0  # that a validation may take before a worker counts
 
 
 def train(
-    stage: Stage,
+    stage: Stage[Any],
     options: LearnerOptions | AdapterOptions,
     dataset: Dataset,
     device: torch.device,
@@ -107,7 +107,7 @@ class Loop:
 
     def __init__(
         self,
-        stage: Stage,
+        stage: Stage[Any],
         options: LearnerOptions | AdapterOptions,
         dataset: Dataset,
         device: torch.device,

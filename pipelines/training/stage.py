@@ -4,8 +4,9 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import pyarrow as pa
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from deedsr.learner.resnet import LEARNER_PRESETS, DegradationLearner
 from pipelines.data.dataset import Dataset
 from pipelines.models import resolve_base, resolve_learner, resolve_model
 from pipelines.training.config import AdapterOptions, LearnerModelOptions, LearnerOptions
+
+if TYPE_CHECKING:
+    from deedsr.sampling.pipeline import DeeDSRPipeline
 
 # How statistics are taken: the same weights serve any; what the base predicts: older adapters do not say.
 NOT_GEOMETRY = {"norm_group", "prediction_type"}
@@ -38,12 +42,15 @@ class Workers(Protocol):
         """The trained parameters whole and in fp32, whatever ZeRO made of them."""
 
 
-class Stage(Protocol):
+BatchT = TypeVar("BatchT", contravariant=True)
+
+
+class Stage(Protocol[BatchT]):
     """One of the two trainings. The trainer calls, in this order: `build` once, then for every micro-batch `loss`,
     and once per optimizer step `end_step`, or `drop_step` where the step was not taken."""
 
     name: str
-    options: Any
+    options: Any  # LearnerOptions or AdapterOptions
     together: bool  # the variants of one content stay adjacent in the order of samples
     unit: int  # samples that must share a forward
 
@@ -53,19 +60,19 @@ class Stage(Protocol):
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """Make the networks from the options' seed; return the module whose parameters with gradients train."""
 
-    def sample(self, dataset: Dataset, index: Any, row: int, epoch: int) -> dict[str, Any]:
+    def sample(self, dataset: Dataset, index: pa.Table, row: int, epoch: int) -> dict[str, Any]:
         """One training sample; its randomness comes from the seed, the sample's key and the epoch. Runs on threads."""
 
-    def loss(self, model: Callable[..., Any], batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: Callable[..., Tensor], batch: BatchT) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss of a micro-batch and numbers to log; `model` is the engine around what `build` returned."""
 
-    def measure(self, model: Callable[..., Any], batch: dict[str, Tensor]) -> Tensor:
+    def measure(self, model: Callable[..., Tensor], batch: BatchT) -> Tensor:
         """What validation has to know of each sample, (B, N) in fp32; changes nothing."""
 
     def judge(self, rows_SN: Tensor) -> dict[str, Tensor]:
         """Validation metrics from the rows that `measure` gave for all samples."""
 
-    def pipeline(self) -> Any | None:
+    def pipeline(self) -> "DeeDSRPipeline | None":
         """A pipeline around the networks as they are, where the stage makes pictures."""
 
     def end_step(self, workers: Workers) -> None:
@@ -85,7 +92,7 @@ class Stage(Protocol):
         """Write the model that whole fp32 parameters and what `state` gave make; `history` is what is told of them."""
 
 
-def make_stage(options: LearnerOptions | AdapterOptions, dataset: Dataset) -> Stage:
+def make_stage(options: LearnerOptions | AdapterOptions, dataset: Dataset) -> Stage[Any]:
     """The stage that these options are of."""
     if isinstance(options, LearnerOptions):
         from pipelines.training.learner_stage import LearnerStage
