@@ -191,6 +191,7 @@ class Loop:
             world_size=self.world_size,
             rank=self.rank,
             threads=self.plan.loader_threads or 2,
+            pinned=self.device.type == "cuda",
             at=follow(self.shards, self.order, self.index),
         )
 
@@ -202,7 +203,7 @@ class Loop:
             before = time.perf_counter()
             with self.blocked.reading():
                 read.append(next(self.batches))
-            batch = {name: t.to(self.device) for name, t in read[-1].items()}
+            batch = {name: t.to(self.device, non_blocking=True) for name, t in read[-1].items()}
             waited += time.perf_counter() - before
             loss, more = self.stage.loss(self.engine, batch)
             self.engine.backward(loss)
