@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
 from deedsr.dataset.codecs import decode_stored, encode
 from deedsr.dataset.crops import choose_crops, cut
@@ -193,3 +194,24 @@ def test_crops_are_textured_inside_the_picture_and_do_not_overlap():
     for wrong, reason in [(image[:63], "smaller"), (image[:, 300:], "texture")]:
         with pytest.raises(RejectedImage, match=reason):
             choose_crops(wrong, crop, np.random.default_rng(1))
+
+
+def test_a_crop_in_the_middle_is_one_and_a_picture_of_its_size_stays_whole():
+    crop = Crop(size=64, place="center", per_source=1, min_std=0, min_laplacian=0)
+    image = np.full((101, 300, 3), 128, np.uint8)
+    assert choose_crops(image, crop, np.random.default_rng(1)) == ([(18, 118, 64)], [])
+    assert choose_crops(image[:64, :64], crop, np.random.default_rng(2)) == ([(0, 0, 64)], [])
+    with pytest.raises(ValidationError, match="per_source must be 1, got 2"):
+        Crop(size=64, place="center", per_source=2, min_std=0, min_laplacian=0)
+
+
+def test_crops_anywhere_are_as_many_as_asked_for_each_once_and_where_an_lr_has_whole_pixels():
+    crop = Crop(size=64, place="anywhere", per_source=30, min_std=0, min_laplacian=0)
+    image = noise(100, 200, 3)
+    chosen, _ = choose_crops(image, crop, np.random.default_rng(1))
+    assert len(chosen) == len(set(chosen)) == 30
+    assert all(place.top % 12 == place.left % 12 == 0 and cut(image, place).shape == (64, 64, 3) for place in chosen)
+    assert len({place.left for place in chosen}) > 5
+    assert chosen != choose_crops(image, crop, np.random.default_rng(2))[0]
+    one, _ = choose_crops(image[:64, :64], crop, np.random.default_rng(1))
+    assert one == [(0, 0, 64)]

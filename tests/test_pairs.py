@@ -8,13 +8,17 @@ import pytest
 import yaml
 from source_files import put, rejected, run, tar_of
 
+from deedsr.dataset.codecs import decode_stored
 from deedsr.dataset.pictures import decode
+from deedsr.dataset.recipe import load_recipe
 from deedsr.errors import UsageError
 from jobs.cli import main
 from pipelines.data.dataset import Dataset
 from pipelines.shards import regenerate, verify
 from pipelines.shards.duplicates import mark_duplicates
+from pipelines.shards.samples import samples_of
 from pipelines.shards.sources import list_pairs, read_source
+from pipelines.shards.sources.source import Source
 
 
 def pair_files(pictures, hr: str, lr: str, scale: int = 4) -> tuple[dict[str, bytes], dict[str, bytes]]:
@@ -148,3 +152,23 @@ def test_pairs_with_equal_hr_and_another_lr_are_no_duplicates(tmp_path, pictures
     put({"a.png": lr, "b.png": other, "c.png": lr}, tmp_path / "lr")
     sources = list_pairs([str(tmp_path / "hr")], [str(tmp_path / "lr")], 4)
     assert [s.path for s in mark_duplicates(sources, None) if s.duplicate] == ["c.png"]
+
+
+def test_the_recipe_of_benchmarks_keeps_every_pair_as_it_is():
+    """Smooth ones too, unflipped, all for validation, with the crop in the middle of what is larger."""
+    recipe = load_recipe("benchmark")
+    for side, grey in [(512, 200), (519, None)]:
+        hr = (
+            np.full((side, side, 3), 200, np.uint8)
+            if grey
+            else np.random.default_rng(0).integers(256, size=(side, side, 3), dtype=np.uint8)
+        )
+        lr = cv2.resize(hr[: side // 4 * 4, : side // 4 * 4], None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
+        source = Source(0, "a_HR.png", "a_HR.png", 1, "1", lr="a_LR4.png")
+        data, lr_data = (cv2.imencode(".png", pixels[..., ::-1])[1].tobytes() for pixels in (hr, lr))
+        drafts = samples_of(source, data, lr_data, recipe)
+        [sample], rejected = drafts.samples, drafts.rejected
+        assert rejected == []
+        assert (decode_stored(sample.members["lr"]) == lr[:128, :128]).all()
+        assert (decode_stored(sample.members["hr"]) == hr[:512, :512]).all()
+    assert recipe.split.validation_patterns == ("*",)

@@ -86,7 +86,10 @@ def test_a_file_overrides_its_base_key_by_key(tmp_path):
     ("text", "message"),
     [
         ("scale: 5", r"scale: input should be 2, 3 or 4, got 5"),
-        ("crop: {sise: 256}", r"unknown key crop\.sise; accepted here: size, per_source, min_std, min_laplacian"),
+        (
+            "crop: {sise: 256}",
+            r"unknown key crop\.sise; accepted here: size, place, per_source, min_std",
+        ),
         ("degradation: {blur1: {sigma: [3, 1]}}", r"degradation\.blur1\.sigma must be a range .* got \[3\.0, 1\.0\]"),
         ("degradation: {blur1: {sigma: [-1, 1]}}", r"degradation\.blur1\.sigma must be a range .* got \[-1\.0, 1\.0\]"),
         ("degradation: {blur1: {kernel_size: [8, 21]}}", r"kernel_size must be odd kernel sizes .* got \[8, 21\]"),
@@ -104,10 +107,10 @@ def test_a_file_overrides_its_base_key_by_key(tmp_path):
         ("formats: {lr: jpeg}", r"formats\.lr: input should be 'png' or 'webp', got 'jpeg'"),
         ("shard: {min_sources: 40}", r"shard must have min_sources <= target_sources <= max_sources, got 40, 16, 64"),
         ("crop: {size: 510}", r"crop\.size must be a multiple of scale, got 510 and 4"),
-        ("crop: 512", r"crop must be a mapping of size, per_source, min_std, min_laplacian, got 512"),
+        ("crop: 512", r"crop must be a mapping of size, place, per_source, min_std, min_laplacian, got 512"),
         ("seed: many", r"seed: input should be a valid integer.* got 'many'"),
         ("variants: 0", r"variants: input should be greater than or equal to 1, got 0"),
-        ("base: nope", r"no recipe 'nope': it is neither a file nor one of deedsr, demo, heavy, light, medium"),
+        ("base: nope", r"no recipe 'nope': it is neither a file nor one of benchmark, deedsr, demo, div2k_val, heavy"),
         ("base: mine.yaml", r"is its own base"),
         ("base: [deedsr]", r"base must be the name or path of a recipe"),
         ("a: [", r"is not valid YAML"),
@@ -132,7 +135,9 @@ def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path, encoding):
 
 
 def test_an_unknown_recipe_is_refused_with_the_names_of_those_there_are(tmp_path):
-    with pytest.raises(UsageError, match="neither a file nor one of deedsr, demo, heavy, light, medium, realesrgan"):
+    with pytest.raises(
+        UsageError, match="neither a file nor one of benchmark, deedsr, demo, div2k_val, heavy, light, medium"
+    ):
         load_recipe("deepsr")
     with pytest.raises(UsageError, match="cannot be read"):
         load_recipe(tmp_path)

@@ -1,5 +1,6 @@
 """Which squares of a source become HR images."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import cv2
@@ -9,6 +10,9 @@ from deedsr.dataset.pictures import RejectedImage
 from deedsr.dataset.recipe import Crop
 
 __all__ = ["CropPlace", "choose_crops", "cut"]
+
+_TRIES = 4  # for each crop that may overlap others, until that many smooth or equal ones were drawn
+_STEP = 12  # pixels between the places of such crops: a multiple of every scale, as real LR partners need
 
 
 class CropPlace(NamedTuple):
@@ -20,30 +24,45 @@ class CropPlace(NamedTuple):
 
 
 def choose_crops(image: np.ndarray, crop: Crop, rng: np.random.Generator) -> tuple[list[CropPlace], list[CropPlace]]:
-    """Up to `crop.per_source` textured crops that don't overlap, in random order, and those found too smooth.
+    """Up to `crop.per_source` textured crops in random order, and those found too smooth.
 
-    Candidates form a grid: `rng` shifts it within what the picture's height leaves over, and each of its rows within
-    what the width leaves over. A crop has texture if the standard deviation of its grey values is at least
-    `crop.min_std` and the variance of its Laplacian at least `crop.min_laplacian` (8-bit grey levels).
+    `crop.place` says where they may lie. "grid": on the cells of a grid, which `rng` shifts within what the picture's
+    height leaves over, and each of its rows within what the width leaves over. "center": in the middle. "anywhere":
+    `rng` draws their places, and they may overlap. A crop has texture if the standard deviation of its grey values is
+    at least `crop.min_std` and the variance of its Laplacian at least `crop.min_laplacian` (8-bit grey levels).
     Raises RejectedImage for a picture that is smaller than a crop, or has no textured one.
     """
     height, width = image.shape[:2]
-    rows, columns = height // crop.size, width // crop.size
-    if not rows or not columns:
+    if min(height, width) < crop.size:
         raise RejectedImage("smaller than the crop")
-    top = int(rng.integers(height - rows * crop.size + 1))
-    lefts = rng.integers(width - columns * crop.size + 1, size=rows)
     chosen: list[CropPlace] = []
     smooth: list[CropPlace] = []
-    for cell in rng.permutation(rows * columns):
-        row, column = divmod(int(cell), columns)
-        place = CropPlace(top + row * crop.size, int(lefts[row]) + column * crop.size, crop.size)
+    for place in _places(height, width, crop, rng):
         (chosen if _has_texture(cut(image, place), crop) else smooth).append(place)
         if len(chosen) == crop.per_source:
             break
     if not chosen:
         raise RejectedImage("no crop has enough texture")
     return chosen, smooth
+
+
+def _places(height: int, width: int, crop: Crop, rng: np.random.Generator) -> Iterator[CropPlace]:
+    """Candidates of a picture that is no smaller than a crop."""
+    size = crop.size
+    if crop.place == "center":
+        yield CropPlace((height - size) // 2, (width - size) // 2, size)
+    elif crop.place == "anywhere":
+        rows, columns = (height - size) // _STEP + 1, (width - size) // _STEP + 1
+        drawn = rng.integers((rows, columns), size=(_TRIES * crop.per_source, 2))
+        for row, column in dict.fromkeys(map(tuple, drawn.tolist())):  # each place once
+            yield CropPlace(row * _STEP, column * _STEP, size)
+    else:
+        rows, columns = height // size, width // size
+        top = int(rng.integers(height - rows * size + 1))
+        lefts = rng.integers(width - columns * size + 1, size=rows)
+        for cell in rng.permutation(rows * columns):
+            row, column = divmod(int(cell), columns)
+            yield CropPlace(top + row * size, int(lefts[row]) + column * size, size)
 
 
 def cut(image: np.ndarray, place: CropPlace) -> np.ndarray:

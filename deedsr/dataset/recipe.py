@@ -33,9 +33,16 @@ class Crop(_Part):
     """Which crops of a source become HR images."""
 
     size: Annotated[int, Field(ge=32)]  # side of a crop, pixels
+    place: Literal["grid", "center", "anywhere"] = "grid"  # cells of a grid; the middle; places that may overlap
     per_source: Count  # at most so many crops of one source
     min_std: Annotated[float, Field(ge=0)]  # least standard deviation of grey, 8-bit levels
     min_laplacian: Annotated[float, Field(ge=0)]  # least variance of the Laplacian of grey: sharpness
+
+    @model_validator(mode="after")
+    def _one_in_the_middle(self) -> Self:
+        if self.place == "center" and self.per_source != 1:
+            raise ValueError(f"place center is one crop of each source: per_source must be 1, got {self.per_source}")
+        return self
 
 
 class Formats(_Part):
@@ -126,8 +133,14 @@ class Recipe(_Part):
 
     @property
     def digest(self) -> str:
-        """SHA-256, hexadecimal, of the canonical JSON of every field and the algorithm's version."""
-        fields = {"algorithm_version": ALGORITHM_VERSION, "recipe": self.model_dump(mode="json")}
+        """SHA-256, hexadecimal, of the canonical JSON of every field and the algorithm's version.
+
+        `crop.place: grid` is left out: before there were other places, recipes did not say it.
+        """
+        recipe = self.model_dump(mode="json")
+        if self.crop.place == "grid":
+            del recipe["crop"]["place"]
+        fields = {"algorithm_version": ALGORITHM_VERSION, "recipe": recipe}
         return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def variants_of(self, path: str) -> int:
