@@ -63,7 +63,7 @@ def store(empty_store, tmp_path) -> SqliteStore:
 
 
 def begin(store, **options) -> tracking.Run:
-    options = {"name": "run", "config": {"seed": 1}, "system_metrics": False, "patient": True} | options
+    options = {"name": "run", "config": {"seed": 1}, "system_metrics": False, "fault_tolerant": True} | options
     return tracking.start_run("deedsr-learner", tracking_uri=store.uri, **options)
 
 
@@ -309,7 +309,7 @@ def test_a_training_outlives_its_tracking_server_and_its_own_death_without_a_gap
 ):
     out = tmp_path / "out"
     run = tracking.start_run(
-        "deedsr-learner", name="run", config={}, tracking_uri=server.uri, system_metrics=False, patient=True
+        "deedsr-learner", name="run", config={}, tracking_uri=server.uri, system_metrics=False, fault_tolerant=True
     )
     run.close()
     options = variants(learner_options, out, max_steps=400, checkpoint_every=5, keep_checkpoints=2)

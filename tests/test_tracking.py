@@ -336,9 +336,9 @@ def test_a_deleted_run_is_named_with_the_command_that_restores_it(own_store, wha
     else:
         client.delete_experiment(about.experiment_id)
         command = f"mlflow experiments restore --experiment-id {about.experiment_id}"
-    for patient in (True, False):
+    for fault_tolerant in (True, False):
         with pytest.raises(UsageError, match=f"was deleted in {own_store}: .*{command}"):
-            start(own_store, run_id=run.id, patient=patient)
+            start(own_store, run_id=run.id, fault_tolerant=fault_tolerant)
     going_on = tracking.open_run(own_store, run.id, system_metrics=False)  # deleted while a training writes it
     going_on.log_metrics({"loss": 1.0}, 1)
     with pytest.raises(DeeDSRError, match=command):

@@ -7,8 +7,9 @@ the dataset's digest as an MLflow dataset input and as tag `deedsr.dataset.diges
 One process writes a run at a time. A training driver starts the run (`system_metrics=False`), rank 0's worker opens it
 by (`tracking_uri`, `id`) with `open_run` and leaves it with `close`; the driver sets the final status with `finish`.
 
-The store mirrors what a run logs. A patient run outlives it: what the store does not take is sent when it is back. A
-training keeps a record of its own (`pipelines.training.metrics`), of which the next process sends what the store lacks.
+The store mirrors what a run logs. A fault-tolerant run outlives it: what the store does not take is sent when it is
+back. A training keeps a record of its own (`pipelines.training.metrics`), of which the next process sends what the
+store lacks.
 """
 
 from pipelines.tracking.mirror import Point

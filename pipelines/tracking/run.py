@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     import numpy as np
     from mlflow import MlflowClient
 
-END_SECONDS = 60.0  # that the end of a patient run tries to reach a store that is away
-STOP_SECONDS = 60.0  # of the one try where a patient run is only left, or did not get to its end
+END_SECONDS = 60.0  # that the end of a fault-tolerant run tries to reach a store that is away
+STOP_SECONDS = 60.0  # of the one try where a fault-tolerant run is only left, or did not get to its end
 # Limits of MLflow's stores.
 MAX_KEY_CHARACTERS = 250
 MAX_PARAMS_PER_BATCH = 100
@@ -55,7 +55,7 @@ def start_run(
     tags: Mapping[str, str] | None = None,
     tracking_uri: str | None = None,
     system_metrics: bool = True,
-    patient: bool = False,
+    fault_tolerant: bool = False,
     permit: Callable[[], bool] = lambda: True,
     out: str | None = None,
 ) -> "Run":
@@ -73,7 +73,7 @@ def start_run(
         tracking_uri: store; see `tracking_uri()`.
         system_metrics: sample this machine's CPU, memory, disk, network and GPU until the run is closed. A driver
             whose run is written by a worker says False.
-        patient: the work outlives the store: a run to continue needs no store yet, and `finish` raises nothing.
+        fault_tolerant: the work outlives the store: a run to continue needs no store yet, and `finish` raises nothing.
         permit: whether this process may still write the run, asked before each sending; once False, it writes no more.
         out: where the results go. Runs of this user that were killed there end as KILLED; see `stale`.
 
@@ -86,7 +86,7 @@ def start_run(
     if run_id is None:
         client = connect(uri)
         run_id = client.create_run(experiment_id(client, uri, experiment), run_name=name).info.run_id
-    run = Run(uri, run_id, patient, permit)
+    run = Run(uri, run_id, fault_tolerant, permit)
 
     def begin() -> None:
         if not new:
@@ -109,7 +109,7 @@ def start_run(
     try:
         begin()
     except (StoreAway, StoreRefused) as error:
-        if new or not patient:
+        if new or not fault_tolerant:
             raise
         _log.warning("%s; the work goes on, and what is logged is kept and sent later", error)
         run.later(begin)
@@ -128,11 +128,11 @@ def open_run(
     permit: Callable[[], bool] = lambda: True,
     recorded: Recorded | None = None,
 ) -> "Run":
-    """Open a run that another process started, to write it from here; patient. It is RUNNING again.
+    """Open a run that another process started, to write it from here; fault-tolerant. It is RUNNING again.
 
     Returns at once and never raises for a store that is away. `permit`: see `start_run`; `recorded`: see `Run.replay`.
     """
-    run = Run(resolve_uri(tracking_uri), run_id, patient=True, permit=permit)
+    run = Run(resolve_uri(tracking_uri), run_id, fault_tolerant=True, permit=permit)
     if recorded is not None:
         run.replay(recorded)  # before system metrics count on from what the store holds
     run.later(run._set_running)
@@ -150,11 +150,11 @@ class Run:
     """
 
     def __init__(
-        self, tracking_uri: str, run_id: str, patient: bool = False, permit: Callable[[], bool] = lambda: True
+        self, tracking_uri: str, run_id: str, fault_tolerant: bool = False, permit: Callable[[], bool] = lambda: True
     ):
         self.id = run_id
         self.tracking_uri = tracking_uri
-        self.patient = patient
+        self.fault_tolerant = fault_tolerant
         self._permit = permit
         self._monitor: Any = None
         self._finished = False
@@ -162,7 +162,7 @@ class Run:
         self._mirror = Mirror(self._send, self._stored_steps, name, permit)
         self._logged: list[Point] = []
         self._logging = threading.Lock()  # system metrics come from a thread of their own
-        if patient:
+        if fault_tolerant:
             # The mirror tries again for as long as it takes; MLflow would hold each try for minutes.
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
@@ -176,12 +176,12 @@ class Run:
         """Log numbers of one step. Returns at once: they are sent in batches every few seconds and by `flush`.
 
         For each metric, steps up to the last that the store holds are not sent, so repeated steps after a resume are
-        stored once. A patient run is to put what it has `logged` into its own record, and to `replay` that after a
-        restart: then no step is lost.
+        stored once. A fault-tolerant run is to put what it has `logged` into its own record, and to `replay` that after
+        a restart: then no step is lost.
         """
         now = int(time.time() * 1000)
         points = [Point(name, float(value), now, step) for name, value in values.items()]
-        if self.patient:
+        if self.fault_tolerant:
             with self._logging:
                 self._logged += points
         self._mirror.add(points)
@@ -214,7 +214,7 @@ class Run:
     def log_picture(self, name: str, image_HWC: "np.ndarray", step: int | None = None) -> None:
         """Store a uint8 RGB picture as artifact `pictures/{name}.png`; with a step also in MLflow's series of images.
 
-        A patient run returns at once and stores it later.
+        A fault-tolerant run returns at once and stores it later.
         """
 
         def store() -> None:
@@ -223,7 +223,7 @@ class Run:
                 if step is not None:
                     self.client.log_image(self.id, image_HWC, key=name, step=step)
 
-        self.later(store) if self.patient else store()
+        self.later(store) if self.fault_tolerant else store()
 
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
         """Store a file, or a directory with what it holds, among the artifacts."""
@@ -264,7 +264,8 @@ class Run:
     def close(self) -> bool:
         """Send what is pending and stop the threads; the status stays RUNNING for whoever writes on.
 
-        True when the store took all; where it did not, a patient run returns False and another one raises DeeDSRError.
+        True when the store took all; where it did not, a fault-tolerant run returns False, another one raises
+        DeeDSRError.
         """
         return self._close()
 
@@ -273,7 +274,7 @@ class Run:
         if self._finished:
             return True
         self._finished = True
-        if self.patient:
+        if self.fault_tolerant:
             self._stop_monitor()
             self.later(lambda: self._terminate(status))
             return self._close(to_the_end=status == "FINISHED")
@@ -288,7 +289,7 @@ class Run:
 
     def _close(self, to_the_end: bool = False) -> bool:
         self._stop_monitor()
-        if not self.patient:
+        if not self.fault_tolerant:
             self._mirror.close()
             self.flush()
             return True

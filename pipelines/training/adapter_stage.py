@@ -194,12 +194,12 @@ class AdapterStage:
         output = model(noisy, t, z_lr, degradation_BD)
         return denoising_loss(output, target, abar_B, prediction, self.options.diffusion.snr_gamma)
 
-    def measure(self, model: Callable[..., Tensor], batch: AdapterBatch) -> Tensor:
+    def validation_step(self, model: Callable[..., Tensor], batch: AdapterBatch) -> Tensor:
         """The loss of each sample at the middle of each bucket of timesteps, with the sample's one noise."""
         at = [batch | {"timestep": torch.full_like(batch["timestep"], t)} for t in middles(self.timesteps)]
         return torch.stack([self.losses(model, one) for one in at], 1)
 
-    def judge(self, rows_SN: Tensor) -> dict[str, Tensor]:
+    def validation_metrics(self, rows_SN: Tensor) -> dict[str, Tensor]:
         means_N = rows_SN.mean(0)
         by_timestep = {f"loss_timestep/{t:03d}": mean for t, mean in zip(middles(self.timesteps), means_N, strict=True)}
         return {"loss": means_N.mean()} | by_timestep

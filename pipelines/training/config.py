@@ -19,7 +19,7 @@ class TrainOptions:
     schedule_steps: int | None = None  # at which the cosine ends; null = the max_steps that the run began with
     warmup_steps: int = 0  # linear warm-up
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: momentum 0.9
-    weight_decay: float = 0.01  # pull of the weights to zero
+    weight_decay: float = 0.01  # of AdamW or SGD
     clip_grad_norm: float = 0.0  # 0 = off
     max_steps: int = 1000  # optimizer steps in all
     global_batch_size: int = 32  # samples per optimizer step, over all workers and accumulation

@@ -259,7 +259,7 @@ def on_cpu(tensor: Tensor) -> Tensor:
 
 
 def _apart(part: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Has the gradients of what `part` does with an input summed before others of that input: so do ZeRO 3's hooks."""
+    """Inserts a view so that the gradients of this module are accumulated first, in the order of ZeRO-3's hooks."""
     return tuple(x.view_as(x) if isinstance(x, Tensor) and x.requires_grad else x for x in inputs)
 
 

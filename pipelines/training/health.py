@@ -29,7 +29,7 @@ from pipelines.storage import Storage, waiting
 
 logger = logging.getLogger(__name__)
 WINDOW = 100  # losses that a new one is compared with
-FEWEST = 20  # of them before a spike can be told
+FEWEST = 20  # of them before a loss can count as a spike
 MOST_IN_A_ROW = 10  # skipped steps: by then it is the run that is broken, not the batch
 FIRST_STEPS = 10  # times longer that the first step may take: networks are loaded, kernels compiled
 SLOW_STEPS = 5  # times longer than the slowest step that a later one may take
@@ -213,7 +213,7 @@ class Watchdog:
         self._last = now
         self._arm(max(self.seconds, SLOW_STEPS * self._slowest))
 
-    def patience(self, seconds: float) -> None:
+    def allow(self, seconds: float) -> None:
         """What comes now, up to the next `beat`, is no step and may take `seconds` longer."""
         self._last = 0.0
         self._arm(self.seconds + seconds)
@@ -221,7 +221,7 @@ class Watchdog:
     def extend(self) -> None:
         """From another thread: the step at hand has reason to wait, and begins anew."""
         if time.monotonic() + self.seconds > self._ends:
-            self.patience(0)
+            self.allow(0)
 
     def _arm(self, seconds: float) -> None:
         self._ends = time.monotonic() + seconds

@@ -192,7 +192,7 @@ class Launch:
             out=self.options.out,
             tracking_uri=uri,
             system_metrics=False,
-            patient=True,
+            fault_tolerant=True,
             permit=claim.holds,
         ) as run:
             version = record.version if record else None

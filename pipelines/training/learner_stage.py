@@ -72,13 +72,13 @@ class LearnerStage:
         self.step_keys.append((key_BD, batch["source"], batch["group"]))
         return self.contrast.loss(query_BD, key_BD, batch["source"], batch["group"])
 
-    def measure(self, model: Callable[..., Tensor], batch: LearnerBatch) -> Tensor:
+    def validation_step(self, model: Callable[..., Tensor], batch: LearnerBatch) -> Tensor:
         """Embeddings of both quadrants by the network that trains, which is the one exported, and the degradation group
         as the bits of a float: (B, 2 D + 1)."""
         embeddings = [model(batch[part], embedding=True).float() for part in ("query", "key")]
         return torch.cat([*embeddings, batch["group"].int().view(torch.float32)[:, None]], 1)
 
-    def judge(self, rows_SN: Tensor) -> dict[str, Tensor]:
+    def validation_metrics(self, rows_SN: Tensor) -> dict[str, Tensor]:
         """InfoNCE of each query among the keys of all pairs but the others of its degradation group, and how often its
         own ranks first or in the top 5."""
         query_SD, key_SD = rows_SN[:, :-1].chunk(2, 1)

@@ -56,7 +56,7 @@ def train(
     dataset: Dataset,
     device: torch.device,
     run: "Run | None",
-    tell: Callable[[int, dict[str, float]], Any] = lambda step, values: None,
+    report: Callable[[int, dict[str, float]], Any] = lambda step, values: None,
     asked: Callable[[], Stop] = lambda: Stop.NO,
     claim: Claim | None = None,
     say: Callable[[str], Any] = logger.warning,
@@ -65,7 +65,7 @@ def train(
 
     Args:
         run: where rank 0 logs metrics; None on the others.
-        tell: gets each logged step and its numbers, on rank 0.
+        report: gets each logged step and its numbers, on rank 0.
         asked: whether this worker is to stop. Once one is, all checkpoint after the same step and raise Moved or Ended.
         claim: of these workers on `options.out`; rank 0 raises Superseded before it would write there when it is
             another's.
@@ -76,7 +76,7 @@ def train(
         Unwritable: storage takes no checkpoint.
     """
     plan = options.train
-    with Loop(stage, options, dataset, device, run, tell, asked, claim, say) as loop:
+    with Loop(stage, options, dataset, device, run, report, asked, claim, say) as loop:
         loop.restore()
         for step in range(loop.first_step + 1, plan.max_steps + 1):
             micro = loop.gradients()
@@ -112,13 +112,13 @@ class Loop:
         dataset: Dataset,
         device: torch.device,
         run: "Run | None",
-        tell: Callable[[int, dict[str, float]], Any],
+        report: Callable[[int, dict[str, float]], Any],
         asked: Callable[[], Stop],
         claim: Claim | None,
         say: Callable[[str], Any],
     ):
         self.stage, self.plan, self.device, self.run = stage, options.train, device, run
-        self.tell, self.asked, self.say = tell, asked, say
+        self.report, self.asked, self.say = report, asked, say
         self.out = open_storage(options.out)
         self.check = claim.check if claim else lambda: None
         self.run_id, self.attempt = (claim.run_id, claim.attempt) if claim else ("", 0)
@@ -261,7 +261,7 @@ class Loop:
         logger.warning("step %d is not taken: %s (%s)", step, reason, place)
         if plan.on_spike == "skip" and self.losses.in_a_row < MOST_IN_A_ROW:
             return
-        self.watchdog.patience(waiting.limit())
+        self.watchdog.allow(waiting.limit())
         self.records.wait()
         why = "train.on_spike is stop" if plan.on_spike == "stop" else f"so were the {MOST_IN_A_ROW - 1} steps before"
         raise Untrainable(
@@ -280,16 +280,16 @@ class Loop:
         if self.run is not None:
             self.run.log_metrics(values, step)
         if self.rank == 0:
-            self.tell(step, values)
+            self.report(step, values)
 
     def validate(self, step: int) -> None:
-        self.watchdog.patience(VALIDATION_SECONDS)
-        self.latest = self.latest | self.validation.measure(step, self.ema, self.run)
+        self.watchdog.allow(VALIDATION_SECONDS)
+        self.latest = self.latest | self.validation.compute(step, self.ema, self.run)
 
     def save(self, step: int) -> None:
         """Copy all that a continuation needs, and begin to write it."""
         # Wait for rank 0 here: the watchdog is extended while checkpointing, not inside a step.
-        self.watchdog.patience(waiting.limit())
+        self.watchdog.allow(waiting.limit())
         stalled = time.perf_counter()
         self._until_written()
         tensors = self._gathered()
@@ -312,14 +312,14 @@ class Loop:
 
     def leave(self, step: int, stop: Stop) -> None:
         """Raises Moved or Ended once the checkpoint of this step is committed."""
-        self.watchdog.patience(waiting.limit())
+        self.watchdog.allow(waiting.limit())
         self._until_written()
         self.records.wait()
         raise Moved(step) if stop is Stop.MOVE else Ended(step)
 
     def export(self) -> None:
         """Write the trained model from the last checkpoint."""
-        self.watchdog.patience(waiting.limit())
+        self.watchdog.allow(waiting.limit())
         self._until_written()
         lost: DeeDSRError | None = None
         if self.rank == 0:

@@ -61,11 +61,11 @@ def means(numbers: Mapping[str, float]) -> dict[str, float]:
 
 
 class Meter:
-    """Gathers what the optimizer steps say.
+    """Collects the numbers of optimizer steps between two points of the curves.
 
     Args:
         samples: of an optimizer step, over all workers.
-        device: whose memory is told.
+        device: whose memory is logged.
         smoothed: the smoothed loss of the checkpoint that the run continues from.
     """
 

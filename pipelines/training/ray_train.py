@@ -240,7 +240,7 @@ def train_worker(config: dict[str, Any]) -> str | None:
     """Ray Train's loop of one worker. `config`: `stage`, `options`, `claim`, `tracking_uri`, `device`, `threads`,
     `progress`.
 
-    Returns what is to be told the user instead where starting the workers again would be of no use.
+    Returns a message for the user where starting the workers again would be of no use.
     """
     torch.set_num_threads(config["threads"])
     kind = LearnerOptions if config["stage"] == "learner" else AdapterOptions
@@ -265,7 +265,7 @@ def train_worker(config: dict[str, Any]) -> str | None:
     try:
         device = ray.train.torch.get_device() if config["device"] == "cuda" else torch.device("cpu")
         progress = config["progress"]
-        train(stage, options, dataset, device, run, progress.tell.remote, asked, claim, progress.say.remote)
+        train(stage, options, dataset, device, run, progress.report.remote, asked, claim, progress.say.remote)
     except (Ended, Untrainable, Unwritable) as end:  # every worker has the same
         return str(end)
     finally:

@@ -66,11 +66,11 @@ class Stage(Protocol[BatchT]):
     def loss(self, model: Callable[..., Tensor], batch: BatchT) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss of a micro-batch and numbers to log; `model` is the engine around what `build` returned."""
 
-    def measure(self, model: Callable[..., Tensor], batch: BatchT) -> Tensor:
+    def validation_step(self, model: Callable[..., Tensor], batch: BatchT) -> Tensor:
         """What validation has to know of each sample, (B, N) in fp32; changes nothing."""
 
-    def judge(self, rows_SN: Tensor) -> dict[str, Tensor]:
-        """Validation metrics from the rows that `measure` gave for all samples."""
+    def validation_metrics(self, rows_SN: Tensor) -> dict[str, Tensor]:
+        """Validation metrics from the rows that `validation_step` gave for all samples."""
 
     def pipeline(self) -> "DeeDSRPipeline | None":
         """A pipeline around the networks as they are, where the stage makes pictures."""
@@ -89,7 +89,7 @@ class Stage(Protocol[BatchT]):
     def export(
         self, folder: Path, trained: dict[str, Tensor], state: dict[str, Tensor], history: dict[str, Any] | None = None
     ) -> None:
-        """Write the model that whole fp32 parameters and what `state` gave make; `history` is what is told of them."""
+        """Write the model that whole fp32 parameters and what `state` gave make; `history` goes into the model card."""
 
 
 def make_stage(options: LearnerOptions | AdapterOptions, dataset: Dataset) -> Stage[Any]:

@@ -38,7 +38,7 @@ SHOWN = {  # metric: name and format on the bar
 
 
 class Progress:
-    """Ray actor that holds the last word of rank 0, and of Ray Train's controller."""
+    """Ray actor with the latest progress of rank 0, and the state of Ray Train's controller."""
 
     def __init__(self) -> None:
         self.step, self.values = 0, dict[str, float]()
@@ -48,7 +48,7 @@ class Progress:
         self.requester = ""
         self.working = False
 
-    def tell(self, step: int, values: Mapping[str, float]) -> None:
+    def report(self, step: int, values: Mapping[str, float]) -> None:
         self.step, self.values = step, dict(values)
 
     def say(self, message: str) -> None:

@@ -53,7 +53,7 @@ class Validation:
         """Whether this step ends with a validation."""
         return bool(self.rows) and step % self.plan.validate_every == 0
 
-    def measure(self, step: int, ema: Mapping[str, Tensor], run: "Run | None") -> dict[str, float]:
+    def compute(self, step: int, ema: Mapping[str, Tensor], run: "Run | None") -> dict[str, float]:
         """`validation/...` metrics, logged to `run`; a collective."""
         began = time.perf_counter()
         devices = [self.engine.device] if self.engine.device.type == "cuda" else []
@@ -73,17 +73,17 @@ class Validation:
         return values
 
     def _numbers(self) -> dict[str, Tensor]:
-        """Each worker measures an equal share of the pairs, the last ones repeated where they do not divide."""
+        """Each worker computes an equal share of the pairs, the last ones repeated where they do not divide."""
         share = -(-len(self.rows) // self.engine.world_size)
         begin = self.engine.rank * share
         mine = [self.rows[min(i, len(self.rows) - 1)] for i in range(begin, begin + share)]
-        parts = [self._measured(mine[i : i + self.micro]) for i in range(0, share, self.micro)]
-        return self.stage.judge(self.engine.gather(torch.cat(parts))[: len(self.rows)])
+        parts = [self._rows(mine[i : i + self.micro]) for i in range(0, share, self.micro)]
+        return self.stage.validation_metrics(self.engine.gather(torch.cat(parts))[: len(self.rows)])
 
-    def _measured(self, rows: list[int]) -> Tensor:
+    def _rows(self, rows: list[int]) -> Tensor:
         samples = [self.fixed.sample(self.dataset, self.index, row, DRAWS) for row in rows]
         batch = {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in samples[0]}
-        return self.stage.measure(self.engine, {name: t.to(self.engine.device) for name, t in batch.items()})
+        return self.stage.validation_step(self.engine, {name: t.to(self.engine.device) for name, t in batch.items()})
 
     def _pictures(self, step: int, run: "Run | None") -> dict[str, float]:
         """Sampled pictures beside what they came from and should be; PSNR of Y, of them and of bicubic ones."""
