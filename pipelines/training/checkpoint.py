@@ -144,12 +144,28 @@ def _read(out: Storage, checkpoint: Checkpoint, part: str) -> dict[str, Tensor]:
     return load(data)
 
 
-class Writer:
+class WriterThread:
+    """A thread that writes to storage while training goes on. Used as a context; leaving it by an exception gives up
+    what is still tried."""
+
+    def __init__(self, name: str):
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._given_up = threading.Event()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        if kind is not None:
+            self._given_up.set()
+        self._pool.shutdown(wait=kind is None)
+
+
+class Writer(WriterThread):
     """Writes checkpoints on a thread while training goes on, one at a time.
 
     What fails is tried again for as long as `pipelines.storage.waiting` says; then `start` or `wait` raises it, and
-    `failure` returns it. Used as a context; leaving it by an exception gives up what is still tried. `check`: see
-    `write`. `say` gets the lines on what is waited for.
+    `failure` returns it. `check`: see `write`. `say` gets the lines on what is waited for.
     """
 
     def __init__(
@@ -159,10 +175,9 @@ class Writer:
         check: Callable[[], object] = lambda: None,
         say: Callable[[str], object] = logger.warning,
     ):
+        super().__init__("checkpoint")
         self.out, self.keep, self._check, self._say = out, keep, check, say
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future[None] | None = None
-        self._given_up = threading.Event()
         self.failing = False  # what is being written had to be tried again
 
     def start(
@@ -215,14 +230,6 @@ class Writer:
                     self.out.delete_many([f"{checkpoint.folder}/{part}.safetensors" for part in PARTS])
             kind = UsageError if isinstance(error, UsageError) else DeeDSRError
             raise kind(f"the checkpoint of step {checkpoint.step} could not be written: {error}") from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        if kind is not None:
-            self._given_up.set()
-        self._pool.shutdown(wait=kind is None)
 
 
 def read_agreed(out: Storage, device: torch.device) -> tuple[Checkpoint, Tensors] | None:

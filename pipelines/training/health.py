@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from enum import Enum
 from types import TracebackType
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from deedsr.errors import DeeDSRError
 from pipelines.storage import Storage, waiting
+from pipelines.training.checkpoint import WriterThread
 
 logger = logging.getLogger(__name__)
 WINDOW = 100  # losses that a new one is compared with
@@ -141,20 +142,18 @@ class LossWindow:
             self.skipped, self.in_a_row = state["counts"].tolist()
 
 
-class Records:
+class Records(WriterThread):
     """Writes the records of skipped steps on a thread, so that storage that is away stops no step.
 
     What fails is tried again for as long as `pipelines.storage.waiting` says, then left out with a warning: no record
     ends a run.
-    `check` is called before each write and raises where nothing may be written any more. Used as a context; leaving it
-    by an exception gives up what is still tried.
+    `check` is called before each write and raises where nothing may be written any more.
     """
 
     def __init__(self, out: Storage, check: Callable[[], object] = lambda: None):
+        super().__init__("incidents")
         self.out, self._check = out, check
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="incidents")
         self._last: Future[None] | None = None
-        self._given_up = threading.Event()
 
     def add(self, step: int, values: dict[str, Any], batch: dict[str, Tensor], rank: int) -> str:
         """Begin to write `incidents/step-XXXXXXXX.json` (rank 0) and this worker's part of the batch; returns where."""
@@ -183,14 +182,6 @@ class Records:
                 waiting.patiently(write)
         except DeeDSRError as error:
             logger.warning("there is no record of step %d, which was not taken: %s", step, error)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        if kind is not None:
-            self._given_up.set()
-        self._pool.shutdown(wait=kind is None)
 
 
 class Watchdog:
