@@ -71,8 +71,7 @@ def main() -> None:
     os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"}
     with tempfile.TemporaryDirectory() as folder:
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)
-        from pipelines.training.loop import train
-        from pipelines.training.stage import make_stage
+        from pipelines.training.loop import make_stage, train
 
         chosen, clock = options(arguments, f"{folder}/out"), Clock()
         dataset = Dataset.open(chosen.data)

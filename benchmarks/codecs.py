@@ -18,8 +18,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from deedsr.dataset.codecs import decode_stored, encode
-from deedsr.dataset.worker import prepare_worker
+from deedsr.dataset.members import decode_stored, encode
+from deedsr.degradation.chain import prepare_worker
 
 SIDE = 512
 

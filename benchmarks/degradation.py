@@ -26,8 +26,8 @@ import plain_degradation
 
 from deedsr.dataset.keys import generator
 from deedsr.dataset.recipe import load_recipe
-from deedsr.dataset.worker import prepare_worker
 from deedsr.degradation import chain, draw_degradation
+from deedsr.degradation.chain import prepare_worker
 
 SIDE = 512
 GOAL, PLAIN_AT_GOAL = 90, 30  # crops/s, on a machine where a plain chain made 30

@@ -64,7 +64,8 @@ def write_base(folder: Path) -> None:
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
-    from deedsr.learner.resnet import LEARNER_PRESETS, DegradationLearner
+    from deedsr.learner.resnet import DegradationLearner
+    from deedsr.presets import LEARNER_PRESETS
 
     torch.manual_seed(0)
     UNet2DConditionModel(**UNET).save_pretrained(folder / "base" / "unet")
@@ -120,7 +121,8 @@ def sampling_step(folder: Path, threads: int) -> dict[str, Any]:
     from deedsr import DeeDSRPipeline
     from deedsr.adapter import DegradationAwareAdapter
     from deedsr.hub.model_folder import BASE_PARTS, load_part
-    from deedsr.sampling.latents import decode_latents, encode_latents, enlarge
+    from deedsr.sampling.autoencoder import decode_latents, encode_latents
+    from deedsr.sampling.images import enlarge
     from deedsr.sampling.schedule import ddim
 
     torch.set_num_threads(threads)
@@ -146,7 +148,8 @@ def training_step(folder: Path, checkpointing: bool, threads: int) -> dict[str, 
     import numpy as np
     import torch
 
-    from deedsr.sampling.latents import encode_latents, enlarge
+    from deedsr.sampling.autoencoder import encode_latents
+    from deedsr.sampling.images import enlarge
     from pipelines.training.adapter_stage import AdapterStage
     from pipelines.training.config import AdapterOptions, TrainOptions
     from pipelines.training.engine import Engine

@@ -223,7 +223,7 @@ def engine_step(stage: Stage, module: nn.Module, plan: TrainOptions, micro: int)
 
 def latents(asked: dict[str, Any]) -> dict[str, Any]:
     """Pictures per second that the VAE encodes, LR and HR each, and operations of one."""
-    from deedsr.sampling.latents import latent_moments
+    from deedsr.sampling.autoencoder import latent_moments
 
     tf32(True)
     vae = pipeline_of(asked["size"], asked["work"], asked["precision"]).vae

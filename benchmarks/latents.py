@@ -22,13 +22,14 @@ from typing import Any
 import torch
 
 from benchmarks.loader import make_shards
-from deedsr.dataset.worker import prepare_worker
+from deedsr.degradation.chain import prepare_worker
 from pipelines.data.dataset import Dataset
 from pipelines.data.loader import Batch, micro_batches
 from pipelines.data.order import SampleOrder
 from pipelines.data.shard_cache import ShardCache
 from pipelines.machine import allowed_cpus
-from pipelines.shards.latents import make_latents
+from pipelines.models import Base, Learner
+from pipelines.shards.encode import make_latents
 from pipelines.training.adapter_stage import AdapterStage
 from pipelines.training.config import (
     AdapterModelOptions,
@@ -94,7 +95,7 @@ class Arm:
 def measured(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as work:
         data = {"pixels": options.shards or make_shards(Path(work) / "pixels", "deedsr"), "latents": f"{work}/latents"}
-        make_latents(data["pixels"], "tiny", "tiny", data["latents"], progress=False)
+        make_latents(data["pixels"], Base.find("tiny"), Learner.find("tiny"), data["latents"], progress=False)
         size = {name: sum(shard.bytes for shard in Dataset.open(uri).manifest.shards) for name, uri in data.items()}
         os.sched_setaffinity(0, {max(allowed_cpus())})
         torch.set_num_threads(1)
@@ -120,7 +121,8 @@ def networks(device: str) -> tuple[Any, Any, Any, Any]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     from deedsr.adapter.adapter import DegradationAwareAdapter, freeze
-    from deedsr.learner.resnet import LEARNER_PRESETS, DegradationLearner
+    from deedsr.learner.resnet import DegradationLearner
+    from deedsr.presets import LEARNER_PRESETS
 
     with torch.device(device):
         unet = freeze(UNet2DConditionModel(**UNET))

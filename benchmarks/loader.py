@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 import psutil
 
-from deedsr.dataset.codecs import decode_stored
-from deedsr.dataset.worker import prepare_worker
+from deedsr.dataset.members import decode_stored
+from deedsr.degradation.chain import prepare_worker
 from pipelines.machine import allowed_cpus
 
 BATCH, WARM_UP = 8, 40

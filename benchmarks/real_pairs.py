@@ -25,7 +25,7 @@ from benchmarks.picture_measures import consistency, interval
 from benchmarks.realesrgan import RealESRGAN
 from benchmarks.tiny_figures import CODE, PACKAGE, Pair, sampled, settings, weights
 from deedsr.metrics import niqe, psnr_y
-from pipelines.models import load_pipeline
+from pipelines.models import Model
 
 SHEET_SIDE = 352
 PEER = "RealESRGAN x4plus"
@@ -61,7 +61,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     pairs = read_pairs(asked.lr, asked.hr, asked.every)
-    pipeline = load_pipeline(asked.model)
+    pipeline = Model.find(asked.model).load()
     pipeline.set_progress_bar_config(disable=True)
     kept, perceptual = Kept(asked.work), PerceptualDistance()
     model = fingerprint(*CODE, *weights(asked.model), asked.threads, asked.settings)

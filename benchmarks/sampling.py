@@ -20,14 +20,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.sampled import Pair, degraded_crops, quality
 from deedsr import DeeDSRPipeline
+from deedsr.sampling.autoencoder import decode_latents, encode_latents
 from deedsr.sampling.color_fix import fix_color
-from deedsr.sampling.images import pad_reflect
-from deedsr.sampling.latents import decode_latents, encode_latents
 
 SCALE = 4
 PAD = 64  # pixels of the output: sides become multiples
@@ -54,7 +53,7 @@ def transcription(
     enlarged = interpolate(lr, scale_factor=SCALE, mode="bicubic", align_corners=False).clamp(0, 1)
     height, width = enlarged.shape[2:]
     if height % PAD or width % PAD:  # a whole 64 more on a side that was a multiple already
-        enlarged = pad_reflect(enlarged, (height // PAD + 1) * PAD, (width // PAD + 1) * PAD)
+        enlarged = pad(enlarged, (0, PAD - width % PAD, 0, PAD - height % PAD), mode="reflect")
     if max(height, width) <= tile:
         return sample(pipe, lr, enlarged, noise, savings)[0, :, :height, :width].clamp(0, 1)
     total, count = torch.zeros_like(enlarged), torch.zeros_like(enlarged)

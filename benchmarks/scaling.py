@@ -21,12 +21,12 @@ from pathlib import Path
 
 from deedsr.dataset.recipe import Recipe, load_recipe
 from pipelines.shards.build import shard_draft
+from pipelines.shards.execute import PlanParts
 from pipelines.shards.generate import run_job
 from pipelines.shards.plan import ShardPlan, plan_shards
-from pipelines.shards.record import Inventory, ShardRecord
-from pipelines.shards.run import PlanParts
 from pipelines.shards.samples import Draft
-from pipelines.shards.sources import Source
+from pipelines.shards.shard import Inventory, ShardRecord
+from pipelines.shards.source import Source
 from pipelines.storage import Storage, open_storage
 
 LIMIT_GB = 2.0  # memory of the driver

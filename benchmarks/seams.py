@@ -11,6 +11,7 @@ only). With --no-overlap tiles do not overlap, which must show. Prints a table a
 
 import argparse
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,15 +19,34 @@ import torch
 
 from benchmarks.sampled import Pair, degraded_crops
 from deedsr import DeeDSRPipeline
-from deedsr.metrics.seams import seam_energy
+from deedsr.metrics.fidelity import luma
 from deedsr.sampling import tiles
-from deedsr.sampling.latents import downsampling_factor
+from deedsr.sampling.autoencoder import downsampling_factor
 
 RATIO_GOAL, ERRORS_GOAL = 0.05, 3
 SETTINGS: dict[str, dict[str, Any]] = {
     "as the model recommends": {},
     "guided in the first step only": {"num_inference_steps": 8, "noise_guidance_share": 0.0},
 }
+
+
+def seam_energy(image: np.ndarray, rows: Sequence[int], columns: Sequence[int]) -> float:
+    """Mean gradient of Y across borders over that elsewhere, of a uint8 RGB image (H, W, 3); without seams about 1.
+
+    `rows`, `columns`: borders lie before these rows and columns of pixels. What the picture itself has there counts
+    too: compare with a picture that was made as a whole. Raises ValueError where there is no border inside.
+    """
+    y = luma(image)
+    across, elsewhere = [], []
+    for axis, borders in ((0, rows), (1, columns)):
+        steps = np.abs(np.diff(y, axis=axis))
+        at = np.isin(np.arange(1, y.shape[axis]), borders)
+        across.append(steps.compress(at, axis).ravel())
+        elsewhere.append(steps.compress(~at, axis).ravel())
+    crossed = np.concatenate(across)
+    if not crossed.size:
+        raise ValueError(f"none of the borders {[*rows]} and {[*columns]} lies inside {y.shape[0]}x{y.shape[1]} pixels")
+    return float(crossed.mean() / np.concatenate(elsewhere).mean())
 
 
 def borders(pipe: Any, side: int, tile: int) -> list[int]:

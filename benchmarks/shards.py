@@ -34,8 +34,8 @@ from benchmarks.sources_4k import make_sources
 from deedsr.dataset.recipe import Recipe, load_recipe
 from pipelines.shards import ShardsResult, generate, regenerate
 from pipelines.shards.build import FromSources
+from pipelines.shards.listing import list_sources
 from pipelines.shards.plan import ShardPlan, plan_shards
-from pipelines.shards.sources import list_sources
 from pipelines.storage import open_storage
 
 GOAL = 0.9  # of workers times one thread

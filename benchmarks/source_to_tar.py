@@ -26,16 +26,15 @@ from benchmarks.sources_4k import make_sources
 from deedsr.dataset.crops import choose_crops, cut
 from deedsr.dataset.keys import generator
 from deedsr.dataset.recipe import Recipe, load_recipe
-from deedsr.dataset.worker import prepare_worker
+from deedsr.degradation.chain import prepare_worker
 from deedsr.degradation.draws import draw_degradation
 from pipelines.data.dataset import Dataset
 from pipelines.shards import build, samples
 from pipelines.shards.assemble import assemble
-from pipelines.shards.build import FromSources
-from pipelines.shards.derive import FromHR
+from pipelines.shards.build import FromHR, FromSources
 from pipelines.shards.generate import index_of
+from pipelines.shards.listing import list_sources
 from pipelines.shards.plan import derived_plan, plan_shards
-from pipelines.shards.sources import list_sources
 from pipelines.storage import open_storage
 from tests.plain_degradation import degrade as plain_degrade
 

@@ -42,11 +42,11 @@ from deedsr.dataset.assignment import assign_degradation
 from deedsr.dataset.keys import generator
 from deedsr.dataset.recipe import Recipe, load_recipe
 from deedsr.degradation.chain import degrade
-from deedsr.hub.model_folder import BASE_PARTS, TRAINED_PARTS, ModelFolder
+from deedsr.hub.model_folder import BASE_PARTS, TRAINED_PARTS
 from deedsr.metrics import psnr_y
+from deedsr.sampling.autoencoder import decode_latents, encode_latents
 from deedsr.sampling.images import to_uint8
-from deedsr.sampling.latents import decode_latents, encode_latents
-from pipelines.models import load_pipeline, resolve_model
+from pipelines.models import Model
 
 RANGES = {"deedsr": "DeeDSR's ranges", "realesrgan": "Real-ESRGAN's ranges", "clean": "clean: area reduction alone"}
 DEGRADED = ("deedsr", "realesrgan")
@@ -119,7 +119,7 @@ def sampled(pipeline: Any, pair: Pair, settings: dict[str, Any]) -> np.ndarray:
 
 def weights(model: str) -> list[Any]:
     """All that a model's pictures follow from beside the code."""
-    folder = ModelFolder.read(resolve_model(model))
+    folder = Model.find(model).description
     base = folder.base_path()
     parts = [folder.path / part for part in TRAINED_PARTS] + [base / part for part in BASE_PARTS]
     return [folder.sampling.as_dict(), folder.gate, *parts]
@@ -305,7 +305,7 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
     crops = cut_crops(asked.photos) if asked.photos else read_crops()
     crops = crops[:6] if asked.quick else crops
-    pipeline = load_pipeline(asked.model)
+    pipeline = Model.find(asked.model).load()
     pipeline.set_progress_bar_config(disable=True)
     methods = Methods(asked, pipeline)
     pairs = {ranges: [degraded(crop, ranges) for crop in crops] for ranges in RANGES}

@@ -1,4 +1,4 @@
-"""`deedsr` and `python -m deedsr`: a thin door to the command line in `jobs`."""
+"""`deedsr` and `python -m deedsr`: entry point of the command line in `jobs`."""
 
 import sys
 

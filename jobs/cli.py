@@ -15,17 +15,19 @@ import sys
 import traceback
 from collections.abc import Iterator
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deedsr import __version__
 from deedsr.errors import DeeDSRError, UsageError
 from jobs.command import Command, Outcome
-from jobs.options import CommandParser
 from pipelines.machine import cache_folder
 from pipelines.storage import waiting
 
+if TYPE_CHECKING:
+    from jobs.options import CommandParser
+
 DONE, FAILED, INTERRUPTED = 0, 1, 130
-# Modules of `deedsr[pipeline]`, which `deedsr` alone does without.
+# Modules that only `deedsr[pipeline]` installs.
 PIPELINE = {
     "aiohttp",
     "alembic",
@@ -64,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         return _run(argv)
-    except (KeyboardInterrupt, SystemExit):  # the latter where Ray has answered SIGTERM first, while it was starting
+    except (KeyboardInterrupt, SystemExit):  # SystemExit: Ray handled SIGTERM while it was starting
         print("interrupted; the same command continues where it stopped", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
@@ -81,7 +83,7 @@ def set_up_process() -> None:
         logging.getLogger(layer).setLevel(logging.INFO)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt)
-    # Libraries cache there too: where there is no home that can be written, not in it.
+    # Libraries cache there, too; the home may not be writable.
     os.environ["XDG_CACHE_HOME"] = str(cache_folder())
 
 
@@ -129,8 +131,10 @@ def _command_of(argv: list[str]) -> tuple[str, list[str]]:
     raise UsageError(f"unknown command {argv[0]!r}; {guess}")
 
 
-def load(name: str) -> tuple[Command, CommandParser]:
+def load(name: str) -> tuple[Command, "CommandParser"]:
     """A command and its parser."""
+    from jobs.options import CommandParser
+
     module = importlib.import_module(COMMANDS[name][0])
     command: Command = module.COMMAND
     parser = CommandParser(
@@ -151,7 +155,7 @@ def overview() -> str:
 
 
 def _report(error: Exception) -> int:
-    """Say what went wrong in one message; returns the exit code."""
+    """Prints one error message; returns the exit code."""
     lacking = next((link for link in _chain(error) if isinstance(link, ModuleNotFoundError)), None)
     package = (lacking.name or "").partition(".")[0] if lacking else ""
     if package in PIPELINE:
@@ -174,7 +178,7 @@ def _report(error: Exception) -> int:
 
 
 def _chain(error: BaseException | None) -> Iterator[Any]:
-    """An error and what it came from, through the wrappers that Ray puts around errors of a task."""
+    """An error and its causes; Ray's wrappers around errors of a task are unwrapped."""
     seen: set[int] = set()
     pending = [error]
     while pending:

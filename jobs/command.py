@@ -1,4 +1,4 @@
-"""What every command module offers to the command line."""
+"""Interface of a command module."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -7,11 +7,11 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a command did: `values` is the JSON object of `--json`, `text` what a person reads."""
+    """Result of a command: `values` is the JSON object of `--json`, `text` the readable form."""
 
     values: Mapping[str, Any]
     text: str = ""  # empty: the values, one a line
-    complete: bool = True  # False: part of the work failed (exit code 1); the values say which
+    complete: bool = True  # False: part of the work failed (exit code 1); `values` has the failures
 
     def __str__(self) -> str:
         if self.text:
@@ -37,7 +37,7 @@ def readable(value: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """One command: a dataclass of options, what runs them, and how to say it."""
+    """One command: its options, the function that runs it, and its help."""
 
     options: type
     run: Callable[[Any], Outcome]
@@ -45,4 +45,4 @@ class Command:
     details: Callable[[], str] | None = None  # shown by --help, last
     operand: str = ""  # the option that may be typed without its name
     presets: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # the first is the default
-    check: Callable[[Any], None] = lambda options: None  # refuses what can be refused without looking at any data
+    check: Callable[[Any], None] = lambda options: None  # raises UsageError for options that are wrong for any data

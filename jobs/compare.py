@@ -1,14 +1,15 @@
 """Put MLflow runs side by side: configuration differences, curves, pictures, and metrics by evaluated dataset."""
 
 import dataclasses
+from typing import Annotated
 
 from jobs.command import Command, Outcome
 
 
 @dataclasses.dataclass
 class CompareOptions:
-    experiment: str | None = None  # MLflow experiment; null = every experiment whose name begins with deedsr-
-    out: str | None = None  # page to write: file or s3://bucket/page.html; null = tables only
+    experiment: Annotated[str | None, "MLflow experiment; null = every one whose name begins with deedsr-"] = None
+    out: Annotated[str | None, "page to write: file or s3://bucket/page.html; null = tables only"] = None
 
 
 def run(options: CompareOptions) -> Outcome:

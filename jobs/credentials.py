@@ -1,4 +1,4 @@
-"""Finds what looks like a credential in a job: the cluster stores and shows jobs, so none may go there."""
+"""Finds values that look like credentials in a job: the cluster stores and shows jobs, so they must not be sent."""
 
 import re
 from collections.abc import Iterator

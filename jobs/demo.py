@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from jsonargparse.typing import PositiveInt
+from pydantic import PositiveInt
 
 from deedsr.errors import UsageError
 from jobs.command import Command, Outcome
@@ -26,15 +26,15 @@ LABELS = {"demo": "This demo", "tiny": "tiny (shipped)"}
 
 @dataclasses.dataclass
 class DemoOptions:
-    out: str = "demo"  # folder of everything the demo makes
-    learner_steps: PositiveInt = 150  # optimizer steps of stage 1
-    adapter_steps: PositiveInt = 200  # optimizer steps of stage 2
-    workers: PositiveInt | None = None  # that make shards; null = every core of this machine
+    out: Annotated[str, "output folder"] = "demo"
+    learner_steps: Annotated[PositiveInt, "optimizer steps of stage 1"] = 150
+    adapter_steps: Annotated[PositiveInt, "optimizer steps of stage 2"] = 200
+    workers: Annotated[PositiveInt | None, "processes that make shards; null = one per CPU core"] = None
 
 
 @dataclasses.dataclass
 class Timed:
-    """One step of the chain: what a person would type, how long it took, what came out."""
+    """One step of the chain: its command line, duration and result."""
 
     name: str
     command: str
@@ -103,7 +103,7 @@ def _farewell(values: dict[str, Any], evaluations: dict[str, Any]) -> str:
 
 
 class Chain:
-    """The commands, one after the other, each through the same door as on the command line."""
+    """Runs the commands one after the other, with options parsed as on the command line."""
 
     def __init__(self, out: Path, options: DemoOptions):
         self.out, self.options = out, options
@@ -117,7 +117,7 @@ class Chain:
         return values
 
     def _run(self, name: str, words: list[str], said: Callable[[Any], str]) -> dict[str, Any]:
-        """One command, with the words that a person would type."""
+        """Runs one command, given its command line."""
         from jobs.cli import load
 
         length = 2 if words[0] == "train" else 1
@@ -247,7 +247,7 @@ class Chain:
     def _training_record(self, title: str, stage: str, run_id: str, names: tuple[str, ...]) -> Any:
         from pipelines import tracking
         from pipelines.reports import report
-        from pipelines.reports.curves import Curve
+        from pipelines.reports.charts import Curve
 
         client = tracking.connect(tracking.tracking_uri())
         record = json.loads((self.out / stage / "training.json").read_text())

@@ -1,18 +1,19 @@
-"""Look at everything that commands depend on: versions, devices, limits, plans, storage, MLflow, cluster.
+"""Check everything that commands depend on: versions, devices, limits, plans, storage, MLflow, cluster.
 
-Each line says ok or what to do. It is what a bug report should hold: passwords, tokens and keys are left out. Exit
-code 1 where something is broken.
+Each line has `ok` or the remedy. Put the output into a bug report; it holds no passwords, tokens or keys. Exit code 1
+if a check fails.
 """
 
 import dataclasses
+from typing import Annotated
 
 from jobs.command import Command, Outcome
 
 
 @dataclasses.dataclass
 class DoctorOptions:
-    out: str | None = None  # a place for results to try: folder or s3://bucket/prefix; null = the working directory
-    address: str | None = None  # of a Ray cluster's dashboard to try, such as http://127.0.0.1:8265
+    out: Annotated[str | None, "folder or s3://bucket/prefix to test; null = the working directory"] = None
+    address: Annotated[str | None, "Ray cluster's dashboard to test, such as http://127.0.0.1:8265"] = None
 
 
 def run(options: DoctorOptions) -> Outcome:

@@ -1,4 +1,4 @@
-"""Follow a job of a Ray cluster to its end, or have it end, through connections that break."""
+"""Follows or stops a job of a Ray cluster; reconnects after lost connections."""
 
 import asyncio
 import logging
@@ -18,8 +18,8 @@ __all__ = ["GoesOn", "follow", "how_to", "stop"]
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
-LINE_SECONDS = 30.0  # between two lines on what is waited for; also without news in the log before the job is asked for
-AWAY_SECONDS = 600.0  # without connection, before the following ends
+LINE_SECONDS = 30.0  # between log lines about waiting; also silence in the log before the job's status is queried
+AWAY_SECONDS = 600.0  # without connection before following is given up
 LOG_TRIES = 3  # for the last lines of a job that has ended
 # What Ray writes into a job's log before its command does.
 _OF_RAY = re.compile(r"^(?:.*job_manager\.py:\d+ -- Runtime env is setting up\.|Running entrypoint for job .*)\n", re.M)
@@ -70,7 +70,7 @@ def follow(board: Dashboard, job_id: str) -> Any:
 
 
 def stop(board: Dashboard, job_id: str) -> str:
-    """Has the job end, whether it runs or is pending, and waits until it has; returns its status."""
+    """Stops the job, running or pending, waits for its end and returns its status."""
     contact, line, asked, remover = _Contact(board, job_id), _Line(), None, ""
     while True:
         try:
@@ -128,7 +128,7 @@ class _Line:
         self._began = self._said = time.monotonic()
 
     def say(self, waiting: str, reason: Callable[[], str]) -> None:
-        """Logs `waiting`, for how long and for what, if it is time for a line."""
+        """Logs `waiting` with its duration and reason, at most every LINE_SECONDS."""
         now = time.monotonic()
         if now - self._said >= LINE_SECONDS:
             self._said = now
@@ -136,7 +136,7 @@ class _Line:
 
 
 def _awaited(board: Dashboard, job_id: str) -> str:
-    """What a pending job waits for."""
+    """Reason why the job is pending."""
     try:
         wanted = board.reserves(job_id)
         if not wanted:
@@ -153,7 +153,7 @@ def _awaited(board: Dashboard, job_id: str) -> str:
 
 
 class _Log:
-    """A job's log, of which every connection sends the beginning again."""
+    """Prints a job's log once, although each new connection sends it from the beginning."""
 
     def __init__(self) -> None:
         self._shown = 0

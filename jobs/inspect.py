@@ -1,24 +1,25 @@
 """Look at a dataset: one HTML page with pairs and their draws, every parameter's histogram, severity, and rejects.
 
-With --against, what regenerating changed since an older dataset: samples added, gone and changed, what was drawn in
-both, the difference of the recipes, and the same sources under both.
+With --against, compares with an older dataset: samples added, removed and changed, the distributions of sampled
+parameters, the differing recipe keys, and the same sources in both.
 """
 
 import dataclasses
+from typing import Annotated
 
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from jobs.command import Command, Outcome
 
 
 @dataclasses.dataclass
 class InspectOptions:
-    uri: str  # dataset: folder or s3://bucket/prefix
-    out: str = "inspection.html"  # page to write: file or s3://bucket/page.html
-    samples: PositiveInt = 24  # pairs on the page
-    seed: NonNegativeInt = 0  # chooses the pairs
-    against: str | None = None  # an older dataset: the page says what changed since
-    tracking: bool = True  # with --against: the MLflow run that made the dataset gets the page as a picture
+    uri: Annotated[str, "dataset: folder or s3://bucket/prefix"]
+    out: Annotated[str, "HTML page to write: file or s3://bucket/page.html"] = "inspection.html"
+    samples: Annotated[PositiveInt, "pairs on the page"] = 24
+    seed: Annotated[NonNegativeInt, "seed that selects the pairs"] = 0
+    against: Annotated[str | None, "older dataset to compare with"] = None
+    tracking: Annotated[bool, "with --against: attach the page to the dataset's MLflow run"] = True
 
 
 def run(options: InspectOptions) -> Outcome:
@@ -32,7 +33,7 @@ def run(options: InspectOptions) -> Outcome:
 
 
 def _compared(options: InspectOptions, against: str) -> Outcome:
-    from pipelines.reports.difference_page import inspect_against
+    from pipelines.reports.difference import inspect_against
 
     found = inspect_against(options.uri, against, options.out, options.samples, options.seed, log=options.tracking)
     values = dataclasses.asdict(found)

@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from deedsr.errors import UsageError
 from jobs.credentials import suspicious
-from jobs.options import mapping_of, spelled, words_of
+from jobs.options import mapping_of, spelled
 from jobs.site import filled, overridden
 from jobs.upload import EXCLUDES
 from pipelines.tracking.provenance import git_commit
@@ -79,7 +79,10 @@ class JobFile(BaseModel):
     @property
     def arguments(self) -> list[str]:
         """The options as one would type them."""
-        return [spelled(f"--{key}={word}") for key, words in words_of(self.options).items() for word in words]
+        from jobs.cli import load
+
+        words = load(self.command)[1].words_of(self.options)
+        return [spelled(f"--{key}={word}") for key, several in words.items() for word in several]
 
     @property
     def entrypoint(self) -> str:
@@ -156,7 +159,7 @@ def _load(path: Path, tree: dict[str, Any]) -> JobFile:
 
 
 def _check_store(path: Path, job: JobFile, options: Any) -> None:
-    """Refuses a job whose MLflow run would vanish with its working directory, unless it says so."""
+    """UsageError if the MLflow run would be lost with the working directory, unless the job file accepts that."""
     store = job.runtime_env.env_vars.get(STORE)
     if store is not None:
         try:
@@ -183,7 +186,6 @@ def _said(problem: Any) -> str:
         known = RuntimeEnvironment.model_fields if key.startswith("runtime_env.") else JobFile.model_fields
         close = get_close_matches(key.rpartition(".")[2], known, n=1, cutoff=0.5)
         return f"unknown key {key}" + (f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(known)}")
-    message = problem["msg"].removeprefix("Value error, ")
-    return (
-        f"{key}: {message}" if problem["type"] == "value_error" else f"{key}: {message}, got {problem['input']!r:.80}"
-    )
+    if problem["type"] == "value_error":  # of this file, which names the value
+        return f"{key}: {problem['ctx']['error']}"
+    return f"{key}: {problem['msg']}, got {problem['input']!r:.80}"

@@ -1,4 +1,4 @@
-"""Compute once what the frozen networks of stage 2 would compute at each step: latents and degradation vectors.
+"""Compute the outputs of stage 2's frozen networks once, instead of in each step: latents and degradation vectors.
 
 Writes a dataset of latents: for each shard of --data one with the same keys, which `deedsr train adapter` takes as its
 --data, without the pixels, on the same base and learner. Without --learner the LR images are kept, and the learner
@@ -6,9 +6,9 @@ runs while training. The same command again continues, and reuses every shard of
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from jsonargparse.typing import PositiveInt
+from pydantic import PositiveInt
 
 from jobs.command import Command, Outcome
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class LatentsOptions:
-    data: str  # degradation shards
-    out: str  # the dataset of latents: folder or s3://bucket/prefix
-    base: str = "tiny"  # frozen diffusion model whose VAE encodes: `tiny`, a diffusers folder or URI, or a hub id
-    learner: str | None = None  # output of `deedsr train learner`; null = keep the LR images instead of vectors
-    precision: Literal["fp32", "bf16"] = "fp32"  # in which the VAE computes; bf16 is for GPUs
-    batch_size: PositiveInt = 8  # images encoded together
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto = a CUDA GPU where there is one, and on a cluster always
-    workers: PositiveInt | None = None  # at a time; null = one on every GPU, or every CPU with device cpu
-    tracking: bool = True  # log an MLflow run
-    experiment: str = "deedsr-latents"  # MLflow experiment
+    data: Annotated[str, "degradation shards"]
+    out: Annotated[str, "the dataset of latents: folder or s3://bucket/prefix"]
+    base: Annotated[str, "frozen model whose VAE encodes: `tiny`, a diffusers folder or URI, or a hub id"] = "tiny"
+    learner: Annotated[str | None, "output of `deedsr train learner`; null = store LR images, not vectors"] = None
+    precision: Annotated[Literal["fp32", "bf16"], "precision of the VAE; bf16 needs a GPU"] = "fp32"
+    batch_size: Annotated[PositiveInt, "images encoded together"] = 8
+    device: Annotated[Literal["auto", "cpu", "cuda"], "auto = a CUDA GPU if there is one; on a cluster, cuda"] = "auto"
+    workers: Annotated[PositiveInt | None, "concurrent workers; null = one per GPU, or per CPU with device cpu"] = None
+    tracking: Annotated[bool, "log an MLflow run"] = True
+    experiment: Annotated[str, "MLflow experiment"] = "deedsr-latents"
 
 
 def run(options: LatentsOptions) -> Outcome:
@@ -37,12 +37,13 @@ def run(options: LatentsOptions) -> Outcome:
 
 
 def _make(options: LatentsOptions) -> "ShardsResult":
-    from pipelines.shards.latents import make_latents
+    from pipelines.models import Base, Learner
+    from pipelines.shards.encode import make_latents
 
     return make_latents(
         options.data,
-        options.base,
-        options.learner,
+        Base.find(options.base),
+        Learner.find(options.learner) if options.learner else None,
         options.out,
         precision=options.precision,
         batch_size=options.batch_size,
@@ -54,13 +55,13 @@ def _make(options: LatentsOptions) -> "ShardsResult":
 def _run_tracked(options: LatentsOptions) -> dict[str, Any]:
     from pipelines import tracking
     from pipelines.data.dataset import Dataset
-    from pipelines.models import training_run
+    from pipelines.models import Learner
 
     pixels = Dataset.open(options.data)
     made_by = {"deedsr.kind": "shards", "deedsr.dataset.digest": pixels.digest}
     parents = {
         "shards": tracking.find_run(None, made_by),
-        "learner": training_run(options.learner) if options.learner else None,
+        "learner": Learner.find(options.learner).run_id if options.learner else None,
     }
     with tracking.start_run(
         options.experiment,

@@ -1,27 +1,27 @@
-"""Typed options: a dataclass becomes a parser; a YAML file and dotted overrides become the dataclass.
+"""Options of a command: a dataclass whose fields are `Annotated[type, "help"]`, read from words and YAML files.
 
-The comment behind a field is its help text. A field without a default, or with an empty text as default, must be
-given. A configuration file is read as the arguments it stands for, so that a file and a command line are checked by
-the same code and refused in the same words. What is typed wins over the file, the file over a preset.
+argparse splits the words and prints the help; pydantic validates the values. Typed options win over a configuration
+file, the file over a preset. A scalar in a file is validated as the word that one would type for it, so that files, job
+files and command lines accept the same. A field without a default, or with an empty text as default, is required.
 """
 
 import argparse
 import dataclasses
-import inspect
-import io
-import re
-import tokenize
-import types
+import functools
+import itertools
+import json
 import typing
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from deedsr.errors import UsageError
+
+COMMON = ("config", "json", "help")  # for the command line only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Option:
     """One value that a command takes."""
 
     key: str  # dotted, e.g. train.lr
-    type: Any
+    forms: list[dict[str, Any]]  # JSON schemas, one of which a value must match
     default: Any  # dataclasses.MISSING where it must be given
     help: str
-    group: str = ""  # the key before the last dot
+    group: str = ""  # of the help
 
     @property
     def flag(self) -> str:
@@ -43,61 +43,68 @@ class Option:
         return self.default is dataclasses.MISSING or self.default == ""
 
     @property
-    def many(self) -> bool:
-        return typing.get_origin(self.type) is list
+    def metavar(self) -> str:
+        for form in self.forms:
+            if choices := form.get("items", form).get("enum"):
+                return "{" + ",".join(map(str, choices)) + "}"
+        return "[true|false]" if self.takes("boolean") else self.key.rpartition(".")[2].upper()
 
     @property
-    def metavar(self) -> str:
-        for part in (self.type, *typing.get_args(self.type)):
-            if typing.get_origin(part) is Literal:
-                return "{" + ",".join(str(value) for value in typing.get_args(part)) + "}"
-        if self.type is bool:
-            return "[true|false]"
-        return self.key.rpartition(".")[2].upper()
+    def accepted(self) -> str:
+        return " or ".join(map(described, self.forms))
 
+    def takes(self, kind: str) -> bool:
+        """Whether values of a type of JSON schema, such as `array`, are accepted."""
+        return any(form.get("type") == kind for form in self.forms)
 
-def trailing_comments(kind: type) -> dict[str, str]:
-    """Field name -> the comment behind its definition."""
-    comments, name = {}, ""
-    for base in [base for base in reversed(kind.__mro__) if dataclasses.is_dataclass(base)]:
-        for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(base)).readline):
-            if field := re.match(r"\s+(\w+):", token.line):
-                name = field[1]
-            if token.type == tokenize.COMMENT:
-                comments[name] = token.string.lstrip("# ")
-    return comments
+    def value(self, given: Any) -> Any:
+        """What pydantic validates: from a typed word, the words of a list, or a value of a file."""
+        if isinstance(given, Mapping):
+            return given
+        if self.takes("array"):
+            words = given if isinstance(given, list) else [given]
+            text = any(form.get("items", {}).get("type") == "string" for form in self.forms)
+            whole: Any = words
+            if len(words) == 1 and (words[0] in ("[]", "null", None) or not text):
+                whole = _parsed(word_of(words[0]))  # [4, 8] may be typed as one word
+            if whole is None and self.takes("null"):
+                return None
+            return [word_of(word) for word in (whole if isinstance(whole, list) else words)]
+        word = word_of(given)
+        if word == "null" and self.takes("null"):
+            return None
+        if word.startswith("{") and self.takes("object"):
+            return _parsed(word)
+        return {word_of(choice): choice for form in self.forms for choice in form.get("enum", [])}.get(word, word)
 
 
 def leaves(kind: type, group: str = "") -> list[Option]:
     """Every value of a dataclass, nested ones under dotted keys, in the order of definition."""
-    hints, comments = typing.get_type_hints(kind), trailing_comments(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     found: list[Option] = []
     for field in dataclasses.fields(kind):
-        key = f"{group}.{field.name}" if group else field.name
-        if isinstance(hints[field.name], type) and dataclasses.is_dataclass(hints[field.name]):
-            found += leaves(hints[field.name], key)
+        key, hint = f"{group}.{field.name}" if group else field.name, hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            found += leaves(typing.cast(type, hint), key)
             continue
         made = field.default_factory is not dataclasses.MISSING
         default = field.default_factory() if made else field.default  # type: ignore[operator]
-        found.append(Option(key, hints[field.name], default, comments.get(field.name, ""), group))
+        schema = TypeAdapter(hint).json_schema()
+        text = next((note for note in getattr(hint, "__metadata__", ()) if isinstance(note, str)), "")
+        found.append(Option(key, schema.get("anyOf", [schema]), default, text, group))
     return found
 
 
-def accepted(hint: Any) -> str:
-    """What a type takes, in words."""
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", types.NoneType: "null"}
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return " or ".join(str(part) for part in parts)
-    if origin in (types.UnionType, typing.Union):
-        return " or ".join(accepted(part) for part in parts)
-    if origin is list:
-        return accepted(parts[0])
-    if origin is dict:
-        return "a mapping"
-    if restricted := re.fullmatch(r"(int|float) restricted to be (.+)", hint.__doc__ or ""):
-        return f"{words[int if restricted[1] == 'int' else float]} {restricted[2]}"
-    return words.get(hint, "text")
+def described(form: dict[str, Any]) -> str:
+    """What a JSON schema accepts, in words."""
+    if "items" in form:
+        return described(form["items"])
+    if "enum" in form:
+        return " or ".join(map(str, form["enum"]))
+    words = {"boolean": "true or false", "integer": "a whole number", "number": "a number", "object": "a mapping"}
+    signs = {"exclusiveMinimum": ">", "minimum": "≥", "maximum": "≤"}
+    limits = " and ".join(f"{sign}{form[name]}" for name, sign in signs.items() if name in form)
+    return f"{(words | {'null': 'null'}).get(form.get('type', ''), 'text')} {limits}".strip()
 
 
 @dataclasses.dataclass
@@ -108,21 +115,7 @@ class Request:
     as_json: bool
 
 
-class HelpText(argparse.RawDescriptionHelpFormatter):
-    """Help with room for dotted names."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=34, width=110)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        """Every spelling with its value, as up to Python 3.12; later ones give the value once."""
-        if not action.option_strings or action.nargs == 0:
-            return super()._format_action_invocation(action)
-        value = self._format_args(action, self._get_default_metavar_for_optional(action))
-        return ", ".join(f"{flag} {value}" for flag in action.option_strings)
-
-
-class CommandParser(ArgumentParser):
+class CommandParser(argparse.ArgumentParser):
     """Parser of one command. A mistake is one `UsageError` that names the key, the value and what is accepted.
 
     `kind`: dataclass of the options. `operand`: the option that may be typed without its name. `presets`: name ->
@@ -139,186 +132,181 @@ class CommandParser(ArgumentParser):
         presets: Mapping[str, Mapping[str, Any]] | None = None,
         details: Callable[[], str] | None = None,
     ):
-        self.details = details
-        self.kind, self.command, self.operand, self.presets = kind, command, operand, presets or {}
+        self.command, self.operand, self.presets, self.details = command, operand, presets or {}, details
+        # In a tuple, because pydantic takes no configuration beside a dataclass.
+        self.adapter = TypeAdapter(tuple[kind], config=ConfigDict(allow_inf_nan=False))  # type: ignore[valid-type]
         self.options = {option.key: option for option in leaves(kind)}
-        self.argv: list[str] = []
         self.origins: dict[str, Path] = {}  # key -> the file that gives it
+        required = sorted((o for o in self.options.values() if o.required), key=lambda o: o.key != operand)
+        words = [(o.flag + " ") * (o.key != operand) + o.metavar + "..." * o.takes("array") for o in required]
         super().__init__(
             prog=f"deedsr {command}",
-            usage=self._usage(),
+            usage=" ".join([f"deedsr {command}", *words, "[options]"]),
             description=description,
-            formatter_class=HelpText,
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
+            argument_default=argparse.SUPPRESS,
             exit_on_error=False,
             allow_abbrev=False,
             add_help=False,
         )
         self._add_options()
 
-    def _usage(self) -> str:
-        required = sorted((o for o in self.options.values() if o.required), key=lambda o: o.key != self.operand)
-        words = [
-            ("" if option.key == self.operand else f"{option.flag} ") + option.metavar + ("..." if option.many else "")
-            for option in required
-        ]
-        return " ".join([f"deedsr {self.command}", *words, "[options]"])
-
-    def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
-        return super().format_help(formatter) + (f"\n{self.details()}\n" if self.details else "")
+    def format_help(self) -> str:
+        return super().format_help() + (f"\n{self.details()}\n" if self.details else "")
 
     def _add_options(self) -> None:
         if self.operand:
-            self.add_argument("operands", nargs="*", type=str, help=argparse.SUPPRESS)
-        preset = words_of(next(iter(self.presets.values()), {}))
+            self.add_argument("operands", nargs="*", help=argparse.SUPPRESS)
+        defaults, common = self._leaves_of(next(iter(self.presets.values()), {})), "every command"
+        if self.presets:
+            text = "starting values, over which the others go"
+            names = list(self.presets)
+            self.options["preset"] = Option("preset", [{"enum": names}], names[0], text, common)
         groups: dict[str, Any] = {}
         for option in sorted(self.options.values(), key=lambda option: (not option.required, option.group != "")):
             title = option.group or ("required" if option.required else "options")
             if title not in groups:
                 groups[title] = self.add_argument_group(title)
-            item = typing.get_args(option.type)[0] if option.many else option.type
-            many: dict[str, Any] = {"nargs": "+", "action": "extend"} if option.many else {}
-            if option.many and typing.get_origin(item) is Literal:
-                item, many = str, many | {"choices": typing.get_args(item)}
-            shown = " ".join(preset.get(option.key, [word_of(option.default)]))
-            unsaid = option.required or shown in ("null", "[]", "{}")
-            groups[title].add_argument(
-                option.flag,
-                dest=option.key,
-                type=item,
-                default=None if option.required or option.many else option.default,
-                metavar=option.metavar,
-                help=(option.help + ("" if unsaid else f" (default: {shown})")).strip().replace("%", "%%"),
-                **many,
-            )
-        common = self.add_argument_group("every command")
-        if self.presets:
-            names = "{" + ",".join(self.presets) + "}"
-            text = f"starting values, over which the others go (default: {next(iter(self.presets))})"
-            common.add_argument("--preset", type=Literal[*self.presets], metavar=names, help=text)  # type: ignore[valid-type]
-        common.add_argument(
-            "--config", nargs=1, action="extend", type=str, metavar="FILE.yaml", help="read options here"
-        )
-        common.add_argument("--json", action="store_true", help="print the result as one JSON object on one line")
-        common.add_argument("-h", "--help", action="help", help="show this text and exit")
+            default = word_of(defaults.get(option.key, option.default))
+            unsaid = option.required or default in ("null", "[]", "{}")
+            many: dict[str, Any] = {"nargs": "+", "action": "extend"} if option.takes("array") else {}
+            text = (option.help + ("" if unsaid else f" (default: {default})")).replace("%", "%%")
+            groups[title].add_argument(option.flag, dest=option.key, metavar=option.metavar, help=text, **many)
+        last = groups.get(common) or self.add_argument_group(common)
+        last.add_argument("--config", action="append", metavar="FILE.yaml", help="read options here")
+        last.add_argument("--json", action="store_true", help="print the result as one JSON object on one line")
+        last.add_argument("-h", "--help", action="help", help="show this text and exit")
 
     def read(self, argv: list[str]) -> Request:
         """Options and wishes from the words behind the command; UsageError when they are wrong."""
-        argv = [self._completed(word, behind) for word, behind in zip(argv, [*argv[1:], ""], strict=False)]
-        typed = {key_of(word) for word in argv if word.startswith("--")}
-        given = self._parse(argv)
-        values: dict[str, list[str]] = {}
-        for path in [Path(name) for name in given["config"] or []]:
-            in_file = words_of(mapping_of(path))
-            values |= in_file
+        typed = self._typed(argv)
+        as_json = typed.pop("json", False)
+        given: dict[str, Any] = {}
+        for path in map(Path, typed.pop("config", [])):
+            content = mapping_of(path)
+            content.pop("definitions", None)  # of logged metrics, which a run records beside its options
+            in_file = self._leaves_of(content, path)
+            given = _layered(given, in_file)
             self.origins |= dict.fromkeys(in_file, path)
+        given = _layered(given, typed)
         self.origins = {key: path for key, path in self.origins.items() if key not in typed}
-        words = [spelled(f"--{key}={word}") for key in values if key not in typed for word in values[key]]
-        given = self._parse(words + argv)
         if self.presets:
-            preset = words_of(self.presets[given["preset"] or next(iter(self.presets))])
-            words = [spelled(f"--{key}={word}") for key, [word] in preset.items()] + words
-            given = self._parse(words + argv)
-        return Request(self._build(given), given["json"])
+            preset = word_of(given.pop("preset", self.options["preset"].default))
+            if preset not in self.presets:
+                self._refuse("preset", preset)
+            given = _layered(self._leaves_of(self.presets[preset]), given)
+        return Request(self._build(given), as_json)
 
-    def _completed(self, word: str, behind: str) -> str:
-        """A word in the parser's spelling; a switch such as --wait stands for --wait=true."""
-        option = self.options.get(key_of(word)) if word.startswith("--") and "=" not in word else None
-        switch = option is not None and option.type is bool and behind not in ("true", "false")
-        return spelled(word) + ("=true" if switch else "")
+    def words_of(self, tree: Mapping[str, Any]) -> dict[str, list[str]]:
+        """The content of a configuration file as dotted keys and the words that one would type for them."""
+        leaves = self._leaves_of(tree)
+        return {key: _words(value, self.options[key].takes("array")) for key, value in leaves.items()}
 
-    def _parse(self, argv: list[str]) -> Any:
-        self.argv = argv
+    def _typed(self, argv: list[str]) -> dict[str, Any]:
+        """Dotted keys and what was typed for them: a word, the words of a list, or a mapping."""
         try:
-            return self.parse_args(argv)
-        except argparse.ArgumentError as error:
-            self.error(str(error))
+            known, rest = self.parse_known_args(self._joined(argv))
+        except argparse.ArgumentError as error:  # of --train.lr without a value, or of --json=x
+            name = error.argument_name or ""
+            option = self.options.get(key_of(name))
+            needs = "takes no value" if name == "--json" else "needs a value"
+            self.error(f"{name} {needs}" + (f": {option.accepted}" if option else ""))
+        typed = vars(known)
+        for word in rest:
+            if not word.startswith("--"):
+                self.error(f"unexpected argument {word!r}")
+            (mapping, _, member), value = key_of(word).rpartition("."), word.partition("=")[2]
+            if mapping not in self.options or not self.options[mapping].takes("object"):
+                self._unknown(key_of(word), value)
+            typed = _layered(typed, {mapping: {member: _parsed(value)}})
+        if operands := typed.pop("operands", []):
+            many = self.options[self.operand].takes("array")
+            if self.operand in typed or (len(operands) > 1 and not many):
+                self.error(f"unexpected argument {operands[-1]!r}")
+            typed[self.operand] = operands if many else operands[0]
+        return {key: self.options[key].value(words) if key in self.options else words for key, words in typed.items()}
 
-    def _build(self, given: Any) -> Any:
-        if self.operand and (operands := given["operands"]):
-            many = self.options[self.operand].many
-            twice = given[self.operand] is not None and self.operand not in self.origins
-            if twice or (len(operands) > 1 and not many):
-                self.error(f"unrecognized arguments: {operands[-1]}")
-            given[self.operand] = operands if many else operands[0]
-        missing = [option for option in self.options.values() if option.required and not given[option.key]]
-        if missing:
-            self.error(
-                "missing "
-                + ", ".join(
-                    f"{option.key.upper() if option.key == self.operand else option.flag} ({option.help})"
-                    for option in missing
-                )
-            )
-        for option in self.options.values():
-            if option.many and given[option.key] is None:
-                given[option.key] = option.default
-        return build(self.kind, given)
+    def _joined(self, argv: list[str]) -> list[str]:
+        """Words in the parser's spelling: --wait as --wait=true, an unknown option with the word behind it."""
+        joined, pairs = [], zip(argv, [*argv[1:], ""], strict=False)
+        for word, behind in pairs:
+            option = self.options.get(key_of(word))
+            if word.startswith("--") and word != "--" and "=" not in word:
+                switch, unknown = option and option.takes("boolean"), not option and key_of(word) not in COMMON
+                if (switch and behind in ("true", "false", "null")) or (unknown and behind and behind[:2] != "--"):
+                    word = f"{word}={next(pairs)[0]}"
+                elif switch:
+                    word += "=true"
+            joined.append(spelled(word))
+        return joined
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise one UsageError in place of argparse's usage text and exit."""
-        raise UsageError(f"{self._explain(message)}\nsee: deedsr {self.command} --help") from ex
+    def _leaves_of(self, tree: Mapping[str, Any], path: Path | None = None, group: str = "") -> dict[str, Any]:
+        """Nested values under the dotted keys of the options; UsageError where there is no such option."""
+        found: dict[str, Any] = {}
+        for name, value in tree.items():
+            key = f"{group}{name}".replace("-", "_")
+            if key in self.options:
+                found[key] = value
+            elif isinstance(value, Mapping) and any(option.startswith(f"{key}.") for option in self.options):
+                found |= self._leaves_of(value, path, f"{key}.")
+            else:
+                self.origins |= {key: path} if path else {}
+                self._unknown(key, " ".join(_words(value)))
+        return found
 
-    def _explain(self, message: str) -> str:
-        if match := re.match(r"unrecognized arguments: (.*)", message):
-            return self._unknown(match[1].split())
-        match = re.match(r'(?:Parser key "|argument (?:-h/)?--)([\w.-]+)', message)
-        if not match:
-            return " ".join(message.split())
-        key = match[1].replace("-", "_")
-        takes = accepted(self.options[key].type) if key in self.options else " or ".join(self.presets)
-        if re.search(r"expected (one|at least one|1) argument", message):
-            return f"--{match[1]} needs a value" + (f": {takes}" if key in self.options else "")
-        return f"{self._named(key)} takes {takes}, got {self._given(key)!r}"
+    def _build(self, given: dict[str, Any]) -> Any:
+        tree: dict[str, Any] = {}
+        for key, value in given.items():
+            *groups, name = key.split(".")
+            node = functools.reduce(lambda node, group: node.setdefault(group, {}), groups, tree)
+            node[name] = self.options[key].value(value)
+        try:
+            [options] = self.adapter.validate_python([tree])
+        except ValidationError as error:
+            for problem in error.errors():
+                if problem["type"] != "missing":
+                    keys = itertools.accumulate(map(str, problem["loc"][1:]), "{}.{}".format)
+                    self._refuse(next(key for key in keys if key in self.options), problem["input"])
+        if missing := [option for option in self.options.values() if option.required and not given.get(option.key)]:
+            names = [option.key.upper() if option.key == self.operand else option.flag for option in missing]
+            self.error("missing " + ", ".join(f"{name} ({o.help})" for name, o in zip(names, missing, strict=True)))
+        return options
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a UsageError in place of argparse's usage text and exit."""
+        raise UsageError(f"{message}\nsee: deedsr {self.command} --help")
+
+    def _refuse(self, key: str, given: Any) -> NoReturn:
+        self.error(f"{self._named(key)} takes {self.options[key].accepted}, got {word_of(given)!r}")
 
     def _named(self, key: str) -> str:
-        flag = spelled(f"--{key}")
-        return f"{flag} (in {self.origins[key]})" if key in self.origins else flag
+        return spelled(f"--{key}") + (f" (in {self.origins[key]})" if key in self.origins else "")
 
-    def _given(self, key: str) -> str:
-        """The last value typed for a key."""
-        for number, word in reversed(list(enumerate(self.argv))):
-            if word.startswith("--") and key_of(word) == key:
-                return word.partition("=")[2] if "=" in word else " ".join(self.argv[number + 1 : number + 2])
-        return ""
-
-    def _unknown(self, words: list[str]) -> str:
-        keys = [key_of(word) for word in words if word.startswith("--")]
-        if not keys:
-            return f"unexpected argument {words[0]!r}"
-        members = [option.flag for name, option in self.options.items() if name.startswith(f"{keys[0]}.")]
+    def _unknown(self, key: str, given: str) -> NoReturn:
+        members = [option.flag for name, option in self.options.items() if name.startswith(f"{key}.")]
         if members:
-            return f"{self._named(keys[0])} is a group; set its members, such as {' or '.join(members[:2])}"
-        last = keys[0].rpartition(".")[2]
+            self.error(f"{self._named(key)} is a group; set its members, such as {' or '.join(members[:2])}")
+        if key in COMMON:
+            self.error(f"{self._named(key)} is for the command line only")
+        last = key.rpartition(".")[2]
         close = [name for name in self.options if name.rpartition(".")[2] == last]
-        close += get_close_matches(keys[0], [*self.options, "config", "json", "help"], n=1)
-        value = f" = {self._given(keys[0])}" if self._given(keys[0]) else ""
-        return f"unknown option {self._named(keys[0])}{value}" + (
-            f"; did you mean {spelled('--' + close[0])}?" if close else ""
-        )
+        close += get_close_matches(key, [*self.options, *COMMON], n=1)
+        guess = f"; did you mean {spelled('--' + close[0])}?" if close else ""
+        self.error(f"unknown option {self._named(key)}{' = ' + given if given else ''}{guess}")
 
 
 def key_of(word: str) -> str:
     """The dotted key of a word such as --train.lr=3 or --noise-guidance."""
-    return word[2:].partition("=")[0].replace("-", "_")
+    return word.removeprefix("--").partition("=")[0].replace("-", "_")
 
 
 def spelled(word: str) -> str:
     """An option in the one spelling the parser knows: dashes in plain names, underscores behind dots."""
     if not word.startswith("--"):
         return word
-    name, equals, value = word.partition("=")
-    key = name[2:].replace("-", "_")
+    _, equals, value = word.partition("=")
+    key = key_of(word)
     return f"--{key if '.' in key else key.replace('_', '-')}{equals}{value}"
-
-
-def build(kind: type, given: Any) -> Any:
-    """The dataclass that a parsed namespace describes."""
-    hints = typing.get_type_hints(kind)
-    values = {}
-    for field in dataclasses.fields(kind):
-        hint, value = hints[field.name], given[field.name]
-        values[field.name] = build(hint, value) if dataclasses.is_dataclass(hint) else value  # type: ignore[arg-type]
-    return kind(**values)
 
 
 def mapping_of(path: Path) -> dict[str, Any]:
@@ -334,20 +322,27 @@ def mapping_of(path: Path) -> dict[str, Any]:
     return content
 
 
-def words_of(tree: Mapping[str, Any], group: str = "") -> dict[str, list[str]]:
-    """Nested values as dotted keys and the words one would type for them."""
-    words: dict[str, list[str]] = {}
-    for name, value in tree.items():
-        key = f"{group}.{name}" if group else str(name)
-        if isinstance(value, Mapping):
-            words |= words_of(value, key)
-        else:
-            words[key] = [word_of(item) for item in value] if isinstance(value, list) else [word_of(value)]
-    return words
-
-
 def word_of(value: Any) -> str:
     """A YAML scalar as one would type it."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+
+
+def _words(value: Any, several: bool = True) -> list[str]:
+    """The words that one would type for a value of a file."""
+    if isinstance(value, list) and value and several:
+        return [word_of(item) for item in value]
+    return [json.dumps(value, default=str) if isinstance(value, list | Mapping) else word_of(value)]
+
+
+def _parsed(word: str) -> Any:
+    """A word as YAML, or as it stands where it is none."""
+    try:
+        return yaml.safe_load(word)
+    except yaml.YAMLError:
+        return word
+
+
+def _layered(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    """`high` over `low`; mappings are joined."""
+    both = [key for key in high if isinstance(high[key], Mapping) and isinstance(low.get(key), Mapping)]
+    return {**low, **high, **{key: {**low[key], **high[key]} for key in both}}

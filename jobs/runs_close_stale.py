@@ -1,12 +1,13 @@
-"""End runs in MLflow that nobody writes any more: as KILLED, with the time of their last heartbeat.
+"""End stale runs in MLflow: set them to KILLED, with the time of their last heartbeat as end.
 
-Of the store of MLFLOW_TRACKING_URI. A killed process leaves its run RUNNING; the next command on the same --out ends it
-too. A run with a heartbeat of the last ten minutes is left alone, and so are those of other users.
+In the store of MLFLOW_TRACKING_URI. A killed process leaves its run RUNNING; the next command with the same --out ends
+it, too. Runs with a heartbeat in the last ten minutes and runs of other users are not changed.
 """
 
 import re
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Annotated
 
 from deedsr.errors import UsageError
 from jobs.command import Command, Outcome
@@ -16,8 +17,8 @@ UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 @dataclass
 class CloseStaleOptions:
-    older: str = "10m"  # only runs without heartbeat for so long: 30m, 1h, 2d
-    everyone: bool = False  # also runs of other users
+    older: Annotated[str, "minimum time since the last heartbeat: 30m, 1h, 2d"] = "10m"
+    everyone: Annotated[bool, "also runs of other users"] = False
 
 
 def run(options: CloseStaleOptions) -> Outcome:

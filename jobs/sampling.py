@@ -1,26 +1,26 @@
-"""Options of every command that samples pictures."""
+"""Options of every command that samples pictures, under the names that `pipelines.upscaling.upscale` gives them."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+UnitInterval = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclasses.dataclass(kw_only=True)
 class SamplingOptions:
-    """null stands for what the model itself recommends."""
+    """Which model samples, where and how; null = the default that is stored with the model."""
 
-    steps: PositiveInt | None = None  # sampling steps; null = the model's own, for the paper's model 50
-    noise_guidance: ClosedUnitInterval | None = None  # strength, 0 = off; null = the model's own, for the paper's 1
-    noise_guidance_share: ClosedUnitInterval | None = None  # share of the steps that are guided; 0 = the first only
-    eta: ClosedUnitInterval | None = None  # 0 = deterministic sampling, 1 = fresh noise in every step
-    color_fix: Literal["none", "adain", "wavelet"] | None = None  # how the colours of the input are kept
-    solver: Literal["ddim", "dpm"] | None = None  # dpm = second order, good pictures in fewer steps, such as 15
-    tile: NonNegativeInt | None = None  # pixels of the output a side; larger pictures are made in tiles; 0 = as a whole
-    degradation_per_tile: bool | None = None  # learn the degradation from each tile by itself; for collages
-    restoration: ClosedUnitInterval | None = None  # share of the model's picture in the result, bicubic is the rest
-    seed: NonNegativeInt = 0  # of the noise: the same seed gives the same picture
-
-    def sampling(self) -> dict[str, Any]:
-        """What `pipelines.upscaling.upscale` and `pipelines.evaluation.evaluate` take of these."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplingOptions)}
+    base: Annotated[str | None, "folder, URI or hub id of the model's base; null = as recorded in the model"] = None
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "auto = CUDA if there is a GPU; cluster: cuda"] = "auto"
+    steps: Annotated[PositiveInt | None, "sampling steps; null = the model's default, paper: 50"] = None
+    noise_guidance: Annotated[UnitInterval | None, "strength; 0 = off; null = the model's default, paper: 1"] = None
+    noise_guidance_share: Annotated[UnitInterval | None, "fraction of guided steps; 0 = first step only"] = None
+    eta: Annotated[UnitInterval | None, "0 = deterministic (DDIM), 1 = new noise in every step"] = None
+    color_fix: Annotated[Literal["none", "adain", "wavelet"] | None, "colour correction to the input"] = None
+    solver: Annotated[Literal["ddim", "dpm"] | None, "dpm: second-order solver for about 15 steps"] = None
+    tile: Annotated[NonNegativeInt | None, "output pixels per side of a tile; 0 = no tiling"] = None
+    degradation_per_tile: Annotated[bool | None, "one degradation vector per tile, for collages"] = None
+    restoration: Annotated[UnitInterval | None, "weight of the model's output; the rest is bicubic"] = None
+    seed: Annotated[NonNegativeInt, "seed of the sampling noise"] = 0

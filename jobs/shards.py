@@ -3,15 +3,15 @@
 The same command again reuses every finished shard whose sources, recipe and algorithm are unchanged. With --pairs,
 real LR pictures that are matched by name, nothing is degraded. In place of --source: --hr-from makes new degradations
 of the HR that a dataset holds, and writes LR only; --join writes such a dataset with its HR, self-contained. --plan
-makes nothing and says what it would take. --gc alone clears what older versions and killed runs left in --out, unless
-other datasets are made of it; --gc --dry-run says what it would clear.
+makes nothing and estimates size, time and cost. --gc alone deletes leftovers of old versions and killed runs in --out,
+unless other datasets depend on them; --gc --dry-run lists them.
 """
 
 import dataclasses
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from jsonargparse.typing import NonNegativeFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveInt
 
 from deedsr.errors import UsageError
 from jobs.command import Command, Outcome
@@ -28,22 +28,24 @@ PICTURES = 4  # pairs that the MLflow run shows
 
 @dataclasses.dataclass
 class ShardsOptions:
-    out: str  # the dataset: folder or s3://bucket/prefix
-    source: list[str] = dataclasses.field(default_factory=list)  # folders, s3:// prefixes, lists, tars, Parquet
-    pairs: list[str] = dataclasses.field(default_factory=list)  # LR of real pairs: a folder for all or for each source
-    hr_from: str | None = None  # dataset whose HR images are degraded anew
-    join: str | None = None  # dataset made by --hr-from, to be written with its HR
-    recipe: str = "deedsr"  # deedsr, realesrgan, light, medium, heavy, demo or a YAML file
-    workers: PositiveInt | None = None  # CPUs in use at a time; null = every one of the cluster
-    plan: bool = False  # make nothing: say how much it would be and how long it would take, from a short measured probe
-    nodes: PositiveInt = 1  # plan: machines
-    cores: PositiveInt | None = None  # plan: of each machine; null = as many as this one has
-    price: NonNegativeFloat | None = None  # plan: of one machine, per hour
-    gc: bool = False  # in the end, remove from --out what its manifest does not name: older versions lose their shards
-    dry_run: bool = False  # with --gc alone: remove nothing, say what would be removed
-    force: bool = False  # with --gc: remove even what other datasets, made of older versions, need
-    tracking: bool = True  # log an MLflow run
-    experiment: str = "deedsr-shards"  # MLflow experiment
+    out: Annotated[str, "the dataset: folder or s3://bucket/prefix"]
+    source: Annotated[list[str], "folders, URIs, lists, tars or Parquet"] = dataclasses.field(default_factory=list)
+    pairs: Annotated[list[str], "LR folder of real pairs, or one per source"] = dataclasses.field(default_factory=list)
+    hr_from: Annotated[str | None, "dataset whose HR images get new degradations"] = None
+    join: Annotated[str | None, "dataset made by --hr-from, to be written with its HR images"] = None
+    recipe: Annotated[str | dict[str, Any], "name (deedsr, light, medium, heavy, ...), YAML file or its content"] = (
+        "deedsr"
+    )
+    workers: Annotated[PositiveInt | None, "CPUs to use; null = all of the cluster"] = None
+    plan: Annotated[bool, "only estimate size and duration from a short measured probe"] = False
+    nodes: Annotated[PositiveInt, "plan: number of machines"] = 1
+    cores: Annotated[PositiveInt | None, "plan: CPU cores per machine; null = as many as this one has"] = None
+    price: Annotated[NonNegativeFloat | None, "plan: price of one machine per hour"] = None
+    gc: Annotated[bool, "at the end, delete objects in --out that the manifest does not name"] = False
+    dry_run: Annotated[bool, "with --gc alone: list what would be deleted"] = False
+    force: Annotated[bool, "with --gc: also delete what datasets made from older versions need"] = False
+    tracking: Annotated[bool, "log an MLflow run"] = True
+    experiment: Annotated[str, "MLflow experiment"] = "deedsr-shards"
 
 
 def run(options: ShardsOptions) -> Outcome:
@@ -63,7 +65,7 @@ def run(options: ShardsOptions) -> Outcome:
 
 
 def check(options: ShardsOptions) -> None:
-    """Refuses options that do not go together, or that would have no effect beside the others."""
+    """Raises UsageError for options that exclude each other or have no effect together."""
     given = [name for name in ("source", "hr_from", "join") if getattr(options, name)]
     if len(given) > 1 or not (given or options.gc):
         raise UsageError("give one of --source, --hr-from and --join" + (", not several" if given else ""))
@@ -141,7 +143,7 @@ def _run_tracked(options: ShardsOptions, recipe: "Recipe") -> dict[str, Any]:
     with tracking.start_run(
         options.experiment,
         name=options.out.rstrip("/").rpartition("/")[2],
-        config=dataclasses.asdict(options) | {"recipe": recipe.model_dump(mode="json")},
+        config=dataclasses.asdict(options) | ({} if options.join else {"recipe": recipe.model_dump(mode="json")}),
         tags={"deedsr.kind": "shards", "deedsr.recipe.digest": recipe.digest},
         out=options.out,
     ) as run:

@@ -1,6 +1,6 @@
-"""What differs between jobs made from one job file: the site's own names, and options that are overridden.
+"""Values that job files leave open: a site's own names, and options that `--set` overrides.
 
-A site's names stand for YOUR-... in job files. They come from `site.yaml` beside the job file, which git ignores
+A site's names replace YOUR-... in job files. They come from `site.yaml` beside the job file, which git ignores
 (`jobs/site.example.yaml` is one to copy), or from the environment: YOUR-BUCKET from YOUR_BUCKET, which wins.
 """
 

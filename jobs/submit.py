@@ -1,8 +1,8 @@
 """Send a job file to a Ray cluster through its Jobs API, follow a job or stop one.
 
-Everything is checked here, before anything is sent. An equal job (command, options, code, environment) that has not
-ended is not started a second time: it is followed. Submitting again after it failed or was stopped continues where it
-got to, because every command continues with the same --out. Ctrl-C ends the following, never the job.
+The job file is checked here, before anything is sent. If an equal job (command, options, code, environment) has not
+ended, no second one is submitted; that job is followed. A job that failed or was stopped continues when it is submitted
+again, because every command continues with the same --out. Ctrl-C stops following the job, not the job.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import secrets
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from deedsr.errors import UsageError
 from jobs.command import Command, Outcome
@@ -31,14 +31,14 @@ IDENTITY, OUT = "deedsr.job", "deedsr.out"
 
 @dataclasses.dataclass
 class SubmitOptions:
-    job: str | None = None  # job file, such as jobs/shards.yaml
-    set: list[str] = dataclasses.field(
+    job: Annotated[str | None, "job file, such as jobs/shards.yaml"] = None
+    set: Annotated[list[str], "overrides such as train.lr=3e-5; several values make several jobs"] = dataclasses.field(
         default_factory=list
-    )  # over the file's options: train.lr=3e-5; 1e-5,3e-5: a job each
-    follow: str | None = None  # id of a job to follow until it has ended
-    stop: str | None = None  # id of a job to end; also one that still waits to start
-    address: str | None = None  # the cluster's dashboard; null = RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265
-    wait: bool = False  # follow the logs until the job has ended
+    )
+    follow: Annotated[str | None, "id of a job to follow until it ends"] = None
+    stop: Annotated[str | None, "id of a running or queued job to stop"] = None
+    address: Annotated[str | None, "dashboard URL; null = RAY_API_SERVER_ADDRESS or http://127.0.0.1:8265"] = None
+    wait: Annotated[bool, "follow the logs until the job ends"] = False
 
 
 def run(options: SubmitOptions) -> Outcome:
@@ -123,7 +123,7 @@ def _out(job: JobFile) -> str:
 
 
 def _require_room(board: Dashboard, job: JobFile) -> None:
-    """Refuses a reservation for the command that no node of a cluster which cannot grow has."""
+    """Raises UsageError if no node can hold the command's reservation and the cluster cannot grow."""
     wanted = {"CPU": job.entrypoint_num_cpus, "GPU": job.entrypoint_num_gpus, "memory": job.entrypoint_memory}
     wanted = {kind: amount for kind, amount in wanted.items() if amount}
     fits = [node for node in board.nodes() if all(node.get(kind, 0) >= amount for kind, amount in wanted.items())]
@@ -136,7 +136,7 @@ def _require_room(board: Dashboard, job: JobFile) -> None:
 
 
 def _started(board: Dashboard, job_id: str) -> Outcome:
-    """Of a job that is not followed."""
+    """Result for a job that is not followed."""
     return Outcome(
         {"job_id": job_id, "status": str(board.job(job_id).status), "address": board.address}
         | how_to(job_id, board.address)
@@ -144,7 +144,7 @@ def _started(board: Dashboard, job_id: str) -> Outcome:
 
 
 def _ended(board: Dashboard, job_id: str) -> Outcome:
-    """Of a job after its end. Ctrl-C says how to reach the job, which goes on."""
+    """Result of a job after following it. On Ctrl-C, prints how to follow or stop the job, which continues."""
     try:
         details = follow(board, job_id)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""What of a working directory goes to the cluster, and whether the cluster takes it."""
+"""Selects the files of a working directory to upload, and checks the size limit of the cluster."""
 
 import os
 from collections import Counter

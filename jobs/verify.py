@@ -1,19 +1,20 @@
 """Re-hash every shard against the manifest and read every sample of a dataset.
 
-With --replay N the LR of N samples is also made again from the stored HR and the recorded draws, and compared.
+With --replay N, the LR of N samples is also recomputed from the stored HR and the recorded parameters, and compared.
 """
 
 import dataclasses
+from typing import Annotated
 
-from jsonargparse.typing import NonNegativeInt
+from pydantic import NonNegativeInt
 
 from jobs.command import Command, Outcome
 
 
 @dataclasses.dataclass
 class VerifyOptions:
-    uri: str  # dataset: folder or s3://bucket/prefix
-    replay: NonNegativeInt = 0  # samples, spread over the dataset, whose LR is made again
+    uri: Annotated[str, "dataset: folder or s3://bucket/prefix"]
+    replay: Annotated[NonNegativeInt, "number of samples whose LR is recomputed and compared"] = 0
 
 
 def run(options: VerifyOptions) -> Outcome:

@@ -14,14 +14,12 @@ import yaml
 
 from pipelines.placement import Nodes
 
-__all__ = ["answers", "coming", "growth", "refuses"]
-
 BOOTSTRAP = "~/ray_bootstrap_config.yaml"  # on the head of a cluster of `ray up`, where its commands run
 _STATUS = b"__autoscaling_status"
 
 
 def growth() -> tuple[Nodes, ...] | None:
-    """Nodes that may be added, less those that are there: () without an autoscaler, None where it is not known."""
+    """Nodes that may still be added: () without an autoscaler, None where it is not known."""
     types = _node_types(Path(BOOTSTRAP).expanduser())
     if types is not None:
         return types
@@ -32,7 +30,7 @@ def growth() -> tuple[Nodes, ...] | None:
 
 
 def answers() -> bool:
-    """Whether the autoscaler says so where none of its node types would hold a request."""
+    """Whether the autoscaler reports requests that none of its node types holds."""
     return _is_v2()
 
 
@@ -45,7 +43,7 @@ def refuses(group: Any) -> bool:
 
 
 def coming() -> str:
-    """Nodes that are on their way, in words; empty where there are none."""
+    """Nodes that are starting, as text; empty without any."""
     names: list[str] = []
     if _is_v2():
         state = _v2_state()

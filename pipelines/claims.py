@@ -169,9 +169,13 @@ class Claim:
     def beat(self) -> None:
         self._change(lambda found: found | {"alive": time.time()})
 
-    def end(self) -> None:
-        """Leave the place to whoever comes next."""
-        self._change(lambda found: found | {"ended": True})
+    def end(self, refused: bool = False) -> None:
+        """Leave the place to whoever comes next. `refused`: nothing was done, so the first claim on it is removed."""
+        found, _ = self._read()
+        if refused and self._is_own(found) and found["attempt"] == 1:
+            self.out.delete(CLAIM)
+        else:
+            self._change(lambda found: found | {"ended": True})
 
     def holds(self) -> bool:
         """Whether the place is still this one's."""
@@ -221,10 +225,14 @@ Held = TypeVar("Held", bound=Claim)
 def held(claim: Held) -> Iterator[Held]:
     """Holds the place until the context is left. Raises UsageError while another command holds it."""
     claim.take()
+    refused = False
     try:
         with heartbeat(claim.beat):
             yield claim
+    except UsageError:
+        refused = True
+        raise
     finally:
         # Another's by now, or the storage is away: the heartbeat stops anyway.
         with suppress(DeeDSRError), waiting.within(_END_SECONDS):
-            claim.end()
+            claim.end(refused)

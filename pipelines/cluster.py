@@ -18,27 +18,8 @@ from urllib.parse import urlsplit
 
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines import autoscaler, machine
-from pipelines.placement import Nodes, Offer, TrainingPlan, WorkPlan
+from pipelines.placement import Nodes, Offer, Plan
 from pipelines.storage import open_storage, waiting
-
-__all__ = [
-    "CannotHold",
-    "Waiting",
-    "arrow_filesystem",
-    "connect",
-    "data",
-    "error_values",
-    "is_local",
-    "is_named",
-    "last_words",
-    "nodes",
-    "offer",
-    "raise_error",
-    "require_docstrings",
-    "scratch",
-    "this_machine",
-    "wait_for",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +29,7 @@ _ANSWER_SECONDS = 10.0  # that a cluster is given to answer, in which a head can
 # Ray makes sockets below its temporary folder, and systems take at most 107 bytes for the path of one.
 _LONGEST_FOLDER = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 _SHORT_FOLDERS = ("/tmp", "/var/tmp")
-_REMARKS = ("Failed to apply UDF transform", "To change retry attempts")  # of Ray Data, below what the task said
+_REMARKS = ("Failed to apply UDF transform", "To change retry attempts")  # added by Ray Data to a task's message
 _POLL_SECONDS = 1.0
 _kills = 0  # processes killed for want of memory before this one connected
 _LINE_SECONDS = 30.0  # between two lines on what is waited for
@@ -74,7 +55,7 @@ def connect() -> None:
 
 
 def last_words(error: BaseException, less: str) -> str:
-    """What a failure of Ray's comes to: its last line, or that memory ran out; `less` says what would need less."""
+    """One line for a failure of Ray: its last line, or that memory ran out; `less`: what would need less of it."""
     text = "\n".join(line for line in str(error).strip().splitlines() if not line.startswith(_REMARKS))
     if "OutOfMemoryError" in f"{type(error).__name__} {text}" or machine.memory_kills() > _kills:
         limit = machine.this_machine().memory
@@ -105,7 +86,7 @@ def _connect(address: str | None) -> None:
     import ray
     from ray._private.services import canonicalize_bootstrap_address
 
-    # What Ray says of dead workers and raylets stays in its files, for which it has no option.
+    # Ray's messages about dead workers and raylets stay in its log files; Ray has no option for that.
     ray._private.worker._worker_logs_enabled = False
     if not address or address == "local":
         # A token of its own: Ray would keep one in the home folder, which not every container has.
@@ -174,33 +155,6 @@ def _session_folder() -> str | None:
     )
 
 
-def data() -> Any:
-    """`ray.data` on the connected cluster, without its own progress bars and remarks: ours are shown instead."""
-    connect()
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it would log as an error is raised, too
-    return ray.data
-
-
-def error_values(error: DeeDSRError | None = None) -> dict[str, Any]:
-    """The error of a task as values of its row: an exception would come back wrapped in Ray's traceback.
-
-    File names in the message that are not Unicode are escaped, because a row holds Unicode only.
-    """
-    text = str(error or "").encode(errors="backslashreplace").decode()
-    return {"error": text, "usage": isinstance(error, UsageError)}
-
-
-def raise_error(row: dict[str, Any]) -> None:
-    """Raises the error that `error_values` stored in a row, if there is one."""
-    if row["error"]:
-        raise (UsageError if row["usage"] else DeeDSRError)(row["error"])
-
-
 def nodes() -> list[dict[str, Any]]:
     """`ray.nodes()` of the connected cluster."""
     import ray
@@ -234,7 +188,7 @@ class CannotHold(UsageError):
 class Waiting:
     """Logs every half minute what is waited for. `without`: the option that would do without GPUs."""
 
-    def __init__(self, plan: TrainingPlan | WorkPlan, without: str, at_once: bool = False):
+    def __init__(self, plan: Plan, without: str, at_once: bool = False):
         self._plan, self._without = plan, without
         self._began = time.monotonic()
         self._said = -math.inf if at_once else self._began
@@ -248,7 +202,7 @@ class Waiting:
             logger.info("waiting %.0f s for %s: %s", now - self._began, _words(self._plan), state)
 
 
-def wait_for(plan: TrainingPlan | WorkPlan, without: str) -> None:
+def wait_for(plan: Plan, without: str) -> None:
     """Waits until the connected cluster can hold the first workers of `plan`; an autoscaler starts nodes for them.
 
     `without`: see `Waiting`. Raises CannotHold where the cluster has not enough, and nothing can add it.
@@ -270,11 +224,11 @@ def wait_for(plan: TrainingPlan | WorkPlan, without: str) -> None:
         remove_placement_group(group)
 
 
-def _words(plan: TrainingPlan | WorkPlan) -> str:
+def _words(plan: Plan) -> str:
     return f"{plan.fewest} x {{{', '.join(f'{kind} {amount:g}' for kind, amount in plan.bundle.items())}}}"
 
 
-def _state(plan: TrainingPlan | WorkPlan, without: str) -> str:
+def _state(plan: Plan, without: str) -> str:
     import ray
 
     free = ray.available_resources()

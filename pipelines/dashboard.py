@@ -15,8 +15,6 @@ from typing import Any
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines.cluster import require_docstrings
 
-__all__ = ["Dashboard", "JobGone", "Unreachable", "token_file"]
-
 _CONNECT_SECONDS = 10.0  # also of the first answer
 _ANSWER_SECONDS = 60.0
 _UPLOAD_SECONDS = 600.0

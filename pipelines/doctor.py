@@ -16,14 +16,13 @@ from pathlib import Path
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines import machine
 from pipelines.dashboard import Dashboard, token_file
-from pipelines.placement import Nodes, Offer, place_networks, place_shards, place_training
+from pipelines.placement import Nodes, Offer, place_networks, place_shards
 from pipelines.storage import open_storage
 from pipelines.storage.errors import Conflict
 from pipelines.storage.waiting import within
 from pipelines.training.config import ContrastOptions, TrainOptions
+from pipelines.training.placement import place_training
 from pipelines.training.schedules import PRESETS
-
-__all__ = ["Check", "examine"]
 
 GIB, MIB = 1 << 30, 1 << 20
 LIBRARIES = ("torch", "diffusers", "numpy", "pillow", "opencv-python-headless", "simplejpeg")
@@ -47,7 +46,7 @@ class Check:
 
 
 def examine(out: str | None, address: str | None) -> list[Check]:
-    """Looks at everything that commands depend on; never raises for what is broken.
+    """Checks everything that commands depend on; never raises for what is broken.
 
     Args:
         out: a place for results, folder or s3://bucket/prefix; None = the working directory.

@@ -24,22 +24,6 @@ from typing import IO, Any
 
 from deedsr.errors import UsageError
 
-__all__ = [
-    "Limits",
-    "Machine",
-    "allowed_cpus",
-    "cache_folder",
-    "control_group_limits",
-    "gpus",
-    "lock",
-    "may_read",
-    "memory_kills",
-    "opened_file",
-    "process_space",
-    "runs",
-    "this_machine",
-]
-
 CPUS_VARIABLE = "DEEDSR_CPUS"
 
 
@@ -168,7 +152,7 @@ def user_name() -> str:
 
 
 def process_space() -> str:
-    """Where a process id means one process: this boot of this machine, and in it this container."""
+    """The space in which a process id is unique: this boot of this machine, and in it this container."""
     import psutil
 
     try:
@@ -186,8 +170,20 @@ def runs(pid: int, since: float) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= since
     except psutil.NoSuchProcess:
         return False
-    except psutil.AccessDenied:  # it is there, and somebody else's
+    except psutil.AccessDenied:  # it exists and belongs to another user
         return True
+
+
+def environment_number(variable: str, default: float, unit: str) -> float:
+    """What a variable of the environment sets, 0 or more. Raises UsageError if it holds no such number."""
+    text = os.environ.get(variable) or str(default)
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not number >= 0:
+        raise UsageError(f"{variable} must be a number of {unit}, 0 or more, got {text!r}")
+    return number
 
 
 def _wanted_cpus() -> int | None:

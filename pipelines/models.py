@@ -1,4 +1,7 @@
-"""Models, bases and learners by name, folder, hub id, URI or MLflow version: where they are on this machine."""
+"""Models, bases and learners by name, folder, hub id, URI or MLflow version.
+
+A name is looked up once, where the command is given. The reference that `find` returns is passed on, to workers too.
+"""
 
 import hashlib
 import json
@@ -6,13 +9,14 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines.machine import this_machine
-from pipelines.scratch import scratch_folder
 from pipelines.storage import localize, open_storage, publish
+from pipelines.storage.lock import scratch_folder
 
 if TYPE_CHECKING:
     import torch
@@ -23,11 +27,199 @@ if TYPE_CHECKING:
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
-def _local(name: str | Path) -> Path | str:
-    """A URI becomes a local folder; whatever else stays."""
-    if str(name).startswith("models:"):
-        return _registered(str(name))
-    return localize(name, _is_of_model) if "://" in str(name) else name
+class Reference:
+    """A model, base or learner that was found by its name.
+
+    Pickled, it is the name alone. The process that unpickles it looks the folder up on its own machine at first use.
+
+    Attributes:
+        name: means the same on every machine and in later commands: `tiny`, an absolute path, a URI, a hub id with its
+            revision, or a fixed version of MLflow's registry.
+    """
+
+    def __init__(self, name: str, folder: Path | None = None):
+        """`folder`: what the name means on this machine; None = a worker's, looked up at first use."""
+        self.name, self._folder = name, folder
+
+    @classmethod
+    def find(cls, name: str | Path) -> Self:
+        """Look the name up. Raises UsageError if nothing is found."""
+        reference = cls(*_find(str(name)))
+        _ = reference.path
+        return reference
+
+    @cached_property
+    def path(self) -> Path:
+        """Local folder of what is used. Raises UsageError where it is missing."""
+        if self._folder is not None:
+            return self._used(self._folder)
+        with _on_a_worker():
+            return self._used(_find(self.name)[1])
+
+    def _used(self, folder: Path) -> Path:
+        """The folder inside of what was found that this kind of reference is for."""
+        return folder
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow run that trained it, where its folder says so."""
+        record = (self._folder or _find(self.name)[1]) / "training.json"
+        return json.loads(record.read_bytes()).get("run_id") if record.is_file() else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.name,)
+
+
+class Base(Reference):
+    """A base: `path` holds its `vae/`, `unet/` and `scheduler/`. The name of a trained model means its base."""
+
+    def _used(self, folder: Path) -> Path:
+        from deedsr.hub.model_folder import find_base
+
+        return find_base(folder)
+
+    @cached_property
+    def digest(self) -> str:
+        """See `deedsr.hub.weights.base_digest`."""
+        from deedsr.hub.weights import base_digest
+
+        return base_digest(self.path)
+
+
+class Learner(Reference):
+    """A degradation learner: what `train learner` wrote, a model, or the folder `learner/` of either: `path`."""
+
+    def _used(self, folder: Path) -> Path:
+        for path in (folder / "learner", folder):
+            if (path / "config.json").is_file():
+                return path
+        raise UsageError(
+            f"{self.name} holds no degradation learner: give the --out of a finished `deedsr train learner`"
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """See `deedsr.hub.weights.part_digest`."""
+        from deedsr.hub.weights import part_digest
+
+        return part_digest(self.path)
+
+
+class Adapter(Reference):
+    """The adapter of a model; `path` is its folder."""
+
+    def _used(self, folder: Path) -> Path:
+        return folder / "adapter"
+
+
+class Model(Reference):
+    """A DeeDSR model. `path` is its folder, `base` is given where its base is not where the model says.
+
+    A worker that unpickles it refuses to load another model than the command was given.
+    """
+
+    def __init__(self, name: str, folder: Path | None = None, base: Base | None = None, expected: str | None = None):
+        super().__init__(name, folder)
+        self.base, self._expected = base, expected
+
+    @classmethod
+    def find(cls, name: str | Path, base: str | Path | None = None) -> Self:
+        """Raises UsageError where there is no such folder. `base`: name of its base, None = as the model says."""
+        return cls(*_find(str(name)), Base.find(base) if base else None)
+
+    @cached_property
+    def description(self) -> "ModelFolder":
+        """Raises UsageError where the folder holds no DeeDSR model."""
+        from deedsr.hub.model_folder import ModelFolder
+
+        return ModelFolder.read(self.path)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over everything of a model that a result depends on: networks, scheduler, scale, gate."""
+        from deedsr.hub.weights import part_digest
+
+        model, base = self.description, self._base_path
+        digest = hashlib.sha256(f"scale {model.scale}".encode())
+        for part in (base / "vae", base / "unet", self.path / "learner", self.path / "adapter"):
+            digest.update(part_digest(part).encode())
+        digest.update((base / "scheduler" / "scheduler_config.json").read_bytes())
+        if model.gate:
+            digest.update(json.dumps(model.gate, sort_keys=True).encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def _base_path(self) -> Path:
+        return self.description.base_path(self._given_base)
+
+    @cached_property
+    def _given_base(self) -> Path | None:
+        """Local folder of a base that is given, or that the model names by a URI, which `deedsr` itself cannot read."""
+        if self.base is not None:
+            return self.base.path
+        named = self.description.base
+        return Base.find(named).path if named and "://" in named else None
+
+    def load(self, device: str = "auto", precision: Precision = "fp32") -> "DeeDSRPipeline":
+        """The pipeline on `device` (see `usable_device`), without progress bar.
+
+        `precision`: that VAE, UNet and adapter compute in; `auto` = fp16 on a CUDA GPU, where it is nearer to fp32 than
+        bf16 and as fast, else fp32. Raises UsageError where the model or its base is missing, incomplete, or the base
+        another than it was trained on; DeeDSRError where a worker finds another model than the command was given.
+        """
+        from deedsr.sampling.pipeline import DeeDSRPipeline
+
+        place, path, base = usable_device(device), self.path, self._given_base
+        with _on_a_worker() if self._expected else nullcontext():
+            if self._expected not in (None, self.digest):
+                raise DeeDSRError(f"the model {self.name} is another one here than when the command was given")
+            pipeline = DeeDSRPipeline.from_pretrained(path, base=base, torch_dtype=_dtype(precision, place))
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline if place.type == "cpu" else pipeline.to(place)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.name, None, self.base, self.digest)
+
+
+@contextmanager
+def _on_a_worker() -> Iterator[None]:
+    """Adds to an error which machine a model is missing on that was found where the command was given."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(
+            f"on {socket.gethostname()}: {error}. Workers read models by themselves: give a folder that all machines "
+            "share, an s3:// location or a hub id"
+        ) from error
+
+
+def _find(name: str) -> tuple[str, Path]:
+    """The name that means the same on every machine, and the local folder that it means on this one."""
+    from deedsr.hub.model_folder import find_folder, with_revision
+
+    if name.startswith("models:"):
+        return _registered(name)
+    if "://" in name:
+        return name, find_folder(localize(name, _is_of_model))
+    folder = find_folder(name)
+    local = name != "tiny" and Path(os.path.expanduser(name)).is_dir()
+    return os.path.abspath(folder) if local else with_revision(name, folder), folder
+
+
+def _registered(name: str) -> tuple[str, Path]:
+    """A version in MLflow's registry, with the weights that were registered: its location where that can be read
+    without MLflow, else its fixed version."""
+    from pipelines.tracking import registry
+
+    version = registry.find(name)
+    is_place = version.source.startswith(("s3://", "file://", "/"))
+    folder = localize(version.source, _is_of_model) if is_place else registry.fetch(version)
+    if version.weights is not None and registry.weights_digest(open_storage(str(folder))) != version.weights:
+        raise UsageError(
+            f"the weights of {version.uri} are gone: a later training wrote others to {version.source}. "
+            f"Take a newer version, or the folder as it is"
+        )
+    return version.source if is_place else version.uri, folder
 
 
 def _is_of_model(path: str) -> bool:
@@ -40,131 +232,6 @@ def _is_of_model(path: str) -> bool:
     return folder in ("", *PARTS) and (is_weights or file.endswith((".json", ".md")) or file.startswith("LICENSE"))
 
 
-def _registered(name: str) -> Path:
-    """Local folder of a version in MLflow's registry, with the weights that were registered."""
-    from pipelines.tracking import registry
-
-    version = registry.find(name)
-    folder = localize(version.source, _is_of_model) if _is_place(version.source) else registry.fetch(version)
-    if version.weights is not None and registry.weights_digest(open_storage(str(folder))) != version.weights:
-        raise UsageError(
-            f"the weights of {version.uri} are gone: a later training wrote others to {version.source}. "
-            f"Take a newer version, or the folder as it is"
-        )
-    return folder
-
-
-def _is_place(source: str) -> bool:
-    """Whether a version refers to storage that is read without MLflow."""
-    return source.startswith(("s3://", "file://", "/"))
-
-
-def pinned(name: str) -> str:
-    """What a model, learner or base means where the command is given, for workers, whose working directory is another
-    one, and for continuations: the absolute path of a local folder; the location, or else the fixed version, of
-    `models:/...`. Any other name comes back as it is.
-
-    Raises UsageError where the registry has no such model.
-    """
-    if not name.startswith("models:"):
-        local = Path(os.path.expanduser(name))
-        return os.path.abspath(local) if name != "tiny" and "://" not in name and local.exists() else name
-    from pipelines.tracking import registry
-
-    version = registry.find(name)
-    return version.source if _is_place(version.source) else version.uri
-
-
-@contextmanager
-def on_a_worker() -> Iterator[None]:
-    """Says on which machine a model is missing that was found where the command was given, and where it must lie."""
-    try:
-        yield
-    except UsageError as error:
-        raise UsageError(
-            f"on {socket.gethostname()}: {error}. Workers read models by themselves: give a folder that all machines "
-            "share, an s3:// location or a hub id"
-        ) from error
-
-
-def resolve_model(model: str | Path) -> Path:
-    """Local folder of a model: `tiny`, a folder, a URI, a hub id, `models:/NAME/VERSION` or `models:/NAME@ALIAS`.
-
-    Raises UsageError where there is none.
-    """
-    from deedsr.hub.model_folder import find_folder
-
-    return find_folder(_local(model))
-
-
-def resolve_base(base: str | Path) -> Path:
-    """Local folder with the `vae/`, `unet/` and `scheduler/` of a base; a model stands for its base.
-
-    Raises UsageError where there is none.
-    """
-    from deedsr.hub.model_folder import find_base
-
-    return find_base(_local(base))
-
-
-def resolve_learner(learner: str | Path) -> Path:
-    """Local folder to load a degradation learner from, given what `train learner` wrote, a model, or that folder.
-
-    Raises UsageError where there is none.
-    """
-    from deedsr.hub.model_folder import find_folder
-
-    folder = find_folder(_local(learner))
-    if (folder / "learner" / "config.json").is_file():
-        return folder / "learner"
-    if (folder / "config.json").is_file():
-        return folder
-    raise UsageError(f"{learner} holds no degradation learner: give the --out of a finished `deedsr train learner`")
-
-
-def load_vae(base: str | Path, **options: Any) -> Any:
-    """The autoencoder of a base; `options` as for diffusers' `from_pretrained` (`torch_dtype`)."""
-    from deedsr.hub.model_folder import load_part
-
-    return load_part(resolve_base(base), "vae", **options)
-
-
-def base_of(model: "ModelFolder", base: str | None = None) -> Path:
-    """Local folder of a model's base: `base`, else the one that it names. Raises UsageError where it is another."""
-    name = base or model.base
-    # The package itself knows no object storage: a base there is fetched here.
-    return model.base_path(_local(name) if name and "://" in name else base)
-
-
-def load_pipeline(
-    model: str,
-    device: str = "auto",
-    digest: str | None = None,
-    base: str | None = None,
-    precision: Precision = "fp32",
-) -> "DeeDSRPipeline":
-    """The pipeline of a model by name, folder, URI or hub id, on `device` (see `usable_device`), without progress bar.
-
-    `precision`: that VAE, UNet and adapter compute in; `auto` = fp16 on a CUDA GPU, where it is nearer to fp32 than
-    bf16 and as fast, else fp32. `base`: where its base lies, if not where the model says. Raises UsageError where the
-    model or its base is missing, incomplete, or the base another than it was trained on; DeeDSRError where it is not
-    the one of `digest` (see `model_digest`).
-    """
-    from deedsr.hub.model_folder import ModelFolder
-    from deedsr.sampling.pipeline import DeeDSRPipeline
-
-    place = usable_device(device)
-    with on_a_worker() if digest else nullcontext():
-        if digest is not None and model_digest(model, base) != digest:
-            raise DeeDSRError(f"the model {model} is another one here than when the command was given")
-        folder = resolve_model(model)
-        pipeline = DeeDSRPipeline.from_pretrained(
-            folder, base=base_of(ModelFolder.read(folder), base), torch_dtype=_dtype(precision, place)
-        )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline if place.type == "cpu" else pipeline.to(place)
-
-
 def _dtype(precision: Precision, device: "torch.device") -> "torch.dtype":
     import torch
 
@@ -173,11 +240,11 @@ def _dtype(precision: Precision, device: "torch.device") -> "torch.dtype":
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
-def export_pipeline(model: str, out: str, base: str | None = None, *, half: bool = False) -> dict[str, Any]:
-    """Writes model and base into the empty place `out`, as a pipeline that needs nothing else.
+def export_pipeline(model: Model, out: str, *, half: bool = False) -> dict[str, Any]:
+    """Writes a model and its base into the empty place `out`, as one self-contained pipeline.
 
     Returns `model` (its location), `bytes`, and `base`, the one that it was made with. Raises UsageError where `out`
-    holds something, or as `load_pipeline` does.
+    holds something, or as `Model.load` does.
     """
     import torch
 
@@ -185,7 +252,7 @@ def export_pipeline(model: str, out: str, base: str | None = None, *, half: bool
     if next(iter(target.list()), None) is not None:
         raise UsageError(f"--out {target.uri} holds something already: choose an empty place")
     target.require_writable()
-    pipeline = load_pipeline(model, "cpu", base=base)
+    pipeline = model.load("cpu")
     if half:
         for network in (pipeline.vae, pipeline.unet, pipeline.adapter):
             network.to(torch.float16)  # the learner's running statistics are not for half precision
@@ -219,25 +286,3 @@ def usable_device(name: str) -> "torch.device":
     if name == "cpu":
         torch.set_num_threads(min(torch.get_num_threads(), this_machine().cpus))
     return torch.device(name)
-
-
-def training_run(model: str | Path) -> str | None:
-    """MLflow run that trained a model or learner, where its folder says so."""
-    from deedsr.hub.model_folder import find_folder
-
-    record = find_folder(_local(model)) / "training.json"
-    return json.loads(record.read_bytes()).get("run_id") if record.is_file() else None
-
-
-def model_digest(model: str, base: str | None = None) -> str:
-    """SHA-256 over everything of a model that a result depends on: networks, scheduler, scale."""
-    from deedsr.hub.digests import part_digest
-    from deedsr.hub.model_folder import ModelFolder
-
-    description = ModelFolder.read(resolve_model(model))
-    folder = base_of(description, base)
-    digest = hashlib.sha256(f"scale {description.scale}".encode())
-    for part in (folder / "vae", folder / "unet", description.path / "learner", description.path / "adapter"):
-        digest.update(part_digest(part).encode())
-    digest.update((folder / "scheduler" / "scheduler_config.json").read_bytes())
-    return digest.hexdigest()

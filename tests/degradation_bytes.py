@@ -7,8 +7,8 @@ import hashlib
 
 import numpy as np
 
-from deedsr.dataset.codecs import encode
 from deedsr.dataset.keys import generator
+from deedsr.dataset.members import encode
 from deedsr.dataset.recipe import load_recipe
 from deedsr.degradation import degrade, draw_degradation
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from deedsr.metrics.networks import alexnet, inception, vgg
+from deedsr.metrics.networks import VGG16, AlexNet, HannPooling, InceptionV3
 
 
 def made_state(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
@@ -35,9 +35,9 @@ def shapes_of(network: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 def write_weights(folder: Path) -> Path:
     """`folder` with the three files as safetensors; each holds a tensor that no metric needs, as the published do."""
     networks = {
-        alexnet.FILE.name: alexnet.AlexNet(),
-        vgg.FILE.name: vgg.VGG16(vgg.HannPooling),
-        inception.FILE.name: inception.InceptionV3(),
+        AlexNet.file.name: AlexNet(),
+        VGG16.file.name: VGG16(HannPooling),
+        InceptionV3.file.name: InceptionV3(),
     }
     for name, network in networks.items():
         state = made_state(shapes_of(network)) | {"classifier.bias": torch.zeros(1000)}

@@ -12,8 +12,8 @@ from degradation_bytes import hashes
 
 from deedsr.dataset.recipe import Recipe, load_recipe
 from pipelines.shards.build import FromSources
+from pipelines.shards.listing import list_sources
 from pipelines.shards.plan import plan_shards
-from pipelines.shards.sources import list_sources
 from pipelines.storage import open_storage
 
 PHOTOS = Path(__file__).parent.parent / "deedsr" / "assets" / "photos" / "validation"

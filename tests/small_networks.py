@@ -4,7 +4,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 
 from deedsr.adapter.adapter import DegradationAwareAdapter
-from deedsr.learner.resnet import LEARNER_PRESETS, DegradationLearner
+from deedsr.learner.resnet import DegradationLearner
+from deedsr.presets import LEARNER_PRESETS
 from deedsr.sampling.pipeline import DeeDSRPipeline
 
 # Stable Diffusion 2.1-base's noise schedule.

@@ -10,7 +10,8 @@ import pyarrow.parquet
 from deedsr.dataset.pictures import RejectedImage
 from deedsr.dataset.recipe import Recipe
 from pipelines.shards import generate
-from pipelines.shards.sources import Source, list_sources, read_source
+from pipelines.shards.listing import list_sources
+from pipelines.shards.source import Source, read_source
 from pipelines.storage import open_storage
 
 

@@ -109,8 +109,8 @@ def _plain(value: Any) -> Iterator[Any]:
 
 def digests(folder: Path) -> dict[str, str]:
     """Everything that is stored as a digest somewhere, computed anew."""
-    from deedsr.hub.digests import base_digest, part_digest
-    from pipelines.models import model_digest
+    from deedsr.hub.weights import base_digest, part_digest
+    from pipelines.models import Model
     from pipelines.storage import open_storage
     from pipelines.tracking.registry import weights_digest
 
@@ -123,7 +123,7 @@ def digests(folder: Path) -> dict[str, str]:
             f"part {part}": part_digest(folder / part)
             for part in ("base/vae", "base/unet", "model/learner", "model/adapter")
         }
-        | {"base": base_digest(folder / "base"), "model": model_digest(str(folder / "model"))}
+        | {"base": base_digest(folder / "base"), "model": Model.find(str(folder / "model")).digest}
         | {"weights of the registry": weights_digest(open_storage(str(folder / "model")))}
     )
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from deedsr.dataset.assignment import assign_degradation
-from deedsr.dataset.codecs import decode_stored
+from deedsr.dataset.members import decode_stored
 from deedsr.dataset.pictures import decode
 from deedsr.dataset.recipe import Recipe, load_recipe
 from deedsr.degradation.chain import degrade
 from pipelines.shards.samples import samples_of
-from pipelines.shards.sources import Source
+from pipelines.shards.source import Source
 
 SIZE = (64, 64)
 

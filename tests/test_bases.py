@@ -16,11 +16,12 @@ from deedsr.adapter import DegradationAwareAdapter
 from deedsr.errors import UsageError
 from deedsr.hub.base import check_base
 from deedsr.hub.model_folder import find_base, load_part
-from deedsr.learner.resnet import LEARNER_PRESETS, DegradationLearner
+from deedsr.learner.resnet import DegradationLearner
+from deedsr.presets import LEARNER_PRESETS
 from deedsr.sampling.pipeline import DeeDSRPipeline
 from deedsr.sampling.schedule import ddim
 from pipelines.data.dataset import Dataset
-from pipelines.models import resolve_learner
+from pipelines.models import Learner
 from pipelines.training.checks import check_adapter_data
 from pipelines.training.config import AdapterOptions, DiffusionOptions
 from pipelines.training.launch import train_adapter
@@ -232,7 +233,7 @@ def test_a_crop_that_is_trained_on_whole_is_measured_too(base, tmp_path, small_d
     edit(deep / UNET_CONFIG, block_out_channels=[16] * 8)
     options = AdapterOptions(small_dataset, "tiny", str(deep), str(tmp_path / "out"))
     with pytest.raises(UsageError, match=r"the recipe's crop.size 128 .* takes multiples of 256: give shards with"):
-        check_adapter_data(options, Dataset.open(small_dataset), deep, resolve_learner("tiny"))
+        check_adapter_data(options, Dataset.open(small_dataset), deep, Learner.find("tiny").path)
 
 
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}

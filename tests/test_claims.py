@@ -106,6 +106,15 @@ def test_a_killed_command_of_this_machine_is_not_waited_for(tmp_path):
     killed.wait()
 
 
+def test_a_refused_command_leaves_no_claim_where_there_was_none(out):
+    for stays in (False, True):
+        with pytest.raises(UsageError, match="no such device"), held(Claim(out)):
+            raise UsageError("no such device")
+        assert out.exists(CLAIM) == stays
+        with held(Claim(out)):
+            pass
+
+
 @pytest.mark.parametrize("damaged", [b'{"comm', b"\xff\xfe", b"[]", b"null", b'{"attempt": 1, "alive": 9e99}'])
 def test_a_claim_that_is_damaged_or_removed_is_nobody_s(tmp_path, damaged):
     out = open_storage(str(tmp_path))

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from importlib.metadata import version
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 import yaml
@@ -40,16 +40,16 @@ def refused(capsys, *words: str) -> str:
 
 @dataclasses.dataclass
 class Inner:
-    rate: float = 0.5  # peak
-    level: Literal[1, 2] = 1  # how deep
+    rate: Annotated[float, "peak"] = 0.5
+    level: Annotated[Literal[1, 2], "how deep"] = 1
 
 
 @dataclasses.dataclass
 class Outer:
-    place: list[str]  # where from
-    out: str  # where to
-    switch: bool = False  # on or off
-    two_words: int | None = None  # any number
+    place: Annotated[list[str], "where from"]
+    out: Annotated[str, "where to"]
+    switch: Annotated[bool, "on or off"] = False
+    two_words: Annotated[int | None, "any number"] = None
     inner: Inner = dataclasses.field(default_factory=Inner)
 
 
@@ -276,7 +276,6 @@ def command(monkeypatch):
         module = type("module", (), {"COMMAND": Command(NoOptions, lambda options: work(), example="")})
         monkeypatch.setitem(sys.modules, "jobs.verify", module)
 
-    monkeypatch.setattr("jobs.options.trailing_comments", lambda kind: {})
     return install
 
 

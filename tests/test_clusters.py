@@ -23,7 +23,7 @@ from jobs.cli import load
 from jobs.job_file import load_job_file
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 JOBS = sorted(set((ROOT / "jobs").glob("*.yaml")) - set((ROOT / "jobs").glob("site*.yaml")))
 # Size of the instances: vCPU, GiB, GPUs.
 INSTANCES = {

@@ -20,7 +20,7 @@ from test_evaluation import actors, assert_same, evaluated, model, on_cluster, s
 from deedsr.errors import UsageError
 from jobs.cli import main
 from pipelines.claims import Claim, Superseded, held
-from pipelines.evaluation import evaluate
+from pipelines.inference.evaluation import evaluate
 from pipelines.storage import open_storage
 
 
@@ -72,6 +72,13 @@ def test_an_interrupted_evaluation_continues_to_the_figures_of_an_undisturbed_on
     assert times.items() <= {path: path.stat().st_mtime_ns for path in measured(tmp_path)}.items()
     assert status_of(tmp_path) == (run_id, "FINISHED")
     assert_same(tmp_path, evaluated[0])
+
+
+def test_a_refused_evaluation_leaves_nothing_behind(model, small_dataset, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match="no GPU"):
+        evaluate(model, small_dataset, str(out), limit=2, device="cuda", progress=False)
+    assert not out.exists() or list(out.iterdir()) == []
 
 
 def test_a_finished_evaluation_is_not_repeated(evaluated, model, small_dataset):

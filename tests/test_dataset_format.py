@@ -11,18 +11,18 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from deedsr.dataset.codecs import decode_stored, encode
 from deedsr.dataset.crops import choose_crops, cut
 from deedsr.dataset.manifest import Manifest
+from deedsr.dataset.members import decode_stored, encode
 from deedsr.dataset.pictures import RejectedImage, decode
 from deedsr.dataset.recipe import Crop
 from deedsr.degradation.chain import degrade
 from deedsr.errors import DatasetNotCommitted, DeeDSRError
 from pipelines.data.dataset import Dataset
 from pipelines.shards.build import FromSources
+from pipelines.shards.listing import list_sources
 from pipelines.shards.plan import plan_shards
-from pipelines.shards.sources import list_sources
-from pipelines.shards.tar import ShardTar
+from pipelines.shards.shard import ShardTar
 from pipelines.storage import open_storage
 
 

@@ -12,7 +12,7 @@ from deedsr.dataset.recipe import Recipe
 from jobs import cli
 from pipelines import tracking
 from pipelines.data.dataset import Dataset
-from pipelines.reports.difference_page import inspect_against
+from pipelines.reports.difference import inspect_against
 from pipelines.shards import generate
 
 

@@ -7,7 +7,7 @@ from deedsr.errors import UsageError
 from pipelines.data.dataset import Dataset
 from pipelines.shards import duplicates
 from pipelines.shards.duplicates import mark_duplicates
-from pipelines.shards.sources import Source
+from pipelines.shards.source import Source
 
 
 def test_of_equal_contents_the_first_by_root_and_path_is_kept(ray_cluster, tmp_path, pictures, monkeypatch):

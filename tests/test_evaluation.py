@@ -19,7 +19,7 @@ from deedsr.errors import DatasetNotCommitted, DeeDSRError, UsageError
 from deedsr.metrics import niqe_set, psnr_y, registry, ssim_y
 from deedsr.metrics.metric import Setting
 from pipelines.data.dataset import Dataset
-from pipelines.evaluation import evaluate
+from pipelines.inference.evaluation import evaluate
 from pipelines.storage import open_storage, publish
 
 

@@ -1,6 +1,7 @@
 """The base of a model: which one it is, where it lies, and both in one folder."""
 
 import json
+import pickle
 import shutil
 from dataclasses import asdict
 
@@ -10,15 +11,15 @@ import torch
 from PIL import Image
 from small_networks import make_pipeline
 
-from deedsr.errors import UsageError
-from deedsr.hub.digests import base_digest
-from deedsr.hub.model_folder import find_base, pinned_base
+from deedsr.errors import DeeDSRError, UsageError
+from deedsr.hub.model_folder import find_base, with_revision
+from deedsr.hub.weights import base_digest
 from deedsr.sampling.pipeline import DeeDSRPipeline
 from jobs import cli
-from pipelines.models import load_pipeline
+from pipelines.inference.upscaling import upscale
+from pipelines.models import Learner, Model
 from pipelines.storage import open_storage, publish
 from pipelines.training.config import AdapterOptions
-from pipelines.upscaling import upscale
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -90,7 +91,7 @@ def test_a_base_in_s3_is_the_same_base(trained, picture, bucket, tmp_path, monke
     uri = f"{bucket}/{tmp_path.name}/base"
     publish(trained / "base", uri)
     open_storage(uri).write("text_encoder/model.safetensors", b"nothing that is used")
-    assert load_pipeline(str(trained / "model"), base=uri).scale == 4
+    assert Model.find(str(trained / "model"), uri).load().scale == 4
     assert not [*tmp_path.rglob("text_encoder")]
 
 
@@ -111,12 +112,12 @@ def test_a_hub_id_is_kept_with_its_revision(trained, tmp_path, monkeypatch):
     shutil.copytree(trained / "base", cache / "snapshots" / REVISION)
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text(REVISION)
-    name = pinned_base("somebody/diffusion", find_base("somebody/diffusion"))
+    name = with_revision("somebody/diffusion", find_base("somebody/diffusion"))
     assert name == f"somebody/diffusion@{REVISION}"
     (cache / "refs" / "main").write_text("f" * 40)  # somebody else's push
     assert find_base(name) == cache / "snapshots" / REVISION
-    assert pinned_base(name, find_base(name)) == name
-    assert pinned_base("tiny", find_base("tiny")) == "tiny"
+    assert with_revision(name, find_base(name)) == name
+    assert with_revision("tiny", find_base("tiny")) == "tiny"
 
 
 def test_a_training_continues_with_its_base_wherever_that_lies_and_refuses_another(
@@ -167,3 +168,23 @@ def test_an_exported_model_needs_nothing_else(half, trained, picture, tmp_path, 
     assert weights(tmp_path / "whole") < (0.7 if half else 1.1) * weights(trained / "base")
     assert cli.main(words) == 2
     assert "holds something already" in capsys.readouterr().err
+
+
+def test_a_worker_names_its_machine_and_refuses_another_model(trained, tmp_path):
+    """What unpickles a reference is a worker: it finds the folder by itself, and knows which model it is to be."""
+    shutil.copytree(trained / "model", tmp_path / "model")
+    description = json.loads((tmp_path / "model" / "deedsr.json").read_text())
+    description["base"] = str(trained / "base")
+    (tmp_path / "model" / "deedsr.json").write_text(json.dumps(description))
+    model, learner = Model.find(tmp_path / "model"), Learner.find(tmp_path / "model")
+    sent = pickle.dumps(model), pickle.dumps(learner)
+    assert pickle.loads(sent[0]).load("cpu").scale == 4
+    assert pickle.loads(sent[1]).digest == learner.digest
+    description["scale"] = 2
+    (tmp_path / "model" / "deedsr.json").write_text(json.dumps(description))
+    with pytest.raises(DeeDSRError, match="is another one here than when the command was given"):
+        pickle.loads(sent[0]).load("cpu")
+    shutil.rmtree(tmp_path / "model")
+    for found in map(pickle.loads, sent):
+        with pytest.raises(UsageError, match="^on .*: there is no model folder .*Workers read models by themselves"):
+            _ = found.path

@@ -450,8 +450,8 @@ def test_a_read_only_disk_is_told_before_the_work(small_disk):
 def test_a_shard_waits_for_a_disk_that_is_full(small_disk, photos, one_crop_recipe, monkeypatch, caplog):
     from pipelines.shards.build import FromSources
     from pipelines.shards.execute import _build
+    from pipelines.shards.listing import list_sources
     from pipelines.shards.plan import plan_shards
-    from pipelines.shards.sources import list_sources
 
     filler = small_disk / "filler"
     filler.write_bytes(bytes(shutil.disk_usage(small_disk).free))

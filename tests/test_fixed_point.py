@@ -10,7 +10,7 @@ from scipy import special
 
 from deedsr.dataset.keys import generator
 from deedsr.dataset.recipe import load_recipe
-from deedsr.degradation import chain, draw_degradation, elementary, fixed_point, noise, resizing
+from deedsr.degradation import chain, draw_degradation, fixed_point, kernels, noise, resizing
 
 WORST = np.where(generator("worst").random((40, 50, 3)) < 0.5, 0, 255).astype(np.uint8)
 
@@ -94,12 +94,12 @@ def test_tables_are_clear_of_rounding_boundaries():
 
 def test_elementary_functions_are_accurate():
     x = np.linspace(-60, 60, 10001)
-    assert np.allclose(elementary.exp(x), np.exp(x), rtol=1e-11, atol=0)
-    assert np.allclose(elementary.log(np.exp(x)), x, rtol=0, atol=1e-11)
-    assert np.allclose(elementary.sine(x), np.sin(x), rtol=0, atol=1e-11)
+    assert np.allclose(kernels.exp(x), np.exp(x), rtol=1e-11, atol=0)
+    assert np.allclose(kernels.log(np.exp(x)), x, rtol=0, atol=1e-11)
+    assert np.allclose(kernels.sine(x), np.sin(x), rtol=0, atol=1e-11)
     for largest in (0.5, 7, 45, 120):
         radius = np.linspace(0, largest, 1001)
-        assert np.allclose(elementary.bessel_j1(radius), special.j1(radius), rtol=0, atol=1e-9)
+        assert np.allclose(kernels.bessel_j1(radius), special.j1(radius), rtol=0, atol=1e-9)
 
 
 def test_whole_levels_survive_and_others_are_rounded_and_saturated():

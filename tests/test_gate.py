@@ -10,8 +10,9 @@ from small_networks import make_pipeline
 from deedsr.errors import UsageError
 from deedsr.hub.model_folder import ModelFolder
 from deedsr.sampling.gate import RestorationGate, blend
-from deedsr.sampling.latents import enlarge
+from deedsr.sampling.images import enlarge
 from deedsr.sampling.pipeline import DeeDSRPipeline
+from pipelines.models import Model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = {"num_inference_steps": 2, "output_type": "pt"}
@@ -104,3 +105,11 @@ def test_a_gate_is_not_taken_along_to_another_base(pipe, lr, tmp_path):
     )
     assert own.config["gate"] is not None
     assert elsewhere.config["gate"] is None
+
+
+def test_commands_load_a_model_with_its_gate_and_know_it_from_one_without(pipe, tmp_path):
+    for name, model in (("plain", pipe), ("gated", gated(pipe, 1.0, 0.5))):
+        model.save_pretrained(tmp_path / name)
+    plain, own = (Model.find(tmp_path / name) for name in ("plain", "gated"))
+    assert own.load("cpu").config["gate"] is not None
+    assert own.digest != plain.digest

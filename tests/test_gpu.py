@@ -10,7 +10,7 @@ from test_fit import adapter_options, learner, learner_options, shards_run, stor
 from test_training import base  # noqa: F401
 
 from pipelines import machine
-from pipelines.models import load_pipeline
+from pipelines.models import Model
 from pipelines.training.launch import train_adapter
 
 pytestmark = [
@@ -36,7 +36,7 @@ def test_upscaling_takes_the_gpu_unless_told_otherwise():
     lr = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     pictures = []
     for device in ("auto", "cpu"):
-        pipeline = load_pipeline("tiny", device)
+        pipeline = Model.find("tiny").load(device)
         assert pipeline.device.type == ("cuda" if device == "auto" else "cpu")
         pictures.append(np.asarray(pipeline(lr, generator=torch.Generator().manual_seed(0)).images[0]).astype(float))
     assert np.abs(pictures[0] - pictures[1]).mean() < 1

@@ -4,9 +4,15 @@ import numpy as np
 import pytest
 
 from deedsr.dataset.recipe import builtin_recipes, load_recipe
-from deedsr.degradation.draws import draw_degradation, scalar_parameters
-from deedsr.degradation.limits import parameter_limits, parameter_names, parameter_shares, parameter_step
-from pipelines.reports.histograms import Histogram, NamedCounts
+from deedsr.degradation.draws import (
+    draw_degradation,
+    parameter_limits,
+    parameter_names,
+    parameter_shares,
+    parameter_step,
+    scalar_parameters,
+)
+from pipelines.reports.charts import Histogram, NamedCounts
 
 
 def test_the_limits_and_shares_of_a_recipe_are_those_of_its_draws():

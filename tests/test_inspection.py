@@ -19,10 +19,11 @@ from deedsr.dataset.recipe import Recipe, load_recipe
 from deedsr.errors import DatasetNotCommitted, DeeDSRError, UsageError
 from jobs import cli
 from pipelines.data.dataset import Dataset
-from pipelines.data.index import SampleIndex, StoredFile, left_out
+from pipelines.data.index import SampleIndex, left_out
 from pipelines.reports.inspection import inspect
 from pipelines.shards import generate
 from pipelines.storage import open_storage, publish
+from pipelines.storage.s3 import _ObjectFile
 
 SCRIPT = "<script>document.title='taken'<img src=x onerror=alert(1)>.jpg"
 NOT_UTF8 = "caf\udce9.jpg"  # the byte 0xe9
@@ -269,7 +270,7 @@ def test_a_remote_dataset_gives_the_same_page_and_only_what_is_shown_is_read(
     assert all(size <= max(sizes) + 3 * 1024 for _, size in shards)  # the members and the tar headers between them
 
 
-def test_columns_that_nobody_asked_for_are_not_read(small_dataset, tmp_path, monkeypatch):
+def test_columns_that_nobody_asked_for_are_not_read(small_dataset, bucket, tmp_path, monkeypatch):
     # Text that does not compress, as much as the rest of the index a hundred times.
     def pad(table: pa.Table) -> pa.Table:
         rng = np.random.default_rng(0)
@@ -279,9 +280,10 @@ def test_columns_that_nobody_asked_for_are_not_read(small_dataset, tmp_path, mon
     padded = rewritten(small_dataset, tmp_path / "padded", pad)
     assert (padded / kept_copy(SAMPLES, Dataset.open(str(padded)).manifest.files[SAMPLES])).stat().st_size > 2e6
     read: list[int] = []
-    readinto = StoredFile.readinto
-    monkeypatch.setattr(StoredFile, "readinto", lambda file, buffer: read.append(n := readinto(file, buffer)) or n)
-    inspect(str(padded), tmp_path / "p.html", 2, progress=False)
+    readinto = _ObjectFile.readinto
+    monkeypatch.setattr(_ObjectFile, "readinto", lambda file, buffer: read.append(n := readinto(file, buffer)) or n)
+    publish(padded, f"{bucket}/padded")
+    inspect(f"{bucket}/padded", tmp_path / "p.html", 2, progress=False)
     assert 0 < sum(read) < 1e6
 
 

@@ -18,8 +18,9 @@ from deedsr.errors import DeeDSRError, UsageError
 from jobs import cli
 from pipelines.data.dataset import Dataset
 from pipelines.data.order import SampleOrder
+from pipelines.models import Base, Learner
 from pipelines.shards import verify
-from pipelines.shards.latents import make_latents
+from pipelines.shards.encode import make_latents
 from pipelines.storage import publish
 from pipelines.training.adapter_stage import AdapterStage
 from pipelines.training.config import (
@@ -46,7 +47,7 @@ def model(tmp_path_factory) -> Path:
 def latents(small_dataset, model, tmp_path_factory) -> Path:
     """Latents of the small dataset, read only."""
     out = tmp_path_factory.mktemp("latents") / "latents"
-    make_latents(small_dataset, str(model), str(model), str(out), workers=2, progress=False)
+    make_latents(small_dataset, Base.find(model), Learner.find(model), str(out), workers=2, progress=False)
     return out
 
 
@@ -63,7 +64,8 @@ def test_keys_splits_and_order_of_samples_are_those_of_the_pixels(small_dataset,
 
 
 def test_what_is_stored_is_what_the_networks_compute_to_the_rounding_of_fp16(small_dataset, latents):
-    from deedsr.sampling.latents import enlarge, latent_moments
+    from deedsr.sampling.autoencoder import latent_moments
+    from deedsr.sampling.images import enlarge
 
     pipe = make_pipeline("kl")
     pixels, encoded = Dataset.open(small_dataset), Dataset.open(str(latents))
@@ -107,7 +109,7 @@ def test_the_same_command_continues_and_gives_the_same_bytes(small_dataset, mode
     names = sorted(path.name for path in out.glob("*.tar"))
     for name in names[::2]:
         (out / name).unlink()
-    again = make_latents(small_dataset, str(model), str(model), str(out), workers=2, progress=False)
+    again = make_latents(small_dataset, Base.find(model), Learner.find(model), str(out), workers=2, progress=False)
     assert (again.written, again.reused) == (len(names[::2]), len(names) - len(names[::2]))
     assert again.digest == Dataset.open(str(latents)).digest
 
@@ -142,7 +144,10 @@ def test_on_s3_from_the_command_line_with_an_autoencoder_without_posterior_and_n
 
 
 def test_wrong_wishes_are_one_error_that_names_the_remedy(small_dataset, latents, model, tmp_path):
-    encode = lambda data, base, learner, out: make_latents(data, base, learner, str(out), progress=False)
+    def encode(data: str, base: str, learner: str | None, out: object) -> None:
+        references = Base.find(base), Learner.find(learner) if learner else None
+        make_latents(data, *references, str(out), progress=False)
+
     with pytest.raises(UsageError, match=f"--data needs pixels: give the dataset .*{small_dataset}"):
         encode(str(latents), str(model), None, tmp_path / "x")
     with pytest.raises(UsageError, match="is the dataset that the pixels come from"):

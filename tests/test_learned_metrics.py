@@ -19,9 +19,8 @@ from safetensors.torch import load_file, save_file
 from deedsr.errors import UsageError
 from deedsr.metrics.fid import frechet_distance
 from deedsr.metrics.metric import Setting
-from deedsr.metrics.networks import alexnet, inception, vgg
+from deedsr.metrics.networks import VGG16, AlexNet, InceptionV3, load_into, read_tensors
 from deedsr.metrics.registry import find
-from deedsr.metrics.weights import load_into, read_tensors
 
 LPIPS = [0.009379485622048378, 0.016104664653539658, 0.1622425615787506]
 DISTS = [0.007885932922363281, 0.013968169689178467, 0.13093239068984985]
@@ -86,9 +85,9 @@ def test_a_statement_names_the_weights_that_were_loaded_in_any_format(weights, t
     metric = find("lpips", Setting(weights=weights))
     assert "SHA-256" not in metric.statement()
     metric.prepare()
-    name = Path(alexnet.FILE.name)
+    name = Path(AlexNet.file.name)
     stored = load_file(weights / name.with_suffix(".safetensors"))
-    plain, network = tmp_path / "plain.pth", alexnet.AlexNet()
+    plain, network = tmp_path / "plain.pth", AlexNet()
     torch.save(stored, plain)
     assert metric.statement().endswith(f"weights {name.stem}, tensors' SHA-256 {load_into(network, plain)}")
     save_file(stored | {"features.0.bias": stored["features.0.bias"] + 1}, tmp_path / "other.safetensors")
@@ -97,14 +96,14 @@ def test_a_statement_names_the_weights_that_were_loaded_in_any_format(weights, t
 
 def test_weights_come_from_the_folder_or_from_the_cache_of_torchs_hub(weights, tmp_path, monkeypatch, pairs):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    for name, file in {"lpips": alexnet.FILE, "dists": vgg.FILE, "fid": inception.FILE}.items():
+    for name, file in {"lpips": AlexNet.file, "dists": VGG16.file, "fid": InceptionV3.file}.items():
         for folder in (None, tmp_path / "empty"):
             with pytest.raises(UsageError) as told:
                 find(name, Setting(weights=folder)).prepare()
             for word in (name, file.name, file.sha256, file.url, "--metric-weights", str(tmp_path / "hub/checkpoints")):
                 assert word in str(told.value)
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
-    stored = Path(alexnet.FILE.name).with_suffix(".safetensors")
+    stored = Path(AlexNet.file.name).with_suffix(".safetensors")
     shutil.copy(weights / stored, tmp_path / "hub" / "checkpoints")
     assert find("lpips").measure(*pairs[0]) == pytest.approx(LPIPS[0], rel=1e-5)
 
@@ -120,7 +119,7 @@ def test_a_file_that_is_not_the_published_one_or_runs_code_is_refused(tmp_path, 
         def __reduce__(self):
             return print, ("this ran",)
 
-    file, setting = tmp_path / alexnet.FILE.name, Setting(weights=tmp_path)
+    file, setting = tmp_path / AlexNet.file.name, Setting(weights=tmp_path)
     torch.save({"features.0.weight": torch.zeros(3)}, file)
     assert "is not the published file: its SHA-256 is " in refusal(find("lpips", setting).prepare)
 
@@ -130,7 +129,7 @@ def test_a_file_that_is_not_the_published_one_or_runs_code_is_refused(tmp_path, 
     assert f"torch.jit.load('{file}').state_dict(), '{file.with_suffix('.safetensors')}'" in said
     # clean-fid's archive is found under its own name, and the published plain file is named
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "inception-2015-12-05.pt")
-    assert f"take {inception.FILE.name} from {inception.FILE.url}" in refusal(find("fid", setting).prepare)
+    assert f"take {InceptionV3.file.name} from {InceptionV3.file.url}" in refusal(find("fid", setting).prepare)
 
     with (tmp_path / "code.pth").open("wb") as stream:
         pickle.dump(Code(), stream)
@@ -141,9 +140,9 @@ def test_a_file_that_is_not_the_published_one_or_runs_code_is_refused(tmp_path, 
 
 
 def test_damaged_files_and_weights_of_another_network_are_refused(weights, tmp_path):
-    name = Path(alexnet.FILE.name).with_suffix(".safetensors")
+    name = Path(AlexNet.file.name).with_suffix(".safetensors")
     metric = find("lpips", Setting(weights=tmp_path))
-    shutil.copy(weights / Path(vgg.FILE.name).with_suffix(".safetensors"), tmp_path / name)
+    shutil.copy(weights / Path(VGG16.file.name).with_suffix(".safetensors"), tmp_path / name)
     assert (
         "another network: it has the shape (64, 3, 3, 3) for features.0.weight (64, 3, 11, 11) of AlexNet"
         in refusal(metric.prepare)

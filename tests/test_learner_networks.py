@@ -1,5 +1,7 @@
 """Degradation learner: the paper's size, statistics and contrast that no split of the batch changes."""
 
+import json
+
 import cv2
 import numpy as np
 import pytest
@@ -7,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from deedsr.errors import UsageError
+from deedsr.hub.model_folder import load_part
 from deedsr.learner import (
-    LEARNER_PRESETS,
     DegradationLearner,
     GroupedBatchNorm2d,
     MomentumContrast,
@@ -17,7 +20,7 @@ from deedsr.learner import (
     quadrant_pair,
 )
 from deedsr.learner.moco import UNGROUPED
-from deedsr.learner.resnet import high_pass
+from deedsr.presets import LEARNER_PRESETS
 
 
 def count(module: nn.Module) -> int:
@@ -26,7 +29,7 @@ def count(module: nn.Module) -> int:
 
 def small_learner(norm_group: int = 4, seed: int = 0, **options) -> DegradationLearner:
     torch.manual_seed(seed)
-    sizes = {"stem": 8, "stem_stride": 2, "widths": (8, 16), "blocks": (1, 1), "high_pass": True}
+    sizes = {"stem": 8, "widths": (8, 16), "blocks": (1, 1)}
     return DegradationLearner(**sizes | options, norm_group=norm_group)
 
 
@@ -63,22 +66,11 @@ def test_tiny_preset_is_small_and_takes_any_size():
         assert learner(torch.rand(1, 3, height, width)).shape == (1, learner.dim)
 
 
-def test_embedding_has_length_one_and_the_projections_width(crops):
-    learner = small_learner(projection=5).eval()
+def test_embedding_has_length_one_and_the_vectors_width(crops):
+    learner = small_learner().eval()
     embedding = learner.embed(crops)
-    assert embedding.shape == (16, 5)
-    assert learner.embedding_dim == 5
-    assert learner.dim == 16
+    assert embedding.shape == (16, learner.dim) == (16, 16)
     torch.testing.assert_close(embedding.norm(dim=1), torch.ones(16))
-
-
-def test_high_pass_keeps_noise_and_drops_smooth_content(crops):
-    ramp = torch.linspace(0, 1, 32).expand(1, 3, 32, 32)
-    assert high_pass(ramp)[..., 2:-2].abs().max() < 1e-5  # beyond the border's reflection
-    noise = 0.02 * torch.randn(crops.shape, generator=torch.Generator().manual_seed(0))
-    clean, noisy = high_pass(crops), high_pass(crops + noise)
-    assert (noisy - clean).std() > 5 * noise.std()
-    assert small_learner().conv.in_channels == 6  # the copy goes beside the RGB
 
 
 def test_grouped_batch_norm_is_batch_norm_when_the_batch_is_one_group():
@@ -114,8 +106,7 @@ def test_splitting_the_batch_changes_neither_output_nor_gradient_nor_statistics(
     for (name, a), b in zip(whole.named_buffers(), split.buffers(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
     # Groups are equally large, so the mean of their means is the batch's.
-    images = torch.cat([crops, high_pass(crops)], 1)
-    torch.testing.assert_close(whole.norm.running_mean, 0.1 * whole.conv(images).mean((0, 2, 3)))
+    torch.testing.assert_close(whole.norm.running_mean, 0.1 * whole.conv(crops).mean((0, 2, 3)))
 
 
 def test_groups_are_normalised_by_themselves(crops):
@@ -175,7 +166,7 @@ def test_half_precision_weights_keep_full_precision_statistics(crops):
 
 
 def test_saved_learner_returns_exactly(tmp_path, crops):
-    learner = small_learner(projection=5)
+    learner = small_learner()
     learner(crops)
     commit_statistics(learner, pending_statistics(learner))
     learner.save_pretrained(tmp_path)
@@ -183,6 +174,20 @@ def test_saved_learner_returns_exactly(tmp_path, crops):
     again = DegradationLearner.from_pretrained(tmp_path, low_cpu_mem_usage=False)
     assert all(torch.equal(a, again.state_dict()[name]) for name, a in learner.state_dict().items())
     assert torch.equal(learner.eval().embed(crops), again.embed(crops))
+
+
+def test_a_stored_configuration_of_earlier_versions_is_read_and_what_is_gone_is_refused(tmp_path, crops):
+    learner = small_learner().eval()
+    learner.save_pretrained(tmp_path / "learner")
+    path = tmp_path / "learner" / "config.json"
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps(stored | {"high_pass": False, "projection": 0, "stem_stride": 4}))
+    again = load_part(tmp_path, "learner")
+    assert torch.equal(again.embed(crops), learner.embed(crops))
+    assert not {"high_pass", "projection", "stem_stride"} & again.config.keys()
+    path.write_text(json.dumps(stored | {"stem_stride": 2}))  # the same weights, another network
+    with pytest.raises(UsageError, match="stem_stride 2 is of an earlier version"):
+        load_part(tmp_path, "learner")
 
 
 def test_quadrant_pairs_are_two_different_quadrants_and_all_twelve_orders_occur(crops):

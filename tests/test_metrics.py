@@ -11,7 +11,7 @@ from plain_metrics import made_picture, softened
 
 from deedsr.errors import DeeDSRError, UsageError
 from deedsr.metrics import niqe, niqe_set, psnr_y, registry, ssim_y
-from deedsr.metrics.luma import luma
+from deedsr.metrics.fidelity import luma
 from deedsr.metrics.metric import Setting
 from deedsr.metrics.niqe import _half_size, _parameters
 from jobs import cli

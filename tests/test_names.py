@@ -19,11 +19,10 @@ from deedsr.dataset.manifest import Manifest, ShardEntry, dataset_digest
 from deedsr.errors import DeeDSRError, UsageError
 from jobs.cli import main
 from pipelines.data.shard_cache import ShardCache
-from pipelines.shards.sources import read_source
+from pipelines.inference.upscaling import find_inputs, upscale
+from pipelines.shards.source import read_source
 from pipelines.storage import localize, open_storage
-from pipelines.storage.patterns import matching, split_pattern
-from pipelines.upscaling import upscale
-from pipelines.upscaling.sources import find_sources
+from pipelines.storage.location import matching, split_pattern
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -97,7 +96,7 @@ def test_pictures_of_any_name_are_upscaled_and_may_be_named_in_a_command(place, 
     for name in names:
         given = f"{place}/in/{name}"
         for inputs in ([given], [f"{given}/x{name}.png"], [f"{given}/*.png"]):
-            [source] = find_sources(inputs, storage, "png")
+            [source] = find_inputs(inputs, storage, "png")
             assert (source.uri, source.target) == (f"{given}/x{name}.png", f"x{name}.png")
 
 
@@ -201,7 +200,7 @@ def test_hidden_files_are_no_pictures_in_any_command(place, png, model):
 
 
 def test_hidden_files_beside_weights_change_no_digest(model, tmp_path):
-    from deedsr.hub.digests import part_digest
+    from deedsr.hub.weights import part_digest
     from pipelines.training.identity import weights_digest
 
     learner = Path(model) / "learner"

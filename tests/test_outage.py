@@ -21,7 +21,7 @@ from test_training import WORKER, learner_options, variants  # noqa: F401
 
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines import tracking
-from pipelines.models import pinned, resolve_model
+from pipelines.models import Model
 from pipelines.storage import open_storage
 from pipelines.tracking.registry import register
 from pipelines.training import checkpoint
@@ -363,9 +363,9 @@ def test_a_server_is_given_the_model_of_a_local_folder_and_gives_it_to_others(se
         assert register(run, "sr", open_storage(str(out)), {}) == "1"
         assert register(run, "sr", open_storage(str(out)), {}) == "1"
     shutil.rmtree(out)
-    assert pinned("models:/sr/latest") == "models:/sr/1"
-    folder = resolve_model("models:/sr/1")
-    assert folder == resolve_model("models:/sr/1")
+    assert Model.find("models:/sr/latest").name == "models:/sr/1"
+    folder = Model.find("models:/sr/1").path
+    assert folder == Model.find("models:/sr/1").path
     assert folder.is_relative_to(tmp_path / "cache")
     weights = "adapter/diffusion_pytorch_model.safetensors"
     assert (folder / weights).read_bytes() == (tiny / weights).read_bytes()

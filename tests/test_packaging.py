@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from jobs import cli
-from pipelines.shards import versions
+from pipelines.shards import assemble
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -64,12 +64,12 @@ def test_what_is_declared_is_imported():
 def test_ranges_have_two_ends_and_those_of_the_shards_bytes_are_warned_of(caplog, monkeypatch):
     declared = {requirement.name: requirement.specifier for requirement in BASE + PIPELINE}
     assert [name for name, range in declared.items() if {end.operator for end in range} != {">=", "<"}] == []
-    for name, (low, high) in versions.SEEN.items():
+    for name, (low, high) in assemble.SEEN.items():
         assert {str(end) for end in declared[name]} == {f">={low}", f"<{high}"}
-    versions.warn_of_versions()
+    assemble.warn_of_versions()
     assert caplog.messages == []
-    monkeypatch.setitem(versions.SEEN, "pillow", ("10", "11.1"))
-    versions.warn_of_versions()
+    monkeypatch.setitem(assemble.SEEN, "pillow", ("10", "11.1"))
+    assemble.warn_of_versions()
     [message] = caplog.messages
     assert re.search(r"pillow [\d.]+ is outside 10 to below 11\.1", message)
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from source_files import put, rejected, run, tar_of
 
-from deedsr.dataset.codecs import decode_stored
+from deedsr.dataset.members import decode_stored
 from deedsr.dataset.pictures import decode
 from deedsr.dataset.recipe import load_recipe
 from deedsr.errors import UsageError
@@ -16,9 +16,9 @@ from jobs.cli import main
 from pipelines.data.dataset import Dataset
 from pipelines.shards import regenerate, verify
 from pipelines.shards.duplicates import mark_duplicates
+from pipelines.shards.listing import list_pairs
 from pipelines.shards.samples import samples_of
-from pipelines.shards.sources import list_pairs, read_source
-from pipelines.shards.sources.source import Source
+from pipelines.shards.source import Source, read_source
 
 
 def pair_files(pictures, hr: str, lr: str, scale: int = 4) -> tuple[dict[str, bytes], dict[str, bytes]]:

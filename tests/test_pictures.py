@@ -16,7 +16,7 @@ from deedsr.dataset.pictures import RejectedImage, decode
 from deedsr.dataset.recipe import Recipe
 from pipelines.data.dataset import Dataset
 from pipelines.shards import generate
-from pipelines.shards.sources import list_sources
+from pipelines.shards.listing import list_sources
 
 CASES = cases()
 REASONS = {

@@ -11,7 +11,7 @@ from test_outage import empty_store  # noqa: F401
 
 from deedsr.errors import UsageError
 from pipelines import tracking
-from pipelines.models import load_pipeline, pinned, resolve_learner, resolve_model, training_run
+from pipelines.models import Learner, Model
 from pipelines.storage import open_storage, publish
 from pipelines.tracking.registry import register
 from pipelines.training.config import LearnerOptions, check
@@ -57,11 +57,11 @@ def test_a_model_is_registered_once_with_its_lineage_and_found_by_version_latest
     assert "deedsr.base" not in version.tags
     client.set_registered_model_alias("sr", "best", "1")
     for name in ("models:/sr/1", "models:/sr/latest", "models:/sr@best"):
-        assert resolve_model(name) == model
-        assert pinned(name) == str(model)
-    assert resolve_learner("models:/sr/1") == model / "learner"
-    assert training_run("models:/sr/1") == run.id
-    assert load_pipeline("models:/sr@best").scale == 4
+        assert Model.find(name).path == model
+        assert Model.find(name).name == str(model)
+    assert Learner.find("models:/sr/1").path == model / "learner"
+    assert Model.find("models:/sr/1").run_id == run.id
+    assert Model.find("models:/sr@best").load().scale == 4
 
 
 def test_other_weights_are_a_new_version_and_the_old_one_says_that_its_own_are_gone(run, model):
@@ -69,9 +69,9 @@ def test_other_weights_are_a_new_version_and_the_old_one_says_that_its_own_are_g
     register(run, "sr", out, {})
     _other_weights(model)
     with pytest.raises(UsageError, match=r"models:/sr/1 are gone: a later training wrote others to .*adapter-out"):
-        resolve_model("models:/sr/1")
+        Model.find("models:/sr/1")
     assert register(run, "sr", out, {}) == "2"
-    assert resolve_model("models:/sr/2") == model
+    assert Model.find("models:/sr/2").path == model
 
 
 @pytest.mark.parametrize(
@@ -88,13 +88,13 @@ def test_other_weights_are_a_new_version_and_the_old_one_says_that_its_own_are_g
 def test_an_unknown_name_is_one_clear_error_that_says_what_there_is(run, model, name, named):
     register(run, "sr", open_storage(str(model)), {})
     with pytest.raises(UsageError, match=named):
-        resolve_model(name)
+        Model.find(name)
 
 
 def test_a_store_that_is_not_there_is_named_and_not_made(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/none.db")
     with pytest.raises(UsageError, match="none.db, which does not exist"):
-        resolve_model("models:/sr/1")
+        Model.find("models:/sr/1")
     assert not list(tmp_path.iterdir())
 
 
@@ -105,8 +105,8 @@ def test_weights_in_a_bucket_stay_there(run, model, bucket, tmp_path, monkeypatc
     (version,) = MlflowClient(run.tracking_uri).search_model_versions("name = 'sr'")
     assert version.source == f"{bucket}/registered"
     assert not MlflowClient(run.tracking_uri).list_artifacts(run.id, "model")
-    assert (resolve_model("models:/sr/1") / "adapter" / "config.json").is_file()
-    assert pinned("models:/sr/1") == f"{bucket}/registered"
+    assert (Model.find("models:/sr/1").path / "adapter" / "config.json").is_file()
+    assert Model.find("models:/sr/1").name == f"{bucket}/registered"
 
 
 def test_a_name_with_quotes_is_registered_and_found_and_an_impossible_one_is_refused_before_the_work(run, model):
@@ -114,9 +114,9 @@ def test_a_name_with_quotes_is_registered_and_found_and_an_impossible_one_is_ref
     for name in ("it's", 'the "best"', "it's' or name != '"):
         assert register(run, name, out, {}) == "1"
         assert register(run, name, out, {}) == "1"
-        assert pinned(f"models:/{name}/latest") == str(model)
+        assert Model.find(f"models:/{name}/latest").name == str(model)
     for name in ("a/b", "a:b", "", " ", 'it\'s "it"'):
         with pytest.raises(UsageError, match="register_as must be a name"):
             check(LearnerOptions(register_as=name))
     with pytest.raises(UsageError, match="quotes of both kinds"):
-        pinned('models:/it\'s "it"/latest')
+        Model.find('models:/it\'s "it"/latest')

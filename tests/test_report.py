@@ -14,7 +14,7 @@ from browser import Loads
 from deedsr.dataset.recipe import load_recipe
 from deedsr.degradation import degrade, draw_degradation
 from deedsr.errors import DeeDSRError
-from pipelines.reports.curves import Curve, draw, ticks
+from pipelines.reports.charts import Curve, draw, ticks
 from pipelines.reports.report import (
     DemoReport,
     Evaluation,

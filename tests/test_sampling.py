@@ -16,12 +16,12 @@ from small_networks import SCHEDULE, make_pipeline
 
 from deedsr.adapter.objective import clean_latent, model_output
 from deedsr.errors import UsageError
-from deedsr.sampling.color_fix import COLOR_FIXES, fix_color
+from deedsr.hub.settings import COLOR_FIXES, SamplingSettings
+from deedsr.sampling.autoencoder import decode_latents, encode_latents
+from deedsr.sampling.color_fix import fix_color
 from deedsr.sampling.guidance import guidance_strengths
-from deedsr.sampling.images import pad_reflect, to_tensors
-from deedsr.sampling.latents import decode_latents, encode_latents, enlarge
+from deedsr.sampling.images import enlarge, mirrored, to_tensors
 from deedsr.sampling.pipeline import DeeDSRPipeline
-from deedsr.sampling.settings import SamplingSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -84,11 +84,10 @@ def test_any_size_comes_out_four_times_as_large(kind, size, lr):
 
 
 def test_padding_mirrors_right_and_bottom_only_as_often_as_needed():
-    x = torch.arange(6.0).reshape(1, 1, 2, 3)
-    expected = np.pad(x.numpy(), ((0, 0), (0, 0), (0, 5), (0, 9)), mode="reflect")
-    np.testing.assert_array_equal(pad_reflect(x, 7, 12), expected)
-    assert torch.equal(pad_reflect(x, 2, 3), x)
-    assert torch.equal(pad_reflect(x[..., :1], 2, 4), x[..., :1].expand(1, 1, 2, 4))
+    for side in (2, 3):
+        np.testing.assert_array_equal(mirrored(side, 0, 12), np.pad(np.arange(side), (0, 12 - side), mode="reflect"))
+        assert mirrored(side, 0, side).tolist() == [*range(side)]
+    assert mirrored(1, 0, 4).tolist() == [0] * 4
 
 
 def test_padding_stops_at_the_next_whole_latent_cell_of_the_deepest_level(pipe, lr):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from deedsr.errors import UsageError
-from pipelines.scratch import scratch_folder
-from pipelines.storage.cache import kept
+from pipelines.storage.lock import scratch_folder
+from pipelines.storage.transfer import kept
 
 SHARD = """
 from pipelines.shards.build import shard_draft
@@ -20,7 +20,7 @@ with shard_draft(ShardPlan(0, "train", "000", "id")):
 """
 KEPT = """
 import sys
-from pipelines.storage.cache import kept
+from pipelines.storage.transfer import kept
 for name in sys.argv[1:]:
     kept(name * 64, lambda folder: (folder / "weights").write_bytes(bytes(1000)))
 print("kept", flush=True)

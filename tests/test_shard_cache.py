@@ -17,9 +17,10 @@ from pipelines.data.dataset import Dataset
 from pipelines.data.loader import follow, micro_batches
 from pipelines.data.order import SampleOrder
 from pipelines.data.shard_cache import ShardCache
-from pipelines.placement import Nodes, Offer, place_training
+from pipelines.placement import Nodes, Offer
 from pipelines.storage import open_storage, publish
 from pipelines.training.config import LearnerOptions, TrainOptions, check
+from pipelines.training.placement import place_training
 
 PLENTY = 1 << 30
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import threading
@@ -14,16 +15,17 @@ from fault_proxy import FaultProxy
 from deedsr.dataset.recipe import Recipe
 from deedsr.errors import DatasetNotCommitted, DeeDSRError
 from pipelines.claims import running
-from pipelines.cluster import raise_error
 from pipelines.data.dataset import Dataset
-from pipelines.shards import Estimate, collect_garbage, estimate, execute, generate, run, verify
+from pipelines.distribution import _results
+from pipelines.shards import Estimate, collect_garbage, estimate, garbage, generate, verify
 from pipelines.shards.build import FromSources
 from pipelines.shards.estimate import _Count
+from pipelines.shards.execute import _Building, _Item
 from pipelines.shards.generate import run_job
+from pipelines.shards.listing import list_sources
 from pipelines.shards.plan import plan_shards
-from pipelines.shards.record import Inventory
 from pipelines.shards.samples import samples_of
-from pipelines.shards.sources import list_sources
+from pipelines.shards.shard import Inventory
 from pipelines.storage import open_storage
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -230,7 +232,7 @@ def test_a_sign_of_life_that_fails_is_tried_again(tmp_path, monkeypatch):
         deadline = time.monotonic() + 10
         while not claim.is_file() and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert len(run.live_runs(out)) == 1
+        assert len(garbage.live_runs(out)) == 1
 
 
 def test_files_of_others_beside_the_records_are_named_and_stop_nothing(tmp_path, caplog):
@@ -250,6 +252,7 @@ def test_a_plan_that_cannot_be_read_is_the_error_of_its_row(bucket, s3_server, t
     monkeypatch.setenv("DEEDSR_STORAGE_SECONDS", "0")
     with FaultProxy(s3_server, lambda number: "reset") as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        [row] = execute._task({"part": "plan-0000000.jsonl", "shards": [0], "cpus": 1}, folder, None, folder)
+        work = _Building(folder, None, folder)
+        [row] = _results(work, {"item": pickle.dumps(_Item("plan-0000000.jsonl", [0]))})
     with pytest.raises(DeeDSRError, match="cannot read .*/plan-0000000.jsonl: no connection to the S3 endpoint"):
-        raise_error(row)
+        raise pickle.loads(row["result"])

@@ -19,8 +19,9 @@ from deedsr.dataset.recipe import Recipe, Shard
 from deedsr.errors import DatasetNotCommitted, DeeDSRError, UsageError
 from pipelines.data.dataset import Dataset
 from pipelines.shards import generate, verify
+from pipelines.shards.listing import list_sources
 from pipelines.shards.plan import plan_shards
-from pipelines.shards.sources import Source, list_sources
+from pipelines.shards.source import Source
 from pipelines.storage import open_storage, publish
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

@@ -15,8 +15,7 @@ from deedsr.errors import UsageError
 from pipelines.data.dataset import Dataset
 from pipelines.reports.inspection import inspect
 from pipelines.shards import verify
-from pipelines.shards.sources import Source, read_source
-from pipelines.shards.sources.tars import list_tar
+from pipelines.shards.source import Source, list_tar, read_source
 from pipelines.storage import open_storage
 
 # Each kind gives the same bytes

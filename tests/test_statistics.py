@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from deedsr.errors import UsageError
-from deedsr.learner import LEARNER_PRESETS, DegradationLearner
+from deedsr.learner import DegradationLearner
 from deedsr.learner.statistics import (
     CHROMA_TABLE,
     LUMA_TABLE,
@@ -16,6 +16,7 @@ from deedsr.learner.statistics import (
     dct_basis,
     quantisation_tables,
 )
+from deedsr.presets import LEARNER_PRESETS
 from pipelines.training.config import LearnerModelOptions, LearnerOptions, check
 from pipelines.training.stage import learner_config
 

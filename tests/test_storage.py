@@ -295,7 +295,7 @@ def test_what_ray_train_writes_leaves_nothing_in_a_bucket(bucket, tmp_path):
 
 
 def test_what_a_training_left_beside_a_model_is_not_downloaded(bucket, tmp_path, monkeypatch):
-    from pipelines.models import resolve_learner, resolve_model
+    from pipelines.models import Learner, Model
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     out = open_storage(f"{bucket}/{tmp_path.name}")
@@ -306,6 +306,6 @@ def test_what_a_training_left_beside_a_model_is_not_downloaded(bucket, tmp_path,
     left |= {"text_encoder/model.safetensors", "v2-1_512-ema-pruned.safetensors"}
     for path in model | left:
         out.write(path, b"{}")
-    folder = resolve_model(out.uri)
+    folder = Model.find(out.uri).path
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == model
-    assert resolve_learner(f"{out.uri}/learner").is_dir()
+    assert Learner.find(f"{out.uri}/learner").path.is_dir()

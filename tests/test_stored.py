@@ -15,7 +15,7 @@ from deedsr import DeeDSRPipeline
 from jobs import cli
 from jobs.job_file import load_job_file
 from pipelines.data.dataset import Dataset
-from pipelines.models import load_pipeline, resolve_learner, resolve_model
+from pipelines.models import Learner, Model
 from pipelines.shards import verify
 
 LEVELS = 3  # of 255 that a pixel may differ by on another processor
@@ -160,9 +160,9 @@ def test_a_model_and_a_saved_pipeline_enlarge_a_picture_as_they_did(stored, name
 
 
 def test_a_registered_model_is_found(stored, store):
-    assert resolve_model("models:/deedsr-adapter/1") == stored.folder / "model"
-    assert resolve_learner("models:/deedsr-learner/latest") == stored.folder / "learner" / "learner"
-    assert load_pipeline("models:/deedsr-adapter/latest", "cpu").scale == 4
+    assert Model.find("models:/deedsr-adapter/1").path == stored.folder / "model"
+    assert Learner.find("models:/deedsr-learner/latest").path == stored.folder / "learner" / "learner"
+    assert Model.find("models:/deedsr-adapter/latest").load("cpu").scale == 4
 
 
 def test_an_upscaled_picture_is_reused(stored, store, tmp_path, capsys):

@@ -9,15 +9,23 @@ import torch
 from small_networks import make_pipeline
 from torch import nn
 
+from benchmarks.seams import seam_energy
 from deedsr.adapter.objective import clean_latent
-from deedsr.metrics.seams import seam_energy
-from deedsr.sampling import images, pipeline, tiled_vae
-from deedsr.sampling.color_fix import COLOR_FIXES, fix_color
-from deedsr.sampling.images import pad_reflect, to_uint8
-from deedsr.sampling.latents import decode_latents, encode_latents, enlarge, enlarge_window
+from deedsr.hub.settings import COLOR_FIXES
+from deedsr.sampling import autoencoder, images, pipeline
+from deedsr.sampling.autoencoder import (
+    cores,
+    decode_in_tiles,
+    decode_latents,
+    encode_in_tiles,
+    encode_latents,
+    receptive_radius,
+    sampled_windows,
+)
+from deedsr.sampling.color_fix import fix_color
+from deedsr.sampling.images import enlarge, enlarge_window, to_uint8
 from deedsr.sampling.pipeline import DeeDSRPipeline
-from deedsr.sampling.tiled_vae import decode_in_tiles, encode_in_tiles, reach
-from deedsr.sampling.tiles import Mosaic, Window, adjoining, spread
+from deedsr.sampling.tiles import Mosaic, Window
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,6 +33,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def pipe() -> DeeDSRPipeline:
     return make_pipeline(num_inference_steps=3)
+
+
+def pad_reflect(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    missing = ((0, 0), (0, 0), (0, height - x.shape[2]), (0, width - x.shape[3]))
+    return torch.from_numpy(np.pad(x.numpy(), missing, mode="reflect"))
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -66,10 +79,10 @@ def test_weights_fall_smoothly_to_nothing_where_a_tile_ends_inside_the_picture()
 def test_adjoining_windows_cover_each_cell_once_and_spread_ones_reach_the_corners():
     for height, width, side in ((7, 5, 3), (6, 6, 6), (1, 9, 2)):
         count = torch.zeros(height, width)
-        for window in adjoining(height, width, side):
+        for window in cores(height, width, side):
             window.of(count).add_(1)
         assert count.eq(1).all()
-        windows = spread(height, width, side, 4)
+        windows = sampled_windows(height, width, side, 4)
         assert len(windows) == 16
         assert (windows[0].top, windows[0].left, windows[-1].bottom, windows[-1].right) == (0, 0, height, width)
 
@@ -115,7 +128,7 @@ def test_the_halo_is_what_the_convolutions_see_and_no_less(kind):
         difference = (network(x) - network(changed)).abs().sum((0, 1, 2)).nonzero().flatten()
         per_cell = 1 if part == "encoder" else factor
         seen = max(cells // 2 - int(difference.min()) // per_cell, int(difference.max()) // per_cell - cells // 2)
-        assert seen <= reach(network, step) <= seen + 2
+        assert seen <= receptive_radius(network, step) <= seen + 2
 
 
 @torch.no_grad()
@@ -153,7 +166,7 @@ def test_normalisation_does_not_drift_between_tiles_of_the_kl_autoencoder(monkey
         return encoding, decoding
 
     shared = errors()
-    monkeypatch.setattr(tiled_vae, "shared_statistics", lambda *_: nullcontext())
+    monkeypatch.setattr(autoencoder, "shared_statistics", lambda *_: nullcontext())
     alone = errors()
     assert shared[0] < alone[0] / 2
     assert shared[1] < alone[1]
@@ -165,8 +178,8 @@ def test_statistics_of_tiles_in_half_precision_are_kept_in_fp32():
     norm = torch.nn.GroupNorm(2, 4).half()
     x = (300 * torch.randn(1, 4, 64, 64, generator=seeded())).half()
     expected = torch.nn.functional.group_norm(x.float(), 2)
-    windows = lambda: tiled_vae.adjoining(64, 64, 32)
-    with tiled_vae.shared_statistics(norm, 64, 64, 32, 0, lambda some: norm(torch.cat([w.of(x) for w in some]))):
+    windows = lambda: cores(64, 64, 32)
+    with autoencoder.shared_statistics(norm, 64, 64, 32, 0, lambda some: norm(torch.cat([w.of(x) for w in some]))):
         for window in windows():
             torch.testing.assert_close(norm(window.of(x)).float(), window.of(expected), atol=0.05, rtol=0.05)
 

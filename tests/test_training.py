@@ -215,8 +215,7 @@ if os.environ.get("FLOAT64"):  # all that the project computes in fp32
 dist.init_process_group("gloo")
 from pipelines.data.dataset import Dataset
 from pipelines.training.config import AdapterOptions, LearnerOptions, from_resolved
-from pipelines.training.loop import train
-from pipelines.training.stage import make_stage
+from pipelines.training.loop import make_stage, train
 
 class Curve(list):
     def log_metrics(self, values, step):
@@ -291,8 +290,8 @@ def test_a_queue_from_before_there_were_groups_goes_on(learner_options):
 def test_a_noisy_latent_pulled_to_the_lr_still_has_the_hr_as_its_answer(adapter_options, prediction):
     """A base that knows the HR latent has no loss, whatever share of x_t is the LR's."""
     from deedsr.adapter.objective import model_output
+    from deedsr.sampling.autoencoder import encode_latents
     from deedsr.sampling.guidance import alpha_bar
-    from deedsr.sampling.latents import encode_latents
     from pipelines.training.adapter_stage import AdapterStage
 
     diffusion = DiffusionOptions(lr_crop=16, noise_guidance=1.0, max_timestep=300)

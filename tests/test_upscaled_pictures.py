@@ -30,10 +30,8 @@ from PIL import ExifTags, Image
 from deedsr.dataset.colour import ColourSpace
 from deedsr.dataset.pictures import decode
 from deedsr.errors import DeeDSRError
-from deedsr.sampling.latents import enlarge
-from pipelines.upscaling.encoding import encode, require_fit
-from pipelines.upscaling.metadata import exif_of_result, mark_of
-from pipelines.upscaling.picture import Picture, read_picture
+from deedsr.sampling.images import enlarge
+from pipelines.inference.pictures import Picture, encode, exif_of_result, mark_of, read_picture, require_fit
 
 CASES = {case.name: case for case in cases()}
 READ = [case for case in CASES.values() if not isinstance(case.expected, str)]

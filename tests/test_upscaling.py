@@ -21,8 +21,8 @@ from small_networks import make_pipeline
 from deedsr.errors import UsageError
 from deedsr.sampling.pipeline import DeeDSRPipeline
 from jobs.cli import main
+from pipelines.inference.upscaling import upscale
 from pipelines.storage import open_storage, publish
-from pipelines.upscaling import upscale
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

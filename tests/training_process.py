@@ -105,8 +105,7 @@ def work(
     from pipelines.data.dataset import Dataset
     from pipelines.storage import open_storage
     from pipelines.training import checkpoint, health
-    from pipelines.training.loop import train
-    from pipelines.training.stage import make_stage
+    from pipelines.training.loop import make_stage, train
 
     dataset = Dataset.open(options.data)
     stage = make_stage(options, dataset)

@@ -1,6 +1,6 @@
-"""Stage 2: tell a frozen diffusion model what the low-resolution image shows and how it was degraded."""
+"""Stage 2: condition a frozen diffusion model on the content and the degradation of a low-resolution image."""
 
-from deedsr.adapter.adapter import ABLATIONS, ADAPTER_PRESETS, DegradationAwareAdapter, freeze
+from deedsr.adapter.adapter import ABLATIONS, DegradationAwareAdapter, freeze
 from deedsr.adapter.condition_encoder import Condition, ConditionEncoder
 
-__all__ = ["ABLATIONS", "ADAPTER_PRESETS", "Condition", "ConditionEncoder", "DegradationAwareAdapter", "freeze"]
+__all__ = ["ABLATIONS", "Condition", "ConditionEncoder", "DegradationAwareAdapter", "freeze"]

@@ -1,10 +1,9 @@
-"""Degradation-aware adapter: what is trained around the frozen base (paper, 3).
+"""Degradation-aware adapter: the trained part around the frozen base (docs/method.md, 3).
 
 Shape suffixes: B batch, C channels, H W space, N tokens, D token width or degradation vector.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
@@ -16,36 +15,14 @@ from torch import nn
 from deedsr.adapter.condition_encoder import Condition, ConditionEncoder, PreparedDegradation
 from deedsr.adapter.cross_attention import CrossAttentionProcessor, cross_attention
 from deedsr.adapter.modulation import Modulation
+from deedsr.presets import ADAPTER_PRESETS
 
-# What the method is made of and can be trained without, to see what it is worth.
+# Parts that can be left out of a training (docs/method.md, without a part).
 ABLATIONS = ("vector", "global", "local", "da")
-
-ADAPTER_PRESETS: dict[str, dict[str, Any]] = {
-    # Paper, 3.2-3.5. With Stable Diffusion 2.1-base: 166,456,384 parameters.
-    "paper": {
-        "model_channels": 256,
-        "attention_levels": (0, 1, 2),
-        "attention_heads": 4,
-        "degradation_dim": 1024,
-        "reduction": 32,
-        "feature_channels": 256,
-        "modulation_hidden": 128,
-    },
-    # For one CPU; self-attention is left out where positions are many.
-    "tiny": {
-        "model_channels": 48,
-        "attention_levels": (2,),
-        "attention_heads": 2,
-        "degradation_dim": 128,
-        "reduction": 8,
-        "feature_channels": 40,
-        "modulation_hidden": 24,
-    },
-}
 
 
 def check_ablations(ablate: Sequence[str]) -> None:
-    """ValueError where there is no such thing to leave out, or nothing of the LR image would reach the base."""
+    """Raises ValueError for an unknown part, or where nothing of the LR image would reach the base."""
     for name in ablate:
         if name not in ABLATIONS:
             raise ValueError(f"ablate must be of {', '.join(ABLATIONS)}, got {name!r}")
@@ -54,7 +31,7 @@ def check_ablations(ablate: Sequence[str]) -> None:
 
 
 def freeze(module: nn.Module) -> nn.Module:
-    """No gradients and evaluation mode, for whatever the trained part stands on."""
+    """Set a module that is not trained to evaluation mode without gradients."""
     return module.requires_grad_(False).eval()
 
 
@@ -87,14 +64,14 @@ class DegradationAwareAdapter(ModelMixin, ConfigMixin):
         residual_blocks: (name in the UNet, level, channels) of each residual block.
         cross_attentions: (name in the UNet, channels, heads) of each cross-attention.
         cross_attention_dim: width of the tokens that the base was trained with.
-        tokens: "new_kv": the encoder's tokens enter new `to_k` and `to_v` (paper, 3.4); "project": the tokens are
-            brought to the base's width first, so that its own `to_k` and `to_v` can be the initial values (paper, 3.9).
+        tokens: "new_kv": the encoder's tokens enter new `to_k` and `to_v`; "project": a linear layer brings the tokens
+            to the base's width, so that its `to_k` and `to_v` can be the initial values (docs/method.md, 3.4 and 3.9).
         widths, attention_levels, attention_heads, degradation_dim, reduction, feature_channels: see `ConditionEncoder`.
         modulation_hidden: channels between a feature map and gamma, beta.
         ablate: what is left out, with its parameters, of ABLATIONS. "vector": the learner's vector, in whose place one
             learned vector serves every image. "da": the degradation-aware groups. "local": the modulation and the
             feature maps. "global": the tokens; the base's own cross-attentions see one token of zeros.
-        prediction_type: what the base predicts, as its scheduler has it; None where nobody said.
+        prediction_type: of the base's scheduler; None in adapters of earlier versions.
     """
 
     _supports_gradient_checkpointing = True
@@ -236,7 +213,7 @@ class DegradationAwareAdapter(ModelMixin, ConfigMixin):
         degradation: torch.Tensor | PreparedDegradation | None = None,
         condition: Condition | None = None,
     ) -> torch.Tensor:
-        """The attached UNet's output (B, C, H, W) for noisy latents, told about the LR image.
+        """Output (B, C, H, W) of the attached UNet for noisy latents, conditioned on the LR image.
 
         Args:
             t_B: diffusion time (B,) or one number for all.

@@ -1,4 +1,4 @@
-"""Condition encoder: LR latent, diffusion time and degradation vector to tokens and feature maps (paper, 3.2).
+"""Condition encoder: LR latent, diffusion time and degradation vector to tokens and feature maps (docs/method.md, 3.2).
 
 Shape suffixes: B batch, C channels, H W space, N tokens, D token width or degradation vector.
 """
@@ -19,20 +19,20 @@ EPS = 1e-5
 
 
 class Condition(NamedTuple):
-    """What the base is told about one low-resolution image at one diffusion time."""
+    """Conditioning of the UNet on LR images at one timestep."""
 
     tokens: torch.Tensor  # (B, N, D): one token per position of the deepest level
     features: tuple[torch.Tensor, ...]  # (B, C, H / 2^i, W / 2^i) of level i, finest first
 
 
 class PreparedDegradation(NamedTuple):
-    """What the degradation vector alone decides: computed once for all diffusion times and places of an image."""
+    """Kernels and gates of all levels, computed once from the degradation vector for all timesteps and tiles."""
 
     samples: int
     levels: tuple[tuple[Kernels, Kernels] | None, ...]  # of the group of each level, where there are groups
 
     def of(self, samples_B: torch.Tensor) -> "PreparedDegradation":
-        """That of the samples with these numbers, each as often as it is named."""
+        """Select samples by index; an index may repeat."""
         levels = (level and (level[0].of(samples_B), level[1].of(samples_B)) for level in self.levels)
         return PreparedDegradation(len(samples_B), tuple(levels))
 
@@ -106,7 +106,7 @@ class EncoderLevel(nn.Module):
 
 
 class ConditionEncoder(nn.Module):
-    """Half a UNet, aware of time and degradation, with one residual block per level (paper, 3.2).
+    """Half a UNet, aware of time and degradation, with one residual block per level (docs/method.md, 3.2).
 
     Args:
         latent_channels: channels of the LR latent.
@@ -149,13 +149,13 @@ class ConditionEncoder(nn.Module):
             )
             for level, width in enumerate(widths)
         )
-        # Every image's vector where the learner's is left out: learned, and the same for all.
+        # Ablation "vector": one learned vector for all images in place of the learner's.
         constant = "vector" in ablate and "da" not in ablate
         self.constant_vector = nn.Parameter(torch.ones(degradation_dim)) if constant else None
         described = [] if "local" in ablate else widths
         self.features = nn.ModuleList(residual_block(width, feature_channels, time_dim) for width in described)
-        self.tells_tokens = "global" not in ablate
-        if self.tells_tokens:
+        self.has_tokens = "global" not in ablate
+        if self.has_tokens:
             deepest = widths[-1]
             self.mid1 = residual_block(deepest, deepest, time_dim)
             self.mid_attention = self_attention(deepest, attention_heads)
@@ -163,7 +163,7 @@ class ConditionEncoder(nn.Module):
         self.gradient_checkpointing = False  # set, with the function, by diffusers' `enable_gradient_checkpointing`
 
     def prepare(self, degradation_BD: torch.Tensor) -> PreparedDegradation:
-        """What `forward` takes in place of the degradation vector, the part of its work that never changes."""
+        """Kernels and gates for `forward`, in place of the degradation vector."""
         seen_BD = self._seen(degradation_BD)
         levels = (None if level.aware is None else level.aware.prepare(seen_BD) for level in self.levels)
         return PreparedDegradation(len(degradation_BD), tuple(levels))
@@ -195,7 +195,7 @@ class ConditionEncoder(nn.Module):
                 x_BCHW = level(x_BCHW, time_BD, degraded)
             if self.features:
                 features.append(self.features[number](x_BCHW, time_BD))
-        if not self.tells_tokens:
+        if not self.has_tokens:
             return Condition(x_BCHW.new_zeros(len(x_BCHW), 1, self.blank_token_width), tuple(features))
         x_BCHW = self.mid2(self.mid_attention(self.mid1(x_BCHW, time_BD)), time_BD)
         return Condition(tokens=x_BCHW.flatten(2).transpose(1, 2), features=tuple(features))

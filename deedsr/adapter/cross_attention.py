@@ -1,4 +1,4 @@
-"""Global branch: the adapter's own cross-attention in place of the base's (paper, 3.4).
+"""Global branch: the adapter's own cross-attention in place of the base's (docs/method.md, 3.4).
 
 Shape suffixes: B batch, L positions of the base, C channels, N tokens, D token width.
 """
@@ -8,9 +8,9 @@ from diffusers.models.attention_processor import Attention
 
 
 class CrossAttentionProcessor:
-    """Answers for a cross-attention of the base with an attention of the adapter, leaving the base's weights alone.
+    """Attention processor that replaces the UNet's cross-attention with the adapter's.
 
-    Not a module on purpose: what the base holds shows in neither its parameters nor its state.
+    Not an `nn.Module`, so that the adapter's weights stay out of the UNet's state dict.
     """
 
     def __init__(self, attention: Attention):

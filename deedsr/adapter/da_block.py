@@ -1,4 +1,4 @@
-"""Degradation-aware blocks: kernels and channel weights come from the degradation vector (paper, 3.3).
+"""Degradation-aware blocks: kernels and channel weights come from the degradation vector (docs/method.md, 3.3).
 
 Shape suffixes: B batch, C channels, H W space, K side of a kernel, D degradation vector, V the group's view of it.
 """
@@ -13,18 +13,18 @@ KERNEL = 3
 
 
 class Kernels(NamedTuple):
-    """All that a degradation-aware convolution takes from the degradation vector, whatever it is applied to."""
+    """The part of a degradation-aware convolution that depends on the degradation vector alone."""
 
     depthwise: torch.Tensor  # (B, C, K, K)
     gates: torch.Tensor  # (B, C), 0 to 2
 
     def of(self, samples_B: torch.Tensor) -> "Kernels":
-        """Those of the samples with these numbers, each as often as it is named."""
+        """Select samples by index; an index may repeat."""
         return Kernels(self.depthwise[samples_B], self.gates[samples_B])
 
 
 class DegradationAwareConv(nn.Module):
-    """A depthwise convolution with kernels of its own for every sample, beside channel attention (paper, 3.3: DA).
+    """Depthwise convolution with kernels per sample, plus channel attention (docs/method.md, 3.3: DA).
 
     `reduction`: channels per hidden unit of the channel attention.
     """
@@ -49,7 +49,7 @@ class DegradationAwareConv(nn.Module):
 
     def forward(self, x_BCHW: torch.Tensor, kernels: Kernels) -> torch.Tensor:
         batch, channels, height, width = x_BCHW.shape
-        # Samples become groups of one convolution, so that each meets its own kernels.
+        # One grouped convolution over the whole batch: each sample has its own kernels.
         blurred = F.conv2d(
             x_BCHW.reshape(1, batch * channels, height, width),
             kernels.depthwise.reshape(batch * channels, 1, KERNEL, KERNEL),
@@ -60,7 +60,7 @@ class DegradationAwareConv(nn.Module):
 
 
 class DegradationAwareBlock(nn.Module):
-    """Degradation-aware and plain convolutions in turn, without an inner residual (paper, 3.3: DAB)."""
+    """Degradation-aware and plain convolutions in turn, without an inner residual (docs/method.md, 3.3: DAB)."""
 
     def __init__(self, channels: int, reduction: int):
         super().__init__()
@@ -79,10 +79,9 @@ class DegradationAwareBlock(nn.Module):
 
 
 class DegradationAwareGroup(nn.Module):
-    """One degradation-aware block as a residual (paper, 3.3: DAG).
+    """One degradation-aware block as a residual (docs/method.md, 3.3: DAG).
 
-    The last convolution starts at zero, so that the group starts as the identity and leaves the features that enter it
-    undisturbed until it has learned something.
+    The last convolution starts at zero, so the group starts as the identity.
     """
 
     def __init__(self, channels: int, degradation_dim: int, reduction: int):
@@ -94,7 +93,7 @@ class DegradationAwareGroup(nn.Module):
         nn.init.zeros_(self.conv.bias)
 
     def prepare(self, degradation_BD: torch.Tensor) -> tuple[Kernels, Kernels]:
-        """What `forward` takes in place of the vector: it changes with neither the diffusion time nor the place."""
+        """Kernels and gates for `forward`, in place of the vector; the same at every timestep and position."""
         return self.block.prepare(F.silu(self.view(degradation_BD)))
 
     def forward(self, x_BCHW: torch.Tensor, degradation: torch.Tensor | tuple[Kernels, Kernels]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Local branch: feature maps of the LR image scale and shift the base's residual blocks (paper, 3.5).
+"""Local branch: feature maps of the LR image scale and shift the base's residual blocks (docs/method.md, 3.5).
 
 Shape suffixes: B batch, C channels of the base, F feature channels, H W space.
 """
@@ -9,7 +9,8 @@ from torch import nn
 
 
 class Modulation(nn.Module):
-    """h (1 + gamma) + beta, with gamma and beta from the feature map of the same level; no normalisation (paper, 3.5).
+    """h (1 + gamma) + beta without normalisation; gamma and beta come from the feature map of the same level
+    (docs/method.md, 3.5).
 
     Starts as the identity. Only gamma and beta start at zero: with the shared convolution at zero as well, no gradient
     would ever reach any weight of the branch.

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from numpy.random import Generator
+
 from deedsr.dataset.keys import generator, sample_key
 from deedsr.dataset.recipe import Recipe
 from deedsr.degradation.draws import draw_degradation
+from deedsr.degradation.ranges import DegradationRanges
 
 __all__ = ["Assignment", "assign_degradation"]
 
-GROUPS_PER_VARIANT = 100  # the most variants a recipe may have: tells the groups of different variants apart
+GROUPS_PER_VARIANT = 100  # largest number of variants in a recipe
 
 
 class Assignment(NamedTuple):
@@ -47,11 +50,11 @@ def assign_degradation(recipe: Recipe, content: str, variant: int, size: tuple[i
     return Assignment(seed, stratum, group, draws)
 
 
-def _generator(seed: int) -> Any:
+def _generator(seed: int) -> Generator:
     return generator("degradation", seed)
 
 
-def _stratum(recipe: Recipe, identity: str) -> tuple[str | None, Any]:
+def _stratum(recipe: Recipe, identity: str) -> tuple[str | None, DegradationRanges]:
     """Name and ranges of the stratum that the hash of `identity` falls into."""
     if not recipe.strata:
         return None, recipe.degradation

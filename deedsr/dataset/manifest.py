@@ -53,11 +53,11 @@ class HRSource:
 
 @dataclass(frozen=True)
 class LatentsSource:
-    """What the latents of a dataset were made of: they serve a training on exactly that.
+    """Dataset and networks that the latents were made with; a training must use the same.
 
     `dataset`: digest of the dataset with the pixels, whose keys, splits and order of samples these shards have; `uri`:
     its place, as in `HRSource`. `vae`, `learner`: SHA-256 over configuration and weights; no learner, no vectors: then
-    the LR images are kept for one. `factor`: pixels per latent cell and side; `channels`: of the latents.
+    the LR images are kept for one. `factor`: pixels per latent pixel and side; `channels`: of the latents.
     """
 
     dataset: str
@@ -101,7 +101,7 @@ class Manifest:
         return b"".join(self.json_lines(json.dumps(asdict(shard)) for shard in self.shards))
 
     def json_lines(self, shards: Iterable[str]) -> Iterator[bytes]:
-        """The manifest a piece at a time, with `shards`, each a JSON text, in place of its own."""
+        """The manifest in pieces, with `shards`, each a JSON text, in place of `self.shards`."""
         about = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "shards"}
         about["hr_from"] = self.hr_from and asdict(self.hr_from)
         about["latents"] = self.latents and asdict(self.latents)
@@ -123,7 +123,7 @@ class Manifest:
                 )
             content["shards"] = tuple(ShardEntry(**shard) for shard in content["shards"])
             content["hr_from"] = content["hr_from"] and HRSource(**content["hr_from"])
-            latents = content.setdefault("latents", None)  # manifests of earlier releases are silent about it
+            latents = content.setdefault("latents", None)  # missing in manifests of earlier releases
             content["latents"] = latents and LatentsSource(**latents)
             manifest = cls(**{field.name: content[field.name] for field in fields(cls)})
             _require_plain(manifest)

@@ -24,7 +24,7 @@ from deedsr.dataset.colour import PNG_CHUNKS, ColourSpace, shallow, space_of, to
 
 __all__ = ["MAX_PIXELS", "RejectedImage", "Stored", "decode", "read_stored", "upright"]
 
-MAX_PIXELS = 2**29 // 3  # 179 megapixels: 512 MiB as RGB; read from the header, before any pixel has a place
+MAX_PIXELS = 2**29 // 3  # 179 megapixels: 512 MiB as RGB; read from the header, before memory is allocated
 MAX_SCANS = 200  # of a JPEG; a progressive one has about ten. Each pass over an empty scan costs as much as a full one
 
 _SIGNATURES = {
@@ -50,7 +50,7 @@ _MARKER = re.compile(rb"\xff([^\0\xd0-\xd7\xff])")  # of JPEG; in a scan, 0 is a
 _BROKEN = "truncated or broken image"
 _UNSUPPORTED = "unsupported pixel format"
 
-# What libjpeg remarks on although all of the picture is there: a few bytes of padding before its end (some cameras),
+# Warnings of libjpeg about complete pictures: a few bytes of padding before its end (some cameras),
 # needless fields of the scan's header, a new JFIF version; and simplejpeg, of chroma subsampled in a rare way.
 _HARMLESS = re.compile(
     "data: [1-9] extraneous bytes before marker 0xd9|Invalid SOS parameters|unknown JFIF revision|subsampling level"
@@ -77,13 +77,12 @@ def decode(data: bytes, name: str = "", alpha: Literal["composite", "reject"] = 
     16 bits become 8. The colour space of the file (`colour.py`) is converted to sRGB; a broken profile is ignored as
     browsers do. The first of several pictures (pages, frames, MPO) is taken. `name`: the file's, whose extension must
     not claim another of the four formats. `alpha`: what happens to a picture that is not wholly opaque; it is laid over
-    white, the page it is mostly seen on, or rejected. Raises RejectedImage, and nothing else but MemoryError, for
-    whatever else `data` are.
+    white or rejected. Raises RejectedImage for any other data, and no other exception but MemoryError.
     """
     stored = read_stored(data, name)
     if not stored.space.known:
         raise RejectedImage("unsupported colour space")
-    with _told():
+    with _rejecting():
         return _finish(stored, alpha)
 
 
@@ -99,13 +98,13 @@ def read_stored(data: bytes, name: str = "", others: bool = False) -> Stored:
         raise RejectedImage("not a JPEG, PNG, WebP or TIFF image")
     if format and _EXTENSIONS.get(name.rpartition(".")[2].lower() if "." in name else "", format) != format:
         raise RejectedImage("content does not match the file's extension")
-    with _told():
+    with _rejecting():
         return _read(data, format)
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Within it, what a library raises becomes the RejectedImage that it means."""
+def _rejecting() -> Iterator[None]:
+    """Translates exceptions of the libraries into RejectedImage."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on large pictures and odd metadata
@@ -134,7 +133,7 @@ def _finish(picture: Stored, alpha: str) -> np.ndarray:
 
 
 def _read(data: bytes, format: str | None) -> Stored:
-    if format == "WEBP" and data[12:16] == b"VP8X":  # Pillow would allocate the canvas before it tells the size
+    if format == "WEBP" and data[12:16] == b"VP8X":  # Pillow would allocate the canvas before it reports the size
         _check_size(int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1)
     chunks = _chunks(data) if format == "PNG" else {}
     image = _opened(data, format)
@@ -240,7 +239,7 @@ def _jpeg(data: bytes, image: ImageFile.ImageFile) -> np.ndarray:
     """The hot path, the same pixels as Pillow's and OpenCV's.
 
     Those two accept a JPEG that ends early or is damaged in the middle as long as an end marker follows, and fill the
-    rest with grey; simplejpeg tells.
+    rest with grey; simplejpeg reports it.
     """
     if _scans(data) > MAX_SCANS:
         raise RejectedImage("decompression bomb")
@@ -325,7 +324,7 @@ def _over_white(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 
 def upright(rgb: np.ndarray, orientation: int) -> np.ndarray:
-    """Turned, then mirrored, as EXIF says; other numbers than 1 to 8 say nothing."""
+    """Turned, then mirrored, as EXIF says; other numbers are ignored."""
     if orientation in (3, 4):
         rgb = cv2.rotate(rgb, cv2.ROTATE_180)
     elif orientation in (5, 6):

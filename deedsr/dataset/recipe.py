@@ -12,13 +12,14 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from deedsr.degradation.ranges import DegradationRanges, Probability
 from deedsr.errors import UsageError
 
 __all__ = ["ALGORITHM_VERSION", "Recipe", "builtin_recipes", "load_recipe"]
 
-# Raised whenever the same recipe and sources would give other bytes than before. Not for
+# Increased whenever the same recipe and sources would give other bytes than before. Not for
 # corrections in reading a few kinds of sources (docs/data.md lists them): every dataset would be made anew.
 ALGORITHM_VERSION = 2
 
@@ -148,9 +149,9 @@ class Recipe(_Part):
         return next((w.variants for w in self.weights if fnmatchcase(path, w.pattern)), self.variants)
 
     def degrading(self, other: Recipe) -> Recipe:
-        """This recipe with the degradations of `other`: what makes new LR images of the HR this one made.
+        """This recipe with the degradations of `other`, to make new LR images for its HR images.
 
-        What fixes the HR images and their shards stays; name, seed, variants, weights, strata, degradation and the
+        Settings of the HR images and shards stay; name, seed, variants, weights, strata, degradation and the
         LR's format are the other's.
         """
         theirs = ("name", "seed", "variants", "weights", "distinct_degradations", "strata", "degradation")
@@ -167,21 +168,22 @@ def builtin_recipes() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in _BUILTIN.iterdir() if entry.name.endswith(".yaml"))
 
 
-def load_recipe(name_or_path: str | Path) -> Recipe:
-    """The built-in recipe of that name, else the YAML file at that path.
+def load_recipe(given: str | Path | Mapping[str, Any]) -> Recipe:
+    """The built-in recipe of that name, else the YAML file at that path; a mapping is the content of such a file.
 
     A file gives only the keys that differ from its base: `base: NAME`, a built-in recipe or another file beside it,
     `deedsr` unless named. A list replaces the base's. In `strata`, a number is the share of the built-in recipe or file
     of that name, a mapping gives `share` and the ranges of `degradation` that differ from the recipe's own. Raises
     `UsageError` naming the key, its value and what is accepted.
     """
-    fields = _read(str(name_or_path), Path(), ())
-    fields = _with_strata(fields, str(name_or_path))
+    name = "inline" if isinstance(given, Mapping) else str(given)
+    fields = _on_its_base(dict(given), name, Path(), ()) if isinstance(given, Mapping) else _read(name, Path(), ())
+    fields = _with_strata(fields, name)
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:
         problems = "; ".join(_explain(problem) for problem in error.errors())
-        raise UsageError(f"recipe {name_or_path}: {problems}") from None
+        raise UsageError(f"recipe {name}: {problems}") from None
 
 
 def _read(name: str, folder: Path, seen: tuple[str, ...]) -> dict[str, Any]:
@@ -208,9 +210,12 @@ def _read(name: str, folder: Path, seen: tuple[str, ...]) -> dict[str, Any]:
         raise UsageError(f"recipe {name} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(fields, dict):
         raise UsageError(f"recipe {name} must be a YAML mapping of keys, got {type(fields).__name__}")
+    return fields if name == _DEFAULT else _on_its_base(fields, name, place, seen)
+
+
+def _on_its_base(fields: dict[str, Any], name: str, place: Path, seen: tuple[str, ...]) -> dict[str, Any]:
+    """The keys of a recipe's file over those of its base."""
     base = fields.pop("base", _DEFAULT)
-    if name == _DEFAULT:
-        return fields
     fields.setdefault("name", Path(name).stem)
     if not isinstance(base, str):
         raise UsageError(f"recipe {name}: base must be the name or path of a recipe, got {base!r}")
@@ -243,7 +248,7 @@ def _override(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: ErrorDetails) -> str:
     """One line on one wrong key: its dotted name, what is accepted, what was given."""
     where = ".".join(str(part) for part in problem["loc"])
     match problem["type"]:

@@ -1,8 +1,8 @@
 """The second-order degradation chain: blur, resize, noise, JPEG, and again (docs/method.md, degradation).
 
 Images inside the chain are BGR, uint8 or the pixels of `fixed_point`, by which the same draws give the same bytes on
-every processor; compression is the real codec (YCbCr 4:2:0), not a differentiable copy of it. OpenCV's threads are the
-caller's matter: data workers call `dataset.worker.prepare_worker`.
+every processor; compression is the real codec (YCbCr 4:2:0), not a differentiable copy of it. Data workers call
+`prepare_worker`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,22 @@ from deedsr.degradation.fixed_point import BLACK, WHITE, largest, operand, symme
 from deedsr.degradation.kernels import blur_kernel, profile
 from deedsr.degradation.resizing import resample
 
-__all__ = ["degrade"]
+__all__ = ["degrade", "prepare_worker"]
 
 _JPEG_LIMIT = 65_500  # pixels a side
 _DIRECT = 130 if platform.machine() in ("x86_64", "AMD64") else 50  # OpenCV transforms kernels of so many elements
 _INVISIBLE = 2e-4  # sum of weights that may be left out of a kernel
+_BLOCK = 31 << 20  # bytes; glibc learns from blocks of up to 32 MiB
+
+
+def prepare_worker() -> None:
+    """Set up a process that makes samples: one thread for OpenCV, and memory that stays with the process.
+
+    By default glibc returns every freed image to the kernel, and the page faults of the next one cost as much as a
+    blur. It stops once a block of that size has been freed (mallopt(3), M_MMAP_THRESHOLD); others ignore it.
+    """
+    cv2.setNumThreads(1)
+    np.empty(_BLOCK, np.uint8)
 
 
 def degrade(hr: np.ndarray, draws: dict[str, Any]) -> np.ndarray:
@@ -98,7 +109,7 @@ def rescale(image: np.ndarray, mode: str, factor: float) -> np.ndarray:
 def resize(image: np.ndarray, mode: str, size: list[int], factor: float = 1.0) -> np.ndarray:
     """Resize to `size` (height, width), as `F.interpolate(size=size)` does without antialiasing.
 
-    `factor` tells what `size` was drawn from.
+    `factor`: the drawn factor that `size` follows from.
     """
     height, width = size
     return resample(image, mode, (height, width), (image.shape[0] / height, image.shape[1] / width))

@@ -1,4 +1,4 @@
-"""What one sample's degradation is: every value drawn from the sample's own generator, in order (docs/method.md).
+"""The random draws of one sample's degradation, in order, from the sample's own generator (docs/method.md).
 
 The reference draws resize, noise family, second blur, order of the last step and the clean flag once per batch; here
 everything is drawn per sample, so that the samples of a batch share nothing.
@@ -16,7 +16,17 @@ from deedsr.degradation.kernels import KERNELS
 from deedsr.degradation.ranges import BlurRanges, DegradationRanges, NoiseRanges, ResizeRanges
 from deedsr.degradation.resizing import RESIZE_MODES
 
-__all__ = ["NOISE_FAMILIES", "RESIZE_MODES", "SCALAR_COLUMNS", "draw_degradation", "scalar_parameters"]
+__all__ = [
+    "NOISE_FAMILIES",
+    "RESIZE_MODES",
+    "SCALAR_COLUMNS",
+    "draw_degradation",
+    "parameter_limits",
+    "parameter_names",
+    "parameter_shares",
+    "parameter_step",
+    "scalar_parameters",
+]
 
 NOISE_FAMILIES = ("gaussian", "poisson")
 _LEAST_SIDE = 16
@@ -36,7 +46,7 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
     "sinc": ("size", "cutoff"),
     "jpeg2": ("quality",),
 }
-# What `scalar_parameters` gives, in order.
+# Columns of `scalar_parameters`, in order.
 SCALAR_COLUMNS = (
     "deg_clean",
     "deg_jpeg_last",
@@ -169,3 +179,88 @@ def _weighted(shares: Iterable[tuple[str, float]], rng: np.random.Generator) -> 
         if left < 0:
             break
     return chosen
+
+
+# Expected range and frequency of each column, for checking a dataset against its recipe
+
+_NAMES = {**_CODES, "gray": ("colour", "gray")}
+_FLAGS = {"deg_clean": ("degraded", "clean"), "deg_jpeg_last": ("resize, sinc last", "JPEG last")}
+_STEPS = {"size": 2.0, "quality": 1.0}  # between neighbouring values
+
+
+def parameter_names(column: str) -> tuple[str, ...]:
+    """Names of the values 0, 1, ... of a categorical column; empty for a numeric column."""
+    return _FLAGS.get(column) or _NAMES.get(column.rpartition("_")[2], ())
+
+
+def parameter_step(column: str) -> float:
+    """The distance between neighbouring values of a column; 0 where they are continuous."""
+    return _STEPS.get(column.rpartition("_")[2], 0.0)
+
+
+def parameter_limits(ranges: DegradationRanges) -> dict[str, tuple[float, float]]:
+    """The least and the greatest value that can be drawn, for every column of measured numbers."""
+    final = ranges.final
+    limits: dict[str, tuple[float, float]] = {}
+    for step, blur in (("blur1", ranges.blur1), ("blur2", ranges.blur2)):
+        limits |= {f"deg_{step}_{name}": pair for name, pair in _blur_limits(blur).items()}
+    for step, resize in (("resize1", ranges.resize1), ("resize2", ranges.resize2)):
+        limits[f"deg_{step}_factor"] = _factor_limits(resize)
+    for step, noise in (("noise1", ranges.noise1), ("noise2", ranges.noise2)):
+        limits[f"deg_{step}_sigma"], limits[f"deg_{step}_scale"] = noise.gaussian_sigma, noise.poisson_scale
+    limits |= {"deg_sinc_size": final.kernel_size, "deg_sinc_cutoff": final.cutoff}
+    return limits | {"deg_jpeg1_quality": ranges.jpeg1_quality, "deg_jpeg2_quality": final.jpeg_quality}
+
+
+def _blur_limits(blur: BlurRanges) -> dict[str, tuple[float, float]]:
+    shapes = (*blur.beta_generalized, *blur.beta_plateau)
+    return {
+        "size": blur.kernel_size,
+        "sigma_x": blur.sigma,
+        "sigma_y": blur.sigma,
+        "theta": (-math.pi, math.pi),
+        "beta": (min(shapes), max(shapes)),
+        "cutoff": (math.pi / 5, math.pi),
+    }
+
+
+def _factor_limits(resize: ResizeRanges) -> tuple[float, float]:
+    low, high = resize.factor
+    return (low if resize.shares.down else 1.0, high if resize.shares.up else 1.0)
+
+
+def parameter_shares(ranges: DegradationRanges) -> dict[str, dict[str, float]]:
+    """How often each name of a column is to be drawn, among the samples in which one is drawn at all."""
+    modes = {mode: ranges.resize_modes.count(mode) / len(ranges.resize_modes) for mode in RESIZE_MODES}
+    degraded = 1 - ranges.clean_probability
+    last = {mode: degraded * share for mode, share in modes.items()}
+    last["bicubic"] += ranges.clean_probability  # a clean sample is the bicubic reduction
+    jpeg_last = degraded * ranges.final.resize_first_probability
+    shares = {
+        "deg_clean": _two_shares("deg_clean", ranges.clean_probability),
+        "deg_jpeg_last": _two_shares("deg_jpeg_last", jpeg_last),
+        "deg_blur1_kernel": _kernel_shares(ranges.blur1),
+        "deg_blur2_kernel": _kernel_shares(ranges.blur2),
+        "deg_resize1_mode": modes,
+        "deg_resize2_mode": modes,
+        "deg_resize3_mode": last,
+    }
+    for step, noise in (("noise1", ranges.noise1), ("noise2", ranges.noise2)):
+        shares |= {f"deg_{step}_{name}": pair for name, pair in _noise_shares(noise).items()}
+    return shares
+
+
+def _two_shares(column: str, second: float) -> dict[str, float]:
+    return dict(zip(parameter_names(column), (1 - second, second), strict=True))
+
+
+def _kernel_shares(blur: BlurRanges) -> dict[str, float]:
+    return {name: (1 - blur.sinc_probability) * share for name, share in blur.mix} | {"sinc": blur.sinc_probability}
+
+
+def _noise_shares(noise: NoiseRanges) -> dict[str, dict[str, float]]:
+    gaussian, gray = noise.gaussian_probability, noise.gray_probability
+    return {
+        "family": dict(zip(NOISE_FAMILIES, (gaussian, 1 - gaussian), strict=True)),
+        "gray": _two_shares("gray", gray),
+    }

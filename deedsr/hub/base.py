@@ -1,4 +1,4 @@
-"""What a base must be, told from its configurations and the heads of its weight files: nothing is loaded for it."""
+"""Requirements on a base, checked by its configurations and the headers of its weight files; nothing is loaded."""
 
 from pathlib import Path
 from typing import Any
@@ -6,21 +6,21 @@ from typing import Any
 from deedsr.errors import UsageError
 from deedsr.hub.model_folder import BASE_PARTS, read_config
 from deedsr.hub.weights import tensor_shapes
-from deedsr.sampling.schedule import PREDICTIONS
 
 REMEDY = "give a text-to-image model such as Stable Diffusion 2.1-base"
-# What a UNet may ask for besides noisy latents, timestep and tokens; the adapter has nothing to give for it.
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+# Inputs of a UNet besides noisy latents, timestep and tokens, which the adapter does not provide.
 _OTHER_INPUTS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
 
 
 def check_base(path: Path, trained_timesteps: int | None = None) -> None:
-    """Refuse a base that the adapter cannot stand on.
+    """Refuse a base that the adapter does not support.
 
     Args:
-        path: folder with `vae/`, `unet/` and `scheduler/`; whatever else it holds is not looked at.
+        path: folder with `vae/`, `unet/` and `scheduler/`; other content is ignored.
         trained_timesteps: timesteps from 0 to below this one are trained; None = all.
 
-    Raises UsageError naming part, value and what would do.
+    Raises UsageError naming part, value and remedy.
     """
     vae, unet, scheduler = (read_config(path, part) for part in BASE_PARTS)
     _check_unet(path / "unet", unet)
@@ -43,7 +43,7 @@ def picture_unit(path: Path) -> int:
 
 
 def _check_unet(folder: Path, config: dict[str, Any]) -> None:
-    refusal = f"{folder} is no UNet that the adapter can stand on:"
+    refusal = f"{folder} is not a UNet that the adapter supports:"
     given, made = config.get("in_channels", 4), config.get("out_channels", 4)
     if given != made:
         raise UsageError(

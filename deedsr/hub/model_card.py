@@ -1,4 +1,4 @@
-"""Model card and licence of a model folder: what the next person has to know, written from what the folder records."""
+"""Model card and licence of a model folder, written from the folder's records."""
 
 import re
 import shutil
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-UNSAID = "other"  # no licence was named
+UNKNOWN = "other"  # no licence was named
 
 
 def write_card(folder: Path, *, scale: int, sampling: Mapping[str, Any], lineage: Mapping[str, Any]) -> None:
@@ -19,19 +19,19 @@ def write_card(folder: Path, *, scale: int, sampling: Mapping[str, Any], lineage
 
 
 def copy_base_licence(base: Path, folder: Path) -> None:
-    """Take along the base's licence as `LICENSE-base`, where its folder holds one: it binds what is built on it."""
+    """Copy the base's licence as `LICENSE-base` if its folder holds one: it also covers models built on the base."""
     found = sorted(path for path in base.glob("LICENSE*") if path.is_file())
-    if (base / "learner").is_dir():  # a DeeDSR model, whose LICENSE speaks of its adapter
+    if (base / "learner").is_dir():  # a DeeDSR model, whose LICENSE is its adapter's
         found = [path for path in found if path.name == "LICENSE-base"]
     if found:
         shutil.copyfile(found[0], folder / "LICENSE-base")
 
 
 def model_card(scale: int, sampling: Mapping[str, Any], lineage: Mapping[str, Any]) -> str:
-    """Text of the card; what is not recorded is said to be."""
+    """Text of the card; missing records are named as missing."""
     base, training = _named(lineage.get("base")), lineage.get("training") or {}
     head = {
-        "license": lineage.get("license") or UNSAID,
+        "license": lineage.get("license") or UNKNOWN,
         "library_name": "diffusers",
         "pipeline_tag": "image-to-image",
         "tags": "[super-resolution, deedsr]",
@@ -48,14 +48,14 @@ def model_card(scale: int, sampling: Mapping[str, Any], lineage: Mapping[str, An
         'pipe = DeeDSRPipeline.from_pretrained("THIS FOLDER")\nimage = pipe(lr_image).images[0]\n```',
         "## Training\n" + _table(_training_rows(training), "Not recorded."),
         "## Figures\n" + _table(_figures(training), "Not recorded."),
-        "## Sampling defaults\n" + _table(_said(sampling), "The package's own."),
+        "## Sampling defaults\n" + _table(_given(sampling), "The package's own."),
         "## Licence\n" + _licence(lineage),
     ]
     return "\n\n".join(sections).rstrip() + "\n"
 
 
 def _named(base: str | None) -> str | None:
-    """A base's name for others: without a revision, and of a folder on somebody's machine its last part."""
+    """A base's public name: without a revision; of a local folder its last part."""
     return Path(base).name if base and Path(base).is_absolute() else base and base.partition("@")[0]
 
 
@@ -75,7 +75,7 @@ def _training_rows(training: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in rows.items() if value is not None}
 
 
-def _said(sampling: Mapping[str, Any]) -> dict[str, Any]:
+def _given(sampling: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in sampling.items() if value is not None}
 
 
@@ -91,8 +91,8 @@ def _table(rows: Mapping[str, Any], otherwise: str) -> str:
 
 
 def _licence(lineage: Mapping[str, Any]) -> str:
-    name = lineage.get("license") or UNSAID
-    own = "no licence was named when they were trained: ask who trained them" if name == UNSAID else name
+    name = lineage.get("license") or UNKNOWN
+    own = "no licence was named when they were trained: ask who trained them" if name == UNKNOWN else name
     base = _named(lineage.get("base")) or "its own"
     return (
         f"Adapter and learner: {own}.\n"

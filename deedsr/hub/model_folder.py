@@ -1,7 +1,7 @@
-"""Model folders and bases on disk: where they are, what they say of themselves, and their parts.
+"""Model folders and bases on disk: location, description and parts.
 
 A model is a full pipeline (`model_index.json`) or what training writes: `adapter/`, `learner/` and `deedsr.json`,
-which names the base. A base is any folder with `vae/`, `unet/` and `scheduler/`, so a full pipeline is one too.
+which names the base. A base is any folder with `vae/`, `unet/` and `scheduler/`; a full pipeline is also a base.
 Weights are read from safetensors only.
 """
 
@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from deedsr.errors import UsageError
-from deedsr.hub.digests import base_digest
-from deedsr.hub.weights import NAME, find_variant
-from deedsr.sampling.settings import SamplingSettings
+from deedsr.hub.settings import SamplingSettings
+from deedsr.hub.weights import NAME, base_digest, find_variant
 
 FORMAT_VERSION = 1
 BASE_PARTS = ("vae", "unet", "scheduler")
 TRAINED_PARTS = ("learner", "adapter")
 PARTS = BASE_PARTS + TRAINED_PARTS
-# What is taken of a hub's repository: configurations and one set of weights of the parts that are used. No text
-# encoder, no other formats, nothing pickled.
+# Files downloaded from a hub repository: configurations and one set of weights of each part that is used. No text
+# encoder, no other formats, no pickles.
 HUB_FILES = [
     *("model_index.json", "deedsr.json", "training.json", "README.md", "LICENSE*"),
     *(f"{part}/{name}" for part in PARTS for name in ("*.json", f"{NAME}.safetensors", f"{NAME}-*-of-*.safetensors")),
@@ -40,10 +39,10 @@ class ModelFolder:
         path: holds `learner/` and `adapter/`, and `vae/`, `unet/` and `scheduler/` where `base` is None.
         base: name, folder, URI or hub id of the base, as written.
         scale: enlargement factor.
-        base_digest: of the base that the model was trained on (`digests.base_digest`); None where it is not recorded.
-        sampling: what the model recommends.
+        base_digest: of the base that the model was trained on (`weights.base_digest`); None where it is not recorded.
+        sampling: recommended settings.
         gate: configuration of the model's `RestorationGate`, None where it has none.
-        lineage: `license`, `base` and `training` (what it was trained on, how, and its figures), as far as recorded.
+        lineage: `license`, `base` and `training` (data, configuration and metrics), as far as recorded.
     """
 
     path: Path
@@ -112,7 +111,7 @@ class ModelFolder:
         return path
 
 
-def _require_format(file: Path, version: Any) -> None:
+def _require_format(file: Path, version: object) -> None:
     if version != FORMAT_VERSION:
         newer = isinstance(version, int) and version > FORMAT_VERSION
         raise UsageError(
@@ -143,7 +142,7 @@ def find_folder(name: str | Path) -> Path:
 
 
 def find_base(name: str | Path) -> Path:
-    """Local folder with `vae/`, `unet/` and `scheduler/`; a trained model stands for the base it was trained on.
+    """Local folder with `vae/`, `unet/` and `scheduler/`; of a trained model, those of the base that it was trained on.
 
     Raises UsageError where there is none.
     """
@@ -159,12 +158,10 @@ def find_base(name: str | Path) -> Path:
     return path
 
 
-def pinned_base(name: str, path: Path) -> str:
-    """A hub id with the revision that was downloaded to `path`; whatever else as it is."""
+def with_revision(name: str, folder: Path) -> str:
+    """A hub id with the revision that `find_folder` downloaded to `folder`; any other name as it is."""
     match = _HUB_ID.fullmatch(name)
-    if match is None or path.parent.name != "snapshots":
-        return name
-    return f"{match[1]}@{path.name}"
+    return f"{match[1]}@{folder.name}" if match and folder.parent.name == "snapshots" else name
 
 
 def _download(hub_id: str, revision: str | None) -> Path:
@@ -198,7 +195,7 @@ def read_config(path: Path, part: str) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())  # with whatever byte order mark an editor has put there
+        value = json.loads(path.read_bytes())  # bytes: json detects a byte order mark
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
@@ -228,10 +225,10 @@ def load_part(path: Path, part: str, **options: Any) -> Any:
     options = {"variant": find_variant(folder)} | options
     if part == "learner":
         options.pop("torch_dtype", None)  # runs once per picture, and its running statistics are not for half precision
-    # Materialised at once: the other way needs the package accelerate, which nothing else here does.
+    # low_cpu_mem_usage needs the package accelerate, which is not a dependency.
     options = {"low_cpu_mem_usage": False} | options
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what it would warn of is checked below
+    logging.set_verbosity_error()  # mismatches are checked below
     try:
         module, report = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
     except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError ... by what is wrong with the file
@@ -246,7 +243,7 @@ def load_part(path: Path, part: str, **options: Any) -> Any:
 
 
 def _kinds(part: str) -> dict[str, Any]:
-    """Classes that may play a part, by name."""
+    """Classes accepted for a part, by name."""
     import diffusers
 
     from deedsr.adapter.adapter import DegradationAwareAdapter

@@ -1,5 +1,8 @@
-"""Weight files of a network in diffusers layout: whole or in shards, in full precision or as a variant such as fp16."""
+"""Weight files of a network in diffusers layout: whole or in shards, in full precision or as a variant such as fp16;
+digests of networks."""
 
+import functools
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -65,3 +68,40 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         except (SafetensorError, OSError) as error:
             raise UsageError(f"{path} cannot be read: {error}; copy it again") from error
     return shapes
+
+
+def part_digest(folder: Path) -> str:
+    """SHA-256, hexadecimal, over configuration and weights of one part of a model (`vae/`, `learner/`)."""
+    return _digest(folder, sorted(folder.glob("[!.]*.safetensors")))
+
+
+def base_digest(path: Path) -> str:
+    """SHA-256, hexadecimal, of the used parts of the base in `path`: `vae/`, `unet/`, the scheduler's configuration.
+
+    Only weights that are loaded count: adding a variant does not change the digest.
+    """
+    digest = hashlib.sha256()
+    for folder in (path / "vae", path / "unet"):
+        digest.update(_digest(folder, weight_files(folder, find_variant(folder))).encode())
+    digest.update(_canonical(path / "scheduler" / "scheduler_config.json"))
+    return digest.hexdigest()
+
+
+def _digest(folder: Path, weights: list[Path]) -> str:
+    digest = hashlib.sha256(_canonical(folder / "config.json"))
+    for path in weights:
+        status = path.stat()
+        digest.update(_of_file(path, status.st_size, status.st_mtime_ns))
+    return digest.hexdigest()
+
+
+def _canonical(config: Path) -> bytes:
+    """A configuration without the keys that diffusers adds: its version and the path of loading."""
+    values = json.loads(config.read_text())
+    return json.dumps({k: v for k, v in values.items() if not k.startswith("_")}, sort_keys=True).encode()
+
+
+@functools.lru_cache(maxsize=64)
+def _of_file(path: Path, size: int, modified: int) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

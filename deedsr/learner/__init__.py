@@ -1,12 +1,10 @@
-"""Stage 1: learn a vector that tells how a low-resolution image was degraded."""
+"""Stage 1: learn a vector that encodes how a low-resolution image was degraded."""
 
-from deedsr.learner.moco import MomentumContrast
+from deedsr.learner.moco import MomentumContrast, quadrant_pair
 from deedsr.learner.normalization import GroupedBatchNorm2d, commit_statistics, pending_statistics
-from deedsr.learner.pairs import quadrant_pair
-from deedsr.learner.resnet import LEARNER_PRESETS, DegradationLearner
+from deedsr.learner.resnet import DegradationLearner
 
 __all__ = [
-    "LEARNER_PRESETS",
     "DegradationLearner",
     "GroupedBatchNorm2d",
     "MomentumContrast",

@@ -1,19 +1,36 @@
-"""Momentum contrast: a slowly following key encoder and a queue of its past keys (paper, 2.4).
+"""Momentum contrast on quadrants of LR images: positive pairs, a momentum key encoder and a queue of past keys.
 
 Shape suffixes: B local batch, D embedding width, K queue length, N samples of a block.
 """
 
 import copy
 from collections.abc import Iterable
+from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from deedsr.learner.resnet import DegradationLearner
 
-EMPTY = -1  # the source of a queue slot that no key was written to yet
-UNGROUPED = -1  # the group of a sample that shares its degradation with no other
+EMPTY = -1  # source of an unused queue slot
+UNGROUPED = -1  # group of a sample whose degradation no other sample shares
+Pixels = TypeVar("Pixels")  # numpy array or torch tensor
+
+
+def quadrant_pair(lr_CHW: Pixels, rng: np.random.Generator) -> tuple[Pixels, Pixels]:
+    """Two different quadrants of one LR image, query and key, drawn without replacement (docs/method.md, 2.3).
+
+    `lr_CHW` (C, H, W) is a numpy array or a tensor with even sides; the quadrants (C, H/2, W/2) are views of it.
+    """
+    height, width = lr_CHW.shape[-2:]  # type: ignore[attr-defined]
+    if height % 2 or width % 2:
+        raise ValueError(f"an image of {height}x{width} pixels has no equal quadrants: both sides must be even")
+    query, key = (divmod(int(index), 2) for index in rng.choice(4, size=2, replace=False))
+    h, w = height // 2, width // 2
+    cut = lambda row, column: lr_CHW[..., row * h : (row + 1) * h, column * w : (column + 1) * w]  # type: ignore[index]
+    return cut(*query), cut(*key)
 
 
 class MomentumContrast(nn.Module):
@@ -22,17 +39,17 @@ class MomentumContrast(nn.Module):
     One optimizer step is: `loss` for every micro-batch with `keys` of the same samples; then, once, `advance` with the
     keys of the whole global batch in its order, and `update_momentum`. Each worker holds the same copy.
 
-    Whatever samples of a batch do to each other stays within blocks of `batch_block` consecutive samples. Micro-batches
-    hold whole blocks, so neither the number of workers nor accumulation changes anything.
+    Samples interact only within blocks of `batch_block` consecutive samples. A micro-batch holds whole blocks, so the
+    result does not depend on the number of workers or on accumulation.
 
     Args:
         query: the encoder to follow; copied to fp32 here, not kept.
         queue_size: number K of past keys.
         temperature, momentum: of the loss, of the key encoder.
-        batch_block: samples per block; a multiple of two or more of the encoder's `norm_group` makes queries and their
-            keys meet different normalisation groups, so that statistics do not give the positive away.
-        batch_negatives: keys of the other samples of the block are negatives too. Neighbours that show the same content
-            under another degradation are the ones that teach degradation instead of content.
+        batch_block: samples per block; a multiple of two or more of the encoder's `norm_group` puts queries and
+            their keys into different normalisation groups, so that batch statistics do not reveal the positive.
+        batch_negatives: keys of the other samples of the block are negatives too. Neighbours with the same
+            content under another degradation make the learner separate degradations instead of contents.
     """
 
     queue_KD: torch.Tensor
@@ -56,10 +73,10 @@ class MomentumContrast(nn.Module):
         self.temperature, self.momentum = temperature, momentum
         self.batch_block, self.batch_negatives = batch_block, batch_negatives
         self.key_encoder = copy.deepcopy(query).float().requires_grad_(False).train()
-        # Deals the samples of a block over its normalisation groups like cards.
+        # Distributes the samples of a block round-robin over its normalisation groups.
         shuffle = torch.arange(batch_block).view(-1, norm_group or batch_block).T.flatten()
         self.register_buffer("shuffle", shuffle, persistent=False)
-        self.register_buffer("queue_KD", torch.zeros(queue_size, query.embedding_dim))
+        self.register_buffer("queue_KD", torch.zeros(queue_size, query.dim))
         self.register_buffer("queue_sources_K", torch.full((queue_size,), EMPTY))
         self.register_buffer("queue_groups_K", torch.full((queue_size,), UNGROUPED))
         self.register_buffer("queue_pointer", torch.zeros((), dtype=torch.long))
@@ -85,8 +102,8 @@ class MomentumContrast(nn.Module):
 
         `query_BD` and `key_BD` have length 1. `sources_B` (int64, >= 0) names the photograph of each sample: keys in
         the queue that come from the query's own photograph are no negatives. `groups_B` (int64) names the degradation
-        of samples that share it with others, or is UNGROUPED: keys of the query's own group are no negatives, neither
-        in the queue nor in the block.
+        of samples that share it with others, or is UNGROUPED: keys of the query's own group are excluded from
+        the negatives, in the queue and in the block.
         """
         batch = len(query_BD)
         query_BD, key_BD = query_BD.float(), key_BD.float()

@@ -1,4 +1,4 @@
-"""Batch normalisation whose result does not depend on how a global batch is split over workers.
+"""Batch normalisation that does not depend on how a global batch is split over workers.
 
 Shape suffixes: B batch, C channels, H W space.
 """
@@ -13,7 +13,7 @@ MOMENTUM = 0.1  # of the running statistics, as in torch.nn.BatchNorm2d
 
 
 class FullPrecisionBuffers(nn.Module):
-    """Buffers move with the module but keep their precision: sums of many small terms are lost in half."""
+    """Buffers follow `.to(device)` but stay fp32 when the module is cast to half precision."""
 
     def _apply(self, fn, recurse=True):
         before = dict(self._buffers)
@@ -69,7 +69,7 @@ class GroupedBatchNorm2d(FullPrecisionBuffers):
         return torch.cat(normalised) if len(normalised) > 1 else normalised[0]
 
     def sums(self) -> torch.Tensor:
-        """What was collected since the last commit, fp64, so that the order of sums leaves no trace."""
+        """Sums since the last commit, in fp64, so that they do not depend on the order of summation."""
         if self.pending is not None:
             return self.pending
         return wide(self.running_mean.new_zeros(2 * len(self.running_mean) + 1))
@@ -80,7 +80,7 @@ def normalizations(module: nn.Module) -> list[GroupedBatchNorm2d]:
 
 
 def pending_statistics(module: nn.Module) -> torch.Tensor:
-    """What the module's normalisations collected since the last commit, fp64 (N,): to be summed over the workers."""
+    """Sums of all normalisation layers since the last commit, fp64 (N,); all-reduce them over the workers."""
     return torch.cat([norm.sums() for norm in normalizations(module)] or [torch.zeros(0, dtype=torch.float64)])
 
 
@@ -101,6 +101,6 @@ def commit_statistics(module: nn.Module, reduced: torch.Tensor) -> None:
 
 
 def drop_statistics(module: nn.Module) -> None:
-    """Forget what was collected for an optimizer step that was not taken."""
+    """Discard the statistics of a skipped optimizer step."""
     for norm in normalizations(module):
         norm.pending = None

@@ -1,6 +1,6 @@
-"""Degradation learner: a network that turns a low-resolution image into one vector that tells how it was degraded.
+"""Degradation learner: encodes how a low-resolution image was degraded in one vector.
 
-The paper's is a ResNet on the pixels. Beside it, or in its place, a small network can look at `PictureStatistics`.
+The paper's is a ResNet on the pixels. A small network on `PictureStatistics` can be added to it or replace it.
 Shape suffixes: B batch, C channels, H W space, D vector width.
 """
 
@@ -19,31 +19,14 @@ from deedsr.learner.normalization import GroupedBatchNorm2d
 from deedsr.learner.statistics import PictureStatistics
 from deedsr.precision import wide
 
-# Noise and compression move a pixel by a few hundredths; this brings the high-pass copy to the range of the RGB.
-HIGH_PASS_GAIN = 8.0
-OUTLIER = 5.0  # standard deviations at which a statistic is cut off: flat and huge pictures lie far out
+OUTLIER = 5.0  # standard deviations; statistics of flat and of huge pictures are clamped
 
-LEARNER_PRESETS: dict[str, dict[str, Any]] = {
-    # ResNet-34's depth at double width (paper, 2.1): 85,011,008 parameters.
-    "paper": {
-        "stem": 64,
-        "stem_stride": 4,
-        "widths": (128, 256, 512, 1024),
-        "blocks": (3, 4, 6, 3),
-        "high_pass": False,
-    },
-    # For one CPU and few photographs: no convolutions, statistics of the picture.
-    "tiny": {
-        "stem": 0,
-        "widths": (128,),
-        "blocks": (),
-        "statistics": (512, 512),
-    },
-}
+# Keys in the `config.json` of earlier versions, each with the only value that is read.
+REMOVED_KEYS = {"high_pass": False, "projection": 0, "stem_stride": 4}
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with batch normalisation and a shortcut (paper, 2.1)."""
+    """Two 3x3 convolutions with batch normalisation and a shortcut (docs/method.md, 2.1)."""
 
     def __init__(self, channels: int, width: int, stride: int, norm_group: int):
         super().__init__()
@@ -63,8 +46,8 @@ class BasicBlock(nn.Module):
 
 
 class ExactLinear(nn.Linear):
-    """A linear layer that computes in fp64: in fp32, BLAS rounds by where in memory a weight lies, and one that was
-    loaded from a file lies elsewhere than one that was trained."""
+    """Linear layer that computes in fp64: fp32 results of BLAS depend on memory alignment, which differs between
+    trained weights and weights loaded from a file."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(wide(x), wide(self.weight), wide(self.bias)).to(x.dtype)
@@ -89,31 +72,18 @@ class StatisticsNetwork(nn.Module):
 
     def forward(self, lr_BCHW: torch.Tensor) -> torch.Tensor:
         x_BS = self.norm(self.statistics(lr_BCHW)).clamp(-OUTLIER, OUTLIER)
-        return self.layers(x_BS).to(self.layers[0].weight.dtype)  # between layers in fp32, whatever the weights are in
-
-
-@torch.autocast("cuda", enabled=False)
-@torch.autocast("cpu", enabled=False)
-def high_pass(x_BCHW: torch.Tensor) -> torch.Tensor:
-    """What a 5x5 binomial blur removes, amplified: noise and compression artefacts with little of the picture."""
-    channels = x_BCHW.shape[1]
-    row = x_BCHW.new_tensor([1, 4, 6, 4, 1]) / 16
-    kernel = (row[:, None] * row).expand(channels, 1, 5, 5)
-    blurred = F.conv2d(F.pad(x_BCHW, (2, 2, 2, 2), mode="reflect"), kernel, groups=channels)
-    return HIGH_PASS_GAIN * (x_BCHW - blurred)
+        return self.layers(x_BS).to(self.layers[0].weight.dtype)  # fp32 between the layers
 
 
 class DegradationLearner(ModelMixin, ConfigMixin):
-    """ResNet with basic blocks, batch normalisation and global average pooling (paper, 2.1).
+    """ResNet with basic blocks, batch normalisation and global average pooling (docs/method.md, 2.1).
 
     Args:
-        stem: channels after the first convolution (7x7); 0 = no convolutions: the vector comes from statistics alone.
-        stem_stride: 4 = stride 2 and max-pooling (the paper), 2 = stride 2 without pooling, 1 = full resolution.
+        stem: channels after the first convolution (7x7, stride 2, then max-pooling); 0 = no convolutions: the vector
+            comes from statistics alone.
         widths, blocks: channels and number of blocks of each stage; from the second on a stage halves the resolution.
             The last width is the length D of the degradation vector.
-        high_pass: also show the network a high-pass copy of the image.
         norm_group: samples that share normalisation statistics in training (`GroupedBatchNorm2d`).
-        projection: length of the contrastive embedding after a two-layer head; 0 = the vector itself (the paper).
         statistics: widths of the hidden layers between the picture's statistics and a vector that is added to that of
             the convolutions; empty = none (the paper).
     """
@@ -124,17 +94,14 @@ class DegradationLearner(ModelMixin, ConfigMixin):
     def __init__(
         self,
         stem: int = 64,
-        stem_stride: int = 4,
         widths: Sequence[int] = (128, 256, 512, 1024),
         blocks: Sequence[int] = (3, 4, 6, 3),
-        high_pass: bool = False,
         norm_group: int = 0,
-        projection: int = 0,
         statistics: Sequence[int] = (),
     ):
         super().__init__()
         if stem:
-            self._add_convolutions(stem, stem_stride, widths, blocks, high_pass, norm_group)
+            self._add_convolutions(stem, widths, blocks, norm_group)
         elif not statistics or blocks or len(widths) != 1:
             raise ValueError(
                 "without convolutions (stem 0) the learner needs statistics, no blocks and one width, got "
@@ -142,28 +109,23 @@ class DegradationLearner(ModelMixin, ConfigMixin):
             )
         if statistics:
             self.statistics_network = StatisticsNetwork(statistics, self.dim, norm_group)
-        self.head: nn.Module = nn.Identity()
-        if projection:
-            self.head = nn.Sequential(nn.Linear(self.dim, self.dim), nn.ReLU(), nn.Linear(self.dim, projection))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         self.gradient_checkpointing = False
 
-    def _add_convolutions(
-        self,
-        stem: int,
-        stem_stride: int,
-        widths: Sequence[int],
-        blocks: Sequence[int],
-        high_pass: bool,
-        norm_group: int,
-    ) -> None:
-        if stem_stride not in (1, 2, 4):
-            raise ValueError(f"stem_stride must be 1, 2 or 4, got {stem_stride}")
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        """diffusers' split of a stored configuration. ValueError for what this version no longer computes."""
+        for name, value in REMOVED_KEYS.items():
+            if config_dict.get(name, value) != value:
+                raise ValueError(f"{name} {config_dict[name]} is of an earlier version; this one has {value} only")
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k not in REMOVED_KEYS}, **kwargs)
+
+    def _add_convolutions(self, stem: int, widths: Sequence[int], blocks: Sequence[int], norm_group: int) -> None:
         if len(widths) != len(blocks):
             raise ValueError(f"widths and blocks must be equally long, got {list(widths)} and {list(blocks)}")
-        self.conv = nn.Conv2d(6 if high_pass else 3, stem, 7, min(stem_stride, 2), 3, bias=False)
+        self.conv = nn.Conv2d(3, stem, 7, 2, 3, bias=False)
         self.norm = GroupedBatchNorm2d(stem, norm_group)
         stages, channels = [], stem
         for stage, (width, count) in enumerate(zip(widths, blocks, strict=True)):
@@ -178,7 +140,7 @@ class DegradationLearner(ModelMixin, ConfigMixin):
         self.stages = nn.Sequential(*stages)
 
     def checkpoint_gradients(self) -> None:
-        """Compute activations twice instead of holding them.
+        """Enable gradient checkpointing.
 
         Reentrant, so that only the second forward records gradients and normalisation statistics count once.
         """
@@ -189,11 +151,6 @@ class DegradationLearner(ModelMixin, ConfigMixin):
         """Length D of the degradation vector."""
         return self.config["widths"][-1]
 
-    @property
-    def embedding_dim(self) -> int:
-        """Length of the contrastive embedding."""
-        return self.config["projection"] or self.dim
-
     def forward(self, lr_BCHW: torch.Tensor, embedding: bool = False) -> torch.Tensor:
         """RGB in [0, 1] of any size to the degradation vector (B, D), or to the embedding that `embed` describes."""
         if not self.config["stem"]:
@@ -202,14 +159,11 @@ class DegradationLearner(ModelMixin, ConfigMixin):
             vector_BD = self._convolved(lr_BCHW)
         else:
             vector_BD = self._convolved(lr_BCHW) + self.statistics_network(lr_BCHW)
-        return F.normalize(self.head(vector_BD).float(), dim=1) if embedding else vector_BD
+        return F.normalize(vector_BD.float(), dim=1) if embedding else vector_BD
 
     def _convolved(self, lr_BCHW: torch.Tensor) -> torch.Tensor:
-        if self.config["high_pass"]:
-            lr_BCHW = torch.cat([lr_BCHW, high_pass(lr_BCHW)], 1)
         x_BCHW = F.relu(self.norm(self.conv(lr_BCHW.to(self.conv.weight.dtype))))
-        if self.config["stem_stride"] == 4:
-            x_BCHW = F.max_pool2d(x_BCHW, 3, 2, 1)
+        x_BCHW = F.max_pool2d(x_BCHW, 3, 2, 1)
         for stage in self.stages:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x_BCHW = self._gradient_checkpointing_func(stage, x_BCHW)
@@ -218,5 +172,5 @@ class DegradationLearner(ModelMixin, ConfigMixin):
         return x_BCHW.mean((2, 3))
 
     def embed(self, lr_BCHW: torch.Tensor) -> torch.Tensor:
-        """RGB in [0, 1] to the (projected) degradation vector of length 1 that the contrastive loss compares."""
+        """RGB in [0, 1] to the degradation vector, normalised to length 1, that the contrastive loss compares."""
         return self(lr_BCHW, embedding=True)

@@ -1,8 +1,8 @@
 """Statistics of a picture in which blur, noise and compression show and content hardly does.
 
-A network of a million parameters that is shown two dozen photographs learns to tell contents, not JPEG tables. What it
-would have to find is known: JPEG leaves multiples of its quantisation steps in the coefficients of 8x8 blocks, and blur
-and noise shape the spectrum. These are computed here, and learning starts from them.
+Trained on a few dozen photographs, a small network learns to recognise contents instead of degradations. The traces of
+degradations are known: JPEG leaves multiples of its quantisation steps in the coefficients of 8x8 blocks, and blur and
+noise shape the spectrum. They are computed here as the input of the network.
 
 Shape suffixes: B batch, C channels, H W space, N blocks, Q qualities, S statistics.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from deedsr.learner.normalization import FullPrecisionBuffers
 
 BLOCK, PATCH = 8, 32  # pixels a side: of JPEG's blocks, of the windows of the spectrum
-QUALITIES = range(28, 97, 2)  # of JPEG, whose traces are looked for
+QUALITIES = range(28, 97, 2)  # of JPEG, tested for traces
 FLOOR = 0.1  # levels that are added before a logarithm: a tenth of what 8 bits resolve
 RANGE = 1.0, 255.0  # of an entry of a quantisation table
 
@@ -124,8 +124,8 @@ def _moments(coefficients_BCKN: Tensor) -> Tensor:
 
 
 def _fit(coefficients_BKN: Tensor, steps_QK: Tensor) -> Tensor:
-    """How well the coefficients fall on the multiples of the steps, -1 to 1 (B, Q); the first ones tell nothing: their
-    levels were shifted."""
+    """How well the coefficients fall on the multiples of the steps, -1 to 1 (B, Q). DC coefficients are left
+    out: JPEG shifts their levels."""
     coefficients_BKN, fits = coefficients_BKN[:, 1:], []
     for step_K1 in steps_QK[:, 1:, None]:
         counted = (coefficients_BKN.abs() > step_K1 / 2).float()

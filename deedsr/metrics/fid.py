@@ -13,8 +13,6 @@ from deedsr.metrics.learned import LearnedMetric
 if TYPE_CHECKING:
     from torch import nn
 
-    from deedsr.metrics.weights import WeightsFile
-
 __all__ = ["FID", "METRICS", "frechet_distance"]
 
 
@@ -45,13 +43,12 @@ class FID(LearnedMetric):
     name, title = "fid", "FID"
     definition = "border 0, Inception v3 of 2015-12-05, RGB at 299x299 by Pillow's bicubic, not rounded, over two sets"
     source = "Heusel et al. 2017, clean-fid 0.1.35 in its mode clean"
-    higher_is_better = False
     of_pictures = False
 
-    def network(self) -> "tuple[nn.Module, WeightsFile]":
-        from deedsr.metrics.networks.inception import FILE, InceptionV3
+    def network(self) -> "nn.Module":
+        from deedsr.metrics.networks import InceptionV3
 
-        return InceptionV3(), FILE
+        return InceptionV3()
 
     def features(self, picture: np.ndarray) -> np.ndarray:
         """2,048 features of a uint8 RGB picture (H, W, 3)."""
@@ -74,7 +71,7 @@ def resized(picture: np.ndarray) -> np.ndarray:
     """A uint8 picture (H, W, 3) at the network's size, float32 in 0..255, each channel for itself."""
     from PIL import Image
 
-    from deedsr.metrics.networks.inception import SIDE
+    from deedsr.metrics.networks import SIDE
 
     channels = [
         Image.fromarray(channel.astype(np.float32)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)

@@ -1,4 +1,4 @@
-"""What a metric is: its definition in words, the figure of a picture, and the figure of a set of pictures."""
+"""Interface of a metric: its definition, its value for a picture, and its value for a set of pictures."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ __all__ = ["Metric", "Setting"]
 
 @dataclass(frozen=True)
 class Setting:
-    """How metrics are computed here. `border`: pixels left out on each side, by metrics that allow it; `weights`:
+    """Options of all metrics. `border`: pixels left out on each side, by metrics that allow it; `weights`:
     folder with weights files, searched before the caches of other libraries; `device`: of torch."""
 
     border: int = 0
@@ -33,27 +33,27 @@ class Metric(ABC):
     source: str  # publication or code
     higher_is_better: bool
     unit: str = ""
-    digits: int = 2  # behind the point, in tables
+    digits: int = 2  # decimals in tables
     needs_reference: bool = True
-    of_pictures: bool = True  # False: only a set has a figure
+    of_pictures: bool = True  # False: only a set has a value
 
     def __init__(self, setting: Setting = Setting()):
         self.setting = setting
 
     @abstractmethod
     def measure(self, picture: np.ndarray, reference: np.ndarray | None) -> Any:
-        """The figure of one picture, None where it has none. Of a metric of sets: the features that `summary` takes.
+        """Value for one picture, None where it has none. For a metric of sets: the features that `summary` takes.
 
-        Raises ValueError for pictures that the metric is not defined on.
+        Raises ValueError for pictures for which the metric is not defined.
         """
 
     def summary(self, measured: Sequence[Any]) -> float | None:
-        """The figure of a set from what was measured of its pictures; None where it has none."""
+        """Value for a set from the results of `measure`; None where it has none."""
         return None if None in measured else float(np.mean(measured))
 
     def prepare(self) -> None:  # noqa: B027
         """Load what `measure` needs. Raises UsageError where a file is missing or another than expected."""
 
     def statement(self) -> str:
-        """Definition, direction and source in one line. Equal statements mean comparable figures."""
+        """Definition, direction and source in one line. Only values with equal statements are comparable."""
         return f"{self.definition}; {'higher' if self.higher_is_better else 'lower'} is better; {self.source}"

@@ -16,13 +16,13 @@ import numpy as np
 from scipy.ndimage import correlate, correlate1d
 from scipy.special import gamma
 
-from deedsr.metrics.luma import grey, luma
+from deedsr.metrics.fidelity import grey, luma
 from deedsr.metrics.metric import Metric
 
 __all__ = ["BLOCK", "METRICS", "MIN_SIDE", "niqe", "niqe_features", "niqe_of_features", "niqe_set"]
 
 BLOCK = 96  # pixels a side; the second scale has the same blocks at half the size
-MIN_SIDE = 512  # pixels: in a smaller picture there are too few blocks for a fit of its own
+MIN_SIDE = 512  # pixels: a smaller picture has too few blocks for its own fit
 _NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1))  # (down, right) shifts whose products are fitted
 
 
@@ -132,14 +132,14 @@ def niqe(image: np.ndarray) -> float:
 
 
 def _picture_features(image: np.ndarray) -> np.ndarray:
-    """What `niqe` takes of one image, (N, 36)."""
+    """Features of one image for `niqe`, (N, 36)."""
     # In flat areas the sign of (luma - local mean) follows from the window's rounding to float32, and with it the fit.
     window = _parameters()["gaussian_window"].astype(np.float32).astype(np.float64)
     return _features(np.round(grey(image)), window)
 
 
 def niqe_features(image: np.ndarray) -> np.ndarray:
-    """What `niqe_set` takes of a uint8 RGB image (H, W, 3): 36 numbers of each whole block of 96 x 96 pixels, (N, 36).
+    """Features of a uint8 RGB image (H, W, 3) for `niqe_set`: 36 numbers per whole block of 96 x 96 pixels, (N, 36).
 
     Blocks without variation are left out, so N may be 0.
     """
@@ -149,7 +149,7 @@ def niqe_features(image: np.ndarray) -> np.ndarray:
 def niqe_set(images: Iterable[np.ndarray]) -> float:
     """NIQE of a set of uint8 RGB images (H, W, 3): one fit over the blocks of all of them. Lower is more natural.
 
-    This is how crops of 256 pixels can be compared, each too small for a fit of its own.
+    For crops of 256 pixels, each too small for its own fit.
     Raises ValueError where fewer than two blocks of 96 x 96 pixels with texture are found.
     """
     return niqe_of_features(np.concatenate([np.empty((0, 36)), *map(niqe_features, images)]))

@@ -12,7 +12,6 @@ from torch.nn.functional import conv2d, pad
 from deedsr.precision import wide
 from deedsr.sampling.images import strips
 
-COLOR_FIXES = ("none", "adain", "wavelet")
 WAVELET_LEVELS = 5
 WAVELET_REACH = 2**WAVELET_LEVELS - 1  # pixels
 
@@ -20,7 +19,7 @@ Rows = Callable[[slice], torch.Tensor]  # rows of the reference, (B, C, rows, W)
 
 
 def fix_color(method: str, image_BCHW: torch.Tensor, reference: Rows) -> None:
-    """Applies one of COLOR_FIXES in place; image and reference have the same size and range."""
+    """Applies one of `settings.COLOR_FIXES` in place; image and reference have the same size and range."""
     parts = strips(*image_BCHW.shape[2:])
     if method == "adain":
         adain(image_BCHW, reference, parts)
@@ -47,7 +46,7 @@ def _moments(parts: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]
 
 def wavelet(image_BCHW: torch.Tensor, reference: Rows, parts: list[slice]) -> None:
     """Keeps each image's detail and takes what is coarser than 2 ** WAVELET_LEVELS pixels from its reference."""
-    above = image_BCHW[:, :, :0]  # rows before the part, as they were
+    above = image_BCHW[:, :, :0]  # rows above the part, before correction
     for rows in parts:
         top, bottom = rows.start - above.shape[2], min(rows.stop + WAVELET_REACH, image_BCHW.shape[2])
         seen = torch.cat([above, image_BCHW[:, :, rows.start : bottom]], 2)

@@ -1,7 +1,7 @@
-"""Restoration gate: how much of the sampled picture the result takes, told from the degradation vector alone.
+"""Restoration gate: share of the sampled picture in the result, predicted from the degradation vector.
 
-A generative model changes pictures that need no change. The gate blends its picture with the bicubic enlargement of the
-LR image: a picture that is nearly clean takes little of it. A model carries its own gate, calibrated on photographs.
+A generative model also changes pictures that are nearly clean. The gate blends its output with the bicubic enlargement
+of the LR image; for a nearly clean picture the share is low. The gate of a model is calibrated on photographs.
 Shape suffixes: B batch, V vectors per picture, D degradation vector, C channels, H W pixels.
 """
 
@@ -25,7 +25,7 @@ class RestorationGate:
 
     @classmethod
     def of(cls, values: Mapping[str, Any], width: int | None = None) -> Self:
-        """A gate from a model's configuration; UsageError where it is none, or not one for vectors of `width`."""
+        """A gate from a model's configuration. Raises UsageError for an invalid one or another length than `width`."""
         weights, offset = values.get("weights"), values.get("offset")
         numbers: list[Any] = [*weights, offset] if isinstance(weights, list | tuple) else [None]
         if not all(isinstance(number, int | float) for number in numbers) or set(values) != {"weights", "offset"}:

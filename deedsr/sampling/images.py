@@ -1,17 +1,22 @@
-"""Pictures to tensors and back, and padding to the sizes that networks take.
+"""Pictures to tensors and back, and bicubic enlargement with reflection padding.
 
 Shape suffixes: B batch, C channels, H W pixels.
 """
 
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.functional import interpolate
+
+from deedsr.sampling.tiles import Window
 
 Picture: TypeAlias = Image.Image | np.ndarray | torch.Tensor
+Pictures: TypeAlias = list[Image.Image] | list[np.ndarray] | list[torch.Tensor] | np.ndarray | torch.Tensor
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 STRIP = 2**20  # pixels
+BICUBIC_REACH = 2  # LR pixels on either side
 
 
 def to_tensors(pictures: Picture | list[Picture]) -> list[torch.Tensor]:
@@ -53,7 +58,7 @@ def _to_tensor(picture: Picture) -> torch.Tensor:
     return picture.float()
 
 
-def from_tensors(pictures: list[torch.Tensor], output_type: str) -> Any:
+def from_tensors(pictures: list[torch.Tensor], output_type: str) -> Pictures:
     """Tensors (3, H, W) in [0, 1] as PIL images (`pil`), arrays (H, W, 3) in [0, 1] (`np`) or tensors (`pt`, `latent`).
 
     As in diffusers, arrays and tensors of one size come stacked; of several sizes they stay a list.
@@ -77,17 +82,9 @@ def to_uint8(picture_CHW: torch.Tensor) -> np.ndarray:
 
 
 def strips(height: int, width: int) -> list[slice]:
-    """Rows of a picture in parts of about STRIP pixels, so that what works on them needs little memory beside it."""
+    """Rows of a picture in parts of about STRIP pixels, so that operations on them need little extra memory."""
     rows = max(STRIP // width, 1)
     return [slice(top, min(top + rows, height)) for top in range(0, height, rows)]
-
-
-def pad_reflect(x_BCHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Mirrors right and bottom up to `height` x `width`, back and forth where the image is smaller than the pad."""
-    rows, columns = (
-        mirrored(have, 0, want).to(x_BCHW.device) for have, want in zip(x_BCHW.shape[2:], (height, width), strict=True)
-    )
-    return x_BCHW[:, :, rows][:, :, :, columns]
 
 
 def mirrored(have: int, begin: int, end: int) -> torch.Tensor:
@@ -95,3 +92,23 @@ def mirrored(have: int, begin: int, end: int) -> torch.Tensor:
     period = max(2 * (have - 1), 1)
     index = torch.arange(begin, end) % period
     return torch.minimum(index, period - index) if have > 1 else torch.zeros_like(index)
+
+
+def enlarge(lr_BCHW: torch.Tensor, scale: int) -> torch.Tensor:
+    """Bicubic enlargement in [0, 1], not antialiased, overshoot cut off: the LR image as the base sees it."""
+    return interpolate(lr_BCHW, scale_factor=scale, mode="bicubic", align_corners=False).clamp(0, 1)
+
+
+def enlarge_window(lr_BCHW: torch.Tensor, scale: int, window: Window) -> torch.Tensor:
+    """A window, in its pixels, of the enlarged image, which goes on mirrored beyond right and bottom.
+
+    The same numbers as cutting it out of the whole, which is never made.
+    """
+    indices = []
+    for dim, (begin, end) in ((2, window[:2]), (3, window[2:])):
+        index = mirrored(scale * lr_BCHW.shape[dim], begin, end)
+        first = max(int(index.min()) // scale - BICUBIC_REACH, 0)
+        last = min(int(index.max()) // scale + BICUBIC_REACH, lr_BCHW.shape[dim] - 1)
+        lr_BCHW = lr_BCHW.narrow(dim, first, last - first + 1)
+        indices.append((index - scale * first).to(lr_BCHW.device))
+    return enlarge(lr_BCHW, scale)[:, :, indices[0]][:, :, :, indices[1]]

@@ -1,6 +1,6 @@
-"""Sampling: from a degraded LR image to a picture of the model's scale (paper, 4).
+"""Sampling: from a degraded LR image to a picture enlarged by the model's scale (docs/method.md, 4).
 
-Shape suffixes: B batch, C channels, H W pixels, h w latent cells, D degradation vector.
+Shape suffixes: B batch, C channels, H W pixels, h w latent pixels, D degradation vector.
 """
 
 import inspect
@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    SchedulerMixin,
+    UNet2DConditionModel,
+)
 
 from deedsr.adapter.adapter import DegradationAwareAdapter
 from deedsr.adapter.condition_encoder import PreparedDegradation
@@ -19,19 +26,22 @@ from deedsr.adapter.objective import clean_latent, model_output, pull_to_lr
 from deedsr.errors import UsageError
 from deedsr.hub.model_card import copy_base_licence, write_card
 from deedsr.hub.model_folder import BASE_PARTS, TRAINED_PARTS, ModelFolder, find_folder, load_part
+from deedsr.hub.settings import SamplingSettings
 from deedsr.learner.resnet import DegradationLearner
+from deedsr.sampling.autoencoder import (
+    decode_in_tiles,
+    decode_latents,
+    downsampling_factor,
+    encode_in_tiles,
+    encode_latents,
+)
 from deedsr.sampling.color_fix import fix_color
 from deedsr.sampling.gate import RestorationGate, blend
 from deedsr.sampling.guidance import alpha_bar, guidance_strengths
-from deedsr.sampling.images import OUTPUT_TYPES, Picture, from_tensors, pad_reflect, to_tensors
-from deedsr.sampling.latents import decode_latents, downsampling_factor, encode_latents, enlarge_window
-from deedsr.sampling.schedule import ddim, require_prediction, require_signal, usable_eta
-from deedsr.sampling.settings import SamplingSettings
-from deedsr.sampling.solvers import solver_for
-from deedsr.sampling.tiled_vae import decode_in_tiles, encode_in_tiles
+from deedsr.sampling.images import OUTPUT_TYPES, Picture, enlarge_window, from_tensors, to_tensors
+from deedsr.sampling.schedule import ddim, require_prediction, require_signal, solver_for, usable_eta
 from deedsr.sampling.tiles import Mosaic, Window
 
-SMALLEST_LEARNER_INPUT = 3  # pixels a side: the learner's high-pass filter mirrors two
 BATCH_SIDE = 1024  # pixels of the output: tiles that are together as large as this square go through the UNet at once
 
 
@@ -50,18 +60,18 @@ class DeeDSRPipeline(DiffusionPipeline):
         gate: calibrated share of the sampled picture in the result, see `RestorationGate`; None = all of it.
     """
 
-    vae: Any
-    unet: Any
-    scheduler: Any
+    vae: AutoencoderKL | AutoencoderTiny
+    unet: UNet2DConditionModel
+    scheduler: SchedulerMixin
     learner: DegradationLearner
     adapter: DegradationAwareAdapter
     _base_path: Path | None = None
 
     def __init__(
         self,
-        vae: Any,
-        unet: Any,
-        scheduler: Any,
+        vae: AutoencoderKL | AutoencoderTiny,
+        unet: UNet2DConditionModel,
+        scheduler: SchedulerMixin,
         learner: DegradationLearner,
         adapter: DegradationAwareAdapter,
         scale: int = 4,
@@ -88,12 +98,13 @@ class DeeDSRPipeline(DiffusionPipeline):
             options: parts to use instead of the stored ones (`scheduler=...`); the rest goes to diffusers'
                 `from_pretrained` of each network (`torch_dtype`, `low_cpu_mem_usage`).
 
-        Raises UsageError where the model or its base is missing, incomplete, or made for one another's likes.
+        Raises UsageError where the model or its base is missing, incomplete, or incompatible with each other.
         """
         folder = ModelFolder.read(find_folder(model))
         base_path = folder.base_path(base)
         parts = {name: options.pop(name) for name in BASE_PARTS + TRAINED_PARTS if name in options}
-        own = base is None and parts.keys() <= {"scheduler"}  # a gate is calibrated on the model's own networks
+        # A gate is calibrated on the model's own networks; `base_path` has compared the digests where one is recorded.
+        own = (base is None or folder.base_digest is not None) and parts.keys() <= {"scheduler"}
         for name in BASE_PARTS + TRAINED_PARTS:
             if name in parts:
                 continue
@@ -125,58 +136,31 @@ class DeeDSRPipeline(DiffusionPipeline):
 
     @property
     def sampling(self) -> SamplingSettings:
-        """What the model recommends."""
+        """Settings that the model recommends."""
         return SamplingSettings.of(self.config["sampling"])
 
     @torch.no_grad()
     def __call__(
         self,
         image: Picture | list[Picture],
-        num_inference_steps: int | None = None,
-        noise_guidance: float | None = None,
-        noise_guidance_share: float | None = None,
-        eta: float | None = None,
-        color_fix: str | None = None,
-        solver: str | None = None,
-        tile: int | None = None,
-        degradation_per_tile: bool | None = None,
-        restoration: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
+        **sampling: Any,
     ) -> ImagePipelineOutput:
-        """Enlarge pictures; whatever is None is as the model recommends (`sampling`).
+        """Enlarge pictures.
 
         Args:
             image: one picture or several of any size: PIL images, uint8 arrays (H, W, 3), tensors (3, H, W) in [0, 1].
-            num_inference_steps: sampling steps.
-            noise_guidance: strength by which the predicted clean latent is pulled to the LR latent in the first steps,
-                0 (off) to 1 (replaced: those steps need no UNet).
-            noise_guidance_share: share of the steps that are guided, from the first on; 0 = the first step only.
-            eta: fresh noise per step, 0 to 1, for schedulers that know it; `dpm` knows 0 and more than 0.
-            color_fix: `none`, `adain` or `wavelet`.
-            solver: `ddim` (this pipeline's scheduler) or `dpm` (DPM-Solver++ in its place, for few steps).
-            tile: side in pixels of the output. What is larger is sampled in overlapping tiles, in memory that does not
-                grow with the picture beyond the picture itself; 0 = as a whole.
-            degradation_per_tile: whether the learner looks at each tile by itself instead of at the whole picture.
-            restoration: share of the sampled picture in the result, 0 to 1; the rest is the bicubic enlargement.
             generator: one for all, of which each picture gets its own copy, so that it comes out the same alone and
                 among others; or one per picture. CPU generators give the same noise on every device.
-            output_type: `pil`, `np` (floats in [0, 1]), `pt`, or `latent` (what the decoder would get, with padding).
+            output_type: `pil`, `np` (floats in [0, 1]), `pt`, or `latent` (the decoder's input, with padding).
+            sampling: settings of `SamplingSettings` by name, such as `num_inference_steps`; a setting that is missing
+                or None is the model's (`self.sampling`).
 
         Returns:
             `images`, one per input, `scale` times as large.
         """
-        settings = self.sampling.override(
-            num_inference_steps=num_inference_steps,
-            noise_guidance=noise_guidance,
-            noise_guidance_share=noise_guidance_share,
-            eta=eta,
-            color_fix=color_fix,
-            solver=solver,
-            tile=tile,
-            degradation_per_tile=degradation_per_tile,
-            restoration=restoration,
-        )
+        settings = self.sampling.override(**sampling)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
 
@@ -203,10 +187,10 @@ class DeeDSRPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         """LR in [0, 1] to pictures (B, 3, scale H, scale W) in [0, 1], or to their latents; float32."""
         height, width = (self.scale * side for side in lr_BCHW.shape[2:])
-        factor, multiple = downsampling_factor(self.vae), self._cells_per_unit()
-        # Padded to whole cells of the UNet's deepest level.
+        factor, multiple = downsampling_factor(self.vae), self._latent_pixels_per_unit()
+        # Padded to whole positions of the UNet's deepest level.
         rows, columns = (-(-side // (factor * multiple)) * multiple for side in (height, width))
-        mosaic = Mosaic(rows, columns, self._tile_cells(settings.tile), multiple)
+        mosaic = Mosaic(rows, columns, self._tile_side(settings.tile), multiple)
         latent_shape = (self.unet.config["in_channels"], rows, columns)
 
         # 2. The degradation, from the LR as it is; once, it does not depend on the step.
@@ -217,7 +201,7 @@ class DeeDSRPipeline(DiffusionPipeline):
         # 3. The LR latent, of the enlarged picture.
         z_lr_BChw = self._encode(lr_BCHW, self._noise(latent_shape, generators), mosaic)
 
-        # 4. From noise to a clean latent, kept in float32 whatever the networks compute in.
+        # 4. From noise to a clean latent, kept in float32 at any precision of the networks.
         require_prediction(self.scheduler, self.adapter.config.get("prediction_type"))
         scheduler = solver_for(settings.solver, self.scheduler, settings.eta)
         scheduler.set_timesteps(settings.num_inference_steps, device=lr_BCHW.device)
@@ -227,7 +211,7 @@ class DeeDSRPipeline(DiffusionPipeline):
         if not decode:
             return x_BChw
 
-        # 5. Back to pixels of the size asked for, in the LR's colours, as much of them as the degradation calls for.
+        # 5. Back to pixels, cropped, colour-corrected and blended with the bicubic enlargement by the gate.
         picture_BCHW = self._decode(x_BChw, height, width, mosaic)
         enlarged_rows = lambda part: enlarge_window(lr_BCHW, self.scale, Window(part.start, part.stop, 0, width))
         fix_color(settings.color_fix, picture_BCHW, enlarged_rows)
@@ -237,25 +221,21 @@ class DeeDSRPipeline(DiffusionPipeline):
             blend(picture_BCHW, enlarged_rows, shares_B)
         return picture_BCHW
 
-    def _cells_per_unit(self) -> int:
-        """Latent cells, each way, under one cell of the UNet's deepest level."""
+    def _latent_pixels_per_unit(self) -> int:
+        """Latent pixels a side under one position of the UNet's deepest level."""
         return 2 ** (len(self.unet.config["block_out_channels"]) - 1)
 
-    def _tile_cells(self, pixels: int) -> int | None:
-        """Side of a tile in latent cells, None where there are no tiles."""
-        unit = downsampling_factor(self.vae) * self._cells_per_unit()
+    def _tile_side(self, pixels: int) -> int | None:
+        """Side of a tile in latent pixels, None where there are no tiles."""
+        unit = downsampling_factor(self.vae) * self._latent_pixels_per_unit()
         if 0 < pixels < 2 * unit:
             raise UsageError(f"tile must be {2 * unit} pixels or more for this model, or 0 for none, got {pixels}")
-        return pixels // unit * self._cells_per_unit() or None
+        return pixels // unit * self._latent_pixels_per_unit() or None
 
     def _vectors(self, lr_BCHW: torch.Tensor, mosaic: Mosaic | None) -> torch.Tensor:
-        """Degradation vectors (B, V, D): one of each picture, or one of each tile of each picture."""
+        """Degradation vectors (B, V, D): one per picture, or one per tile of each picture."""
         windows = [lr_BCHW] if mosaic is None else [self._lr_under(window, lr_BCHW) for window in mosaic.windows]
-        vectors = []
-        for lr in windows:
-            padded = pad_reflect(lr, *(max(side, SMALLEST_LEARNER_INPUT) for side in lr.shape[2:]))
-            vectors.append(self.learner(padded.to(self.learner.dtype)).to(self.unet.dtype))
-        return torch.stack(vectors, 1)
+        return torch.stack([self.learner(lr.to(self.learner.dtype)).to(self.unet.dtype) for lr in windows], 1)
 
     def _shares(self, vectors_BVD: torch.Tensor, settings: SamplingSettings) -> torch.Tensor | None:
         """Share of the sampled picture in each result (B,); None = all of it."""
@@ -299,7 +279,7 @@ class DeeDSRPipeline(DiffusionPipeline):
 
     def _denoise(
         self,
-        scheduler: Any,
+        scheduler: SchedulerMixin,
         x_BChw: torch.Tensor,
         z_lr_BChw: torch.Tensor,
         degradation: PreparedDegradation,
@@ -317,11 +297,11 @@ class DeeDSRPipeline(DiffusionPipeline):
         before = strengths[0]
         for t, strength in zip(self.progress_bar(timesteps), strengths, strict=True):
             if strength != before and hasattr(scheduler, "lower_order_nums"):
-                scheduler.lower_order_nums = 0  # a multistep solver must not take the end of guidance for a slope
+                scheduler.lower_order_nums = 0  # restart a multistep solver where guidance ends
             before = strength
             x_t = scheduler.scale_model_input(x_BChw, t)
             x_0, output = z_lr_BChw, None
-            if strength < 1:  # else nothing of what the UNet says would be kept
+            if strength < 1:  # at 1 the UNet's output would be replaced
                 with self._mixed_precision():
                     output = self._predict(x_t, t, z_lr_BChw, degradation, mosaic)
             if strength > 0:
@@ -334,7 +314,7 @@ class DeeDSRPipeline(DiffusionPipeline):
         return x_BChw
 
     def _mixed_precision(self) -> torch.autocast:
-        """Autocast where the adapter's weights are in more precision than the base's, as training keeps them."""
+        """Autocast where the adapter's weights have a higher precision than the base's, as in training."""
         dtype = self.unet.dtype
         return torch.autocast(self._execution_device.type, dtype, enabled=self.adapter.dtype != dtype)
 
@@ -346,7 +326,7 @@ class DeeDSRPipeline(DiffusionPipeline):
         degradation: PreparedDegradation,
         mosaic: Mosaic,
     ) -> torch.Tensor:
-        """The UNet's answer (B, C, h, w), float32: all tiles of one step, joined before the step is taken."""
+        """The UNet's output (B, C, h, w), float32. Tiles are blended before the scheduler's step."""
         dtype = self.unet.dtype
         if len(mosaic) == 1:
             return self.adapter(x_t_BChw.to(dtype), t, z_lr_BChw.to(dtype), degradation).float()
@@ -361,9 +341,9 @@ class DeeDSRPipeline(DiffusionPipeline):
             )
             per_picture = degradation.samples // len(x_t_BChw)  # vectors: one, or one per tile
             vectors = [picture * per_picture + min(number, per_picture - 1) for picture, number in some]
-            answers = self.adapter(x_t, t, z_lr, degradation.of(torch.tensor(vectors, device=x_t.device)))
-            for (picture, number), answer in zip(some, answers.float(), strict=True):
-                mosaic.add(output_BChw[picture], number, answer)
+            outputs = self.adapter(x_t, t, z_lr, degradation.of(torch.tensor(vectors, device=x_t.device)))
+            for (picture, number), output in zip(some, outputs.float(), strict=True):
+                mosaic.add(output_BChw[picture], number, output)
         return output_BChw
 
     def _noise(self, shape: tuple[int, ...], generators: list[torch.Generator]) -> torch.Tensor:

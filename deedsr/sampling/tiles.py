@@ -1,6 +1,6 @@
-"""Tiles: the windows of a large picture that a network sees one after another, and the weights that join its answers.
+"""Tiles: windows of a large picture that the UNet processes separately, and the weights that blend its outputs.
 
-Lengths are in latent cells. Shape suffixes: B batch, C channels, h w latent cells.
+Lengths are in latent pixels. Shape suffixes: B batch, C channels, h w latent pixels.
 """
 
 import math
@@ -20,15 +20,15 @@ class Window(NamedTuple):
     right: int
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
-        """What lies inside, as a view."""
+        """The part of `x` inside the window, as a view."""
         return x[..., self.top : self.bottom, self.left : self.right]
 
     def scaled(self, factor: float) -> "Window":
-        """The same in other units."""
+        """The window in other units."""
         return Window(*(round(factor * end) for end in self))
 
     def grown(self, reach: int, height: int, width: int) -> "Window":
-        """Larger by `reach` on every side, as far as there is something."""
+        """Larger by `reach` on every side, clipped to the picture."""
         return Window(
             max(self.top - reach, 0),
             min(self.bottom + reach, height),
@@ -46,31 +46,12 @@ class Window(NamedTuple):
         )
 
     def within(self, other: "Window") -> "Window":
-        """The same as seen from the corner of `other`."""
+        """The window in coordinates relative to `other`."""
         return Window(self.top - other.top, self.bottom - other.top, self.left - other.left, self.right - other.left)
 
     @property
     def area(self) -> int:
         return (self.bottom - self.top) * (self.right - self.left)
-
-
-def adjoining(height: int, width: int, side: int) -> list[Window]:
-    """Windows of at most `side` that cover a picture without overlap."""
-    return [
-        Window(top, min(top + side, height), left, min(left + side, width))
-        for top in range(0, height, side)
-        for left in range(0, width, side)
-    ]
-
-
-def spread(height: int, width: int, side: int, count: int) -> list[Window]:
-    """`count` x `count` windows of `side`, or of the picture's own sides, evenly over it."""
-    rows, columns = min(side, height), min(side, width)
-    tops, lefts = (
-        [number * (length - have) // max(count - 1, 1) for number in range(count)]
-        for length, have in ((height, rows), (width, columns))
-    )
-    return [Window(top, top + rows, left, left + columns) for top in tops for left in lefts]
 
 
 class Mosaic:
@@ -79,8 +60,8 @@ class Mosaic:
     Args:
         height, width: of the latent, multiples of `multiple`.
         side: of a window, a multiple of `multiple` and at least two of it; None = one window for all.
-        multiple: cells under one of the UNet's deepest level. Windows start at multiples, so that every cell lies in
-            its window as it lies in the whole picture.
+        multiple: latent pixels per position of the UNet's deepest level. Windows start at multiples of it, so that
+            downsampling is aligned as in the whole picture.
     """
 
     def __init__(self, height: int, width: int, side: int | None, multiple: int):
@@ -95,7 +76,7 @@ class Mosaic:
         return len(self.windows)
 
     def add(self, total_Chw: torch.Tensor, number: int, piece_Chw: torch.Tensor) -> None:
-        """Add a window's piece, by its weight, to what becomes the whole."""
+        """Add a window's weighted output to the blended result."""
         rows, columns = (weights.to(piece_Chw.device) for weights in self._weights[number])
         self.windows[number].of(total_Chw).add_(piece_Chw * rows[:, None] * columns)
 
@@ -111,7 +92,7 @@ def _starts(length: int, side: int, multiple: int) -> list[int]:
 
 
 def _profiles(starts: list[int], side: int, length: int) -> torch.Tensor:
-    """Weights (window, side) along one axis: a cosine's rise and fall where windows overlap, together one."""
+    """Weights (window, side) along one axis: squared-sine ramps where windows overlap, sum 1."""
     profiles = torch.ones(len(starts), side, dtype=torch.float64)
     for number in range(1, len(starts)):
         overlap = starts[number - 1] + side - starts[number]

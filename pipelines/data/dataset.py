@@ -9,20 +9,18 @@ import posixpath
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self, TypedDict
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
+import pyarrow.parquet
 
-from deedsr.dataset import latents as latents_member
-from deedsr.dataset.codecs import decode_stored
 from deedsr.dataset.manifest import MANIFEST, SAMPLES, Manifest, kept_copy
-from deedsr.dataset.recipe import Recipe
+from deedsr.dataset.members import Latents, decode_stored, unpack
+from deedsr.dataset.recipe import Recipe, builtin_recipes
 from deedsr.errors import DatasetNotCommitted, DeeDSRError, UsageError
 from pipelines.storage import Storage, open_storage
-
-__all__ = ["Dataset", "LRSample", "LatentSample", "Sample", "Shards"]
 
 
 def relative_place(uri: str, to: str) -> str:
@@ -34,13 +32,36 @@ def relative_place(uri: str, to: str) -> str:
     return uri
 
 
+class SourceInfo(TypedDict):
+    """`root`: ordinal of the `--source`; `path`: below it; `sha256`: of the file."""
+
+    root: int
+    path: str
+    sha256: str
+
+
+class SampleInfo(TypedDict):
+    """A sample's KEY.json. Nothing was drawn for a real pair: `seed` and `degradation` are None."""
+
+    source: SourceInfo
+    crop: list[int]  # top, left, height, width in source pixels
+    flip: bool
+    rotate: int  # degrees, counterclockwise, after flipping
+    variant: int
+    seed: int | None
+    stratum: str | None
+    degradation_group: int | None
+    recipe_digest: str
+    degradation: Any  # as of `deedsr.degradation.draws.draw_degradation`, None for a real pair
+
+
 class Sample(NamedTuple):
     """`hr` and `lr`: uint8 RGB, (height, width, 3), the HR `scale` times the LR; `info`: the sample's KEY.json."""
 
     key: str
     hr: np.ndarray
     lr: np.ndarray
-    info: dict[str, Any]
+    info: SampleInfo
 
 
 class LRSample(NamedTuple):
@@ -48,14 +69,14 @@ class LRSample(NamedTuple):
 
     key: str
     lr: np.ndarray
-    info: dict[str, Any]
+    info: SampleInfo
 
 
 class LatentSample(NamedTuple):
     """A sample of a dataset of latents; `lr` (uint8 RGB) only where that holds no degradation vector."""
 
     key: str
-    latents: latents_member.Latents
+    latents: Latents
     lr: np.ndarray | None
 
 
@@ -103,7 +124,7 @@ class Dataset:
 
     @property
     def order_digest(self) -> str:
-        """What the order of samples in training follows from: latents come in the order of their pixels."""
+        """Digest that the order of samples in training follows from: latents come in the order of their pixels."""
         return self.manifest.latents.dataset if self.manifest.latents else self.digest
 
     def require_pixels(self, wish: str = "this") -> Self:
@@ -142,7 +163,7 @@ class Dataset:
         return found
 
     def hr_is_gone(self, what: str) -> str:
-        """Why HR images are not where this dataset's index has them, in words, for the HR dataset was made anew."""
+        """Message for HR images that are missing because the HR dataset was generated again."""
         source = self.manifest.hr_from
         assert source
         hr = self.hr_dataset()
@@ -152,17 +173,12 @@ class Dataset:
             f"--hr-from {hr.uri} --out {self.uri}` with their recipe, or the older HR from its sources and recipe"
         )
 
-    def place_of(self, uri: str) -> str:
-        """`uri` as seen from this dataset, if both are local or in one bucket; else as it is. `located` reads it."""
-        return relative_place(uri, self.uri)
-
     def located(self, uri: str) -> str:
-        """A place that the manifest names, which may be relative to the dataset."""
-        return uri if "://" in uri or uri.startswith("/") else self._beside(uri)
-
-    def _beside(self, relative: str) -> str:
+        """A place that the manifest names, which may be relative to the dataset (`relative_place`)."""
+        if "://" in uri or uri.startswith("/"):
+            return uri
         scheme, separator, path = self.uri.rpartition("://")
-        return scheme + separator + posixpath.normpath(posixpath.join(path, relative))
+        return scheme + separator + posixpath.normpath(posixpath.join(path, uri))
 
     @cached_property
     def _shards(self) -> Shards:
@@ -181,12 +197,13 @@ class Dataset:
                 data = self.storage.read(path)
                 if hashlib.sha256(data).hexdigest() == sha256:
                     return data
-        raise DeeDSRError(f"{self.uri}/{name} is missing or altered: generate the dataset again, it reuses the shards")
+        raise self.altered(name)
+
+    def altered(self, name: str) -> DeeDSRError:
+        return DeeDSRError(f"{self.uri}/{name} is missing or altered: generate the dataset again, it reuses the shards")
 
     @cached_property
     def _samples(self) -> pa.Table:
-        import pyarrow.parquet
-
         return pyarrow.parquet.read_table(io.BytesIO(self.file(SAMPLES)))
 
     def index(self, split: str | None = None) -> pa.Table:
@@ -222,7 +239,7 @@ class Dataset:
         members = ("latents",) if source.learner else ("latents", "lr")
         key, (packed, *lr) = self._members(table, row, members)
         try:
-            latents = latents_member.unpack(packed)
+            latents = unpack(packed)
         except ValueError:
             raise self._damaged(key) from None
         return LatentSample(key, latents, self._decode(lr[0], key) if lr else None)
@@ -259,3 +276,18 @@ class Dataset:
         if len(data) != length:
             raise DeeDSRError(f"{shards.uri}/{shard} ends before sample {key}: run `deedsr verify {shards.uri}`")
         return key, [data[offset - start : offset - start + size] for offset, size in spans]
+
+
+def no_validation(uri: str, recipe: Recipe) -> str:
+    """Why a dataset of `recipe` at `uri` has no validation split, and how to get one: one sentence."""
+    split = recipe.split
+    if split.validation_patterns:
+        patterns = ", ".join(map(repr, split.validation_patterns))
+        why = f"split.validation_patterns ({patterns}) of recipe {recipe.name} match no source that was used"
+    else:
+        why = f"split.validation_share {split.validation_share:g} of recipe {recipe.name} took none of the sources"
+    file = f"a recipe file with `base: {recipe.name}`" if recipe.name in builtin_recipes() else "its recipe file"
+    return (
+        f"{uri} has no validation split: {why}; for one, generate it with {file} and "
+        f"`split: {{validation_share: 0.2}}`, or validation_patterns that match some of the sources"
+    )

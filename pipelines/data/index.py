@@ -6,10 +6,9 @@ batch by batch, and of a remote one nothing else is transferred.
 
 import contextlib
 import hashlib
-import io
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute
@@ -18,9 +17,6 @@ import pyarrow.parquet
 from deedsr.dataset.manifest import REJECTED, SAMPLES, kept_copy
 from deedsr.errors import DeeDSRError
 from pipelines.data.dataset import Dataset
-from pipelines.storage import Storage
-
-__all__ = ["LeftOut", "SampleIndex", "StoredFile", "left_out", "require_hr"]
 
 _CHUNK = 8 << 20  # bytes of one request where a file is read from end to end
 _BATCH = 65_536  # rows
@@ -28,59 +24,23 @@ _BATCH = 65_536  # rows
 _DESCRIPTIVE = ("deg_", "source")
 
 
-class StoredFile(io.RawIOBase):
-    """A stored object as a file; only the ranges that are read are transferred. FileNotFoundError if there is none."""
-
-    def __init__(self, storage: Storage, path: str):
-        super().__init__()
-        self._storage, self._path = storage, path
-        self._size, self._position = storage.stat(path).size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = max(0, start + offset)
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        size = min(len(buffer), self._size - self._position)
-        if size <= 0:
-            return 0
-        data = self._storage.read_range(self._path, self._position, size)
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
-
-def _open(dataset: Dataset, name: str) -> StoredFile:
-    """The file that the manifest means.
+def _open(dataset: Dataset, name: str, read_ahead: int = 0) -> BinaryIO:
+    """The file that the manifest refers to.
 
     The copy named after its hash is taken as it is, so that parts of it can be read alone; a file under its plain name
     may belong to another manifest and is hashed first.
     """
     sha256 = dataset.manifest.files[name]
     with contextlib.suppress(FileNotFoundError):
-        return StoredFile(dataset.storage, kept_copy(name, sha256))
+        return dataset.storage.open(kept_copy(name, sha256), read_ahead)
     with contextlib.suppress(FileNotFoundError):
-        file, found = StoredFile(dataset.storage, name), hashlib.sha256()
+        file, found = dataset.storage.open(name, read_ahead), hashlib.sha256()
         while chunk := file.read(_CHUNK):
             found.update(chunk)
         if found.hexdigest() == sha256:
             file.seek(0)
             return file
-    raise _altered(dataset, name)
-
-
-def _altered(dataset: Dataset, name: str) -> DeeDSRError:
-    return DeeDSRError(f"{dataset.uri}/{name} is missing or altered: generate the dataset again, it reuses the shards")
+    raise dataset.altered(name)
 
 
 class LeftOut(NamedTuple):
@@ -95,14 +55,14 @@ def left_out(dataset: Dataset) -> Iterator[LeftOut]:
     """What was left out, in order. Raises DeeDSRError, at the end at the latest, if the list was altered."""
     found = hashlib.sha256()
     try:
-        for line in io.BufferedReader(_open(dataset, REJECTED), _CHUNK):
+        for line in _open(dataset, REJECTED, _CHUNK):
             found.update(line)
             content = json.loads(line)
             yield LeftOut(content["kind"], content["source"], content["reason"])
     except (ValueError, KeyError, TypeError) as error:
-        raise _altered(dataset, REJECTED) from error
+        raise dataset.altered(REJECTED) from error
     if found.hexdigest() != dataset.manifest.files[REJECTED]:
-        raise _altered(dataset, REJECTED)
+        raise dataset.altered(REJECTED)
 
 
 class SampleIndex:
@@ -116,7 +76,7 @@ class SampleIndex:
             metadata = self._file.metadata
             sizes = [metadata.row_group(part).num_rows for part in range(metadata.num_row_groups)]
         if sum(sizes) != dataset.manifest.samples:
-            raise _altered(dataset, SAMPLES)
+            raise dataset.altered(SAMPLES)
         stops = [sum(sizes[: part + 1]) for part in range(len(sizes))]
         self.parts = [range(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]  # rows of each
 
@@ -152,13 +112,13 @@ class SampleIndex:
         try:
             yield
         except (pa.ArrowException, OSError) as error:
-            raise _altered(self._dataset, SAMPLES) from error
+            raise self._dataset.altered(SAMPLES) from error
 
 
 def require_hr(dataset: Dataset) -> None:
     """Raises DeeDSRError if HR images that the dataset takes from another one are gone since that was generated anew.
 
-    Only then something is read: the column that says which shards they are in.
+    Reads the column `hr_shard` only if the HR dataset has changed.
     """
     if dataset.manifest.hr_from is None:
         return

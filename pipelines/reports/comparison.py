@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from markupsafe import Markup
 
 from deedsr.errors import UsageError
-from pipelines.reports.curves import Curve, draw
+from pipelines.reports.charts import Curve, draw
 from pipelines.reports.page import data_uri, duration_text, metric_text, page_place, read_picture, write_page
-from pipelines.scratch import scratch_folder
+from pipelines.storage.lock import scratch_folder
 from pipelines.tracking import EXPERIMENTS, connect, masked_uri
 from pipelines.tracking import tracking_uri as resolve_uri
 from pipelines.tracking.provenance import COMMIT_TAG, CONFIG_TAG, DIGEST_TAG, PARENT_TAG
@@ -30,12 +32,29 @@ DEFINITION_PREFIX = "definitions."  # of the parameters that say how an evaluati
 DEFINED = ", definition"  # behind a metric's name: the definitions themselves are among the settings that differ
 
 
+class RunRow(TypedDict):
+    """One run of a comparison."""
+
+    run_id: str
+    name: str
+    experiment: str
+    status: str
+    started: str  # ISO 8601, UTC
+    seconds: float | None  # None while it runs
+    dataset_digest: str | None
+    parents: dict[str, str]
+    commit: str | None
+    config: dict[str, str | None]  # only the parameters in which the runs of its group differ
+    metrics: dict[str, float]  # last values
+    samples_per_second: float | None  # None where not logged
+
+
 @dataclass(frozen=True)
 class RunGroup:
-    """Runs whose figures may be compared. `title` says what they share."""
+    """Runs whose metrics may be compared. `title` names what they have in common."""
 
     title: str
-    runs: list[dict[str, Any]]
+    runs: list[RunRow]
 
     def metric_names(self) -> list[str]:
         return sorted({name for run in self.runs for name in run["metrics"]})
@@ -46,14 +65,9 @@ class RunGroup:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`runs`: one dict for each run, in order of `groups`, newest first. `page`: the HTML file, if one was asked for.
+    """`runs`: in order of `groups`, newest first. `page`: the HTML file, if one was asked for."""
 
-    A run has `run_id`, `name`, `experiment`, `status`, `started` (ISO 8601, UTC), `seconds` (None while it runs),
-    `dataset_digest`, `parents`, `commit`, `config` (only the parameters in which the runs of its group differ),
-    `metrics` (last values), `samples_per_second` (None where not logged).
-    """
-
-    runs: list[dict[str, Any]]
+    runs: list[RunRow]
     page: str | None = None
     groups: list[RunGroup] = field(default_factory=list, repr=False)
 
@@ -79,7 +93,7 @@ def compare(
         storage.require_writable()
     uri = resolve_uri(tracking_uri)
     if (path := sqlite_path(uri)) and not path.exists():
-        # Connecting would make an empty store here, which helps nobody who stands in the wrong folder.
+        # Connecting would create an empty store here.
         raise UsageError(
             f"there is no MLflow store at {path}: go to the folder in which the runs were "
             "made, or set MLFLOW_TRACKING_URI"
@@ -138,7 +152,7 @@ def _title(key: tuple[str, ...]) -> str:
     return f"{experiment} · dataset {digest if ' ' in digest else digest[:12]}{f' · {split}' if split else ''}"
 
 
-def _described(members: Sequence[tuple[str, "StoredRun"]]) -> list[dict[str, Any]]:
+def _described(members: Sequence[tuple[str, "StoredRun"]]) -> list[RunRow]:
     configs = [_config(run) for _, run in members]
     names = {name for config in configs for name in config}
     different = sorted(name for name in names if len({config.get(name) for config in configs}) > 1)
@@ -149,20 +163,20 @@ def _described(members: Sequence[tuple[str, "StoredRun"]]) -> list[dict[str, Any
         shown = {k: v for k, v in sorted(run.data.metrics.items()) if not k.startswith(SYSTEM_PREFIX)}
         metrics = {rows[info.run_id, name]: value for name, value in shown.items()}
         described.append(
-            {
-                "run_id": info.run_id,
-                "name": info.run_name,
-                "experiment": experiment,
-                "status": info.status,
-                "started": datetime.fromtimestamp(info.start_time / 1000, UTC).isoformat(timespec="seconds"),
-                "seconds": (info.end_time - info.start_time) / 1000 if info.end_time else None,
-                "dataset_digest": tags.get(DIGEST_TAG),
-                "parents": {k.removeprefix(PARENT_TAG): v for k, v in tags.items() if k.startswith(PARENT_TAG)},
-                "commit": tags.get(COMMIT_TAG),
-                "config": {name: config.get(name) for name in different},
-                "metrics": metrics,
-                "samples_per_second": metrics.get("samples_per_second"),
-            }
+            RunRow(
+                run_id=info.run_id,
+                name=info.run_name,
+                experiment=experiment,
+                status=info.status,
+                started=datetime.fromtimestamp(info.start_time / 1000, UTC).isoformat(timespec="seconds"),
+                seconds=(info.end_time - info.start_time) / 1000 if info.end_time else None,
+                dataset_digest=tags.get(DIGEST_TAG),
+                parents={k.removeprefix(PARENT_TAG): v for k, v in tags.items() if k.startswith(PARENT_TAG)},
+                commit=tags.get(COMMIT_TAG),
+                config={name: config.get(name) for name in different},
+                metrics=metrics,
+                samples_per_second=metrics.get("samples_per_second"),
+            )
         )
     return described
 
@@ -189,7 +203,7 @@ def _metric_of(row: str) -> str:
 
 
 def _config(run: "StoredRun") -> dict[str, str]:
-    """Parameters in force: a resume may have changed some, which stands in tags."""
+    """Parameters in force: those that a resume has changed are recorded as tags."""
     changed = {k.removeprefix(CONFIG_TAG): v for k, v in run.data.tags.items() if k.startswith(CONFIG_TAG)}
     return run.data.params | changed
 
@@ -252,7 +266,7 @@ def _write(
         sections.append(
             {
                 "title": group.title,
-                "runs": [run | {"label": labels[run["run_id"]]} for run in group.runs],
+                "runs": [{**run, "label": labels[run["run_id"]]} for run in group.runs],
                 "metrics": group.metric_names(),
                 "settings": group.config_names(),
                 "charts": _charts(client, group, labels),
@@ -264,7 +278,7 @@ def _write(
     )
 
 
-def _labels(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
+def _labels(runs: Sequence[RunRow]) -> dict[str, str]:
     """Name of each run, with a piece of its id where names repeat."""
     names = [run["name"] for run in runs]
     return {
@@ -273,7 +287,7 @@ def _labels(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
     }
 
 
-def _charts(client: "MlflowClient", group: RunGroup, labels: dict[str, str]) -> list[Any]:
+def _charts(client: "MlflowClient", group: RunGroup, labels: dict[str, str]) -> list[Markup]:
     """Metrics that were logged over several steps, the runs of the group overlaid; losses by timestep share a chart."""
     charts: dict[str, list[Curve]] = {}
     for name in group.metric_names():

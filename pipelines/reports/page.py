@@ -4,10 +4,13 @@ import base64
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import cv2
+import numpy as np
+
 from deedsr.errors import UsageError
 from deedsr.metrics.registry import known
-from pipelines.reports.curves import number_text
-from pipelines.storage import Storage, open_storage, split_uri
+from pipelines.reports.charts import number_text
+from pipelines.storage import Storage, object_at
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,12 +21,12 @@ WEBP_QUALITY = 90
 
 def page_place(out: str | Path) -> tuple[Storage, str]:
     """Where a page is written: a storage, and the path in it. Raises UsageError if `out` is the location of no file."""
-    location, name = split_uri(str(out))
+    storage, name = object_at(str(out))
     if not name:
         raise UsageError(
             f"--out {out} names no file: write a file's location, such as {str(out).rstrip('/')}/page.html"
         )
-    return open_storage(location), name
+    return storage, name
 
 
 def write_page(out: str | Path, template: str, **content: Any) -> None:
@@ -89,7 +92,7 @@ def count_text(value: int) -> str:
 
 
 def bytes_text(size: float) -> str:
-    """Bytes as people say them, in powers of 1000: `820 B`, `1.2 MB`, `340 GB`."""
+    """Bytes in powers of 1000: `820 B`, `1.2 MB`, `340 GB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 999.5:
             return f"{size:.3g} {unit}"
@@ -98,7 +101,7 @@ def bytes_text(size: float) -> str:
 
 
 def share_text(share: float) -> str:
-    """A share in per cent; what is there at all never reads as 0 %, what is missing a part never as 100 %."""
+    """A share in per cent; only 0 is shown as 0 %, and only 1 as 100 %."""
     if 0 < share < 0.001:
         return "< 0.1 %"
     if 0.999 < share < 1:
@@ -107,7 +110,7 @@ def share_text(share: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """Seconds as people say them: `0.42 s`, `38 s`, `9 min 12 s`, `2 h 05 min`."""
+    """Seconds as text: `0.42 s`, `38 s`, `9 min 12 s`, `2 h 05 min`."""
     if seconds < 10:
         return f"{seconds:.2g} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -116,3 +119,9 @@ def duration_text(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def strip(lr: np.ndarray, *others: np.ndarray) -> np.ndarray:
+    """One picture: the LR with its pixels as squares, then the others, which have one size."""
+    squares = cv2.resize(lr, others[0].shape[1::-1], interpolation=cv2.INTER_NEAREST)
+    return np.concatenate([squares, *others], axis=1)

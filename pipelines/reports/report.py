@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from deedsr.errors import DeeDSRError
 from deedsr.metrics.registry import known
-from pipelines.reports.curves import Curve, draw
+from pipelines.reports.charts import Curve, draw
 from pipelines.reports.page import data_uri, read_picture, write_page
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Training:
 class Evaluation:
     """Metrics of several methods on the same pairs of one dataset: `metrics[method][name]`, names of the registry.
 
-    The first method is the one that the others are compared with (bicubic). None: the figure cannot be told.
+    The first method is the one that the others are compared with (bicubic). None: an undefined value.
     """
 
     dataset_digest: str
@@ -265,7 +265,7 @@ def metric_rows(metrics: Mapping[str, Mapping[str, float | None]]) -> dict[str, 
 
 
 def describe_degradation(draws: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The drawn chain in words, in order: (operation, values)."""
+    """The drawn chain as text, in order: (operation, values)."""
     titles = {"blur": "Blur", "resize": "Resize", "noise": "Noise", "jpeg": "JPEG", "sinc": "Sinc"}
     lines = []
     for step in draws["steps"]:

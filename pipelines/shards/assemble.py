@@ -5,15 +5,13 @@ Everything is written as a stream, record by record: what is held does not grow 
 
 import hashlib
 import json
+import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import partial
-from importlib.metadata import version
-from itertools import islice
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -31,14 +29,15 @@ from deedsr.dataset.manifest import (
 )
 from deedsr.dataset.recipe import Recipe
 from deedsr.errors import DeeDSRError
-from pipelines.scratch import scratch_folder
+from pipelines.data.dataset import Dataset
+from pipelines.distribution import in_threads
 from pipelines.shards.plan import ShardPlan
-from pipelines.shards.record import COLUMNS, LATENTS_COLUMNS, ShardRecord, read_record
+from pipelines.shards.shard import COLUMNS, LATENTS_COLUMNS, ShardRecord, read_record
 from pipelines.storage import Conflict, Storage
+from pipelines.storage.lock import scratch_folder
 from pipelines.storage.waiting import patiently
 
-__all__ = ["Inherited", "assemble", "records_of"]
-
+logger = logging.getLogger(__name__)
 # What can change the bytes of a sample besides the recipe and the sources.
 _LIBRARIES = ("numpy", "opencv-python-headless", "pillow", "scipy")
 _LATENTS_LIBRARIES = ("torch", "diffusers")
@@ -47,22 +46,9 @@ _AHEAD = 32  # records read before they are needed
 _TABLES = 256  # held before they are made one: a table of few rows takes 70 KB
 
 
-class Inherited(NamedTuple):
-    """What a dataset that was made of another says of its sources."""
-
-    given: int
-    source_digest: str
-    rejected: bytes  # `rejected.jsonl`
-
-
 def records_of(paths: Iterable[str], out: Storage) -> Iterator[ShardRecord]:
     """Records in the order of their paths, read ahead of need."""
-    paths = iter(paths)
-    with ThreadPoolExecutor(16) as threads:
-        waiting = [threads.submit(read_record, path, out) for path in islice(paths, _AHEAD)]
-        while waiting:
-            yield waiting.pop(0).result()
-            waiting += [threads.submit(read_record, path, out) for path in islice(paths, 1)]
+    return in_threads(lambda path: read_record(path, out), paths, 16, _AHEAD)
 
 
 def assemble(
@@ -72,24 +58,24 @@ def assemble(
     *,
     expected: str | None,
     hr_from: HRSource | None = None,
-    inherited: Inherited | None = None,
+    made_of: Dataset | None = None,
     latents: LatentsSource | None = None,
 ) -> tuple[Manifest, "Sums"]:
     """Writes the dataset's files from its shards in the manifest's order.
 
-    Returns the manifest, its shards left out, and what was counted.
-
-    `expected`: version of the manifest that this one replaces, None if there is to be none. Raises DeeDSRError, and
-    writes nothing, if more than `recipe.max_rejected_share` of the sources were rejected or there is no sample; and if
-    another run replaced the manifest meanwhile by another dataset, which then stands.
+    Returns the manifest, its shards left out, and what was counted. `made_of`: the dataset whose shards its shards are
+    made of. `expected`: version of the manifest that this one replaces, None if there is to be none. Raises
+    DeeDSRError, and writes nothing, if more than `recipe.max_rejected_share` of the sources were rejected or there is
+    no sample; and if another run replaced the manifest meanwhile by another dataset, which then stands.
     """
     with scratch_folder() as folder:
         samples, rejected, entries, whole = (folder / n for n in (SAMPLES, REJECTED, "shards.jsonl", MANIFEST))
         sums = _write_parts(planned, LATENTS_COLUMNS if latents else COLUMNS, samples, rejected, entries)
-        if inherited:
-            sums.given = inherited.given
-            sums.reasons = _reasons(inherited.rejected)
-            rejected.write_bytes(inherited.rejected)
+        if made_of:  # its sources are those of the other dataset
+            sums.given = made_of.manifest.given
+            rejected.write_bytes(made_of.file(REJECTED))
+            lines = map(json.loads, rejected.read_bytes().splitlines())
+            sums.reasons = Counter(line["reason"] for line in lines if line["kind"] == "source")
         _check_rejected(sums.given, sums.reasons, sums.samples, recipe)
         files = {SAMPLES: samples, REJECTED: rejected}
         hashes = {name: _sha256(path) for name, path in files.items()}
@@ -98,7 +84,7 @@ def assemble(
             created_by=f"deedsr {version('deedsr')}",
             recipe=recipe.model_dump(mode="json"),
             recipe_digest=recipe.digest,
-            source_digest=inherited.source_digest if inherited else sums.sources.hexdigest(),
+            source_digest=made_of.manifest.source_digest if made_of else sums.sources.hexdigest(),
             given=sums.given,
             used=sums.given - sums.reasons.total(),
             rejected=sums.reasons.total(),
@@ -110,14 +96,14 @@ def assemble(
             latents=latents,
             shards=(),
         )
-        with whole.open("wb") as file, entries.open() as lines:
-            file.writelines(manifest.json_lines(line.rstrip("\n") for line in lines))
+        with whole.open("wb") as file, entries.open() as shards:
+            file.writelines(manifest.json_lines(line.rstrip("\n") for line in shards))
         for name, path in files.items():
-            patiently(partial(out.write, kept_copy(name, hashes[name]), path))
+            patiently(out.write, kept_copy(name, hashes[name]), path)
         for name, path in files.items():
-            patiently(partial(out.write, name, path))
+            patiently(out.write, name, path)
         try:
-            patiently(partial(out.write, MANIFEST, whole, expected=expected))
+            patiently(out.write, MANIFEST, whole, expected=expected)
         except Conflict:
             _require_same(manifest, out)
     return manifest, sums
@@ -199,7 +185,42 @@ def _check_rejected(given: int, reasons: Counter[str], samples: int, recipe: Rec
     )
 
 
-def _reasons(rejected: bytes) -> Counter[str]:
-    """How many sources the lines of a `rejected.jsonl` leave out, by reason."""
-    lines: Iterator[dict[str, Any]] = (json.loads(line) for line in rejected.splitlines())
-    return Counter(line["reason"] for line in lines if line["kind"] == "source")
+# Versions of the libraries that can change a shard's bytes: the ranges of pyproject.toml, from, and below. The lowest
+# and highest version in each made equal shards.
+SEEN = {
+    "numpy": ("2.1", "2.6"),
+    "opencv-python-headless": ("4.13", "5.0.1"),
+    "pillow": ("12.3", "13.1"),
+    "scipy": ("1.15", "1.19"),
+    "simplejpeg": ("1.8.2", "1.10"),
+    "webdataset": ("1.0.2", "1.1"),
+}
+
+
+def warn_of_versions() -> None:
+    """One line for each library of this process whose version is outside."""
+    for name, (low, high) in SEEN.items():
+        found = _found(name)
+        if found is not None and not _numbers(low) <= _numbers(found) < _numbers(high):
+            logger.warning(
+                "shards: %s %s is outside %s to below %s, where the bytes of shards are known to be equal",
+                name,
+                found,
+                low,
+                high,
+            )
+
+
+def _found(name: str) -> str | None:
+    if name.startswith("opencv"):  # several packages bring it
+        import cv2
+
+        return cv2.__version__
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", text)[:4]))

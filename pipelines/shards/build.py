@@ -1,4 +1,4 @@
-"""One shard of sources: read, make samples, tar; then the record that commits it. A function of its plan."""
+"""One shard from its plan: of sources, or of the samples of another dataset. A pure function of the plan."""
 
 import hashlib
 import logging
@@ -7,91 +7,31 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from itertools import groupby, islice
+from typing import BinaryIO, NamedTuple
 
-import pyarrow as pa
+import numpy as np
+import pyarrow.parquet
 
 from deedsr.dataset.manifest import STATE
+from deedsr.dataset.members import decode_stored
 from deedsr.dataset.pictures import RejectedImage
 from deedsr.dataset.recipe import Recipe
-from deedsr.dataset.worker import prepare_worker
+from deedsr.degradation.chain import prepare_worker
 from deedsr.errors import DeeDSRError
-from pipelines.scratch import scratch_folder
-from pipelines.shards.pieces import in_order
+from pipelines.shards.execute import in_order
 from pipelines.shards.plan import ShardPlan
-from pipelines.shards.record import COLUMNS, ShardRecord, table_of, tar_name, write_record
-from pipelines.shards.samples import Draft, Drafts, Share, rejection, samples_of
-from pipelines.shards.sources import Source, is_table, read_source
-from pipelines.shards.tar import ShardTar
+from pipelines.shards.samples import Crop, Draft, Drafts, Row, Share, degraded, rejection, samples_of
+from pipelines.shards.shard import ShardRecord, shard_draft
+from pipelines.shards.source import Source, is_table, read_source
 from pipelines.storage import Storage
-
-__all__ = ["FromSources", "ShardDraft", "ShardWork"]
 
 logger = logging.getLogger(__name__)
 ATTEMPTS = f"{STATE}/attempts"
-_LIVES = 2  # a source that kills so many processes is left out
-_DECODING = 2  # samples that take the time of reading and decoding their source, which each of its pieces does again
-
-
-class ShardWork(Protocol):
-    """What turns plans into shards. Pickles: it travels to the workers."""
-
-    def build(self, plan: ShardPlan, out: Storage, cpus: int = 1) -> ShardRecord:
-        """Writes the tar of a plan, then its record. Equal plan, equal bytes, wherever and whenever.
-
-        `cpus`: those of the cluster that the work may use at a time; it may leave them.
-        """
-
-
-class ShardDraft:
-    """A shard while it is written: a temporary tar, and what its record will say."""
-
-    def __init__(self, plan: ShardPlan, file: Path, tar: ShardTar, columns: pa.Schema):
-        self.plan, self._file, self._tar, self._columns = plan, file, tar, columns
-        self.sources: list[tuple[str, str | None]] = []
-        self.rejected: list[dict[str, Any]] = []
-        self._rows: list[dict[str, Any]] = []
-
-    def add(self, draft: Draft, uri: str | None) -> None:
-        """Appends a sample; `uri` is where its source lies."""
-        row = {
-            **draft.row,
-            "split": self.plan.split,
-            "source_uri": uri and uri.encode(errors="backslashreplace").decode(),  # a folder's name need not be Unicode
-        }
-        key = row["key"]
-        for member, data in draft.members.items():
-            extension = member if member == "json" else f"{member}.{row[f'{member}_ext']}"
-            row[f"{member}_offset"], row[f"{member}_size"] = self._tar.add(key, extension, data), len(data)
-        self._rows.append(row)
-
-    def commit(self, out: Storage) -> ShardRecord:
-        """Puts the tar in place, then the record."""
-        if not self._rows:
-            record = ShardRecord("", "", 0, 0, self.sources, table_of([], self._columns), self.rejected)
-        else:
-            sha256 = self._tar.finish()
-            name = tar_name(self.plan, sha256)
-            rows = table_of(({"hr_shard": name, **row, "shard": name} for row in self._rows), self._columns)
-            out.write(name, self._file)
-            record = ShardRecord(name, sha256, self._tar.size, len(self._rows), self.sources, rows, self.rejected)
-        write_record(self.plan, record, out)
-        return record
-
-
-@contextmanager
-def shard_draft(plan: ShardPlan, columns: pa.Schema = COLUMNS) -> Iterator[ShardDraft]:
-    prepare_worker()
-    with (
-        scratch_folder() as folder,
-        (folder / "shard.tar").open("wb") as file,
-        closing(ShardTar(file)) as tar,
-    ):
-        yield ShardDraft(plan, Path(file.name), tar, columns)
+_LIVES = 2  # processes that a source may kill before it is left out
+_DECODING = 2  # cost of reading and decoding a source, in samples; each piece of a source does it again
 
 
 MakeSamples = Callable[[Source, bytes, bytes | None, Recipe, Share], Drafts]
@@ -124,7 +64,7 @@ class FromSources:
 
     @contextmanager
     def _each(self, pieces: Iterator["_Piece"], plan: ShardPlan, out: Storage, cpus: int) -> Iterator[Iterator[Drafts]]:
-        """What each piece gives."""
+        """Samples and rejections of each piece, in order."""
         attempt = f"{ATTEMPTS}/{plan.id}"
         tried = out.exists(attempt)
         if not tried:
@@ -167,9 +107,9 @@ def _cuts(sources: tuple[Source, ...], recipe: Recipe, cpus: int) -> list[int]:
 
 @contextmanager
 def _guarded(samples: MakeSamples) -> Iterator[MakeSamples]:
-    """`samples` in a process of its own, for sources of which one may have killed a worker.
+    """`samples` in a separate process, for a shard one of whose sources may have killed a worker.
 
-    Only the death of that process counts against a source: whoever kills workers from outside harms none.
+    A source is left out only if that process dies, so that workers killed from outside lose no source.
     """
     pool: ProcessPoolExecutor | None = None
 
@@ -216,10 +156,130 @@ def _read(source: Source) -> Content:
 
 
 def _joined(source: Source, shares: list[Drafts]) -> Drafts:
-    """A source's drafts from those of its shares, of which one that rejects the source decides."""
+    """A source's drafts from those of its shares; rejected if one of them rejects the source."""
     for drafts in shares:
         if any(row["kind"] == "source" for row in drafts.rejected):
             return drafts
         if drafts.sha256 != shares[0].sha256:
             raise DeeDSRError(f"{source.uri} changed while it was read: run the same command again")
     return shares[0]._replace(samples=[sample for drafts in shares for sample in drafts.samples])
+
+
+_PIECES_PER_CPU = 8  # of a shard
+# Columns whose values follow from the place in the new shard.
+PLACES = ("split", "shard", "hr_shard", "hr_offset", "hr_size", "lr_offset", "lr_size", "json_offset", "json_size")
+
+
+@dataclass(frozen=True)
+class FromHR:
+    """LR images of the HR images that the dataset at `hr` holds. `index` is the path of its `samples.parquet`.
+
+    Crops, flips and keys are that dataset's; `recipe` is its recipe with new degradations (`Recipe.degrading`).
+    """
+
+    recipe: Recipe
+    hr: Storage
+    index: str
+
+    def build(self, plan: ShardPlan, out: Storage, cpus: int = 1) -> ShardRecord:
+        rows: dict[str, Row] = {}
+        for row in rows_of(plan.origin, self.hr, self.index):
+            rows.setdefault(row["content"], row)  # its variants hold the same HR
+        wanted = [(row, variant) for row in rows.values() for variant in range(self.recipe.variants_of(row["source"]))]
+        with shard_draft(plan) as draft, Tars(self.hr) as tars:
+            here = lambda some: list(self._samples(some, tars))
+            for samples in in_order(self._make, _pieces(wanted, cpus), cpus, here=here):
+                for sample, uri in samples:
+                    draft.add(sample, uri)
+            return draft.commit(out)
+
+    def _make(self, wanted: list["Wanted"]) -> list[tuple[Draft, str]]:
+        with Tars(self.hr) as tars:
+            return list(self._samples(wanted, tars))
+
+    def _samples(self, wanted: list["Wanted"], tars: "Tars") -> Iterator[tuple[Draft, str]]:
+        """Each with where its source lies."""
+        for _, group in groupby(wanted, key=lambda sample: sample[0]["content"]):
+            variants = list(group)
+            row = variants[0][0]
+            place = [row[name] for name in ("top", "left", "height", "width")]
+            crop = Crop(
+                row["content"], row["root"], row["source"], row["source_sha256"], place, row["flip"], row["rotate"]
+            )
+            hr = decoded(tars.read(row["hr_shard"], row["hr_offset"], row["hr_size"]), row, self.hr)
+            where = {name: row[name] for name in ("hr_shard", "hr_ext", "hr_offset", "hr_size")}
+            for sample in degraded(crop, hr, self.recipe, (variant for _, variant in variants)):
+                yield Draft(sample.members, sample.row | where), row["source_uri"]
+
+
+Wanted = tuple[Row, int]  # a row with the HR, and one of its variants
+
+
+def _pieces(wanted: list[Wanted], cpus: int) -> Iterator[list[Wanted]]:
+    size = -(-len(wanted) // (cpus * _PIECES_PER_CPU))
+    return (wanted[start : start + size] for start in range(0, len(wanted), size))
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Self-contained pairs of a dataset at `lr` that takes its HR from the one at `hr`."""
+
+    lr: Storage
+    index: str  # path of the `samples.parquet` of `lr`
+    hr: Storage
+
+    def build(self, plan: ShardPlan, out: Storage, cpus: int = 1) -> ShardRecord:
+        with shard_draft(plan) as draft, Tars(self.hr) as hrs, Tars(self.lr) as lrs:
+            for row in rows_of(plan.origin, self.lr, self.index):
+                members = {"hr": hrs.read(row["hr_shard"], row["hr_offset"], row["hr_size"])}
+                for name in ("lr", "json"):
+                    members[name] = lrs.read(row["shard"], row[f"{name}_offset"], row[f"{name}_size"])
+                draft.add(Draft(members, {k: v for k, v in row.items() if k not in PLACES}), row["source_uri"])
+            return draft.commit(out)
+
+
+def rows_of(shard: str, storage: Storage, index: str) -> Iterator[Row]:
+    """A shard's rows of `samples.parquet`, of which only the row groups that can hold them are read."""
+    with storage.open(index) as file:
+        yield from pyarrow.parquet.read_table(file, filters=[("shard", "==", shard)]).to_pylist()
+
+
+class Tars:
+    """Reads members of tars, which stay open: those of a shard lie in few tars, one after the other."""
+
+    def __init__(self, storage: Storage):
+        self._storage = storage
+        self._name = ""
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> "Tars":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file:
+            self._file.close()
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """Raises DeeDSRError if the tar is gone or ends before."""
+        if name != self._name or self._file is None:
+            if self._file:
+                self._file.close()
+            try:
+                self._name, self._file = name, self._storage.open(name)
+            except FileNotFoundError:
+                raise DeeDSRError(
+                    f"{self._storage.uri}/{name} is missing: run `deedsr verify {self._storage.uri}`"
+                ) from None
+        self._file.seek(offset)
+        data = self._file.read(size)
+        if len(data) != size:
+            raise DeeDSRError(f"{self._storage.uri}/{name} is cut off: run `deedsr verify {self._storage.uri}`")
+        return data
+
+
+def decoded(data: bytes, row: Row, storage: Storage) -> np.ndarray:
+    """The image in a member of a sample. Raises DeeDSRError for a damaged one."""
+    try:
+        return decode_stored(data)
+    except ValueError:
+        raise DeeDSRError(f"{storage.uri}: sample {row['key']} is damaged: run `deedsr verify {storage.uri}`") from None

@@ -5,22 +5,19 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby, islice
-from typing import IO, Any
+from itertools import chain, groupby, islice
+from typing import IO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from deedsr.dataset.pictures import RejectedImage
-from deedsr.errors import DeeDSRError
-from pipelines import cluster
-from pipelines.shards.sources import Source, read_source
-
-__all__ = ["mark_duplicates"]
+from pipelines.distribution import distribute
+from pipelines.shards.source import Source, read_source
 
 _FEW = 2_000  # sources that one process reads in less time than a cluster needs to start
 _CHUNK = 256  # sources of one task
-_WINDOW = 400  # tasks known to Ray at a time: what the driver holds of the listing
+_WINDOW = 400  # tasks submitted to Ray at a time, which bounds what the driver holds of the listing
 _THREADS = 16  # of a task: reading is mostly waiting
 _HASH = 16  # bytes: that two of ten million contents look the same has a probability of 1e-25
 
@@ -58,12 +55,13 @@ def _contents(listing: IO[bytes], count: int, workers: int | None, progress: boo
     """For each source the number of its content, int64; -1 for what no other source holds, or cannot be read."""
     hashes = np.zeros((count, _HASH), np.uint8)
     read = np.zeros(count, bool)
+    chunks = _chunks(listing)
     with tqdm(total=count, unit="source", desc="duplicates", disable=not progress, leave=False) as bar:
-        for row in _hashed_here(listing) if count <= _FEW else _hashed_by_ray(listing, workers):
-            part = slice(row["start"], row["start"] + len(row["read"]))
-            read[part] = np.frombuffer(row["read"], bool)
-            hashes[part] = np.frombuffer(row["hashes"], np.uint8).reshape(-1, _HASH)
-            bar.update(len(row["read"]))
+        for start, found in chain.from_iterable(map(_hashed, chunks)) if count <= _FEW else _on_ray(chunks, workers):
+            for source, hash in enumerate(found, start):
+                if hash is not None:
+                    read[source], hashes[source] = True, np.frombuffer(hash, np.uint8)
+            bar.update(len(found))
     contents = np.full(count, -1, np.int64)
     if read.any():
         _, number, occurrences = np.unique(hashes[read], axis=0, return_inverse=True, return_counts=True)
@@ -71,57 +69,45 @@ def _contents(listing: IO[bytes], count: int, workers: int | None, progress: boo
     return contents
 
 
-Row = dict[str, Any]
+class _Chunk(NamedTuple):
+    """A part of the listing, with the number of its first source."""
+
+    start: int
+    lines: list[bytes]
 
 
-def _chunks(listing: IO[bytes]) -> Iterator[Row]:
-    """Parts of the listing, each with the number of its first source."""
+class _Hashes(NamedTuple):
+    """Those of the sources of a chunk; None for what cannot be read."""
+
+    start: int
+    found: list[bytes | None]
+
+
+def _chunks(listing: IO[bytes]) -> Iterator[_Chunk]:
     listing.seek(0)
     start = 0
     while lines := list(islice(listing, _CHUNK)):
-        yield {"start": start, "lines": b"".join(lines)}
+        yield _Chunk(start, lines)
         start += len(lines)
 
 
-def _hashed_here(listing: IO[bytes]) -> Iterator[Row]:
-    return map(_hash_chunk, _chunks(listing))
+def _on_ray(chunks: Iterator[_Chunk], workers: int | None) -> Iterator[_Hashes]:
+    while window := list(islice(chunks, _WINDOW)):
+        yield from distribute(
+            _hashed,
+            window,
+            tasks=workers,
+            failure="looking for duplicates failed",
+            less="--workers with a smaller number needs less",
+        )
 
 
-def _hashed_by_ray(listing: IO[bytes], workers: int | None) -> Iterator[Row]:
-    data = cluster.data()
-    from ray.exceptions import RayError
-
-    chunks = _chunks(listing)
-    try:
-        while window := list(islice(chunks, _WINDOW)):
-            tasks = data.TaskPoolStrategy(size=workers and min(workers, len(window)))
-            rows = data.from_items(window, override_num_blocks=len(window))
-            for row in rows.map(_hash_chunk_as_value, num_cpus=1, compute=tasks).iter_rows():
-                cluster.raise_error(row)
-                yield row
-    except RayError as error:
-        last = cluster.last_words(error, "--workers with a smaller number needs less")
-        raise DeeDSRError(f"looking for duplicates failed: {last}; run the same command again") from error
-
-
-def _hash_chunk_as_value(row: Row) -> Row:
-    try:
-        return _hash_chunk(row) | cluster.error_values()
-    except DeeDSRError as error:
-        return {"start": 0, "read": b"", "hashes": b""} | cluster.error_values(error)
-
-
-def _hash_chunk(row: Row) -> Row:
-    sources = [Source(*json.loads(line)) for line in row["lines"].splitlines()]
+def _hashed(chunk: _Chunk) -> Iterator[_Hashes]:
+    sources = [Source(*json.loads(line)) for line in chunk.lines]
     # What lies in one container is read in its order, by one thread.
     runs = [list(run) for _, run in groupby(sources, key=lambda source: (source.root, source.container or source.path))]
     with ThreadPoolExecutor(_THREADS) as threads:
-        hashes = [hash for run in threads.map(lambda run: [*map(_hash, run)], runs) for hash in run]
-    return {
-        "start": row["start"],
-        "read": bytes(hash is not None for hash in hashes),
-        "hashes": b"".join(hash or bytes(_HASH) for hash in hashes),
-    }
+        yield _Hashes(chunk.start, [hash for run in threads.map(lambda run: [*map(_hash, run)], runs) for hash in run])
 
 
 def _hash(source: Source) -> bytes | None:

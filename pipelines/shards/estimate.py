@@ -14,13 +14,12 @@ from deedsr.dataset.pictures import RejectedImage
 from deedsr.dataset.recipe import Recipe
 from pipelines.machine import this_machine
 from pipelines.reports.page import bytes_text, count_text, duration_text
+from pipelines.shards.listing import list_pairs, list_sources
 from pipelines.shards.plan import ShardPlan, plan_shards
-from pipelines.shards.record import Inventory
 from pipelines.shards.samples import samples_of
-from pipelines.shards.sources import Source, list_pairs, list_sources, read_source
+from pipelines.shards.shard import Inventory
+from pipelines.shards.source import Source, read_source
 from pipelines.storage import open_storage
-
-__all__ = ["Estimate", "estimate"]
 
 _PROBED = 16  # sources measured
 _PROBE_SECONDS = 30.0  # after which the probe ends with what it has
@@ -29,7 +28,7 @@ EFFICIENCY = 0.9  # of many cores against as many times one
 
 @dataclass
 class Estimate:
-    """What `deedsr shards --plan` says. Times and bytes are of the shards that are not there yet."""
+    """Result of `deedsr shards --plan`. Times and bytes are those of the missing shards."""
 
     sources: int
     shards: int
@@ -85,10 +84,9 @@ def estimate(
     """
     inventory = Inventory.of(open_storage(out))
     count = _Count()
-    with tqdm(unit="shard", desc="plan", disable=not progress, leave=False) as bar:
-        listing = list_pairs(sources, pairs, recipe.scale) if pairs else list_sources(sources)
-        plans = plan_shards(listing, recipe)
-        probed = _chosen(count.missing(_ticked(plans, bar), inventory), recipe)
+    listing = list_pairs(sources, pairs, recipe.scale) if pairs else list_sources(sources)
+    plans = tqdm(plan_shards(listing, recipe), unit="shard", desc="plan", disable=not progress, leave=False)
+    probed = _chosen(count.missing(plans, inventory), recipe)
     probe = _Probe()
     for source in tqdm(probed, unit="source", desc="probe", disable=not progress, leave=False):
         probe.measure(source, recipe)
@@ -139,12 +137,6 @@ class _Count:
         """How many the busiest core makes. It shares a shard with others only if there are more cores than shards."""
         equal = self.sources_to_make / (cores * (EFFICIENCY if cores > 1 else 1))
         return equal if self.shards_to_make < cores else max(equal, self.largest)
-
-
-def _ticked(plans: Iterable[ShardPlan], bar: tqdm) -> Iterator[ShardPlan]:
-    for plan in plans:
-        yield plan
-        bar.update()
 
 
 def _chosen(sources: Iterable[Source], recipe: Recipe) -> list[Source]:

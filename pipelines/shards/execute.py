@@ -1,31 +1,92 @@
-"""Builds shards on the cluster with Ray Data: a row is a handful of shards of one part of the plan."""
+"""Shards made on the cluster: whole ones by Ray Data, and the pieces of one shard on several CPUs by nested Ray tasks.
+
+Workers read the plan from the output, a part at a time, so that neither the driver nor Ray holds it. Pieces are made in
+processes and not threads, because a fifth of the work holds Python's lock; in Ray's tasks and not processes of our own,
+because the CPUs may be on other nodes, and because Ray ends its processes with the job.
+"""
 
 import logging
 import time
-from collections.abc import Iterator
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import NamedTuple, Protocol, TypeVar
 
+from deedsr.degradation.chain import prepare_worker
 from deedsr.errors import DeeDSRError
 from pipelines import cluster
+from pipelines.distribution import distribute, in_threads, parts_per_item
 from pipelines.placement import NETWORK_WORKER, SHARD_WORKER, WorkPlan, place_shards
-from pipelines.shards.build import ShardWork
 from pipelines.shards.plan import ShardPlan
-from pipelines.shards.record import record_key
-from pipelines.shards.run import PlanParts, read_part
+from pipelines.shards.shard import Inventory, ShardRecord, record_key
 from pipelines.storage import Storage
 from pipelines.storage.waiting import patiently
 
-__all__ = ["Built", "build_missing"]
-
 logger = logging.getLogger(__name__)
+_SHARDS_PER_PART = 64
+_AHEAD = 2  # pieces for each CPU that are in work or wait for an earlier one
+_RETRIES = 1  # of a piece whose process dies; without any, Ray would kill the shard's own task where memory is short
 
-_MAX_SHARDS_PER_ROW = 8
-_ROWS_PER_WORKER = 16  # enough that the last row does not keep one worker busy for long
+Piece = TypeVar("Piece")
+Result = TypeVar("Result")
+
+
+class ShardWork(Protocol):
+    """What turns plans into shards. Pickles: it travels to the workers."""
+
+    def build(self, plan: ShardPlan, out: Storage, cpus: int = 1) -> ShardRecord:
+        """Writes the tar of a plan, then its record. Equal plan, equal bytes, wherever and whenever.
+
+        `cpus`: those of the cluster that the work may use at a time; it may leave them.
+        """
+
+
+class PlanParts:
+    """A plan in files of some dozen shards each, and which of its shards are to be made."""
+
+    def __init__(self, folder: Storage):
+        self.folder = folder
+        self.sources = self.shards = 0
+        self.reused_sources = 0
+        self.missing: list[tuple[str, list[int]]] = []  # part, its shards that are not committed
+        self._names: list[str] = []
+
+    def write(self, plans: Iterable[ShardPlan], inventory: Inventory) -> None:
+        part: list[ShardPlan] = []
+        for plan in plans:
+            part.append(plan)
+            if len(part) == _SHARDS_PER_PART:
+                self._put(part, inventory)
+                part = []
+        if part:
+            self._put(part, inventory)
+
+    def _put(self, part: list[ShardPlan], inventory: Inventory) -> None:
+        name = f"plan-{len(self._names):07d}.jsonl"
+        self.folder.write(name, b"".join(plan.to_json() + b"\n" for plan in part))
+        self._names.append(name)
+        missing = [number for number, plan in enumerate(part) if not inventory.holds(plan)]
+        if missing:
+            self.missing.append((name, missing))
+        self.shards += len(part)
+        self.sources += sum(len(plan.sources) for plan in part)
+        self.reused_sources += sum(len(plan.sources) for plan in part) - sum(len(part[n].sources) for n in missing)
+
+    @property
+    def missing_shards(self) -> int:
+        return sum(len(shards) for _, shards in self.missing)
+
+    def __iter__(self) -> Iterator[ShardPlan]:
+        for name in self._names:
+            yield from read_part(self.folder, name)
+
+
+def read_part(folder: Storage, name: str) -> list[ShardPlan]:
+    return [ShardPlan.from_json(line) for line in folder.read(name).splitlines()]
 
 
 class Built(NamedTuple):
-    """One shard that was committed; `key` is what an inventory knows of its record."""
+    """One committed shard. `key`: see `record_key`."""
 
     id: str
     key: tuple[str, int]
@@ -34,63 +95,68 @@ class Built(NamedTuple):
     started: float  # seconds since the epoch
 
 
+class _Item(NamedTuple):
+    """A few shards of one part of the plan. `cpus`: for each of them."""
+
+    part: str
+    shards: list[int]
+    cpus: int = 1
+
+
+@dataclass(frozen=True)
+class _Building:
+    """What makes the shards of an item, in a task or an actor."""
+
+    folder: Storage
+    work: ShardWork
+    out: Storage
+
+    def __call__(self, item: _Item) -> Iterator[Built]:
+        started = time.time()
+        plans = read_part(self.folder, item.part)
+        for plan in (plans[number] for number in item.shards):
+            record = patiently(self.work.build, plan, self.out, item.cpus)
+            yield Built(plan.id, record_key(record), len(plan.sources), record.samples, started)
+
+
 def build_missing(
     parts: PlanParts, work: ShardWork, out: Storage, workers: int | None, actors: WorkPlan | None = None
 ) -> Iterator[Built]:
     """Builds every shard that is not there; yields each as it is committed, in any order.
 
-    `workers`: CPUs in use at a time, None for every one that the memory does for. `actors`: tasks run in actors of this
-    plan, which keep their copy of `work`, because it is slow to set up.
+    `workers`: CPUs in use at a time, None for every one that the memory does for. `actors`: shards are made in actors
+    of this plan, which keep their copy of `work`, because it is slow to set up.
     """
     count = parts.missing_shards
     if not count:
-        return
-    data = cluster.data()
-    from ray.exceptions import RayError
-
+        return iter(())
+    cluster.connect()
     offer = cluster.offer()
     plan = actors or place_shards(offer, workers)
-    parallel = plan.workers
     if actors is None:
         logger.info("shards: %s", plan)
         cluster.wait_for(plan, "")
-    per_row = min(max(count // (parallel * _ROWS_PER_WORKER), 1), _MAX_SHARDS_PER_ROW)
-    rows = [
-        {"part": name, "shards": shards[start : start + per_row], "cpus": 1}
+    size = parts_per_item(count, plan.workers)
+    items = [
+        _Item(name, shards[start : start + size])
         for name, shards in parts.missing
-        for start in range(0, len(shards), per_row)
+        for start in range(0, len(shards), size)
     ]
-    if actors is None and count < parallel:  # a row is a shard then
-        for row, cpus in zip(rows, _shares(_sizes(parts), parallel), strict=True):
-            row["cpus"] = cpus
-    items = data.from_items(rows, override_num_blocks=len(rows))
-    if actors is None:
-        built = items.flat_map(
-            partial(_task, folder=parts.folder, work=work, out=out),
-            num_cpus=1,
-            # On a cluster that grows, what its autoscaler adds takes part.
-            compute=data.TaskPoolStrategy(size=min(parallel, len(rows)) if workers or offer.local else None),
-        )
-    else:
-        built = items.flat_map(
-            _Actor,
-            fn_constructor_kwargs={"folder": parts.folder, "work": work, "out": out},
-            num_cpus=actors.cpus,
-            num_gpus=actors.gpus,
-            compute=data.ActorPoolStrategy(min_size=1, max_size=min(parallel, len(rows))),
-        )
-    try:
-        for row in built.iter_rows():
-            cluster.raise_error(row)
-            yield Built(row["id"], (row["hash"], row["bytes"]), row["sources"], row["samples"], row["started"])
-    except RayError as error:
-        less, each = "fewer --workers need less", SHARD_WORKER
-        if actors is not None:
-            less, each = "fewer --workers or a smaller --batch-size need less", NETWORK_WORKER
-        last = cluster.last_words(error, f"{parallel} workers take about {parallel * each / 1e9:.1f} GB; {less}")
-        raise DeeDSRError(
-            f"making shards failed: {last}; run the same command again, it reuses what is done"
-        ) from error
+    if actors is None and count < plan.workers:  # an item is a shard then
+        shares = _shares(_sizes(parts), plan.workers)
+        items = [item._replace(cpus=cpus) for item, cpus in zip(items, shares, strict=True)]
+    memory = plan.workers * (NETWORK_WORKER if actors else SHARD_WORKER) / 1e9
+    less = "fewer --workers or a smaller --batch-size need less" if actors else "fewer --workers need less"
+    return distribute(
+        _Building(parts.folder, work, out),
+        items,
+        actors=actors,
+        # On a cluster that grows, what its autoscaler adds takes part.
+        tasks=plan.workers if workers or offer.local else None,
+        failure="making shards failed",
+        less=f"{plan.workers} workers take about {memory:.1f} GB; {less}",
+        again="run the same command again, it reuses what is done",
+    )
 
 
 def _sizes(parts: PlanParts) -> list[int]:
@@ -108,36 +174,63 @@ def _shares(sizes: list[int], cpus: int) -> list[int]:
     return shares
 
 
-def _task(row: dict[str, Any], folder: Storage, work: ShardWork, out: Storage) -> Iterator[dict[str, Any]]:
-    started = time.time()
+def in_order(
+    function: Callable[[Piece], Result],
+    pieces: Iterable[Piece],
+    cpus: int,
+    *,
+    here: Callable[[Piece], Result] | None = None,
+    guarded: Callable[[Piece], Result] | None = None,
+) -> Iterator[Result]:
+    """`function` of each piece, in order; `cpus` of them at a time: one in this process, the others in Ray tasks.
+
+    Pieces are taken as they are needed. `here`: `function` for those that this process makes. Elsewhere a piece whose
+    process dies, and dies again, is made by `guarded` instead; then its death is an error. Raises what `function`
+    raises.
+    """
+    here = here or function
+    if cpus == 1:
+        return map(here, pieces)
+    makers: SimpleQueue[Callable[[Piece], Result]] = SimpleQueue()
+    for maker in [here] + [_elsewhere(function, guarded)] * (cpus - 1):
+        makers.put(maker)
+
+    def make(piece: Piece) -> Result:
+        maker = makers.get()
+        try:
+            return maker(piece)
+        finally:
+            makers.put(maker)
+
+    return in_threads(make, pieces, cpus, _AHEAD * cpus)
+
+
+def _elsewhere(
+    function: Callable[[Piece], Result], guarded: Callable[[Piece], Result] | None
+) -> Callable[[Piece], Result]:
+    """`function` in a Ray task of one CPU."""
+    import ray
+    from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError
+
+    run = ray.remote(num_cpus=1, max_retries=_RETRIES)(_made)
+
+    def made(piece: Piece) -> Result:
+        try:
+            result = ray.get(run.remote(function, piece))
+        except (NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError):
+            if guarded is None:
+                raise
+            result = ray.get(run.remote(guarded, piece))
+        if isinstance(result, DeeDSRError):
+            raise result
+        return result
+
+    return made
+
+
+def _made(function: Callable[[Piece], Result], piece: Piece) -> Result | DeeDSRError:
+    prepare_worker()
     try:
-        plans = read_part(folder, row["part"])
-    except DeeDSRError as error:
-        yield _summary("", 0) | cluster.error_values(error) | {"started": started}
-        return
-    for number in row["shards"]:
-        yield _build(plans[number], work, out, row["cpus"]) | {"started": started}
-
-
-class _Actor:
-    """`_task` in a process that keeps `work`, and with it what `work` loads for its first shard."""
-
-    def __init__(self, folder: Storage, work: ShardWork, out: Storage):
-        self._task = partial(_task, folder=folder, work=work, out=out)
-
-    def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        return self._task(row)
-
-
-def _build(plan: ShardPlan, work: ShardWork, out: Storage, cpus: int) -> dict[str, Any]:
-    summary = _summary(plan.id, len(plan.sources))
-    try:
-        record = patiently(lambda: work.build(plan, out, cpus))
-    except DeeDSRError as error:
-        return summary | cluster.error_values(error)
-    hash, size = record_key(record)
-    return summary | {"hash": hash, "bytes": size, "samples": record.samples} | cluster.error_values()
-
-
-def _summary(id: str, sources: int) -> dict[str, Any]:
-    return {"id": id, "sources": sources, "hash": "", "bytes": 0, "samples": 0}
+        return function(piece)
+    except DeeDSRError as error:  # as a value: an exception would come back wrapped in Ray's traceback
+        return error

@@ -1,21 +1,117 @@
-"""What an output holds beside the dataset that its manifest names: shards of older versions, leftovers of dead runs."""
+"""What an output holds beside the dataset that its manifest names, and which datasets are made of older versions of it.
 
+A derived dataset names the other by place and digest in its manifest (`hr_from`, `latents`). The other one's state
+holds a small record for each place that was ever derived from one of its versions. A record only says where to look:
+what lies there decides.
+"""
+
+import hashlib
+import json
+import logging
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from deedsr.dataset.manifest import MANIFEST, REJECTED, SAMPLES, STATE, kept_copy
-from deedsr.errors import DeeDSRError
-from pipelines.claims import DEAD_AFTER
-from pipelines.data.dataset import Dataset
+from deedsr.dataset.manifest import MANIFEST, REJECTED, SAMPLES, STATE, Manifest, kept_copy
+from deedsr.errors import DatasetNotCommitted, DeeDSRError
+from pipelines import claims
+from pipelines.data.dataset import Dataset, relative_place
 from pipelines.reports.page import bytes_text, count_text
-from pipelines.shards.lineage import Derived, derived_datasets
-from pipelines.shards.record import Inventory
-from pipelines.shards.run import live_runs
-from pipelines.storage import Entry
+from pipelines.shards.shard import Inventory
+from pipelines.storage import Entry, Storage, open_storage
+from pipelines.storage.errors import Refused
 
-__all__ = ["Garbage", "HeldBack", "collect_garbage"]
+logger = logging.getLogger(__name__)
+DERIVED = f"{STATE}/derived"
 
-_NAMED = 10  # objects, in words
+
+class Derived(NamedTuple):
+    """A dataset made of a version of another one. `record`: path of its record; `problem`: why its manifest could not
+    be read, empty if it was."""
+
+    record: str
+    uri: str
+    digest: str  # of the version
+    problem: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.uri} ({self.problem or f'made of the version {self.digest[:12]}'})"
+
+
+def record_derived(dataset: Dataset, out: Storage) -> None:
+    """Writes into the state of `dataset` that what is made in `out` derives from this version of it."""
+    place = relative_place(out.uri, dataset.uri)
+    about = {"uri": place, "digest": dataset.digest, "host": socket.gethostname()}
+    name = f"{hashlib.sha256(place.encode(errors='surrogateescape')).hexdigest()[:16]}-{dataset.digest[:12]}.json"
+    try:
+        dataset.storage.write(f"{DERIVED}/{name}", json.dumps(about).encode())
+    except Refused as error:
+        logger.warning(
+            "%s; so `deedsr shards --gc --out %s` will not know that %s is made of it", error, dataset.uri, out.uri
+        )
+
+
+def derived_datasets(dataset: Dataset) -> Iterator[Derived]:
+    """Datasets whose record is valid: they exist and name the version in it, or are being made.
+
+    One that cannot be read is included, because it may exist.
+    """
+    for entry in dataset.storage.list(DERIVED):
+        try:
+            about = json.loads(dataset.storage.read(entry.path))
+            uri, digest, host = dataset.located(about["uri"]), about["digest"], about["host"]
+        except (ValueError, KeyError, TypeError):
+            logger.warning("%s/%s is no record of a derived dataset, and left alone", dataset.uri, entry.path)
+            continue
+        found = Derived(entry.path, uri, digest)
+        try:
+            if _names(uri, digest) or live_runs(open_storage(uri)):
+                yield found
+            elif "://" not in uri and host != socket.gethostname() and not open_storage(uri).exists(""):
+                yield found._replace(problem=f"a folder of {host}, which cannot be seen from here")
+        except DeeDSRError as error:
+            yield found._replace(problem=f"it cannot be read: {error}")
+
+
+def _names(uri: str, digest: str) -> bool:
+    try:
+        manifest = Dataset.open(uri).manifest
+    except DatasetNotCommitted:
+        return False
+    return digest in _made_of(manifest)
+
+
+def _made_of(manifest: Manifest) -> list[str]:
+    """Digests of the datasets that one is made of."""
+    made_of = [manifest.hr_from.digest] if manifest.hr_from else []
+    return made_of + ([manifest.latents.dataset] if manifest.latents else [])
+
+
+_NAMED = 10  # objects listed by name
+
+
+def live_runs(out: Storage) -> dict[str, str]:
+    """Runs with a heartbeat in the last ten minutes: location of the claim -> host and process.
+
+    Raises DeeDSRError where a claim cannot be read: its run may be at work.
+    """
+    alive = {}
+    for entry in out.list(claims.RUNS):
+        place = f"{out.uri}/{entry.path}"
+        if not entry.path.endswith(f"/{claims.CLAIM}"):
+            continue
+        try:
+            claim = claims.parsed(out.read(entry.path))
+        except FileNotFoundError:  # it has just ended
+            continue
+        if not claim:
+            raise DeeDSRError(
+                f"{place} is damaged. A run at work writes it again within a minute; if it stays so, delete it"
+            )
+        if claims.is_alive(claim):
+            alive[place] = claims.named(claim)
+    return alive
 
 
 class HeldBack(DeeDSRError):
@@ -47,7 +143,7 @@ class Garbage:
         return sum(entry.size for entry in self.objects)
 
     def text(self) -> str:
-        """What a collection would do, for people."""
+        """Readable summary of what a collection would remove."""
         if not self.objects and not self.uploads:
             return "nothing to remove"
         shards = [entry.size for entry in self.objects if entry.path.endswith(".tar")]
@@ -86,12 +182,12 @@ def collect_garbage(out: str, *, dry_run: bool = False, force: bool = False) -> 
     if any(entry.path.endswith(".tar") for entry in garbage.objects):
         garbage.held_by = [one for one in derived if one.digest != dataset.digest]
     if dry_run:
-        garbage.uploads = len([*storage.abandoned_uploads(DEAD_AFTER)])
+        garbage.uploads = len([*storage.abandoned_uploads(claims.DEAD_AFTER)])
         return garbage
     if garbage.held_by and not force:
         raise HeldBack(storage.uri, garbage.held_by)
     storage.delete_many(entry.path for entry in garbage.objects)
-    garbage.uploads = storage.abort_uploads(DEAD_AFTER)
+    garbage.uploads = storage.abort_uploads(claims.DEAD_AFTER)
     return garbage
 
 

@@ -5,38 +5,34 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import chain
 
 from tqdm import tqdm
 
-from deedsr.dataset.manifest import MANIFEST, REJECTED, SAMPLES, HRSource, LatentsSource, kept_copy
+from deedsr.dataset.manifest import MANIFEST, SAMPLES, HRSource, LatentsSource, kept_copy
 from deedsr.dataset.recipe import Recipe
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines.claims import running
-from pipelines.data.dataset import Dataset, relative_place
+from pipelines.data.dataset import Dataset, no_validation, relative_place
 from pipelines.data.index import require_hr
-from pipelines.data.splits import no_validation
 from pipelines.placement import WorkPlan
-from pipelines.shards.assemble import Inherited, assemble, records_of
-from pipelines.shards.build import FromSources, ShardWork
-from pipelines.shards.derive import FromHR, Joined
+from pipelines.shards.assemble import assemble, records_of, warn_of_versions
+from pipelines.shards.build import FromHR, FromSources, Joined
 from pipelines.shards.duplicates import mark_duplicates
-from pipelines.shards.execute import build_missing
-from pipelines.shards.lineage import record_derived
+from pipelines.shards.execute import PlanParts, ShardWork, build_missing
+from pipelines.shards.garbage import record_derived
+from pipelines.shards.listing import list_pairs, list_sources
 from pipelines.shards.plan import ShardPlan, derived_plan, plan_shards
-from pipelines.shards.record import Inventory
-from pipelines.shards.run import PlanParts
-from pipelines.shards.sources import Source, list_pairs, list_sources
-from pipelines.shards.versions import warn_of_versions
+from pipelines.shards.shard import Inventory
+from pipelines.shards.source import Source
 from pipelines.storage import Storage, open_storage
-
-__all__ = ["ShardsResult", "export_pairs", "generate", "regenerate", "run_job"]
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class ShardsResult:
-    """INTERFACE's result of `deedsr shards`. `samples_per_second` counts new samples and leaves the start-up out."""
+    """Result of `deedsr shards`. `samples_per_second` counts new samples and leaves the start-up out."""
 
     manifest: str
     digest: str
@@ -147,15 +143,15 @@ def run_job(
     warn_of_versions()
     out.require_writable()
     before = _version(out)
-    first_plans = iter(plans())
-    first = next(first_plans)  # sources that cannot be used are found out before anything is written
+    rest = iter(plans())
+    first = next(rest)  # raises for unusable sources before anything is written
     with running(out) as folder:
         if made_of:
             record_derived(made_of, out)
         inventory = Inventory.of(out)
         parts = PlanParts(folder)
-        with tqdm(unit="shard", desc="plan", disable=not progress, leave=False) as bar:
-            parts.write(_counted(first, first_plans, bar), inventory)
+        every = chain([first], rest)
+        parts.write(tqdm(every, unit="shard", desc="plan", disable=not progress, leave=False), inventory)
         unit, total, done = ("source", parts.sources, parts.reused_sources)
         if not parts.sources:  # shards made of shards
             unit, total, done = "shard", parts.shards, parts.shards - parts.missing_shards
@@ -171,9 +167,8 @@ def run_job(
         _require_tars(parts, inventory, out)
         records = records_of((inventory.record(plan) for plan in parts), out)
         planned = zip(parts, records, strict=True)
-        inherited = inherited_from(made_of) if made_of else None
         manifest, sums = assemble(
-            planned, recipe, out, expected=before, hr_from=hr_from, inherited=inherited, latents=latents
+            planned, recipe, out, expected=before, made_of=made_of, hr_from=hr_from, latents=latents
         )
     end = time.time()
     return ShardsResult(
@@ -192,7 +187,7 @@ def run_job(
 
 
 def _version(out: Storage) -> str | None:
-    """Of the manifest that is there now."""
+    """Version of the present manifest, None without one."""
     try:
         return out.stat(MANIFEST).version
     except FileNotFoundError:
@@ -200,7 +195,7 @@ def _version(out: Storage) -> str | None:
 
 
 def _require_tars(parts: PlanParts, inventory: Inventory, out: Storage) -> None:
-    """Nobody may have removed what the manifest is about to name."""
+    """Raises DeeDSRError if a tar that the manifest is going to name has been removed."""
     now = Inventory(Inventory.of(out).tars, inventory.records)
     gone = next((plan for plan in parts if not now.holds(plan)), None)
     if gone is not None:
@@ -213,16 +208,3 @@ def _require_tars(parts: PlanParts, inventory: Inventory, out: Storage) -> None:
 def index_of(dataset: Dataset) -> str:
     """Path of the dataset's `samples.parquet` whose content never changes."""
     return kept_copy(SAMPLES, dataset.manifest.files[SAMPLES])
-
-
-def inherited_from(dataset: Dataset) -> Inherited:
-    manifest = dataset.manifest
-    return Inherited(manifest.given, manifest.source_digest, dataset.file(REJECTED))
-
-
-def _counted(first: ShardPlan, rest: Iterator[ShardPlan], bar: tqdm) -> Iterator[ShardPlan]:
-    yield first
-    bar.update()
-    for plan in rest:
-        yield plan
-        bar.update()

@@ -20,10 +20,8 @@ from typing import NamedTuple
 
 from deedsr.dataset.manifest import FORMAT_VERSION, ShardEntry
 from deedsr.dataset.recipe import ALGORITHM_VERSION, Recipe, Shard, Split
-from pipelines.scratch import scratch_folder
-from pipelines.shards.sources import Source
-
-__all__ = ["ShardPlan", "derived_plan", "plan_shards"]
+from pipelines.shards.source import Source
+from pipelines.storage.lock import scratch_folder
 
 _IN_MEMORY = 200_000  # sources held before they go to files
 _BUCKETS = 64  # per root and split: ten million sources are 160,000 at a time
@@ -33,7 +31,7 @@ _BUCKETS = 64  # per root and split: ten million sources are 160,000 at a time
 class ShardPlan:
     """The sources of one shard, in order; or the shard of another dataset that it derives from.
 
-    `number` says where the shard stands: three digits of the root, ten of the hash of its first source, and twelve of
+    `number` orders the shards: three digits of the root, ten of the hash of its first source, and twelve of
     that source's place where it lies inside another file. `id` names the work: recipe, algorithm, and the path, size
     and version of each source, or the content of the shard behind. Equal ids, equal shards.
     """
@@ -72,11 +70,6 @@ def derived_plan(shard: ShardEntry, work: str) -> ShardPlan:
     return ShardPlan(int(number[:3]), split, number, id, origin=shard.name)
 
 
-def split_of(source: Source, split: Split) -> str:
-    """`validation` if a pattern matches the relative path; without patterns, if the hash falls into the share."""
-    return _split(source, _hash(source.root, source.path), split)
-
-
 class _Placed(NamedTuple):
     """A source and where it stands. The fields are in the order of sorting."""
 
@@ -96,6 +89,7 @@ def _placed(source: Source, split: Split) -> _Placed:
 
 
 def _split(source: Source, hash: bytes, split: Split) -> str:
+    """`validation` if a pattern matches the relative path; without patterns, if the hash falls into the share."""
     if split.validation_patterns:
         chosen = any(fnmatchcase(source.path, pattern) for pattern in split.validation_patterns)
     else:
@@ -153,7 +147,7 @@ def _cut(ordered: Iterable[_Placed], shard: Shard) -> Iterator[list[_Placed]]:
 
 
 def _ends(run: list[_Placed], shard: Shard) -> bool:
-    # Other bytes of the hash than the ones that order: those of a run's last source say little about it.
+    # Other bytes of the hash than those that define the order, which are not uniform at the end of a run.
     last_says_so = int(run[-1].hash[32:], 16) % shard.target_sources == 0
     return len(run) >= shard.max_sources or (len(run) >= shard.min_sources and last_says_so)
 

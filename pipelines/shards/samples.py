@@ -5,25 +5,35 @@ import json
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from math import isnan
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import cv2
 import numpy as np
 
-from deedsr.dataset.assignment import assign_degradation
-from deedsr.dataset.codecs import EXTENSIONS, decode_stored, encode
+from deedsr.dataset.assignment import Assignment, assign_degradation
 from deedsr.dataset.crops import CropPlace, choose_crops, cut
 from deedsr.dataset.keys import content_key, generator, sample_key
+from deedsr.dataset.members import EXTENSIONS, decode_stored, encode
 from deedsr.dataset.pictures import RejectedImage, decode
 from deedsr.dataset.recipe import Recipe
 from deedsr.degradation.chain import degrade
 from deedsr.degradation.draws import scalar_parameters
-from pipelines.shards.sources import Source
+from pipelines.data.dataset import SampleInfo
+from pipelines.shards.source import Source
 
-__all__ = ["WHOLE", "Crop", "Draft", "Drafts", "Share", "degraded", "rejection", "samples_of"]
+Row = dict[str, Any]  # of `samples.parquet`, by column: `pipelines.shards.shard.COLUMNS`
 
-Row = dict[str, Any]
 _TURNS = {90: cv2.ROTATE_90_COUNTERCLOCKWISE, 180: cv2.ROTATE_180, 270: cv2.ROTATE_90_CLOCKWISE}
+
+
+class Rejection(TypedDict):
+    """A line of `rejected.jsonl`: a source, or a crop of it, that was left out."""
+
+    kind: Literal["source", "crop"]
+    root: int
+    source: str  # path below its `--source`
+    reason: str
+    crop: NotRequired[list[int]]
 
 
 class Draft(NamedTuple):
@@ -34,7 +44,7 @@ class Draft(NamedTuple):
 
 
 class Crop(NamedTuple):
-    """What a crop is, whatever its degradation; what the members of its samples say about it."""
+    """A crop of a source, independent of its degradation; recorded in the members of its samples."""
 
     content: str
     root: int
@@ -46,11 +56,11 @@ class Crop(NamedTuple):
 
 
 class Drafts(NamedTuple):
-    """What one source gives: SHA-256 of its file (None: not read), samples, and what it did not give and why."""
+    """Output of one source: SHA-256 of its file (None: not read), samples, and rejections with their reasons."""
 
     sha256: str | None
     samples: list[Draft]
-    rejected: list[Row]
+    rejected: list[Rejection]
 
 
 class Share(NamedTuple):
@@ -69,7 +79,7 @@ WHOLE = Share(0, 1)
 def samples_of(source: Source, data: bytes, lr_data: bytes | None, recipe: Recipe, share: Share = WHOLE) -> Drafts:
     """A share of the samples of one source, and all that is rejected; never raises for what `data` is."""
     sha256 = hashlib.sha256(data).hexdigest()
-    rejected: list[Row] = []
+    rejected: list[Rejection] = []
     samples: list[Draft] = []
     try:
         for crop, pixels, lr, variants in _crops(source, sha256, data, lr_data, recipe, share, rejected):
@@ -79,13 +89,19 @@ def samples_of(source: Source, data: bytes, lr_data: bytes | None, recipe: Recip
     return Drafts(sha256, samples, rejected)
 
 
-def rejection(source: Source, reason: str) -> Row:
+def rejection(source: Source, reason: str) -> Rejection:
     """The line of `rejected.jsonl` for a whole source."""
     return {"kind": "source", "root": source.root, "source": source.path, "reason": reason}
 
 
 def _crops(
-    source: Source, sha256: str, data: bytes, lr_data: bytes | None, recipe: Recipe, share: Share, rejected: list[Row]
+    source: Source,
+    sha256: str,
+    data: bytes,
+    lr_data: bytes | None,
+    recipe: Recipe,
+    share: Share,
+    rejected: list[Rejection],
 ) -> Iterator[tuple[Crop, np.ndarray, np.ndarray | None, list[int]]]:
     """The crops of a share as turned, each with its real LR partner if it has one, and with its variants in the share;
     `rejected` gets the smooth ones of the source."""
@@ -99,8 +115,7 @@ def _crops(
             raise RejectedImage("the LR partner is not HR size / scale")
     places, smooth = choose_crops(image, recipe.crop, rng)
     for place in smooth:
-        row = rejection(source, "too little texture") | {"kind": "crop", "crop": _corners(place)}
-        rejected.append(row)
+        rejected.append({**rejection(source, "too little texture"), "kind": "crop", "crop": _corners(place)})
     each = 1 if partner is not None else recipe.variants_of(source.path)
     shared = groupby(share.range(len(places) * each), key=lambda sample: sample // each)
     variants = {number: [sample % each for sample in samples] for number, samples in shared}
@@ -149,29 +164,29 @@ def degraded(crop: Crop, hr: np.ndarray, recipe: Recipe, variants: Iterable[int]
     for variant in variants:
         assignment = assign_degradation(recipe, crop.content, variant, (hr.shape[0], hr.shape[1]))
         lr = degrade(hr, assignment.draws)
-        yield _draft(crop, variant, lr, recipe, assignment._asdict())
+        yield _draft(crop, variant, lr, recipe, assignment)
 
 
 def _paired(crop: Crop, lr: np.ndarray, recipe: Recipe) -> Draft:
     """The one sample of a crop whose LR is real: nothing was drawn."""
-    return _draft(crop, 0, lr, recipe, {"seed": None, "stratum": None, "group": None, "draws": None})
+    return _draft(crop, 0, lr, recipe, None)
 
 
-def _draft(crop: Crop, variant: int, lr: np.ndarray, recipe: Recipe, assigned: dict[str, Any]) -> Draft:
+def _draft(crop: Crop, variant: int, lr: np.ndarray, recipe: Recipe, assigned: Assignment | None) -> Draft:
     key = sample_key(crop.content, variant)
-    info = {
-        "source": {"root": crop.root, "path": crop.path, "sha256": crop.sha256},
-        "crop": crop.place,
-        "flip": crop.flip,
-        "rotate": crop.rotate,
-        "variant": variant,
-        "seed": assigned["seed"],
-        "stratum": assigned["stratum"],
-        "degradation_group": assigned["group"],
-        "recipe_digest": recipe.digest,
-        "degradation": assigned["draws"],
-    }
-    top, left, height, width = crop.place
+    seed, stratum, group, draws = assigned or (None, None, None, None)
+    info = SampleInfo(
+        source={"root": crop.root, "path": crop.path, "sha256": crop.sha256},
+        crop=crop.place,
+        flip=crop.flip,
+        rotate=crop.rotate,
+        variant=variant,
+        seed=seed,
+        stratum=stratum,
+        degradation_group=group,
+        recipe_digest=recipe.digest,
+        degradation=draws,
+    )
     row: Row = {
         "key": key,
         "content": crop.content,
@@ -179,18 +194,14 @@ def _draft(crop: Crop, variant: int, lr: np.ndarray, recipe: Recipe, assigned: d
         "root": crop.root,
         "source": crop.path,
         "source_sha256": crop.sha256,
-        "top": top,
-        "left": left,
-        "height": height,
-        "width": width,
+        **dict(zip(("top", "left", "height", "width"), crop.place, strict=True)),
         "flip": crop.flip,
         "rotate": crop.rotate,
-        "stratum": assigned["stratum"],
-        "degradation_group": assigned["group"],
+        "stratum": stratum,
+        "degradation_group": group,
         "lr_ext": EXTENSIONS[recipe.formats.lr],
     }
-    if assigned["draws"] is not None:
-        drawn = scalar_parameters(assigned["draws"]).items()
-        row |= {name: None if isnan(value) else value for name, value in drawn}
+    if draws is not None:
+        row |= {name: None if isnan(value) else value for name, value in scalar_parameters(draws).items()}
     text = json.dumps(info, separators=(",", ":"), ensure_ascii=False).encode()
     return Draft({"lr": encode(lr, recipe.formats.lr), "json": text}, row)

@@ -1,37 +1,35 @@
 """Checks a finished dataset: every hash of the manifest, every member of every sample, every row of the index."""
 
 import hashlib
-import io
 import json
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 from tqdm import tqdm
 
-from deedsr.dataset.codecs import decode_stored, encode
-from deedsr.dataset.latents import EXTENSION, unpack
 from deedsr.dataset.manifest import REJECTED, SAMPLES, LatentsSource, Manifest, ShardEntry
+from deedsr.dataset.members import LATENTS_EXTENSION, decode_stored, encode, unpack
 from deedsr.dataset.recipe import Recipe
 from deedsr.degradation.chain import degrade
 from deedsr.errors import DeeDSRError
 from pipelines.data.dataset import Dataset
-from pipelines.data.index import require_hr
+from pipelines.data.index import left_out, require_hr
 from pipelines.machine import this_machine
-from pipelines.shards.derive import Tars
+from pipelines.shards.build import Tars
+from pipelines.shards.samples import Row
+from pipelines.shards.shard import HashedFile
 from pipelines.storage import Storage
-
-__all__ = ["VerifyResult", "verify"]
 
 
 @dataclass
 class VerifyResult:
-    """INTERFACE's result of `deedsr verify`: `samples` were read whole; each problem names its shard or sample.
+    """Result of `deedsr verify`. `samples`: read completely; each problem names its shard or sample.
 
     `replayed`: samples whose LR was made again and is the same.
     """
@@ -56,7 +54,7 @@ def verify(uri: str, replay: int = 0, progress: bool = True) -> VerifyResult:
     problems = [*_check_manifest(manifest, dataset.recipe), *_check_files(manifest, dataset.storage)]
     index = None
     try:
-        problems += _check_rejected(dataset.file(REJECTED), manifest)
+        problems += _check_rejected(dataset)
         index = dataset.index()
         problems += _check_index(index, manifest)
     except DeeDSRError as error:
@@ -90,7 +88,7 @@ def verify(uri: str, replay: int = 0, progress: bool = True) -> VerifyResult:
 
 
 def _replay(dataset: Dataset, index: pa.Table, row: int) -> str | None:
-    """What is wrong with the LR of one sample, as its HR and draws give it again; None if nothing is."""
+    """Makes the LR of one sample again from its HR and draws. Returns the problem, None if the bytes are equal."""
     key, shard = index["key"][row].as_py(), index["shard"][row].as_py()
     try:
         sample = dataset.read(index, row)
@@ -131,14 +129,14 @@ def _check_index(index: pa.Table, manifest: Manifest) -> Iterator[str]:
         yield f"{SAMPLES}: a key stands for more than one sample"
 
 
-def _check_rejected(data: bytes, manifest: Manifest) -> Iterator[str]:
-    sources = sum(json.loads(line)["kind"] == "source" for line in data.splitlines())
-    if sources != manifest.rejected:
-        yield f"{REJECTED}: {sources} sources, the manifest counts {manifest.rejected}"
+def _check_rejected(dataset: Dataset) -> Iterator[str]:
+    sources = sum(line.kind == "source" for line in left_out(dataset))
+    if sources != dataset.manifest.rejected:
+        yield f"{REJECTED}: {sources} sources, the manifest counts {dataset.manifest.rejected}"
 
 
-def _check_shard(shard: ShardEntry, rows: list[dict[str, Any]] | None, dataset: Dataset) -> tuple[int, list[str]]:
-    """How many samples could be read whole, and what is wrong. `rows`: the shard's part of the index, if any.
+def _check_shard(shard: ShardEntry, rows: list[Row] | None, dataset: Dataset) -> tuple[int, list[str]]:
+    """Number of samples that are complete, and problems. `rows`: the shard's part of the index, if any.
 
     The shard is read once, from beginning to end, and a sample at a time is held.
     """
@@ -147,10 +145,11 @@ def _check_shard(shard: ShardEntry, rows: list[dict[str, Any]] | None, dataset: 
     good = extra = 0
     seen: set[str] = set()
     try:
-        file = HashedReader(dataset.storage.open(shard.name))
+        stored = dataset.storage.open(shard.name)
     except FileNotFoundError:
         return 0, [f"{shard.name} is missing"]
-    with file, Tars(dataset.hr_dataset().storage) as hrs:
+    file = HashedFile(stored)
+    with stored, Tars(dataset.hr_dataset().storage) as hrs:
         try:
             for key, members in _samples(file):
                 row = expected.get(key) if expected is not None else _row_of(key, members)
@@ -166,7 +165,8 @@ def _check_shard(shard: ShardEntry, rows: list[dict[str, Any]] | None, dataset: 
                 problems += [f"{shard.name}: {problem}"] if problem else []
         except (tarfile.TarError, OSError) as error:
             problems.append(f"{shard.name}: not a whole tar file ({error})")
-        file.drain()
+        while file.read(1 << 20):
+            pass
     if file.size != shard.bytes:
         problems.insert(0, f"{shard.name}: {file.size} bytes, the manifest says {shard.bytes}")
     elif file.sha256 != shard.sha256:
@@ -187,7 +187,7 @@ class Member(NamedTuple):
     data: bytes
 
 
-def _samples(file: "HashedReader") -> Iterator[tuple[str, dict[str, Member]]]:
+def _samples(file: HashedFile) -> Iterator[tuple[str, dict[str, Member]]]:
     """(key, {`hr`, `lr`, `json`: member}) of each sample of a tar, whose members lie one after the other."""
     key, members = "", dict[str, Member]()
     with tarfile.open(fileobj=cast(BinaryIO, file), mode="r|") as tar:
@@ -203,41 +203,16 @@ def _samples(file: "HashedReader") -> Iterator[tuple[str, dict[str, Member]]]:
         yield key, members
 
 
-class HashedReader(io.RawIOBase):
-    """Passes a file on while it is read, and knows size and SHA-256 of what was read."""
-
-    def __init__(self, file: BinaryIO):
-        self._file, self._hash, self.size = file, hashlib.sha256(), 0
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._file.read(size)
-        self._hash.update(data)
-        self.size += len(data)
-        return data
-
-    def drain(self) -> None:
-        while self.read(1 << 20):
-            pass
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-    @property
-    def sha256(self) -> str:
-        return self._hash.hexdigest()
-
-
-def _row_of(key: str, members: dict[str, Member]) -> dict[str, Any]:
-    """What the index would say, from the tar itself."""
-    row: dict[str, Any] = {"key": key}
+def _row_of(key: str, members: dict[str, Member]) -> Row:
+    """The row that the index should have, from the tar itself."""
+    row: Row = {"key": key}
     for name, member in members.items():
         row |= {f"{name}_ext": member.ext, f"{name}_offset": member.offset, f"{name}_size": len(member.data)}
     return row
 
 
-def _check_sample(row: dict[str, Any], members: dict[str, Member], hrs: Tars, recipe: Recipe) -> str | None:
-    """What is wrong with one sample, None if nothing is."""
+def _check_sample(row: Row, members: dict[str, Member], hrs: Tars, recipe: Recipe) -> str | None:
+    """Problem with one sample, None without one."""
     key = row["key"]
     own_hr = row.get("hr_shard") == row.get("shard")
     if problem := _check_members(row, members, ("hr", "lr", "json") if own_hr else ("lr", "json")):
@@ -256,9 +231,7 @@ def _check_sample(row: dict[str, Any], members: dict[str, Member], hrs: Tars, re
     return _check_info(key, members["json"].data, recipe)
 
 
-def _check_latents(
-    row: dict[str, Any], members: dict[str, Member], source: LatentsSource, recipe: Recipe
-) -> str | None:
+def _check_latents(row: Row, members: dict[str, Member], source: LatentsSource, recipe: Recipe) -> str | None:
     """The same of a sample of latents."""
     key, images = row["key"], () if source.learner else ("lr",)
     if problem := _check_members(row, members, ("latents", *images, "json")):
@@ -279,11 +252,11 @@ def _check_latents(
     return _check_info(key, members["json"].data, recipe)
 
 
-def _check_members(row: dict[str, Any], members: dict[str, Member], wanted: tuple[str, ...]) -> str | None:
-    """Whether a sample's members are there, under their names and where the index says."""
+def _check_members(row: Row, members: dict[str, Member], wanted: tuple[str, ...]) -> str | None:
+    """Problem with the names or places of a sample's members, None without one."""
     key = row["key"]
     for name in wanted:
-        ext = EXTENSION if name == "latents" else row.get(f"{name}_ext", "")
+        ext = LATENTS_EXTENSION if name == "latents" else row.get(f"{name}_ext", "")
         member, called = members.get(name), f"{key}.{name}{ext and '.'}{ext}"
         if member is None or (name != "json" and member.ext != ext):
             return f"sample {key} has no member {called}"

@@ -1,10 +1,10 @@
 """Local directories and S3 prefixes behind the same few calls; what appears under a name is always a whole object."""
 
 from pipelines.storage.errors import Conflict
-from pipelines.storage.interface import ANYTHING, Entry, Storage, Upload
+from pipelines.storage.interface import ANYTHING, Entry, Storage, Upload, is_hidden, leads_out
 from pipelines.storage.local import LocalStorage
-from pipelines.storage.location import open_storage
-from pipelines.storage.names import is_hidden, leads_out, split_uri
+from pipelines.storage.location import object_at, open_storage
+from pipelines.storage.lock import scratch_folder
 from pipelines.storage.transfer import localize, publish
 
 __all__ = [
@@ -17,7 +17,8 @@ __all__ = [
     "is_hidden",
     "leads_out",
     "localize",
+    "object_at",
     "open_storage",
     "publish",
-    "split_uri",
+    "scratch_folder",
 ]

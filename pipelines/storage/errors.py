@@ -1,14 +1,11 @@
-"""What the file system or S3 says, as FileNotFoundError or one message that names the remedy."""
+"""Errors of the file system and S3, as FileNotFoundError or one message that names the remedy."""
 
 import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from deedsr.errors import DeeDSRError, UsageError
-
-__all__ = ["FAILURES", "Away", "Conflict", "Faulty", "Full", "Refused", "explained"]
 
 _FULL = ("QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "InsufficientStorage", "507")
 _FAULTY = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHOSTDOWN, errno.ENOTCONN)
@@ -21,7 +18,7 @@ _WRONG_KEYS = (
 
 
 class Away(DeeDSRError):
-    """S3 did not answer, or not usefully, for as long as it is waited for."""
+    """S3 did not answer, or with server errors, for as long as the retries last."""
 
 
 class Full(DeeDSRError):
@@ -33,14 +30,14 @@ class Refused(UsageError):
 
 
 class Faulty(DeeDSRError):
-    """A file system failed, as one of a network does while its server is away, or damaged what it was given."""
+    """A file system failed, as a network file system does while its server is down, or returned damaged data."""
 
 
-FAILURES = (Away, Full, Refused, Faulty)  # what may be over after a while
+FAILURES = (Away, Full, Refused, Faulty)  # may be temporary
 
 
 class Conflict(DeeDSRError):
-    """The object is not the one expected."""
+    """A conditional write found another version than the expected one."""
 
     def __init__(self, uri: str):
         self.uri = uri
@@ -70,7 +67,7 @@ def explained(verb: str, uri: str) -> Iterator[None]:
         raise reason from (None if _tells_secret(error) else error)
 
 
-def _explain_file_system(verb: str, uri: str, error: Any) -> DeeDSRError:
+def _explain_file_system(verb: str, uri: str, error: OSError) -> DeeDSRError:
     if isinstance(error, PermissionError):
         return Refused(f"no permission to {verb} {uri}")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -85,7 +82,7 @@ def _explain_file_system(verb: str, uri: str, error: Any) -> DeeDSRError:
 
 
 def _explain_s3(verb: str, uri: str, error: Exception) -> Exception | None:
-    # Imported here: whoever got an exception of botocore has it loaded, and local work never needs it.
+    # Imported here: where botocore raised, it is loaded already, and local work does not need it.
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import (
         BotoCoreError,

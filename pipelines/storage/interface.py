@@ -1,13 +1,13 @@
-"""What every storage can do."""
+"""Interface of a storage, and rules for the names of its objects."""
 
 import enum
+import os
+import posixpath
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
-
-__all__ = ["ANYTHING", "Entry", "Expected", "Storage", "Upload"]
 
 
 class _Anything(enum.Enum):
@@ -28,7 +28,7 @@ class Entry(NamedTuple):
 
 
 class Upload(NamedTuple):
-    """A write that has begun and not ended: under way, or abandoned by a process that died. No listing shows it."""
+    """An unfinished write: under way, or abandoned by a process that died. No listing shows it."""
 
     path: str  # of the object that it would have become
     id: str
@@ -57,11 +57,12 @@ class Storage(ABC):
         """`size` bytes from `offset`, fewer at the end. Raises FileNotFoundError if there is no such object."""
 
     @abstractmethod
-    def open(self, path: str) -> BinaryIO:
+    def open(self, path: str, read_ahead: int = 4 << 20) -> BinaryIO:
         """The object as a seekable file to read, in a few MiB of memory however large it is.
 
-        All of it is one version: if another process replaces the object, what is read stays the old one (local) or
-        reading raises Conflict (S3). Raises FileNotFoundError if there is none.
+        `read_ahead`: least bytes of a request to a remote storage; 0 for readers that ask for ranges of their own. All
+        of it is one version: if another process replaces the object, what is read stays the old one (local) or reading
+        raises Conflict (S3). Raises FileNotFoundError if there is none.
         """
 
     @abstractmethod
@@ -107,7 +108,7 @@ class Storage(ABC):
 
     @abstractmethod
     def require_writable(self, needed_bytes: int | None = None) -> None:
-        """Asks before the work whether its results can be kept, and leaves nothing behind.
+        """Checks before the work that results can be written, without leaving anything.
 
         Raises UsageError for a missing bucket, credentials that are wrong or may not write, and a read-only place;
         DeeDSRError for a local disk that is full or has less than `needed_bytes` free.
@@ -136,3 +137,22 @@ class Storage(ABC):
     def local_path(self, path: str) -> Path | None:
         """The object's place in the local file system, None where it has none."""
         return None
+
+
+LONGEST_PART = 255  # bytes between two slashes, on nearly every file system
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a part of the relative path is hidden: macOS's `._photo.jpg`, `.thumbnails/photo.png`."""
+    return any(part.startswith(".") and part.strip(".") for part in path.split("/"))
+
+
+def leads_out(path: str) -> bool:
+    """Whether a name leads out of its folder: absolute, with `..`, or with a zero byte, which no path has."""
+    return path.startswith("/") or "\0" in path or ".." in path.split("/")
+
+
+def makes_a_file(path: str) -> bool:
+    """Whether an object can be copied to a file of its name below a folder, and no other name gives the same file."""
+    short = all(len(os.fsencode(part)) <= LONGEST_PART for part in path.split("/"))
+    return not leads_out(path) and posixpath.normpath(path) == path and short

@@ -16,11 +16,8 @@ from typing import BinaryIO
 from deedsr.errors import DeeDSRError
 from pipelines import machine
 from pipelines.storage.errors import Conflict, explained
-from pipelines.storage.interface import ANYTHING, Entry, Expected, Storage, Upload
+from pipelines.storage.interface import ANYTHING, LONGEST_PART, Entry, Expected, Storage, Upload, leads_out
 from pipelines.storage.lock import PARTIAL, locked
-from pipelines.storage.names import LONGEST_PART, leads_out
-
-__all__ = ["LocalStorage", "begun_name"]
 
 logger = logging.getLogger(__name__)
 _ID = 12  # hexadecimal digits in the name of such a file
@@ -76,7 +73,7 @@ class LocalStorage(Storage):
             file.seek(offset)
             return file.read(size)
 
-    def open(self, path: str) -> BinaryIO:
+    def open(self, path: str, read_ahead: int = 0) -> BinaryIO:
         place = self._place(path)
         with explained("read", str(place)):
             return open(place, "rb", opener=machine.opened_file)
@@ -102,7 +99,7 @@ class LocalStorage(Storage):
                     if expected is not ANYTHING and expected != present:
                         raise Conflict(str(target))
                     version = partial.stat().st_mtime_ns
-                    if present and version <= int(present):  # written within one tick of the file system's clock
+                    if present and version <= int(present):  # within the resolution of the file system's clock
                         version = int(present) + 1
                         os.utime(partial, ns=(version, version))
                     partial.replace(target)
@@ -125,7 +122,7 @@ class LocalStorage(Storage):
                     break
                 try:
                     folder.rmdir()
-                except FileNotFoundError:  # somebody else removed it, or there never was one
+                except FileNotFoundError:  # removed by another process, or never there
                     continue
                 except OSError as error:
                     if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):

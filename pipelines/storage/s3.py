@@ -21,24 +21,21 @@ from contextvars import copy_context
 from datetime import datetime, timedelta
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
 from pipelines.storage.errors import Conflict, Faulty, explained
 from pipelines.storage.interface import ANYTHING, Entry, Expected, Storage, Upload
 from pipelines.storage.waiting import Wait
 
-__all__ = ["TRANSFERS", "S3Storage"]
-
 TRANSFERS = 16  # objects in flight at a time: an S3 request is mostly waiting
 _ATTEMPTS = 10  # to read an object that arrives damaged or is replaced meanwhile
 _CONNECT_SECONDS, _READ_SECONDS = 10, 30  # without an answer for so long, a request is tried again
 _ONE_PUT = 8 << 20  # bytes; what is larger is uploaded in parts, since S3 takes 5 GB in one
 _PIECE = 64 << 10  # bytes of a body taken at a time: no more is lost where it breaks
-_READ_AHEAD = 4 << 20
 _DELETED_AT_ONCE = 1000  # S3's limit
-_making_a_client = threading.Lock()  # else every thread that comes before there is one makes its own
-_WRITER = "deedsr-write"  # metadata that tells a conditional write from those of others
+_making_a_client = threading.Lock()  # else concurrent threads would make a client each
+_WRITER = "deedsr-write"  # metadata that identifies a conditional write
 
 
 class S3Storage(Storage):
@@ -91,8 +88,9 @@ class S3Storage(Storage):
             self.stat(path)
         return b"".join(self._pieces(path, offset, offset + size)) if size else b""
 
-    def open(self, path: str) -> BinaryIO:
-        return io.BufferedReader(_ObjectFile(self, self.stat(path)), _READ_AHEAD)
+    def open(self, path: str, read_ahead: int = 4 << 20) -> BinaryIO:
+        file = _ObjectFile(self, self.stat(path))
+        return io.BufferedReader(file, read_ahead) if read_ahead else cast(BinaryIO, file)
 
     def _fetch(self, path: str, file: BinaryIO) -> None:
         """Writes the whole object to `file`, verified; from the start again if another version appears meanwhile."""
@@ -190,7 +188,7 @@ class S3Storage(Storage):
                 if code == "ConditionalRequestConflict" and left:  # another write was under way
                     time.sleep(0.1)
                 elif code in ("PreconditionFailed", "412", "NoSuchKey", "404"):
-                    # The answer to an attempt that did write may have been lost, and boto3 has then tried again.
+                    # The response to a successful attempt may have been lost, after which boto3 has tried again.
                     return self._version_by(writer, path)
                 else:
                     raise
@@ -265,7 +263,7 @@ class S3Storage(Storage):
 
 
 class _Threads(ThreadPoolExecutor):
-    """Threads that wait no longer than whoever gave them their work (`pipelines.storage.waiting.within`)."""
+    """Threads that inherit the waiting limits of the submitting thread (`pipelines.storage.waiting.within`)."""
 
     def submit(self, call: Any, /, *values: Any, **named: Any) -> Any:
         return super().submit(copy_context().run, call, *values, **named)

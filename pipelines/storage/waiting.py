@@ -1,37 +1,34 @@
-"""How long work waits for storage that is away, full or closed to it: by time, and the same everywhere.
+"""Retries while storage is unreachable, full or not permitted, with one time limit for all commands.
 
-`DEEDSR_STORAGE_SECONDS` (600) is for how long, from the first failure on. A wait is logged every half minute, and ends
+`DEEDSR_STORAGE_SECONDS` (600) is the limit, from the first failure on. A wait is logged every half minute, and ends
 when the command is asked to end.
 """
 
 import logging
 import math
-import os
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from deedsr.errors import DeeDSRError, UsageError
+from deedsr.errors import DeeDSRError
+from pipelines import machine
 from pipelines.storage.errors import Faulty, Full, Refused
-
-__all__ = ["Wait", "cleaning", "fails", "interrupted", "limit", "patiently", "within"]
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 VARIABLE = "DEEDSR_STORAGE_SECONDS"
-_SECONDS = 600.0
 _LINE_SECONDS = 30.0
-_UNSAID_SECONDS = 5.0  # requests to a busy S3 fail now and then: what is over so soon is not logged
+_UNSAID_SECONDS = 5.0  # requests to a busy S3 fail now and then: shorter failures are not logged
 _LONGEST_PAUSE = 10.0
 _CLEANING_SECONDS = 10.0
-_ATTEMPT_SECONDS = 60.0  # that lie between two failures at most: a pause, a connection and an answer that do not come
+_ATTEMPT_SECONDS = 60.0  # longest time between two failures: a pause, a connection and a read that time out
 
-_failed = -math.inf  # when something last failed here that is tried again
-interrupted = threading.Event()  # the command was asked to end: nothing is waited for any more
+_failed = -math.inf  # time of the last failure that is retried
+interrupted = threading.Event()  # the command was asked to end: no more retries
 
 
 class _Bounds(NamedTuple):
@@ -45,27 +42,20 @@ _bounds: ContextVar[_Bounds] = ContextVar("bounds", default=_UNBOUNDED)
 
 
 def fails() -> bool:
-    """Whether this process waits for storage now, as far as it knows."""
+    """Whether a call of this process is being retried."""
     return time.monotonic() - _failed < _ATTEMPT_SECONDS
 
 
 def limit() -> float:
-    """Seconds that a failure of storage may last. Raises UsageError if the variable holds none."""
-    text = os.environ.get(VARIABLE) or str(_SECONDS)
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not seconds >= 0:
-        raise UsageError(f"{VARIABLE} must be a number of seconds, 0 or more, got {text!r}")
-    return min(seconds, _bounds.get().seconds)
+    """Seconds that a failure may last. Raises UsageError if the variable holds no number."""
+    return min(machine.environment_number(VARIABLE, 600.0, "seconds"), _bounds.get().seconds)
 
 
 @contextmanager
 def within(
     seconds: float = math.inf, over: threading.Event | None = None, say: Callable[[str], object] | None = None
 ) -> Iterator[None]:
-    """Inside it, this thread waits for `seconds` at most, and not beyond `over` being set; `say` gets the lines."""
+    """Limits the retries of this thread to `seconds`, and until `over` is set; `say` gets the log lines."""
     before = _bounds.get()
     token = _bounds.set(_Bounds(min(seconds, before.seconds), over or before.over, say or before.say))
     try:
@@ -76,7 +66,7 @@ def within(
 
 @contextmanager
 def cleaning(what: str) -> Iterator[None]:
-    """For tidying up at the end: short, and a failure is logged, so that it hides no other."""
+    """For cleaning up at the end: a short limit, and a failure is logged, so that it replaces no other error."""
     try:
         with within(_CLEANING_SECONDS):
             yield
@@ -85,7 +75,7 @@ def cleaning(what: str) -> Iterator[None]:
 
 
 class Wait:
-    """Attempts of one thing, from its first failure on. `at_once`: the first failure is logged, too."""
+    """Retries of one call, from its first failure on. `at_once`: the first failure is logged as well."""
 
     def __init__(self, at_once: bool = False):
         self._bounds, self._limit = _bounds.get(), limit()
@@ -94,7 +84,7 @@ class Wait:
         self._longest = 0.1
 
     def pause(self, failure: object) -> float | None:
-        """Seconds until the next attempt; None where there is to be none."""
+        """Seconds until the next attempt; None to give up."""
         global _failed
         now = time.monotonic()
         left = self._limit - (now - self._began)
@@ -108,20 +98,20 @@ class Wait:
         return min(self._longest * random.uniform(0.5, 1), left)
 
     def sleep(self, failure: object) -> bool:
-        """Sleeps until the next attempt; False where there is to be none."""
+        """Sleeps until the next attempt; False to give up."""
         pause = self.pause(failure)
         return pause is not None and not self._bounds.over.wait(pause)
 
 
-def patiently(call: Callable[[], Result]) -> Result:
-    """What `call` returns, tried again while a disk is full, a right is missing or a file system fails.
+def patiently(call: Callable[..., Result], *values: Any, **named: Any) -> Result:
+    """Calls with these arguments, again while a disk is full, a right is missing or a file system fails.
 
-    What S3 does not answer is waited for request by request, inside of it (`pipelines.storage.s3`).
+    Requests that S3 does not answer are retried one by one in `pipelines.storage.s3`.
     """
     wait: Wait | None = None
     while True:
         try:
-            return call()
+            return call(*values, **named)
         except (Full, Refused, Faulty) as error:
             wait = wait or Wait(at_once=True)
             if not wait.sleep(error):

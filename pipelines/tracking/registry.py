@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from deedsr.errors import UsageError
 from pipelines.storage import Storage, is_hidden
-from pipelines.storage.cache import kept
+from pipelines.storage.transfer import kept
 from pipelines.tracking.run import Run
 from pipelines.tracking.stale import OUT_TAG
 from pipelines.tracking.store import connect, masked_uri, quoted, sqlite_path, tracking_uri
@@ -124,7 +124,7 @@ def _there(client: "MlflowClient", model: str) -> str:
 
 
 def fetch(version: Version) -> Path:
-    """A model among MLflow's artifacts, downloaded once by each node (`pipelines.storage.cache.kept`)."""
+    """A model among MLflow's artifacts, downloaded once by each node (`pipelines.storage.transfer.kept`)."""
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 

@@ -10,8 +10,19 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+from deedsr.errors import UsageError
 from pipelines.storage.lock import PARTIAL, locked
-from pipelines.tracking.store import StoreAway, sqlite_uri
+
+
+class StoreAway(UsageError):
+    """The MLflow store cannot be reached."""
+
+
+def sqlite_uri(path: Path) -> str:
+    """The store in a file."""
+    quoted = str(path).replace("%", "%25").replace("?", "%3F")
+    # MLflow makes the folder of what stands behind `sqlite:///` without unquoting it; with the driver's name, none.
+    return f"sqlite:///{path}" if quoted == str(path) else f"sqlite+pysqlite:///{quoted}"
 
 
 def prepare(path: Path) -> None:

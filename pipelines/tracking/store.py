@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
 from deedsr.errors import UsageError
+from pipelines.tracking.sqlite import StoreAway, prepare, sqlite_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
 EXPERIMENTS = ("deedsr-shards", "deedsr-learner", "deedsr-adapter", "deedsr-evaluation")
 _SQLITE = re.compile(r"sqlite(\+pysqlite)?:///")
 SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
-
-
-class StoreAway(UsageError):
-    """The MLflow store cannot be reached."""
 
 
 def tracking_uri(uri: str | None = None) -> str:
@@ -83,8 +80,6 @@ def connect(uri: str) -> "MlflowClient":
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    from pipelines.tracking import sqlite
-
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     remedy = "start the server or set MLFLOW_TRACKING_URI to a store that can be reached"
@@ -92,7 +87,7 @@ def connect(uri: str) -> "MlflowClient":
         if store := sqlite_path(uri):
             remedy = _sqlite_remedy(store)
             store.parent.mkdir(parents=True, exist_ok=True)
-            sqlite.prepare(store)
+            prepare(store)
         with _few_retries():
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
@@ -121,13 +116,6 @@ def quoted(value: str) -> str:
     if not quotes:
         raise UsageError(f"{value} has quotes of both kinds: MLflow cannot search for that name, choose another")
     return f"{quotes[0]}{value}{quotes[0]}"
-
-
-def sqlite_uri(path: Path) -> str:
-    """The store in a file."""
-    quoted = str(path).replace("%", "%25").replace("?", "%3F")
-    # MLflow makes the folder of what stands behind `sqlite:///` without unquoting it; with the driver's name, none.
-    return f"sqlite:///{path}" if quoted == str(path) else f"sqlite+pysqlite:///{quoted}"
 
 
 def sqlite_path(uri: str) -> Path | None:

@@ -17,14 +17,14 @@ from deedsr.adapter.adapter import DegradationAwareAdapter, freeze
 from deedsr.adapter.objective import denoising_loss, noisy_and_target
 from deedsr.dataset.keys import generator
 from deedsr.dataset.manifest import LatentsSource
-from deedsr.hub.digests import base_digest, part_digest
 from deedsr.hub.model_card import copy_base_licence, write_card
 from deedsr.hub.model_folder import FORMAT_VERSION, load_part
 from deedsr.learner.resnet import DegradationLearner
-from deedsr.sampling.latents import downsampling_factor, encode_latents, enlarge
+from deedsr.sampling.autoencoder import downsampling_factor, encode_latents
+from deedsr.sampling.images import enlarge
 from deedsr.sampling.schedule import ddim
 from pipelines.data.dataset import Dataset
-from pipelines.models import load_vae, on_a_worker, resolve_base, resolve_learner, resolve_model
+from pipelines.models import Adapter, Base, Learner
 from pipelines.training.config import AdapterOptions
 from pipelines.training.metrics import by_timestep, middles
 from pipelines.training.stage import Workers, fresh, initial_weights
@@ -65,22 +65,21 @@ class AdapterStage:
     def __init__(self, options: AdapterOptions, scale: int, latents: LatentsSource | None = None):
         """`latents`: the dataset holds latents made of these; then neither VAE nor learner is loaded to train."""
         self.options, self.scale, self.latents = options, scale, latents
+        self.base, self.trained_learner = Base(options.base), Learner(options.learner)
+        self.init = Adapter(options.init) if options.init else None
 
     def fetch(self) -> None:
-        with on_a_worker():
-            resolve_base(self.options.base)
-            resolve_learner(self.options.learner)
-            if self.options.init is not None:
-                resolve_model(self.options.init)
+        for reference in (self.base, self.trained_learner, *([self.init] if self.init else [])):
+            _ = reference.path
 
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        base = resolve_base(self.options.base)
+        base = self.base.path
         frozen = {"torch_dtype": dtype}
         # Channels last: a fifth faster on CPUs, what tensor cores want on GPUs.
         place = {"device": device, "memory_format": torch.channels_last}
         self.unet = freeze(load_part(base, "unet", **frozen)).to(**place)
         if self.latents is None:
-            self.vae = freeze(load_vae(base, **frozen)).to(**place)
+            self.vae = freeze(load_part(base, "vae", **frozen)).to(**place)
             self.vae_factor = downsampling_factor(self.vae)
         else:
             self.vae_factor = self.latents.factor
@@ -93,13 +92,13 @@ class AdapterStage:
             self.unet,
             preset=self.options.model.preset,
             tokens=self.options.model.tokens,
-            degradation_dim=DegradationLearner.load_config(resolve_learner(self.options.learner))["widths"][-1],
+            degradation_dim=DegradationLearner.load_config(self.trained_learner.path)["widths"][-1],
             ablate=self.options.model.ablate,
             prediction_type=self.scheduler.config["prediction_type"],
         )
         self.adapter.initialize_from(self.unet)
-        if self.options.init is not None:
-            self.adapter.load_state_dict(initial_weights(self.options.init, self.name, self.adapter))
+        if self.init:
+            self.adapter.load_state_dict(initial_weights(self.init, self.adapter))
         self.adapter.to(device).attach(self.unet)
         if self.options.train.gradient_checkpointing:
             for network in (self.unet, self.adapter):
@@ -108,7 +107,7 @@ class AdapterStage:
         return self.adapter
 
     def _trained_learner(self) -> DegradationLearner:
-        return DegradationLearner.from_pretrained(resolve_learner(self.options.learner), low_cpu_mem_usage=False)
+        return DegradationLearner.from_pretrained(self.trained_learner.path, low_cpu_mem_usage=False)
 
     def sample(self, dataset: Dataset, index: pa.Table, row: int, epoch: int) -> dict[str, Any]:
         """The whole LR for the learner; an aligned LR/HR crop, a timestep and the noise for the denoiser. Of latents:
@@ -241,18 +240,17 @@ class AdapterStage:
             exported.save_pretrained(folder / part)
         configuration = asdict(self.options)
         training = (history or {}) | {
-            "learner": part_digest(resolve_learner(self.options.learner)),
+            "learner": self.trained_learner.digest,
             "prediction_type": self.scheduler.config["prediction_type"],
             "configuration": {part: configuration[part] for part in ("model", "diffusion", "train")},
             "created_by": f"deedsr {deedsr.__version__}",
         }
         lineage = {"base": self.options.base, "license": self.options.license, "training": training}
         made: dict[str, Any] = {"scale": self.scale, "sampling": self.options.sampling}
-        digest = base_digest(resolve_base(self.options.base))
-        description = {"format_version": FORMAT_VERSION} | made | lineage | {"base_digest": digest}
+        description = {"format_version": FORMAT_VERSION} | made | lineage | {"base_digest": self.base.digest}
         (folder / "deedsr.json").write_text(json.dumps(description, indent=2))
         write_card(folder, **made, lineage=lineage)
-        copy_base_licence(resolve_base(self.options.base), folder)
+        copy_base_licence(self.base.path, folder)
 
 
 def _unit(image: np.ndarray) -> np.ndarray:

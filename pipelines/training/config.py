@@ -3,10 +3,13 @@
 import math
 import re
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from deedsr.errors import UsageError
 
+Workers = Annotated[int | str, Field(union_mode="left_to_right")]  # "2" is the number
 Ablation = Literal["vector", "global", "local", "da"]  # as the adapter knows them
 
 
@@ -14,113 +17,113 @@ Ablation = Literal["vector", "global", "local", "da"]  # as the adapter knows th
 class TrainOptions:
     """What both stages share."""
 
-    lr: float = 1e-4  # peak learning rate
-    schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up
-    schedule_steps: int | None = None  # at which the cosine ends; null = the max_steps that the run began with
-    warmup_steps: int = 0  # linear warm-up
-    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: momentum 0.9
-    weight_decay: float = 0.01  # of AdamW or SGD
-    clip_grad_norm: float = 0.0  # 0 = off
-    max_steps: int = 1000  # optimizer steps in all
-    global_batch_size: int = 32  # samples per optimizer step, over all workers and accumulation
-    micro_batch_size: int | None = None  # samples per forward on one worker; null = all it gets
-    num_workers: int | str = "auto"  # auto = the most that the batch divides over; a number; a range such as 1..4
-    zero_stage: Literal[0, 1, 2, 3] = 0  # DeepSpeed ZeRO
-    precision: Literal["fp32", "bf16"] = "fp32"  # of forwards; weights, gradients and what adds up stay fp32
-    exact_sums: bool = True  # gradients add up in float64: the same on any number of workers, for 8 bytes a weight
-    seed: int = 0  # of initial weights, order of samples and every draw
-    checkpoint_every: int = 200  # optimizer steps
-    keep_checkpoints: int = 2  # the newest stay
-    best_metric: str | None = None  # a logged metric, such as loss (here: mean of 100 steps): the best one stays too
-    best_mode: Literal["min", "max"] = "min"  # whether a lower best_metric is better
-    spike_sigma: float = 0.0  # a loss so many sigma above the last 100 is a spike; 0 = only NaN and infinity are
-    on_spike: Literal["skip", "stop"] = "skip"  # a step with a spike, NaN or infinity is not taken, or ends the run
-    hang_seconds: float = 60.0  # a worker without progress dies and is restarted; 0 = off
-    cache_gb: float = 20.0  # of remote shards that a node keeps copies of, fetched ahead of need; 0 = none
-    loader_threads: int | None = None  # that read and decode, for each worker; null = cpus_per_worker, 2 to 8
-    log_every: int = 10  # optimizer steps between points of the curves
-    validate_every: int = 0  # optimizer steps between validations; 0 = off
-    validation_samples: int = 32  # pairs of the validation split, always the same
-    validation_pictures: int = 2  # of them that the adapter enlarges each time
-    gradient_checkpointing: bool = False  # activations are computed twice instead of held: less memory, more time
-    compile: bool = False  # by torch.compile: minutes at every start, then faster steps; not with zero_stage 3
-    ema_decay: float = 0.0  # averaged weights are the ones exported; 0 = off
-    max_failures: int = 3  # restarts of the worker group before the run gives up; -1 = never
-    cpus_per_worker: float | None = None  # reserved for a worker; null = all that there are for it
-    compute_threads: int | None = None  # on CPUs, of each worker; null = 1 with exact_sums, else cpus_per_worker
-    gpus_per_worker: float | None = None  # 0 or 1; null = 1, and 0 on a single machine without a GPU
+    lr: Annotated[float, "peak learning rate"] = 1e-4
+    schedule: Annotated[Literal["constant", "cosine"], "learning rate after the warm-up"] = "constant"
+    schedule_steps: Annotated[int | None, "last step of the cosine; null = max_steps of the first command"] = None
+    warmup_steps: Annotated[int, "steps of linear warm-up"] = 0
+    optimizer: Annotated[Literal["adamw", "sgd"], "sgd: momentum 0.9"] = "adamw"
+    weight_decay: Annotated[float, "weight decay"] = 0.01
+    clip_grad_norm: Annotated[float, "maximum gradient norm; 0 = off"] = 0.0
+    max_steps: Annotated[int, "optimizer steps in total"] = 1000
+    global_batch_size: Annotated[int, "samples per optimizer step, over all workers and accumulation"] = 32
+    micro_batch_size: Annotated[int | None, "samples per forward on one worker; null = its whole share"] = None
+    num_workers: Annotated[Workers, "auto = most that the batch divides over; a number; a range such as 1..4"] = "auto"
+    zero_stage: Annotated[Literal[0, 1, 2, 3], "DeepSpeed ZeRO"] = 0
+    precision: Annotated[Literal["fp32", "bf16"], "forward precision; weights, gradients and sums stay fp32"] = "fp32"
+    exact_sums: Annotated[bool, "fp64 gradient sums, equal for any number of workers; 8 bytes per weight"] = True
+    seed: Annotated[int, "seed of initial weights, sample order and all random draws"] = 0
+    checkpoint_every: Annotated[int, "optimizer steps between checkpoints"] = 200
+    keep_checkpoints: Annotated[int, "number of newest checkpoints to keep"] = 2
+    best_metric: Annotated[str | None, "also keep the best checkpoint by this metric, such as the mean loss"] = None
+    best_mode: Annotated[Literal["min", "max"], "min: a lower best_metric is better"] = "min"
+    spike_sigma: Annotated[float, "threshold above the mean of the last 100 losses; 0 = only NaN and inf"] = 0.0
+    on_spike: Annotated[Literal["skip", "stop"], "skip the optimizer step, or end the run"] = "skip"
+    hang_seconds: Annotated[float, "restart a worker after this time without progress; 0 = off"] = 60.0
+    cache_gb: Annotated[float, "local cache of remote shards per node; 0 = off"] = 20.0
+    loader_threads: Annotated[int | None, "loader threads per worker; null = cpus_per_worker, 2 to 8"] = None
+    log_every: Annotated[int, "optimizer steps between logged metrics"] = 10
+    validate_every: Annotated[int, "optimizer steps between validations; 0 = off"] = 0
+    validation_samples: Annotated[int, "pairs of the validation split, the same in each validation"] = 32
+    validation_pictures: Annotated[int, "number of them that the adapter upscales and logs"] = 2
+    gradient_checkpointing: Annotated[bool, "recompute activations in backward: less memory, more time"] = False
+    compile: Annotated[bool, "use torch.compile: slower start, faster steps; not with zero_stage 3"] = False
+    ema_decay: Annotated[float, "exponential moving average; its weights are exported; 0 = off"] = 0.0
+    max_failures: Annotated[int, "restarts of the worker group before the run fails; -1 = no limit"] = 3
+    cpus_per_worker: Annotated[float | None, "CPUs reserved per worker; null = an equal share of all"] = None
+    compute_threads: Annotated[int | None, "CPU threads per worker; null = cpus_per_worker, 1 with exact_sums"] = None
+    gpus_per_worker: Annotated[float | None, "0 or 1; null = 1, or 0 on a single machine without a GPU"] = None
 
 
 @dataclass
 class ContrastOptions:
     """Momentum contrast (docs/method.md, stage 1)."""
 
-    queue_size: int = 24576  # past keys that serve as negatives
-    momentum: float = 0.999  # of the key encoder, per optimizer step
-    temperature: float = 0.07  # of the contrastive loss
-    batch_block: int = 32  # consecutive samples of the global batch that stay in one forward; see MomentumContrast
-    batch_negatives: bool = False  # keys of the other samples of the block are negatives too
+    queue_size: Annotated[int, "keys in the queue of negatives"] = 24576
+    momentum: Annotated[float, "of the key encoder, per optimizer step"] = 0.999
+    temperature: Annotated[float, "of the contrastive loss"] = 0.07
+    batch_block: Annotated[int, "consecutive samples that share one forward; see MomentumContrast"] = 32
+    batch_negatives: Annotated[bool, "also use keys of the same block as negatives"] = False
 
 
 @dataclass
 class LearnerModelOptions:
     """Degradation learner; the defaults are the paper's 85 M parameter ResNet."""
 
-    preset: Literal["paper", "tiny"] = "paper"  # size of the network
-    norm_group: int = 16  # samples that share batch-norm statistics; divides contrast.batch_block
-    statistics: list[int] | None = None  # layers on statistics of the picture; [] = none, null = the preset's
+    preset: Annotated[Literal["paper", "tiny"], "size of the network"] = "paper"
+    norm_group: Annotated[int, "samples that share batch-norm statistics; divides contrast.batch_block"] = 16
+    statistics: Annotated[list[int] | None, "widths of layers on image statistics; [] = none; null = preset"] = None
 
 
 @dataclass
 class LearnerOptions:
     """`deedsr train learner`"""
 
-    data: str = ""  # degradation shards
-    out: str = ""  # checkpoints and the trained learner
-    init: str | None = None  # start from the weights of this learner or model, of the same geometry; null = new ones
+    data: Annotated[str, "degradation shards"] = ""
+    out: Annotated[str, "checkpoints and the trained learner"] = ""
+    init: Annotated[str | None, "initial weights: learner or model of the same geometry; null = random"] = None
     model: LearnerModelOptions = field(default_factory=LearnerModelOptions)
     contrast: ContrastOptions = field(default_factory=ContrastOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
-    experiment: str = "deedsr-learner"  # MLflow experiment
-    register_as: str | None = "deedsr-learner"  # name of the model in MLflow's registry; null = not registered
+    experiment: Annotated[str, "MLflow experiment"] = "deedsr-learner"
+    register_as: Annotated[str | None, "name in MLflow's model registry; null = not registered"] = "deedsr-learner"
 
 
 @dataclass
 class AdapterModelOptions:
     """Degradation-aware adapter; its geometry follows the base's UNet."""
 
-    preset: Literal["paper", "tiny"] = "paper"  # size of the encoder and the branches
-    tokens: Literal["new_kv", "project"] = "new_kv"  # global branch: new to_k/to_v, or tokens projected to the base's
-    ablate: list[Ablation] = field(default_factory=list)  # left out: the learner's vector, a branch, the DA blocks
+    preset: Annotated[Literal["paper", "tiny"], "size of the encoder and the branches"] = "paper"
+    tokens: Annotated[Literal["new_kv", "project"], "global branch: new to_k/to_v or projected tokens"] = "new_kv"
+    ablate: Annotated[list[Ablation], "parts of the method to leave out"] = field(default_factory=list)
 
 
 @dataclass
 class DiffusionOptions:
     """Objective of stage 2."""
 
-    lr_crop: int = 0  # LR pixels per side that the denoiser trains on, cut when reading; 0 = the whole LR
-    timestep_power: float = 1.0  # timestep = T * u ** power, u uniform; above 1 trains low noise more often
-    max_timestep: int | None = None  # T above: train below it, where guided sampling asks the UNet; null = all
-    noise_guidance: float = 0.0  # strength that half of the noisy latents are pulled to the LR with, the others less
-    snr_gamma: float = 0.0  # cap on the weight of low noise, min(SNR, gamma) on the clean latent; 0 = off
+    lr_crop: Annotated[int, "LR pixels per side of the training crop; 0 = the whole LR"] = 0
+    timestep_power: Annotated[float, "timestep = T * u ** power, u uniform; above 1 samples low noise more often"] = 1.0
+    max_timestep: Annotated[int | None, "T above; train only below it; null = all timesteps"] = None
+    noise_guidance: Annotated[float, "maximum blend of the LR latent into the noisy latent; 0 = off"] = 0.0
+    snr_gamma: Annotated[float, "min-SNR weighting, min(SNR, gamma) on the clean latent; 0 = off"] = 0.0
 
 
 @dataclass
 class AdapterOptions:
     """`deedsr train adapter`"""
 
-    data: str = ""  # degradation shards
-    learner: str = ""  # output of `deedsr train learner`: folder, URI or models:/NAME/VERSION
-    base: str = "tiny"  # frozen diffusion model: `tiny`, a diffusers folder or URI, or a hub id
-    out: str = ""  # checkpoints and the trained model folder
-    init: str | None = None  # start from the weights of this model's adapter, of the same geometry; null = new ones
+    data: Annotated[str, "degradation shards"] = ""
+    learner: Annotated[str, "output of `deedsr train learner`: folder, URI or models:/NAME/VERSION"] = ""
+    base: Annotated[str, "frozen diffusion model: `tiny`, a diffusers folder or URI, or a hub id"] = "tiny"
+    out: Annotated[str, "checkpoints and the trained model folder"] = ""
+    init: Annotated[str | None, "initial weights: model of the same geometry; null = random"] = None
     model: AdapterModelOptions = field(default_factory=AdapterModelOptions)
     diffusion: DiffusionOptions = field(default_factory=DiffusionOptions)
-    sampling: dict[str, Any] = field(default_factory=dict)  # sampling defaults stored with the model
-    license: str = "other"  # of the trained weights, for LICENSE and model card: an SPDX name such as apache-2.0
+    sampling: Annotated[dict[str, Any], "sampling defaults stored with the model"] = field(default_factory=dict)
+    license: Annotated[str, "license of the trained weights: an SPDX id such as apache-2.0"] = "other"
     train: TrainOptions = field(default_factory=TrainOptions)
-    experiment: str = "deedsr-adapter"  # MLflow experiment
-    register_as: str | None = "deedsr-adapter"  # name of the model in MLflow's registry; null = not registered
+    experiment: Annotated[str, "MLflow experiment"] = "deedsr-adapter"
+    register_as: Annotated[str | None, "name in MLflow's model registry; null = not registered"] = "deedsr-adapter"
 
 
 def worker_range(num_workers: int | str) -> tuple[int, int] | None:

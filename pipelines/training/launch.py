@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from deedsr.errors import UsageError
-from deedsr.metrics.psnr import PSNR
+from deedsr.metrics.fidelity import PSNR
 from pipelines import cluster, tracking
 from pipelines.claims import held
-from pipelines.data.dataset import Dataset
+from pipelines.data.dataset import Dataset, no_validation
 from pipelines.data.index import require_hr
-from pipelines.data.splits import no_validation
-from pipelines.placement import TrainingPlan, place_training
 from pipelines.storage import Storage, open_storage
 from pipelines.training import checkpoint
 from pipelines.training.checks import (
@@ -43,6 +41,7 @@ from pipelines.training.identity import (
     weights_digest,
 )
 from pipelines.training.metrics import FOLDER, recorded
+from pipelines.training.placement import TrainingPlan, place_training
 from pipelines.training.schedules import with_schedule
 from pipelines.training.supervision import WITHOUT_GPUS, progress_bar, supervised
 
@@ -68,54 +67,55 @@ def train_learner(options: LearnerOptions, *, progress: bool = True) -> TrainRes
     Raises UsageError for a configuration that cannot work or differs from the one `options.out` began with,
     DeeDSRError when the training failed.
     """
+    from pipelines.models import Learner
+
     options = _located(options)
     dataset = _open("learner", options).require_pixels("the learner")
+    init = Learner.find(options.init) if options.init else None
+    options = replace(options, init=init.name if init else None)
     check_learner_data(options, dataset)
     require_best_metric(options, dataset)
     unit = options.contrast.batch_block
-    inputs = {"dataset": dataset.digest} | _initial("learner", options)
+    inputs = {"dataset": dataset.digest}
+    if init:
+        from pipelines.training.stage import check_initial_learner
+
+        check_initial_learner(init, options)
+        inputs["init"] = weights_digest(init.path)
     return Launch("learner", options, dataset, unit, inputs, {}, progress).fit()
 
 
 def train_adapter(options: AdapterOptions, *, progress: bool = True) -> TrainResult:
     """Stage 2; see `train_learner`."""
     from deedsr.hub.base import check_base
-    from deedsr.hub.digests import base_digest
-    from deedsr.hub.model_folder import pinned_base
-    from pipelines.models import resolve_base, resolve_learner, training_run
+    from pipelines.models import Adapter, Base, Learner
 
     options = _located(options)
     dataset = _open("adapter", options)
-    base, learner = resolve_base(options.base), resolve_learner(options.learner)
-    check_base(base, options.diffusion.max_timestep)
-    options = replace(options, base=pinned_base(options.base, base))  # one revision for all workers and continuations
-    check_adapter_data(options, dataset, base, learner)
-    require_best_metric(options, dataset, base)
+    base, learner = Base.find(options.base), Learner.find(options.learner)
+    init = Adapter.find(options.init) if options.init else None
+    # The names of one revision, for workers, continuations and whoever loads the model later.
+    options = replace(options, base=base.name, learner=learner.name, init=init.name if init else None)
+    check_base(base.path, options.diffusion.max_timestep)
+    check_adapter_data(options, dataset, base.path, learner.path)
+    require_best_metric(options, dataset, base.path)
     require_latents_of(dataset, options, base, learner)
-    inputs = {"dataset": dataset.digest, "learner": weights_digest(learner), "base": base_digest(base)}
-    inputs |= _initial("adapter", options)
-    parents = {"learner": training_run(options.learner)}
+    inputs = {"dataset": dataset.digest, "learner": weights_digest(learner.path), "base": base.digest}
+    if init:
+        from pipelines.training.stage import check_initial_adapter
+
+        check_initial_adapter(init, options, base, learner)
+        inputs["init"] = weights_digest(init.path)
+    parents = {"learner": learner.run_id}
     return Launch("adapter", options, dataset, 1, inputs, parents, progress).fit()
 
 
-def _initial(stage: str, options: LearnerOptions | AdapterOptions) -> dict[str, str]:
-    """Digest of the weights that the training starts from, where it does not start from new ones."""
-    if options.init is None:
-        return {}
-    from pipelines.training.stage import check_initial, initial_folder
-
-    check_initial(options.init, options)
-    return {"init": weights_digest(initial_folder(options.init, stage))}
-
-
 def _located(options: Options) -> Options:
-    """Names and relative paths as workers, and whoever loads the model later, can use them."""
-    from pipelines.models import pinned
-
-    networks = {name: getattr(options, name) for name in ("learner", "base", "init") if getattr(options, name, None)}
+    """Relative paths as workers can use them."""
     places = {name: getattr(options, name) for name in ("data", "out")}
-    located: dict[str, Any] = {name: pinned(network) for name, network in networks.items()}
-    located |= {name: open_storage(place).uri for name, place in places.items() if place and "://" not in place}
+    located: dict[str, Any] = {
+        name: open_storage(place).uri for name, place in places.items() if place and "://" not in place
+    }
     return replace(options, **located)
 
 

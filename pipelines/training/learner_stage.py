@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deedsr.dataset.keys import generator
-from deedsr.learner.moco import UNGROUPED, MomentumContrast, same_group
+from deedsr.learner.moco import UNGROUPED, MomentumContrast, quadrant_pair, same_group
 from deedsr.learner.normalization import commit_statistics, drop_statistics, pending_statistics
-from deedsr.learner.pairs import quadrant_pair
 from deedsr.learner.resnet import DegradationLearner
 from pipelines.data.dataset import Dataset
+from pipelines.models import Learner
 from pipelines.training.config import LearnerOptions
-from pipelines.training.stage import Workers, fresh, initial_folder, initial_weights, learner_config, under
+from pipelines.training.stage import Workers, fresh, initial_weights, learner_config, under
 
 
 class LearnerBatch(TypedDict):
@@ -36,17 +36,18 @@ class LearnerStage:
 
     def __init__(self, options: LearnerOptions):
         self.options = options
+        self.init = Learner(options.init) if options.init else None
         self.unit = options.contrast.batch_block
 
     def fetch(self) -> None:
-        if self.options.init is not None:
-            initial_folder(self.options.init, self.name)
+        if self.init:
+            _ = self.init.path
 
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         torch.manual_seed(self.options.train.seed)
         self.learner = DegradationLearner(**learner_config(self.options.model)).to(device)
-        if self.options.init is not None:
-            self.learner.load_state_dict(initial_weights(self.options.init, self.name, self.learner))
+        if self.init:
+            self.learner.load_state_dict(initial_weights(self.init, self.learner))
         if self.options.train.gradient_checkpointing:
             self.learner.checkpoint_gradients()
         self.contrast = MomentumContrast(self.learner, **asdict(self.options.contrast)).to(device)

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
@@ -18,9 +18,9 @@ from pipelines.data.dataset import Dataset
 from pipelines.data.loader import Batch, follow, micro_batches
 from pipelines.data.order import SampleOrder
 from pipelines.data.shard_cache import ShardCache
-from pipelines.scratch import scratch_folder
 from pipelines.storage import open_storage, publish, waiting
 from pipelines.storage.errors import FAILURES
+from pipelines.storage.lock import scratch_folder
 from pipelines.training import checkpoint
 from pipelines.training.config import AdapterOptions, LearnerOptions, micro_batch
 from pipelines.training.engine import Engine, on_cpu
@@ -48,6 +48,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 1.0  # between two looks at a checkpoint that is being written
 VALIDATION_SECONDS = 1800.0  # that a validation may take before a worker counts as hung
+
+
+def make_stage(options: LearnerOptions | AdapterOptions, dataset: Dataset) -> Stage[Any]:
+    if isinstance(options, LearnerOptions):
+        from pipelines.training.learner_stage import LearnerStage
+
+        return LearnerStage(options)
+    from pipelines.training.adapter_stage import AdapterStage
+
+    return AdapterStage(options, dataset.scale, dataset.manifest.latents)
 
 
 def train(
@@ -178,10 +188,7 @@ class Loop:
         )
         self.meter = Meter(plan.global_batch_size, self.device, self.latest.get("loss_smoothed"))
         self.validation = Validation(self.stage, self.dataset, self.engine, micro)
-        self.batches = self._read(micro)
-
-    def _read(self, micro: int) -> Iterator[Batch]:
-        return micro_batches(
+        self.batches = micro_batches(
             self.order,
             lambda epoch, row: self.stage.sample(self.dataset, self.index, row, epoch),
             first_step=self.first_step,
@@ -339,13 +346,9 @@ class Loop:
 
     def _publish(self, last: checkpoint.Checkpoint, tensors: checkpoint.Tensors) -> None:
         """The averaged weights where there are any, else the last ones."""
-        averaged, rest = under(tensors["state"], "ema."), under(tensors["state"], "stage.")
+        averaged, rest, data = under(tensors["state"], "ema."), under(tensors["state"], "stage."), self.dataset
         history = {
-            "dataset": {
-                "digest": self.dataset.digest,
-                "recipe": self.dataset.recipe.name,
-                "samples": self.index.num_rows,
-            },
+            "dataset": {"digest": data.digest, "recipe": data.recipe.name, "samples": self.index.num_rows},
             "step": last.step,
             "samples_seen": last.samples_seen,
             "metrics": {name: value for name, value in last.metrics.items() if name.startswith("validation/")},

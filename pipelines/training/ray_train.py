@@ -33,9 +33,8 @@ from pipelines.storage import Storage, open_storage
 from pipelines.training.config import AdapterOptions, LearnerOptions, from_resolved
 from pipelines.training.health import Ended, Moved, Stop, Untrainable, Unwritable, listen, terminated
 from pipelines.training.identity import Claim
-from pipelines.training.loop import train
+from pipelines.training.loop import make_stage, train
 from pipelines.training.metrics import record_part, recorded
-from pipelines.training.stage import make_stage
 
 logger = logging.getLogger(__name__)
 

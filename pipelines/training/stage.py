@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from deedsr.adapter.adapter import DegradationAwareAdapter
 from deedsr.errors import UsageError
 from deedsr.hub.model_folder import load_part
-from deedsr.learner.resnet import LEARNER_PRESETS, DegradationLearner
+from deedsr.learner.resnet import DegradationLearner
+from deedsr.presets import LEARNER_PRESETS
 from pipelines.data.dataset import Dataset
-from pipelines.models import resolve_base, resolve_learner, resolve_model
+from pipelines.models import Adapter, Base, Learner
 from pipelines.training.config import AdapterOptions, LearnerModelOptions, LearnerOptions
 
 if TYPE_CHECKING:
@@ -92,17 +93,6 @@ class Stage(Protocol[BatchT]):
         """Write the model that whole fp32 parameters and what `state` gave make; `history` goes into the model card."""
 
 
-def make_stage(options: LearnerOptions | AdapterOptions, dataset: Dataset) -> Stage[Any]:
-    """The stage that these options are of."""
-    if isinstance(options, LearnerOptions):
-        from pipelines.training.learner_stage import LearnerStage
-
-        return LearnerStage(options)
-    from pipelines.training.adapter_stage import AdapterStage
-
-    return AdapterStage(options, dataset.scale, dataset.manifest.latents)
-
-
 def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The entries below `prefix`, without it."""
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
@@ -113,50 +103,44 @@ def fresh(model: Any) -> Any:
     return type(model)(**{key: value for key, value in model.config.items() if not key.startswith("_")})
 
 
-def initial_folder(init: str, part: str) -> Path:
-    """Local folder of the `learner` or `adapter` that `--init` names. Raises UsageError where there is none."""
-    return resolve_learner(init) if part == "learner" else resolve_model(init) / part
-
-
-def initial_weights(init: str, part: str, like: Any) -> dict[str, Tensor]:
-    """State dict of the `learner` or `adapter` of `init` for a module `like` this one (its weights may be on `meta`).
+def initial_weights(init: Learner | Adapter, like: Any) -> dict[str, Tensor]:
+    """State dict of `init` for a module `like` this one (its weights may be on `meta`).
 
     Raises UsageError where there is none or it has another geometry.
     """
-    folder = initial_folder(init, part)
-    stored = load_part(folder.parent, folder.name)
+    part = "learner" if isinstance(init, Learner) else "adapter"
+    stored = load_part(init.path.parent, init.path.name)
     ours, theirs = _geometry(like), _geometry(stored)
     differing = [f"{key} {theirs.get(key)} instead of {ours[key]}" for key in ours if theirs.get(key) != ours[key]]
     if differing:
         raise UsageError(
-            f"--init {init} is of another geometry than this training's {part}: {'; '.join(differing):.300}. "
+            f"--init {init.name} is of another geometry than this training's {part}: {'; '.join(differing):.300}. "
             "Choose the preset and the base that it was made with, or leave --init out"
         )
     return stored.state_dict()
 
 
-def check_initial(init: str, options: LearnerOptions | AdapterOptions) -> None:
+def check_initial_learner(init: Learner, options: LearnerOptions) -> None:
     """The UsageError of `initial_weights` before any worker starts."""
-    part, like = _network(options)
-    initial_weights(init, part, like)
+    with torch.device("meta"):
+        like = DegradationLearner(**learner_config(options.model))
+    initial_weights(init, like)
+
+
+def check_initial_adapter(init: Adapter, options: AdapterOptions, base: Base, learner: Learner) -> None:
+    """The UsageError of `initial_weights` before any worker starts."""
+    dim = DegradationLearner.load_config(learner.path)["widths"][-1]
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base.path, subfolder="unet"))
+        model = options.model
+        like = DegradationAwareAdapter.for_unet(unet, model.preset, dim, model.tokens, model.ablate)
+    initial_weights(init, like)
 
 
 def learner_config(model: LearnerModelOptions) -> dict[str, Any]:
     """Arguments of the `DegradationLearner` that stage 1 trains."""
     own = {} if model.statistics is None else {"statistics": tuple(model.statistics)}
     return LEARNER_PRESETS[model.preset] | own | {"norm_group": model.norm_group}
-
-
-def _network(options: LearnerOptions | AdapterOptions) -> tuple[str, Any]:
-    """What the stage would train, without memory."""
-    with torch.device("meta"):
-        if isinstance(options, LearnerOptions):
-            return "learner", DegradationLearner(**learner_config(options.model))
-        learner = DegradationLearner.from_config(DegradationLearner.load_config(resolve_learner(options.learner)))
-        config = UNet2DConditionModel.load_config(resolve_base(options.base), subfolder="unet")
-        unet = UNet2DConditionModel.from_config(config)
-        model = options.model
-        return "adapter", DegradationAwareAdapter.for_unet(unet, model.preset, learner.dim, model.tokens, model.ablate)
 
 
 def _geometry(module: Any) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from deedsr.errors import DeeDSRError
 from pipelines import cluster
-from pipelines.placement import TrainingPlan
 from pipelines.training.health import Stop
 from pipelines.training.identity import Claim
+from pipelines.training.placement import TrainingPlan
 
 logger = logging.getLogger(__name__)
 WITHOUT_GPUS = "--train.gpus_per_worker 0 trains on CPUs"

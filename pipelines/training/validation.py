@@ -19,7 +19,7 @@ from torch import Tensor
 from deedsr.dataset.keys import generator
 from deedsr.metrics import psnr_y
 from pipelines.data.dataset import Dataset
-from pipelines.reports.strips import strip
+from pipelines.reports.page import strip
 from pipelines.training.engine import Engine
 from pipelines.training.stage import Stage
 

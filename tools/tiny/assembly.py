@@ -7,8 +7,8 @@ import torch
 from diffusers import DDIMScheduler
 
 from deedsr import DeeDSRPipeline
+from deedsr.hub.settings import SamplingSettings
 from deedsr.sampling.gate import RestorationGate
-from deedsr.sampling.settings import SamplingSettings
 from tools.tiny.training import averaged_weights
 
 # The LR latent guides all steps but the last, which is the one that was trained on pictures.

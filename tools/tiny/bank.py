@@ -23,7 +23,8 @@ from deedsr.dataset.assignment import assign_degradation
 from deedsr.dataset.keys import generator
 from deedsr.dataset.recipe import load_recipe
 from deedsr.degradation.chain import degrade
-from deedsr.sampling.latents import encode_latents, enlarge
+from deedsr.sampling.autoencoder import encode_latents
+from deedsr.sampling.images import enlarge
 from tools.tiny.photographs import Photographs
 from tools.tiny.training import Budget
 

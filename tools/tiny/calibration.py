@@ -19,8 +19,7 @@ from tqdm import tqdm
 from benchmarks.picture_measures import FLAT, patch_deviations
 from deedsr import DeeDSRPipeline
 from deedsr.sampling.gate import RestorationGate
-from deedsr.sampling.images import to_uint8
-from deedsr.sampling.latents import enlarge
+from deedsr.sampling.images import enlarge, to_uint8
 from tools.tiny.bank import write
 from tools.tiny.features import Perceptual
 from tools.tiny.photographs import to_signed

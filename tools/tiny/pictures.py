@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from deedsr import DeeDSRPipeline
 from deedsr.adapter.objective import clean_latent
-from deedsr.sampling.latents import decode_latents, encode_latents
+from deedsr.sampling.autoencoder import decode_latents, encode_latents
 from tools.tiny.bank import SIDE, read_bank
 from tools.tiny.base import FACTOR, edge_error
 from tools.tiny.features import Perceptual, ProjectedDiscriminator, augment, hinge, realness

@@ -1,4 +1,4 @@
-"""Make `tiny`, stage by stage; docs/tiny.md says which stages made what ships.
+"""Make `tiny`, stage by stage; docs/measured/tiny.md says which stages made what ships.
 
     python -m tools.tiny photographs --photos DIR [DIR ...] --work work   originals, reduced
     python -m tools.tiny autoencoder --work work                          of a new base

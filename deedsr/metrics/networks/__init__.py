@@ -1,1 +1,0 @@
-"""Frozen networks of the learned metrics, with the state-dict names of the published files."""

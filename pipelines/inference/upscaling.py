@@ -1,0 +1,253 @@
+"""Upscaling of pictures from anywhere to anywhere, here or on a cluster; a bad one does not stop the others."""
+
+import posixpath
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import TypedDict
+
+from tqdm import tqdm
+
+from deedsr.errors import UsageError
+from pipelines import cluster
+from pipelines.distribution import each, network_plan
+from pipelines.inference.pictures import EXTENSIONS, Format
+from pipelines.inference.upscaler import Done, Input, Upscaler
+from pipelines.models import Model, Precision
+from pipelines.placement import Device, place_networks
+from pipelines.storage import Storage, is_hidden, leads_out, object_at, open_storage, waiting
+from pipelines.storage.local import begun_name
+from pipelines.storage.location import matching, split_pattern
+
+
+class Upscaled(TypedDict):
+    input: str  # URI
+    output: str
+    seconds: float
+    reused: bool
+
+
+class Failed(TypedDict):
+    input: str
+    reason: str
+
+
+@dataclass
+class UpscaleResult:
+    """`reused`: how many of the results were there."""
+
+    images: list[Upscaled] = field(default_factory=list)
+    failed: list[Failed] = field(default_factory=list)
+    reused: int = 0
+
+
+def upscale(
+    inputs: Sequence[str],
+    out: str,
+    *,
+    model: str = "tiny",
+    base: str | None = None,
+    format: Format = "png",
+    quality: int = 95,
+    overwrite: bool = False,
+    ray: bool = False,
+    workers: int | None = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    seed: int = 0,
+    progress: bool = True,
+    steps: int | None = None,
+    **sampling: object,
+) -> UpscaleResult:
+    """Enlarge pictures into files in `out`, named like their inputs; the folders below an input folder are kept.
+
+    Args:
+        inputs: files, folders (searched through), glob patterns, S3 objects, prefixes and patterns.
+        out: folder or S3 prefix.
+        model: `tiny`, or a model's folder, URI, hub id or `models:/NAME/VERSION`.
+        base: where the model's base lies: folder, URI or hub id; None = where the model says.
+        format: of the results; `same` = the input's own if that is PNG, JPEG or WebP, else PNG.
+        quality: of JPEG and WebP, 1 to 100.
+        overwrite: make every result anew and replace whatever lies in its place, inputs excepted. Otherwise a result
+            of the same picture, model and settings is reused, another result of this command is replaced, and a
+            picture whose place is taken by anything else is in `failed`.
+        ray: spread the pictures over the cluster that `RAY_ADDRESS` names, else over this machine.
+        workers: with `ray`, pictures at a time; None = one on every GPU, or every CPU where the device is the CPU.
+        device: `auto` = a CUDA GPU where this machine has one, and on a cluster always; `cpu`; `cuda`; `mps`.
+        precision: that the networks compute in, `fp32`, `bf16` or `fp16`; `auto` = fp16 on a CUDA GPU, else fp32. A
+            picture that comes out black or not finite in half precision is made again in fp32.
+        seed: of every picture's noise, so that a picture comes out the same alone and among others.
+        progress: show a progress bar on stderr.
+        steps: sampling steps.
+        sampling: other settings of `SamplingSettings`; what is None or missing is the model's own.
+
+    A picture that cannot be read, enlarged or written is in `failed`. Raises UsageError before any work where an input
+    has no picture, or the model, a setting or `out` is wrong.
+    """
+    if workers is not None and not ray:
+        raise UsageError(f"--workers {workers} is for --ray: give both, or neither")
+    if not 1 <= quality <= 100:
+        raise UsageError(f"--quality must be 1 to 100, got {quality}")
+    target = open_storage(out)
+    pictures = find_inputs(inputs, target, format)
+    found = Model.find(model, base)
+    settings = found.description.sampling.chosen(num_inference_steps=steps, **sampling)
+    if not ray:
+        place_networks(cluster.this_machine(), device, 1, "upscale")
+    _ = found.digest  # an error of the model or its base is one of the command, not of every picture
+    work = Upscaler(found, settings, seed, quality, overwrite, target, device, precision)
+    target.require_writable()
+
+    reasons = conflicts(pictures, target)
+    given = [picture for picture in pictures if picture.uri not in reasons]
+    outcomes = {}
+    with tqdm(total=len(given), desc="upscale", unit="picture", disable=not progress) as bar:
+        for done in _on_cluster(work, given, workers) if ray else map(work, given):
+            outcomes[done.input] = done
+            bar.update()
+
+    result = UpscaleResult()
+    for picture in pictures:
+        reason = reasons.get(picture.uri) or outcomes[picture.uri].reason
+        if reason:
+            result.failed.append({"input": picture.uri, "reason": reason})
+            continue
+        done = outcomes[picture.uri]
+        result.images.append(Upscaled(input=done.input, output=done.output, seconds=done.seconds, reused=done.reused))
+        result.reused += done.reused
+    return result
+
+
+def _on_cluster(work: Upscaler, pictures: list[Input], workers: int | None) -> Iterator[Done]:
+    """`work` on each of the pictures in actors, in any order."""
+    if not pictures:
+        return
+    plan = network_plan("upscale", work.device, workers, len(pictures))
+    try:
+        yield from each(replace(work, device=plan.device), pictures, plan, "upscale")
+    finally:
+        _remove_parts(work.out, {picture.target for picture in pictures})
+
+
+def _remove_parts(out: Storage, targets: set[str]) -> None:
+    """Removes what killed workers had begun to write; on S3 nothing is seen of it."""
+    if out.local_path("") is None:
+        return
+    begun = {posixpath.join(posixpath.dirname(path), begun_name(posixpath.basename(path))) for path in targets}
+    with waiting.cleaning(f"what killed workers began in {out.uri}"):
+        for upload in out.abandoned_uploads(timedelta(0)):
+            if upload.path in begun:
+                out.abort(upload)
+
+
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff"),
+    *(".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif"),
+)
+
+
+def find_inputs(inputs: Sequence[str], out: Storage, format: Format) -> list[Input]:
+    """Every picture of the inputs in their order, each once. Raises UsageError for an input that has none."""
+    found: dict[str, Input] = {}
+    for given in inputs:
+        places = list(_places(given, out))
+        if not places:
+            raise UsageError(
+                f"{given} has no picture to upscale: give files, folders, glob patterns or URIs with "
+                f"{', '.join(SUFFIXES)} (what lies in --out is left out)"
+            )
+        for storage, path, kept in places:
+            picture = Input(storage, path, _result_name(kept, format))
+            found.setdefault(picture.uri, picture)
+    return list(found.values())
+
+
+def conflicts(pictures: Iterable[Input], out: Storage) -> dict[str, str]:
+    """Which pictures must not be enlarged, by URI, and why: their results would replace an input or one another, or lie
+    outside of `out`."""
+    pictures = list(pictures)
+    inputs = {_identity(picture.storage, picture.path): picture.uri for picture in pictures}
+    taken: dict[str, str] = {}
+    found = {}
+    for picture in pictures:
+        if leads_out(picture.target):
+            found[picture.uri] = f"its name {picture.path} leads out of --out: give it another, or name it alone"
+            continue
+        replaced = inputs.get(_identity(out, picture.target))
+        if replaced == picture.uri:
+            found[picture.uri] = "its result would replace it: choose another --out"
+        elif replaced is not None:
+            found[picture.uri] = f"its result would replace the input {replaced}: choose another --out"
+        elif picture.target in taken:
+            found[picture.uri] = f"its result would replace that of {taken[picture.target]}: give it another --out"
+        else:
+            taken[picture.target] = picture.uri
+    return found
+
+
+def _identity(storage: Storage, path: str) -> str | tuple[int, int]:
+    """Equal for two names of one local file (links, letter case), else the URI."""
+    local = storage.local_path(path)
+    if local is not None:
+        try:
+            status = local.stat()
+        except OSError:
+            pass
+        else:
+            return status.st_dev, status.st_ino
+    return _uri(storage, path)
+
+
+def _places(given: str, out: Storage) -> Iterator[tuple[Storage, str, str]]:
+    """(storage, path in it, the path that its result keeps) of an input's pictures.
+
+    What lies in `out` are results of earlier commands: a folder or pattern leaves them out, a file's own name does not.
+    """
+    uri = open_storage(given).uri
+    is_result = lambda storage, path: _uri(storage, path).startswith(f"{out.uri.rstrip('/')}/")
+    folder, pattern = split_pattern(uri)
+    if pattern:
+        storage = open_storage(folder)
+        for entry in matching(storage, pattern):
+            if _is_picture(entry.path) and not is_result(storage, entry.path):
+                yield storage, entry.path, posixpath.basename(entry.path)
+    elif _is_file(uri):
+        storage, path = object_at(uri)
+        yield storage, path, posixpath.basename(path)
+    else:
+        yield from (place for place in _below(open_storage(uri)) if not is_result(*place[:2]))
+
+
+def _is_file(uri: str) -> bool:
+    local = open_storage(uri).local_path("")
+    if local is None:
+        bucket, key = object_at(uri)
+        return bool(key) and bucket.exists(key)
+    if not local.exists():
+        raise UsageError(f"{uri} does not exist")
+    return not local.is_dir()
+
+
+def _below(storage: Storage) -> Iterator[tuple[Storage, str, str]]:
+    """The pictures below a folder, without hidden ones."""
+    for entry in storage.list():
+        if _is_picture(entry.path) and not is_hidden(entry.path):
+            yield storage, entry.path, "/".join(part for part in entry.path.split("/") if part not in ("", "."))
+
+
+def _is_picture(path: str) -> bool:
+    return path.lower().endswith(SUFFIXES)
+
+
+def _result_name(path: str, format: Format) -> str:
+    """`path` with the extension of the format of its result."""
+    stem, _, extension = path.rpartition(".")
+    if not _is_picture(path):  # a file that was named, with no extension or an unknown one
+        stem, extension = path, ""
+    own = EXTENSIONS.get(extension.lower())
+    wanted = (own or "png") if format == "same" else format
+    return path if own == wanted else f"{stem}.{'jpg' if wanted == 'jpeg' else wanted}"  # a.JPG stays a.JPG
+
+
+def _uri(storage: Storage, path: str) -> str:
+    return f"{storage.uri.rstrip('/')}/{path}"

@@ -1,0 +1,225 @@
+"""Shards of latents: what the frozen networks of stage 2 make of a dataset's images, computed once.
+
+A shard of latents is made of one shard of pixels: same keys, same split, same order. The work stays in Ray actors,
+which load the networks once, on a GPU each where the cluster has some.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+
+from deedsr.dataset.manifest import LatentsSource
+from deedsr.dataset.members import LATENTS_EXTENSION, Latents, pack
+from deedsr.errors import DeeDSRError, UsageError
+from deedsr.hub.weights import part_digest
+from pipelines.data.dataset import Dataset, relative_place
+from pipelines.data.index import require_hr
+from pipelines.distribution import network_plan
+from pipelines.models import Base, Learner, usable_device
+from pipelines.placement import Device
+from pipelines.shards.build import PLACES, Tars, decoded, rows_of, shard_draft
+from pipelines.shards.generate import ShardsResult, index_of, run_job
+from pipelines.shards.plan import ShardPlan, derived_plan
+from pipelines.shards.samples import Draft, Row
+from pipelines.shards.shard import LATENTS_COLUMNS, ShardRecord
+from pipelines.storage import Storage, open_storage
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL
+
+    from deedsr.learner.resnet import DegradationLearner
+
+Precision = Literal["fp32", "bf16"]
+_VERSION = 1  # of what a shard of latents holds: another one is other work
+
+
+def make_latents(
+    data: str,
+    base: Base,
+    learner: Learner | None,
+    out: str,
+    *,
+    precision: Precision = "fp32",
+    batch_size: int = 8,
+    workers: int | None = None,
+    device: Device = "auto",
+    progress: bool = True,
+) -> ShardsResult:
+    """Makes or completes the dataset `out`: latents of the dataset `data` by the VAE of `base`, and the vectors of
+    `learner`; without one the LR images are kept instead.
+
+    `workers`: actors at a time, None = on every GPU, or every CPU where the device is the CPU. `device`: see
+    `pipelines.placement.place_networks`. Shards of the same pixels and networks are reused. Raises UsageError for what
+    cannot be used, DeeDSRError if the work failed; what was committed stays, and the same call continues from there.
+    """
+    dataset = Dataset.open(data).require_pixels("--data")
+    storage = open_storage(out)
+    if storage.uri == dataset.uri:
+        raise UsageError(f"--out {storage.uri} is the dataset that the pixels come from: choose another")
+    require_hr(dataset)
+    source = latents_source(dataset, base, learner, precision)
+    work = FromPixels(
+        replace(source, dataset="", uri=""), dataset.storage, index_of(dataset), dataset.hr_dataset().storage, base,
+        learner, dataset.scale, batch_size,
+    )  # fmt: skip
+    storage.require_writable()
+    plan = network_plan("latents", device, workers)
+    work = replace(work, device=plan.device)
+    return run_job(
+        lambda: (derived_plan(shard, work.name) for shard in dataset.manifest.shards),
+        work,
+        storage,
+        dataset.recipe,
+        plan.workers,
+        progress,
+        made_of=dataset,
+        latents=replace(source, uri=relative_place(dataset.uri, storage.uri)),
+        actors=plan,
+    )
+
+
+def latents_source(dataset: Dataset, base: Base, learner: Learner | None, precision: Precision) -> LatentsSource:
+    """What the latents of a dataset would be made of. Raises UsageError where the VAE cannot take the HR images."""
+    from deedsr.hub.model_folder import load_part
+    from deedsr.sampling.autoencoder import downsampling_factor
+
+    vae = load_part(base.path, "vae")
+    factor, crop = downsampling_factor(vae), dataset.recipe.crop.size
+    if crop % factor:
+        raise UsageError(
+            f"the HR images in {dataset.uri} have {crop} px a side, and the VAE of {base.name} takes multiples of "
+            f"{factor}: make shards with such a crop.size"
+        )
+    return LatentsSource(
+        dataset=dataset.digest,
+        uri=dataset.uri,
+        vae=part_digest(base.path / "vae"),
+        learner=learner.digest if learner else None,
+        precision=precision,
+        factor=factor,
+        channels=int(vae.config["latent_channels"]),
+    )
+
+
+class Pair(NamedTuple):
+    """A sample as read: its row of the index, its members as stored, and their pixels."""
+
+    row: Row
+    lr_bytes: bytes
+    info: bytes
+    hr: np.ndarray
+    lr: np.ndarray
+
+
+@dataclass(frozen=True)
+class FromPixels:
+    """Shard work. `source` without what says which dataset; `hr`: where the HR images lie; `index`: path of the
+    `samples.parquet` of `pixels`."""
+
+    source: LatentsSource
+    pixels: Storage
+    index: str
+    hr: Storage
+    base: Base
+    learner: Learner | None
+    scale: int
+    batch_size: int
+    device: str = "cpu"
+
+    @property
+    def name(self) -> str:
+        """What is done to a shard; the batch size and the processor only change rounding."""
+        return json.dumps(["latents", _VERSION, self.source.vae, self.source.learner, self.source.precision])
+
+    @cached_property
+    def _networks(self) -> "Networks":
+        return Networks.load(self.base, self.learner, self.source, self.device)
+
+    def build(self, plan: ShardPlan, out: Storage, cpus: int = 1) -> ShardRecord:
+        with shard_draft(plan, LATENTS_COLUMNS) as draft, ThreadPoolExecutor(1) as reader:
+            samples = self._pairs(plan)
+            batches = iter(lambda: tuple(islice(samples, self.batch_size)), ())
+            ahead = reader.submit(next, batches, ())
+            while pairs := ahead.result():
+                ahead = reader.submit(next, batches, ())  # read and decoded while the networks work
+                for pair, latents in zip(pairs, self._networks.encode(pairs, self.scale), strict=True):
+                    draft.add(self._draft(pair, latents), pair.row["source_uri"])
+            return draft.commit(out)
+
+    def _pairs(self, plan: ShardPlan) -> Iterator[Pair]:
+        with ExitStack() as stack:
+            lrs = stack.enter_context(Tars(self.pixels))
+            hrs = lrs if self.hr.uri == self.pixels.uri else stack.enter_context(Tars(self.hr))
+            for row in rows_of(plan.origin, self.pixels, self.index):
+                hr = hrs.read(row["hr_shard"], row["hr_offset"], row["hr_size"])
+                lr, info = (lrs.read(row["shard"], row[f"{m}_offset"], row[f"{m}_size"]) for m in ("lr", "json"))
+                yield Pair(row, lr, info, decoded(hr, row, self.pixels), decoded(lr, row, self.pixels))
+
+    def _draft(self, pair: Pair, latents: Latents) -> Draft:
+        try:
+            packed = pack(latents)
+        except ValueError as error:
+            raise DeeDSRError(f"the networks fail at sample {pair.row['key']}: {error}; try --precision fp32") from None
+        kept = {"lr": pair.lr_bytes} if self.source.learner is None else {}
+        row = {name: value for name, value in pair.row.items() if name not in PLACES}
+        return Draft({"latents": packed, **kept, "json": pair.info}, row | {"latents_ext": LATENTS_EXTENSION})
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Frozen networks on one device."""
+
+    vae: "AutoencoderKL"
+    learner: "DegradationLearner | None"
+    device: "torch.device"
+
+    @classmethod
+    def load(cls, base: Base, learner: Learner | None, source: LatentsSource, device_type: str) -> "Networks":
+        """Raises DeeDSRError if the networks found on this node are not those of `source`."""
+        import torch
+
+        from deedsr.adapter.adapter import freeze
+        from deedsr.hub.model_folder import load_part
+        from deedsr.learner.resnet import DegradationLearner
+
+        device = usable_device(device_type)
+        _require_same("base", base, part_digest(base.path / "vae"), source.vae)
+        dtype = torch.bfloat16 if source.precision == "bf16" else torch.float32
+        vae = freeze(load_part(base.path, "vae", torch_dtype=dtype)).to(device, memory_format=torch.channels_last)
+        if learner is None:
+            return cls(vae, None, device)
+        _require_same("learner", learner, learner.digest, source.learner)
+        loaded = DegradationLearner.from_pretrained(learner.path, low_cpu_mem_usage=False)
+        return cls(vae, freeze(loaded).to(device), device)
+
+    def encode(self, pairs: tuple[Pair, ...], scale: int) -> list[Latents]:
+        """Means and deviations of HR and enlarged LR, and the vectors of the LR."""
+        import torch
+
+        from deedsr.sampling.autoencoder import latent_moments
+        from deedsr.sampling.images import enlarge
+
+        hr_BCHW, lr_BCHW = (
+            torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2).float() / 255
+            for images in ([pair.hr for pair in pairs], [pair.lr for pair in pairs])
+        )
+        with torch.inference_mode():
+            moments: list[Sequence[np.ndarray | None]] = []
+            for x_BCHW in (hr_BCHW, enlarge(lr_BCHW, scale)):
+                for moment in latent_moments(self.vae, (2 * x_BCHW - 1).to(self.vae.dtype)):
+                    moments.append([None] * len(pairs) if moment is None else [*moment.half().cpu().numpy()])
+            vectors = [None] * len(pairs) if self.learner is None else [*self.learner(lr_BCHW).cpu().numpy()]
+        return [Latents(*parts) for parts in zip(*moments, vectors, strict=True)]
+
+
+def _require_same(part: str, network: Base | Learner, found: str, wanted: str | None) -> None:
+    if found != wanted:
+        raise DeeDSRError(f"the {part} {network.name} is another one on this node than where the command was given")

@@ -1,9 +1,0 @@
-"""What a `--source` holds: pictures in folders, S3 prefixes, list files, tars and Parquet tables, and real pairs."""
-
-from pipelines.shards.sources.listing import list_sources
-from pipelines.shards.sources.pairs import list_pairs
-from pipelines.shards.sources.reading import read_source
-from pipelines.shards.sources.source import Source
-from pipelines.shards.sources.tables import is_table
-
-__all__ = ["Source", "is_table", "list_pairs", "list_sources", "read_source"]

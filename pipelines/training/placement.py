@@ -1,0 +1,147 @@
+"""Where a training runs: workers, CPUs, GPUs, micro-batch and threads, from an offer and the training's options."""
+
+from dataclasses import dataclass, replace
+
+from deedsr.errors import UsageError
+from pipelines.placement import NETWORK_WORKER, Offer, Plan, no_gpu, whole_cpus
+from pipelines.training.config import TrainOptions, micro_batch, worker_range
+
+_NCCL_SHARED_MEMORY = 1 << 30  # bytes that NCCL's documentation asks for in containers
+_MOST_CPUS_BESIDE_GPU = 8  # more would only wait
+_MOST_LOADER_THREADS = 8
+
+
+@dataclass(frozen=True)
+class TrainingPlan(Plan):
+    """Where a training runs. `workers`: fewest and most."""
+
+    workers: tuple[int, int]
+    cpus: float  # of each worker
+    gpus: int  # of each worker, 0 or 1
+    micro_batch: int  # samples per forward, with the most workers
+    accumulation: int  # forwards per optimizer step of one worker, with the most workers
+    threads: int  # that compute, of each worker
+    loader_threads: int  # of each worker
+    note: str = ""
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.gpus else "cpu"
+
+    @property
+    def backend(self) -> str:
+        return "nccl" if self.gpus else "gloo"
+
+    @property
+    def fewest(self) -> int:
+        return self.workers[0]
+
+    def __str__(self) -> str:
+        fewest, most = self.workers
+        count = f"{most}" if fewest == most else f"{fewest} to {most}"
+        return (
+            f"{count} worker{'' if most == 1 else 's'} x {self.each}, {self.backend}, "
+            f"micro-batch {self.micro_batch} x {self.accumulation}, "
+            f"{self.threads} + {self.loader_threads} threads (compute + loader){'; ' * bool(self.note)}{self.note}"
+        )
+
+
+def place_training(offer: Offer, train: TrainOptions, unit: int = 1, most: int | None = None) -> TrainingPlan:
+    """Workers of a training. `unit`: samples that must stay in one forward, see `micro_batch`; `most`: of workers.
+
+    `train.num_workers` `auto` is the most workers that the batch divides over: one GPU each, or one CPU or more.
+    Raises UsageError, naming the option to change, where no worker could ever start.
+    """
+    gpus = _gpus_per_worker(offer, train.gpus_per_worker)
+    if gpus and not offer.gpus and offer.growth is not None:
+        raise UsageError(no_gpu(offer, "--train.gpus_per_worker 0 trains on CPUs"))
+    given = worker_range(train.num_workers)
+    fewest, most = given or (_most_workers(offer, train, unit, gpus, most),) * 2
+    cpus = train.cpus_per_worker or _cpus_of_worker(offer, fewest, most, gpus)
+    if offer.growth is not None and offer.holds(cpus, gpus) < fewest:
+        raise UsageError(_too_many(offer, train, fewest, cpus, gpus))
+    micro, accumulation = micro_batch(train, most, unit)
+    # Another number of threads adds up in another order: with exact sums it is the same on every machine.
+    threads = train.compute_threads or (1 if train.exact_sums and not gpus else max(1, int(cpus)))
+    loader_threads = train.loader_threads or min(_MOST_LOADER_THREADS, max(2, int(cpus)))
+    plan = TrainingPlan((fewest, most), cpus, gpus, micro, accumulation, threads, loader_threads)
+    notes = []
+    if gpus and not given and offer.gpus > most:
+        notes.append(_idle(offer.gpus, offer.gpus - most, train, micro, unit))
+    if not gpus and offer.gpus:
+        notes.append(f"{offer.gpus} GPUs idle (train.gpus_per_worker is 0)")
+    if gpus and most > 1 and offer.shared_memory is not None and offer.shared_memory < _NCCL_SHARED_MEMORY:
+        notes.append(
+            f"/dev/shm has {offer.shared_memory / 2**20:.0f} MiB free, NCCL may need 1 GiB between GPUs: start the "
+            "container with --ipc=host or --shm-size=1g"
+        )
+    return replace(plan, note="; ".join(notes))
+
+
+def _gpus_per_worker(offer: Offer, wanted: float | None) -> int:
+    if wanted is None:
+        return 1 if offer.gpus or not offer.local else 0
+    return int(wanted)
+
+
+def _most_workers(offer: Offer, train: TrainOptions, unit: int, gpus: int, most: int | None) -> int:
+    if gpus:
+        limit = train.global_batch_size if offer.answers else max(1, offer.gpus)
+    else:
+        each = train.cpus_per_worker or 1
+        limit = offer.within_memory(max(1, offer.holds(each, 0)), NETWORK_WORKER)
+    # Micro-batches that are given stay whole: rounding is then the same for any number of workers.
+    parts = train.global_batch_size // min(train.micro_batch_size or 1, train.global_batch_size)
+    for workers in range(min(limit, parts, most or parts), 0, -1):
+        if _divides(train, workers, unit):
+            return workers
+    micro_batch(train, 1, unit)  # says why
+    raise AssertionError
+
+
+def _divides(train: TrainOptions, workers: int, unit: int) -> bool:
+    try:
+        micro_batch(train, workers, unit)
+    except UsageError:
+        return False
+    return True
+
+
+def _cpus_of_worker(offer: Offer, fewest: int, most: int, gpus: int) -> float:
+    """The most CPUs that each of the workers can have."""
+    if gpus:
+        shares = [whole_cpus(nodes.cpus / nodes.gpus) for nodes in offer.all_nodes if nodes.gpus >= 1]
+        return min(min(shares, default=1.0), _MOST_CPUS_BESIDE_GPU)
+    for workers in range(most, fewest - 1, -1):
+        for cpus in range(offer.cpus // workers, 0, -1):
+            if offer.holds(cpus, 0) >= workers:
+                return float(cpus)
+    return 1.0
+
+
+def _too_many(offer: Offer, train: TrainOptions, workers: int, cpus: float, gpus: int) -> str:
+    shapes = [nodes for nodes in offer.all_nodes if nodes.gpus >= gpus]
+    if train.cpus_per_worker and all(nodes.cpus < cpus for nodes in shapes):
+        largest = max((nodes.cpus for nodes in shapes), default=0)
+        node = f"node{' with a GPU' if gpus else ''} of {offer.name}"
+        return f"train.cpus_per_worker {cpus:g}: no {node} has more than {largest:g}: ask for fewer"
+    given = f" with train.cpus_per_worker {cpus:g}" if train.cpus_per_worker else ""
+    needs, has = [], []
+    if gpus:
+        needs, has = [f"{workers} GPUs"], [f"{offer.gpus} GPUs"]
+    if train.cpus_per_worker or not gpus:
+        needs, has = [*needs, f"{workers * cpus:g} CPUs"], [*has, f"{offer.cpus} CPUs"]
+    return (
+        f"train.num_workers {train.num_workers}{given} needs {' and '.join(needs)}, {offer.name} has "
+        f"{' and '.join(has)}{' at most' if offer.growth else ''}: ask for fewer"
+    )
+
+
+def _idle(gpus: int, idle: int, train: TrainOptions, micro: int, unit: int) -> str:
+    """What is left idle, and the option that would use it."""
+    smaller = [m for m in range(micro - 1, 0, -1) if _divides(replace(train, micro_batch_size=m), gpus, unit)]
+    if smaller:
+        option = f"--train.micro_batch_size {min(smaller[0], train.global_batch_size // gpus)}"
+    else:
+        option = f"--train.global_batch_size {micro * gpus * -(-train.global_batch_size // (micro * gpus))}"
+    return f"{idle} of {gpus} GPUs idle: {option} would use them all"
