@@ -18,7 +18,6 @@ import torch
 
 from pipelines.data.dataset import Dataset
 from pipelines.training.config import (
-    PRESETS,
     AdapterModelOptions,
     AdapterOptions,
     ContrastOptions,
@@ -27,6 +26,7 @@ from pipelines.training.config import (
     LearnerOptions,
     TrainOptions,
 )
+from pipelines.training.schedules import PRESETS
 
 
 class Clock:
@@ -42,7 +42,7 @@ class Clock:
         else:
             self.steps[step] = now
 
-    def unsent(self):
+    def logged(self):
         return []
 
 
@@ -71,14 +71,11 @@ def main() -> None:
     os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"}
     with tempfile.TemporaryDirectory() as folder:
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)
-        from pipelines.training.adapter_stage import AdapterStage
-        from pipelines.training.learner_stage import LearnerStage
-        from pipelines.training.worker import train
+        from pipelines.training.loop import make_stage, train
 
         chosen, clock = options(arguments, f"{folder}/out"), Clock()
         dataset = Dataset.open(chosen.data)
-        stage = LearnerStage(chosen) if arguments.stage == "learner" else AdapterStage(chosen, dataset.scale)
-        train(stage, chosen, dataset, torch.device("cpu"), clock)
+        train(make_stage(chosen, dataset), chosen, dataset, torch.device("cpu"), clock)
         torch.distributed.destroy_process_group()
         records = sorted(Path(folder).glob("out/checkpoints/*/checkpoint.json"))
         committed = {json.loads(r.read_text())["step"]: r.stat().st_mtime for r in records}

@@ -22,7 +22,6 @@ from benchmarks.full_size import HR, SCALE
 from deedsr.dataset.manifest import LatentsSource
 from pipelines.training.adapter_stage import AdapterStage
 from pipelines.training.config import (
-    PRESETS,
     AdapterModelOptions,
     AdapterOptions,
     ContrastOptions,
@@ -33,6 +32,7 @@ from pipelines.training.config import (
 )
 from pipelines.training.engine import Engine
 from pipelines.training.learner_stage import LearnerStage
+from pipelines.training.schedules import PRESETS
 
 DEVICE = os.environ.get("DS_ACCELERATOR", "cpu")  # as DeepSpeed reads it
 Size = Literal["tiny", "full"]
@@ -207,7 +207,6 @@ def bare_step(stage: Stage, module: nn.Module, trained: list[nn.Parameter], plan
 
 
 def engine_step(stage: Stage, module: nn.Module, plan: TrainOptions, micro: int) -> Callable[..., None]:
-    from pipelines.training.worker import _average
 
     engine = Engine(module, plan, micro=micro, accumulation=1)
     ema: dict[str, Tensor] = {}
@@ -217,7 +216,7 @@ def engine_step(stage: Stage, module: nn.Module, plan: TrainOptions, micro: int)
         engine.backward(loss)
         engine.step(plan.lr)
         stage.end_step(engine)
-        _average(ema, engine, 0.999)
+        engine.average(ema, 0.999)
 
     return step
 

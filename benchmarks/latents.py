@@ -32,12 +32,12 @@ from pipelines.models import Base, Learner
 from pipelines.shards.encode import make_latents
 from pipelines.training.adapter_stage import AdapterStage
 from pipelines.training.config import (
-    PRESETS,
     AdapterModelOptions,
     AdapterOptions,
     DiffusionOptions,
     TrainOptions,
 )
+from pipelines.training.schedules import PRESETS
 
 GOAL = 1.5
 # Stable Diffusion 2.1-base.

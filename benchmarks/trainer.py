@@ -21,7 +21,8 @@ import time
 from importlib.resources import files
 from typing import Any
 
-from pipelines.training.config import PRESETS, AdapterModelOptions, AdapterOptions, DiffusionOptions, TrainOptions
+from pipelines.training.config import AdapterModelOptions, AdapterOptions, DiffusionOptions, TrainOptions
+from pipelines.training.schedules import PRESETS
 
 GOAL, START_GOAL_SECONDS = 0.95, 35
 WARM_UP = 20
@@ -93,7 +94,7 @@ def bare_arm(data: str, steps: int) -> dict[str, float]:
     from pipelines.data.dataset import Dataset
     from pipelines.training.adapter_stage import AdapterStage
     from pipelines.training.config import micro_batch
-    from pipelines.training.schedule import learning_rate
+    from pipelines.training.schedules import learning_rate
 
     torch.set_num_threads(1)
     dataset = Dataset.open(data)

@@ -18,7 +18,8 @@ from jobs.command import Command, Outcome
 from jobs.evaluate import EvaluateOptions
 from jobs.latents import LatentsOptions
 from jobs.shards import ShardsOptions
-from pipelines.training.config import PRESETS, AdapterOptions, LearnerOptions
+from pipelines.training.config import AdapterOptions, LearnerOptions
+from pipelines.training.schedules import PRESETS
 
 if TYPE_CHECKING:
     from pipelines.claims import Claim
@@ -201,7 +202,7 @@ class Chain:
                 run_id=self.run_id,
                 tags={"deedsr.kind": "chain"},
                 system_metrics=False,
-                patient=True,
+                fault_tolerant=True,
                 permit=self.claim.holds,
                 out=self.claim.out.uri,
             )

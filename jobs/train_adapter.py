@@ -6,11 +6,12 @@ The same command with the same --out continues from the last checkpoint, and doe
 import dataclasses
 
 from jobs.command import Command, Outcome
-from pipelines.training.config import PRESETS, AdapterOptions, check
+from pipelines.training.config import AdapterOptions, check
+from pipelines.training.schedules import PRESETS
 
 
 def run(options: AdapterOptions) -> Outcome:
-    from pipelines.training.fit import train_adapter
+    from pipelines.training.launch import train_adapter
 
     return Outcome(dataclasses.asdict(train_adapter(options)))
 

@@ -6,11 +6,12 @@ The same command with the same --out continues from the last checkpoint, and doe
 import dataclasses
 
 from jobs.command import Command, Outcome
-from pipelines.training.config import PRESETS, LearnerOptions, check
+from pipelines.training.config import LearnerOptions, check
+from pipelines.training.schedules import PRESETS
 
 
 def run(options: LearnerOptions) -> Outcome:
-    from pipelines.training.fit import train_learner
+    from pipelines.training.launch import train_learner
 
     return Outcome(dataclasses.asdict(train_learner(options)))
 

@@ -20,8 +20,9 @@ from pipelines.placement import Nodes, Offer, place_networks, place_shards
 from pipelines.storage import open_storage
 from pipelines.storage.errors import Conflict
 from pipelines.storage.waiting import within
-from pipelines.training.config import PRESETS, ContrastOptions, TrainOptions
+from pipelines.training.config import ContrastOptions, TrainOptions
 from pipelines.training.placement import place_training
+from pipelines.training.schedules import PRESETS
 
 GIB, MIB = 1 << 30, 1 << 20
 LIBRARIES = ("torch", "diffusers", "numpy", "pillow", "opencv-python-headless", "simplejpeg")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from deedsr.adapter import ABLATIONS, DegradationAwareAdapter
 from deedsr.adapter.da_block import DegradationAwareGroup
 from deedsr.errors import UsageError
 from jobs.options import CommandParser
-from pipelines.training.config import AdapterModelOptions, AdapterOptions, check, resolved
-from pipelines.training.record import TrainingRecord
+from pipelines.training.config import AdapterModelOptions, AdapterOptions, check
+from pipelines.training.identity import TrainingRecord
 
 OWN = "condition_encoder.constant_vector"  # the one parameter that an ablation adds
 
@@ -176,7 +177,7 @@ def test_ablations_are_options_of_the_command():
 
 def test_a_training_from_before_there_were_ablations_continues_as_the_full_method():
     options = AdapterOptions(data="d", learner="l", out="o")
-    before = json.loads(json.dumps(resolved(options)))
+    before = json.loads(json.dumps(asdict(options)))
     del before["model"]["ablate"], before["license"]
     record = TrainingRecord("adapter", before, inputs={}, run_id="")
     record.refuse_differences("adapter", options, {})

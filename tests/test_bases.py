@@ -22,9 +22,9 @@ from deedsr.sampling.pipeline import DeeDSRPipeline
 from deedsr.sampling.schedule import ddim
 from pipelines.data.dataset import Dataset
 from pipelines.models import Learner
+from pipelines.training.checks import check_adapter_data
 from pipelines.training.config import AdapterOptions, DiffusionOptions
-from pipelines.training.feasibility import check_adapter_data
-from pipelines.training.fit import train_adapter
+from pipelines.training.launch import train_adapter
 
 UNET = {
     "block_out_channels": (16, 32),
@@ -263,7 +263,7 @@ def test_sampling_without_signal_is_finite_whatever_the_guidance(prediction, str
 
 def test_without_signal_the_first_step_takes_the_clean_latent_from_v():
     """At abar = 0, x_t is noise alone and v is -x_0: the answer must not depend on the noise."""
-    from deedsr.sampling.guidance import clean_latent, model_output
+    from deedsr.adapter.objective import clean_latent, model_output
 
     z, noise, nothing = torch.randn(1, 4, 4, 4), torch.randn(1, 4, 4, 4), torch.zeros(())
     v = model_output(z, noise, nothing, "v_prediction")
@@ -275,7 +275,7 @@ def test_without_signal_the_first_step_takes_the_clean_latent_from_v():
 def test_training_without_signal_asks_for_the_hr_whatever_the_guidance_and_the_weight(prediction):
     """At the last timestep x_t is noise alone: a base that answers with the HR latent has no loss there, and one that
     answers with nothing has a finite one, weighted by min(SNR, gamma) or not."""
-    from deedsr.sampling.guidance import model_output
+    from deedsr.adapter.objective import model_output
     from pipelines.training.adapter_stage import AdapterStage
 
     draw = torch.Generator().manual_seed(0)

@@ -7,9 +7,7 @@ import time
 import torch
 from pipelines.storage import waiting
 from pipelines.storage.errors import Faulty
-from pipelines.training.blocked_reads import BlockedReads
-from pipelines.training.interruption import Stop
-from pipelines.training.watchdog import Watchdog
+from pipelines.training.health import BlockedReads, Stop, Watchdog
 
 torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()

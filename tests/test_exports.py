@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from jobs import cli
 from pipelines.inference.upscaling import upscale
 from pipelines.models import Learner, Model
 from pipelines.storage import open_storage, publish
-from pipelines.training.config import AdapterOptions, resolved
+from pipelines.training.config import AdapterOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -123,13 +124,14 @@ def test_a_training_continues_with_its_base_wherever_that_lies_and_refuses_anoth
     trained, other_base, small_dataset, tmp_path
 ):
     from pipelines.data.dataset import Dataset
-    from pipelines.training.fit import _weights_digest, train_adapter
+    from pipelines.training.identity import weights_digest
+    from pipelines.training.launch import train_adapter
 
     out = tmp_path / "out"
     learner = trained / "model" / "learner"
     before = AdapterOptions(data=small_dataset, learner=str(learner), base="/mnt/then/base", out=str(out))
-    inputs = {"dataset": Dataset.open(small_dataset).digest, "learner": _weights_digest(learner)}
-    record = {"stage": "adapter", "config": resolved(before), "run_id": "0" * 32}
+    inputs = {"dataset": Dataset.open(small_dataset).digest, "learner": weights_digest(learner)}
+    record = {"stage": "adapter", "config": asdict(before), "run_id": "0" * 32}
 
     def refusal(base, inputs) -> str:
         out.mkdir(exist_ok=True)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,7 @@ from pipelines.data.dataset import Dataset
 from pipelines.data.order import SampleOrder
 from pipelines.storage import open_storage, publish
 from pipelines.training import checkpoint
-from pipelines.training.config import resolved
-from pipelines.training.incidents import WINDOW, LossWindow, Records
+from pipelines.training.health import WINDOW, LossWindow, Records
 
 
 @pytest.fixture(scope="module")
@@ -200,16 +200,16 @@ def test_a_loss_far_above_the_last_ones_is_a_spike_and_a_continued_window_judges
     rng = random.Random(0)
     for _ in range(WINDOW + 20):
         loss = 1 + rng.gauss(0, 0.1)
-        assert window.objection(loss) is None
+        assert window.anomaly(loss) is None
         window.take(loss)
     continued = LossWindow(5.0)
     continued.load_state(window.state())
     for judge in (window, continued):
-        assert judge.objection(1.45) is None
-        assert "above" in judge.objection(1.8)
-        assert judge.objection(0.2) is None
-    assert LossWindow(0.0).objection(1e9) is None
-    assert "nan" in LossWindow(0.0).objection(float("nan"))
+        assert judge.anomaly(1.45) is None
+        assert "above" in judge.anomaly(1.8)
+        assert judge.anomaly(0.2) is None
+    assert LossWindow(0.0).anomaly(1e9) is None
+    assert "nan" in LossWindow(0.0).anomaly(float("nan"))
 
 
 def test_sigterm_to_one_worker_checkpoints_the_same_step_on_all(learner_options, tmp_path):  # noqa: F811
@@ -303,9 +303,9 @@ import json, sys
 import torch
 from pipelines.data.dataset import Dataset
 from pipelines.training.config import LearnerOptions, from_resolved
-from pipelines.training.interruption import Stop, Unwritable
+from pipelines.training.health import Stop, Unwritable
 from pipelines.training.learner_stage import LearnerStage
-from pipelines.training.worker import train
+from pipelines.training.loop import train
 
 options = from_resolved(LearnerOptions, json.loads(sys.argv[1]))
 torch.set_num_threads(1)
@@ -328,7 +328,7 @@ def test_a_training_says_that_the_disk_is_full_and_ends_on_all_workers_when_it_i
 ):
     (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - (100 << 10)))
     options = variants(learner_options, small_disk / "out", max_steps=50, checkpoint_every=2)
-    printed = run_script(ENDED, 2, [json.dumps(resolved(options))], tmp_path)
+    printed = run_script(ENDED, 2, [json.dumps(asdict(options))], tmp_path)
     [said], error = json.loads(printed.splitlines()[-1])
     assert "checkpoint of step 2" in said
     assert "no space left" in said

@@ -8,9 +8,9 @@ from deedsr.dataset.recipe import Recipe
 from deedsr.errors import UsageError
 from pipelines.data.dataset import Dataset
 from pipelines.shards import generate
+from pipelines.training.checks import check_learner_data, warn_of_idle
 from pipelines.training.config import ContrastOptions, LearnerModelOptions, LearnerOptions, TrainOptions
-from pipelines.training.feasibility import check_learner_data, warn_of_idle
-from pipelines.training.fit import train_learner
+from pipelines.training.launch import train_learner
 
 
 @pytest.fixture

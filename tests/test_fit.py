@@ -28,7 +28,7 @@ from pipelines.training.config import (
     LearnerOptions,
     TrainOptions,
 )
-from pipelines.training.fit import _located, train_adapter, train_learner
+from pipelines.training.launch import _located, train_adapter, train_learner
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from test_training import base  # noqa: F401
 
 from pipelines import machine
 from pipelines.models import Model
-from pipelines.training.fit import train_adapter
+from pipelines.training.launch import train_adapter
 
 pytestmark = [
     pytest.mark.gpu,

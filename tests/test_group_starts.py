@@ -14,11 +14,10 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
-from pipelines.training import backend
-from pipelines.training.backend import ListeningTorchConfig, OneMachineTrainer
-from pipelines.training.interruption import Moved
-from pipelines.training.progress import progress_bar
-from pipelines.training.restarts import RestartPolicy
+from pipelines.training import ray_train
+from pipelines.training.health import Moved
+from pipelines.training.ray_train import ListeningTorchConfig, RestartingTrainer, RestartPolicy
+from pipelines.training.supervision import progress_bar
 
 
 @dataclass
@@ -33,7 +32,7 @@ class BrokenStarts(ListeningTorchConfig):
         return BrokenBackend
 
 
-class BrokenBackend(backend._Backend):
+class BrokenBackend(ray_train._Backend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         start = len(list(Path(backend_config.folder).iterdir()))
         (Path(backend_config.folder) / str(start)).touch()
@@ -69,7 +68,7 @@ def both_sum() -> float:
 
 def fit(progress: Any, folder: Path, kinds: tuple[str, ...]) -> float:
     (folder / "starts").mkdir()
-    trainer = OneMachineTrainer(
+    trainer = RestartingTrainer(
         lambda config: both_sum(),
         train_loop_config={"progress": progress},
         torch_config=BrokenStarts(backend="gloo", folder=str(folder / "starts"), kinds=kinds),

@@ -7,7 +7,7 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from pipelines.training.backend import use_interface_of
+from pipelines.training.ray_train import use_interface_of
 
 VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 

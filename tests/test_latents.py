@@ -30,7 +30,7 @@ from pipelines.training.config import (
     LearnerOptions,
     TrainOptions,
 )
-from pipelines.training.fit import train_adapter, train_learner
+from pipelines.training.launch import train_adapter, train_learner
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

@@ -10,7 +10,7 @@ from benchmarks.full_size import UNET, VAE
 from deedsr.adapter import DegradationAwareAdapter
 from deedsr.adapter.adapter import cross_attentions
 from deedsr.adapter.da_block import DegradationAwareGroup
-from deedsr.sampling.guidance import model_output
+from deedsr.adapter.objective import model_output
 
 
 def count(module: nn.Module) -> int:

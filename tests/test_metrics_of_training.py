@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipelines.training.metrics import Meter, by_timestep, means
-from pipelines.training.progress import bar, postfix
+from pipelines.training.supervision import bar, postfix
 
 
 def test_means_by_timestep_are_over_all_samples_whatever_the_split_over_workers_and_accumulation():
@@ -61,7 +61,7 @@ def test_the_bar_shows_smoothed_loss_rate_learning_rate_and_waiting_and_lines_wh
     capsys, monkeypatch
 ):
     values = {"loss": 9.0, "loss_smoothed": 0.5, "samples_per_second": 123.4, "lr": 1e-4, "data_wait_share": 0.034}
-    monkeypatch.setattr("pipelines.training.progress.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("pipelines.training.supervision.LINE_SECONDS", 0.0)
     with bar("learner", 100, 20, show=True) as shown:
         for _ in range(3):
             shown.set_postfix(postfix(values), refresh=False)

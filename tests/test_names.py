@@ -201,14 +201,14 @@ def test_hidden_files_are_no_pictures_in_any_command(place, png, model):
 
 def test_hidden_files_beside_weights_change_no_digest(model, tmp_path):
     from deedsr.hub.weights import part_digest
-    from pipelines.training.fit import _weights_digest
+    from pipelines.training.identity import weights_digest
 
     learner = Path(model) / "learner"
-    before = part_digest(learner), _weights_digest(learner)
+    before = part_digest(learner), weights_digest(learner)
     sidecar = learner / "._diffusion_pytorch_model.safetensors"
     sidecar.write_bytes(b"\0\5\x16\7")
     try:
-        assert (part_digest(learner), _weights_digest(learner)) == before
+        assert (part_digest(learner), weights_digest(learner)) == before
     finally:
         sidecar.unlink()
 

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import asdict
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -17,14 +19,15 @@ import pytest
 from mlflow import MlflowClient
 from test_training import WORKER, learner_options, variants  # noqa: F401
 
-from deedsr.errors import UsageError
+from deedsr.errors import DeeDSRError, UsageError
 from pipelines import tracking
 from pipelines.models import Model
 from pipelines.storage import open_storage
 from pipelines.tracking.registry import register
-from pipelines.training import tracked
+from pipelines.training import checkpoint
 from pipelines.training.checkpoint import Checkpoint
-from pipelines.training.config import resolved
+from pipelines.training.launch import finish_run
+from pipelines.training.metrics import record_part, recorded
 
 
 class SqliteStore:
@@ -60,7 +63,7 @@ def store(empty_store, tmp_path) -> SqliteStore:
 
 
 def begin(store, **options) -> tracking.Run:
-    options = {"name": "run", "config": {"seed": 1}, "system_metrics": False, "patient": True} | options
+    options = {"name": "run", "config": {"seed": 1}, "system_metrics": False, "fault_tolerant": True} | options
     return tracking.start_run("deedsr-learner", tracking_uri=store.uri, **options)
 
 
@@ -72,46 +75,48 @@ def log(run, first: int, last: int) -> None:
 def test_what_is_logged_while_the_store_is_away_is_sent_once_when_it_is_back(store, caplog):
     run = begin(store)
     log(run, 1, 10)
-    assert run.unsent() == []
+    run.flush()
     store.leave()
     log(run, 11, 20)
     picture = np.full((8, 8, 3), 7, np.uint8)
     run.log_picture("validation/one", picture, step=20)
-    assert [step for _, _, _, step in run.unsent()] == list(range(11, 21))
+    with pytest.raises(DeeDSRError, match="did not take what run"):
+        run.flush()
     began = time.monotonic()
-    for step in range(21, 2021):
-        log(run, step, step)
-        if step % 100 == 0:
-            run.unsent()
-    assert time.monotonic() - began < 2  # twenty checkpoints do not wait for it
+    log(run, 21, 2020)
+    assert [point.step for point in run.logged()] == list(range(1, 2021))
+    assert time.monotonic() - began < 2  # neither steps nor checkpoints wait for it
+    assert run.logged() == []
     store.come_back()
     assert run.finish()
-    assert run.unsent() == []
     assert store.steps(run.id) == list(range(1, 2021))
     assert MlflowClient(store.uri).get_run(run.id).info.status == "FINISHED"
     paths = [item.path for item in MlflowClient(store.uri).list_artifacts(run.id, "pictures/validation")]
     assert paths == ["pictures/validation/one.png"]
-    assert sum("kept and sent later" in record.message for record in caplog.records) == 1
+    assert sum("kept and sent later" in record.message for record in caplog.records) <= 1
 
 
 KILLED = """
 import os, signal, sys
+from functools import partial
 from pipelines import tracking
 from pipelines.storage import open_storage
-from pipelines.training import checkpoint, tracked
-uri, run_id, out, first, last, die = *sys.argv[1:4], *map(int, sys.argv[4:])
+from pipelines.training import checkpoint
+from pipelines.training.metrics import record_part, recorded
+uri, run_id, out, attempt, first, last, die = *sys.argv[1:4], *map(int, sys.argv[4:])
 out = open_storage(out)
-run = tracking.open_run(uri, run_id, system_metrics=False)
-run.take_up(tracked.unsent(out))
+run = tracking.open_run(uri, run_id, system_metrics=False, recorded=partial(recorded, out))
 for step in range(first, last + 1):
     run.log_metrics({"loss": float(step)}, step)
     if step % 10 == 0:
-        saved = checkpoint.Checkpoint(step, step, 0.5, unsent=run.unsent())
-        checkpoint.write(out, saved, {part: {} for part in checkpoint.PARTS}, checkpoint.Keep(2))
+        part = record_part(run.logged(), attempt, step)
+        saved = checkpoint.Checkpoint(step, step, 0.5)
+        checkpoint.write(out, saved, {part: {} for part in checkpoint.PARTS}, checkpoint.Keep(2), beside=part)
 if die:
     os.kill(os.getpid(), signal.SIGKILL)
-if not run.close():
-    tracked.keep(out, run.unsent())
+run.close()
+for path, data in record_part(run.logged(), attempt).items():
+    out.write(path, data)
 """
 
 
@@ -122,21 +127,62 @@ def test_a_process_killed_while_the_store_is_away_leaves_the_next_one_all_that_w
     run.close()
     out = tmp_path / "out"
 
-    def work(first: int, last: int, die: int) -> int:
-        words = [sys.executable, "-c", KILLED, store.uri, run.id, str(out), *map(str, (first, last, die))]
+    def work(*numbers: int) -> int:
+        words = [sys.executable, "-c", KILLED, store.uri, run.id, str(out), *map(str, numbers)]
         return subprocess.run(words, cwd=tmp_path, stderr=subprocess.DEVNULL).returncode
 
     store.leave()
-    assert work(6, 35, die=1) == -signal.SIGKILL  # its last checkpoint is of step 30
-    assert [step for _, _, _, step in tracked.unsent(open_storage(str(out)))] == list(range(6, 31))
-    assert work(31, 45, die=0) == 0  # ends with the store still away
-    assert [json.loads(line)[3] for line in (out / tracked.UNSENT).read_text().splitlines()] == list(range(6, 46))
+    assert work(1, 6, 35, 1) == -signal.SIGKILL  # its last checkpoint is of step 30
+    assert [point.step for point in recorded(open_storage(str(out)))] == list(range(6, 31))
+    assert work(2, 31, 45, 0) == 0  # ends with the store still away
+    assert [point.step for point in recorded(open_storage(str(out)))] == list(range(6, 46))
     store.come_back()
-    assert work(41, 60, die=0) == 0  # continues from the checkpoint of step 40
+    assert work(3, 41, 60, 0) == 0  # continues from the checkpoint of step 40
     assert store.steps(run.id) == list(range(1, 61))
+    assert [point.step for point in recorded(open_storage(str(out)))] == list(range(6, 61))
 
 
-def test_a_run_that_ends_without_its_store_keeps_all_beside_the_model_and_the_next_command_sends_it(
+def test_points_are_recorded_once_wherever_a_group_of_workers_was_killed(store, tmp_path):
+    """Between a part and its checkpoint, behind a part, and behind a batch whose answer was lost."""
+    out, run = open_storage(str(tmp_path / "out")), begin(store)
+
+    def group(attempt: int, first: int, last: int, every: int, commits: bool = True) -> tracking.Run:
+        writer = tracking.open_run(store.uri, run.id, system_metrics=False, recorded=partial(recorded, out))
+        for step in range(first, last + 1):
+            writer.log_metrics({"loss": float(step)}, step)
+            if step % every == 0:
+                writer.log_metrics({"validation/loss": float(step)}, step)
+                part = record_part(writer.logged(), attempt, step)
+                saved = Checkpoint(step, step, 0.5)
+                if commits:
+                    checkpoint.write(
+                        out, saved, {name: {} for name in checkpoint.PARTS}, checkpoint.Keep(2), beside=part
+                    )
+                else:
+                    for path, data in part.items():
+                        out.write(path, data)
+        return writer
+
+    group(1, 1, 10, 5).flush()
+    store.leave()
+    group(2, 11, 20, 10, commits=False)  # killed before the checkpoint of step 20
+    group(3, 11, 30, 15)  # continues from step 10, and is killed when nothing of it was sent
+    store.come_back()
+    last = group(4, 31, 40, 5)
+    assert last.close()
+    validated = [5, 10, 15, 20, 30, 35, 40]
+    assert store.steps(run.id) == list(range(1, 41))
+    assert sorted(store.steps(run.id, "validation/loss")) == validated
+    points = recorded(out)
+    assert sorted(point.step for point in points if point.name == "loss") == list(range(1, 41))
+    assert sorted(point.step for point in points if point.name != "loss") == validated
+    behind = recorded(out, {"loss": 30, "validation/loss": 30, "system/cpu": 3})
+    assert {point.step for point in behind} >= set(range(31, 41))
+    assert len(behind) < len(points)
+    run.close()
+
+
+def test_a_run_that_ends_without_its_store_has_its_record_and_the_next_command_sends_it(
     store, tmp_path, caplog, monkeypatch
 ):
     monkeypatch.setattr("pipelines.tracking.run.END_SECONDS", 1.0)
@@ -144,16 +190,32 @@ def test_a_run_that_ends_without_its_store_keeps_all_beside_the_model_and_the_ne
     run = begin(store)
     store.leave()
     log(run, 1, 5)
+    for path, data in record_part(run.logged(), 1).items():
+        out.write(path, data)
     published = []
-    assert not tracked.conclude(run, out, lambda: published.append(1))
+    assert not finish_run(run, out, lambda: published.append(1))
     assert sum("The same command again sends it" in record.message for record in caplog.records) == 1
     store.come_back()
     again = tracking.open_run(store.uri, run.id, system_metrics=False)
-    assert tracked.conclude(again, out, lambda: published.append(2))
+    assert finish_run(again, out, lambda: published.append(2))
     assert published == [2]
     assert store.steps(run.id) == [1, 2, 3, 4, 5]
     assert MlflowClient(store.uri).get_run(run.id).info.status == "FINISHED"
-    assert not out.exists(tracked.UNSENT)
+
+
+def test_points_that_an_earlier_version_could_not_send_are_of_the_record(tmp_path):
+    """In the checkpoint, as versions before the record kept them, and beside the model where a process had ended."""
+    out = open_storage(str(tmp_path))
+    out.write("unsent_metrics.jsonl", b'["loss", 0.5, 1, 1]\n["loss", 0.25, 2, 2]\n')
+    saved = {
+        "step": 2,
+        "samples_seen": 8,
+        "loss": 0.5,
+        "sha256": {},
+        "unsent": [["loss", 0.25, 2, 2], ["lr", 1.0, 2, 2]],
+    }
+    out.write("checkpoints/step-00000002/checkpoint.json", json.dumps(saved).encode())
+    assert [(point.name, point.step) for point in recorded(out)] == [("loss", 1), ("loss", 2), ("lr", 2)]
 
 
 def test_a_continued_run_needs_no_store_to_begin_and_a_new_one_does(store, tmp_path):
@@ -170,10 +232,6 @@ def test_a_continued_run_needs_no_store_to_begin_and_a_new_one_does(store, tmp_p
     assert MlflowClient(store.uri).get_run(run.id).data.tags["deedsr.kind"] == "learner"
     with pytest.raises(UsageError, match="has no run missing to continue"):
         begin(store, run_id="missing")
-
-
-def test_a_checkpoint_written_before_there_was_anything_unsent_is_read():
-    assert Checkpoint(**{"step": 1, "samples_seen": 8, "loss": 0.5, "sha256": {}}).unsent == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,11 +287,16 @@ def wait_for(true, seconds: float) -> None:
 
 
 TRACKED = """
+from functools import partial
 from pipelines import tracking
-from pipelines.training import tracked
-run = tracking.open_run(*sys.argv[2:4], system_metrics=False)
+from pipelines.training.identity import Claim
+from pipelines.training.metrics import record_part, recorded
 out = open_storage(sys.argv[4])
-run.take_up(tracked.unsent(out))
+run = tracking.open_run(*sys.argv[2:4], system_metrics=False, recorded=partial(recorded, out))
+claim = Claim(out, "test")
+if not out.exists("claim.json"):
+    claim.take()
+claim.next_attempt()
 """
 
 
@@ -246,7 +309,7 @@ def test_a_training_outlives_its_tracking_server_and_its_own_death_without_a_gap
 ):
     out = tmp_path / "out"
     run = tracking.start_run(
-        "deedsr-learner", name="run", config={}, tracking_uri=server.uri, system_metrics=False, patient=True
+        "deedsr-learner", name="run", config={}, tracking_uri=server.uri, system_metrics=False, fault_tolerant=True
     )
     run.close()
     options = variants(learner_options, out, max_steps=400, checkpoint_every=5, keep_checkpoints=2)
@@ -254,11 +317,12 @@ def test_a_training_outlives_its_tracking_server_and_its_own_death_without_a_gap
     code = code.replace("curve = Curve()", "curve = run").replace("curves.append(curve)", "")
     # Slow enough for a server to come back in the middle.
     code = code.replace("        return loss(model", "        import time; time.sleep(0.1)\n        return loss(model")
-    code += "if not run.close(): tracked.keep(out, run.unsent())\n"
+    code = code.replace('torch.device("cpu"), curve)', 'torch.device("cpu"), curve, claim=claim)')
+    code += "run.close()\nfor path, data in record_part(run.logged(), claim.attempt).items(): out.write(path, data)\n"
     environment = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 
     def training(port: int) -> subprocess.Popen:
-        jobs = json.dumps([["learner", resolved(options)]])
+        jobs = json.dumps([["learner", asdict(options)]])
         words = [sys.executable, "-c", code, jobs, server.uri, run.id, str(out)]
         return subprocess.Popen(words, env=environment | {"MASTER_PORT": str(port)}, stderr=subprocess.DEVNULL)
 
@@ -273,8 +337,7 @@ def test_a_training_outlives_its_tracking_server_and_its_own_death_without_a_gap
         wait_for(lambda: reached(60), 300)
         first.send_signal(signal.SIGKILL)
         first.wait()
-        left = tracked.unsent(open_storage(str(out)))
-        assert left
+        assert recorded(open_storage(str(out)))
         second = training(port + 1)
         wait_for(lambda: reached(100), 300)
         server.start()
@@ -283,7 +346,7 @@ def test_a_training_outlives_its_tracking_server_and_its_own_death_without_a_gap
         for process in (first, second):
             process.kill()
     # What the driver does in the end; on a fast server nothing is left for it.
-    assert tracked.conclude(tracking.open_run(server.uri, run.id, system_metrics=False), open_storage(str(out)), list)
+    assert finish_run(tracking.open_run(server.uri, run.id, system_metrics=False), open_storage(str(out)), list)
     history = MlflowClient(server.uri).get_metric_history(run.id, "loss")
     assert [metric.step for metric in history] == list(range(1, options.train.max_steps + 1))
 

@@ -8,8 +8,9 @@ import pytest
 
 from deedsr.errors import UsageError
 from pipelines.placement import Nodes, Offer, place_networks, place_shards
-from pipelines.training.config import PRESETS, ContrastOptions, TrainOptions, check, micro_batch
+from pipelines.training.config import ContrastOptions, TrainOptions, check, micro_batch
 from pipelines.training.placement import place_training
+from pipelines.training.schedules import PRESETS
 
 CORES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 GPUS = (0, 1, 2, 3, 4, 6, 8)

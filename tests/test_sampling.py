@@ -14,11 +14,12 @@ from diffusers import (
 from PIL import Image
 from small_networks import SCHEDULE, make_pipeline
 
+from deedsr.adapter.objective import clean_latent, model_output
 from deedsr.errors import UsageError
 from deedsr.hub.settings import COLOR_FIXES, SamplingSettings
 from deedsr.sampling.autoencoder import decode_latents, encode_latents
 from deedsr.sampling.color_fix import fix_color
-from deedsr.sampling.guidance import clean_latent, guidance_strengths, model_output
+from deedsr.sampling.guidance import guidance_strengths
 from deedsr.sampling.images import enlarge, mirrored, to_tensors
 from deedsr.sampling.pipeline import DeeDSRPipeline
 

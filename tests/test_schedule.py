@@ -1,13 +1,14 @@
 """The learning rate by step, over continuations that are longer or shorter."""
 
 import dataclasses
+from dataclasses import asdict
 
 import pytest
 
 from deedsr.errors import UsageError
-from pipelines.training.config import AdapterOptions, LearnerOptions, TrainOptions, resolved
-from pipelines.training.record import TrainingRecord
-from pipelines.training.schedule import learning_rate, with_schedule
+from pipelines.training.config import AdapterOptions, LearnerOptions, TrainOptions
+from pipelines.training.identity import TrainingRecord
+from pipelines.training.schedules import learning_rate, with_schedule
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -21,7 +22,7 @@ def test_learning_rate_warms_up_and_decays():
 @pytest.mark.parametrize("recorded", ["before there was the option", "with the option"])
 def test_a_run_that_is_made_longer_or_shorter_keeps_its_rates_and_says_where_they_end(recorded, caplog):
     train = TrainOptions(lr=1.0, schedule="cosine", warmup_steps=10, max_steps=110)
-    began = resolved(with_schedule(AdapterOptions(train=train), None))
+    began = asdict(with_schedule(AdapterOptions(train=train), None))
     assert began["train"]["schedule_steps"] == 110
     assert not caplog.records
     if recorded == "before there was the option":
@@ -37,7 +38,7 @@ def test_a_run_that_is_made_longer_or_shorter_keeps_its_rates_and_says_where_the
     assert "stays at its end, 0.01" in beyond
     assert "train.max_steps 60 ends within the cosine schedule of 110 steps" in within
     constant = AdapterOptions(train=TrainOptions(max_steps=10))
-    assert with_schedule(dataclasses.replace(constant, train=TrainOptions(max_steps=20)), resolved(constant)).train == (
+    assert with_schedule(dataclasses.replace(constant, train=TrainOptions(max_steps=20)), asdict(constant)).train == (
         TrainOptions(max_steps=20)
     )
     assert len(caplog.records) == 2
@@ -50,9 +51,9 @@ def longer_options(options: LearnerOptions, **changes) -> LearnerOptions:
 def test_the_length_of_a_schedule_is_no_part_of_another_configuration_until_it_is_given(tmp_path):
     train = TrainOptions(schedule="cosine", max_steps=100)
     options = LearnerOptions(data="d", out=str(tmp_path), train=train)
-    old = resolved(options)
+    old = asdict(options)
     del old["train"]["schedule_steps"]
-    for config in (old, resolved(with_schedule(options, None))):
+    for config in (old, asdict(with_schedule(options, None))):
         record = TrainingRecord("learner", config, {}, "run")
         longer = with_schedule(longer_options(options), config)
         record.refuse_differences("learner", longer, {})

@@ -18,7 +18,7 @@ from deedsr.learner.statistics import (
 )
 from deedsr.presets import LEARNER_PRESETS
 from pipelines.training.config import LearnerModelOptions, LearnerOptions, check
-from pipelines.training.initial import learner_config
+from pipelines.training.stage import learner_config
 
 FITS = slice(960, 960 + len(QUALITIES))  # of luma
 

@@ -302,7 +302,7 @@ def test_what_a_training_left_beside_a_model_is_not_downloaded(bucket, tmp_path,
     model = {"deedsr.json", "training.json", "LICENSE", "README.md", "learner/config.json", "adapter/config.json"}
     model |= {f"{part}/diffusion_pytorch_model.safetensors" for part in ("learner", "adapter")}
     left = {"checkpoints/step-00000100/trained.safetensors", "incidents/step-00000007-rank-0.safetensors"}
-    left |= {"_ray-1a2b3c4d/deedsr-learner/x.json", "pictures/validation/1.png", "unsent_metrics.jsonl"}
+    left |= {"_ray-1a2b3c4d/deedsr-learner/x.json", "pictures/validation/1.png", "metrics/000001-00000100.jsonl"}
     left |= {"text_encoder/model.safetensors", "v2-1_512-ema-pruned.safetensors"}
     for path in model | left:
         out.write(path, b"{}")

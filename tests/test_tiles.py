@@ -10,6 +10,7 @@ from small_networks import make_pipeline
 from torch import nn
 
 from benchmarks.seams import seam_energy
+from deedsr.adapter.objective import clean_latent
 from deedsr.hub.settings import COLOR_FIXES
 from deedsr.sampling import autoencoder, images, pipeline
 from deedsr.sampling.autoencoder import (
@@ -22,7 +23,6 @@ from deedsr.sampling.autoencoder import (
     sampled_windows,
 )
 from deedsr.sampling.color_fix import fix_color
-from deedsr.sampling.guidance import clean_latent
 from deedsr.sampling.images import enlarge, enlarge_window, to_uint8
 from deedsr.sampling.pipeline import DeeDSRPipeline
 from deedsr.sampling.tiles import Mosaic, Window

@@ -336,18 +336,33 @@ def test_a_deleted_run_is_named_with_the_command_that_restores_it(own_store, wha
     else:
         client.delete_experiment(about.experiment_id)
         command = f"mlflow experiments restore --experiment-id {about.experiment_id}"
-    for patient in (True, False):
+    for fault_tolerant in (True, False):
         with pytest.raises(UsageError, match=f"was deleted in {own_store}: .*{command}"):
-            start(own_store, run_id=run.id, patient=patient)
+            start(own_store, run_id=run.id, fault_tolerant=fault_tolerant)
     going_on = tracking.open_run(own_store, run.id, system_metrics=False)  # deleted while a training writes it
     going_on.log_metrics({"loss": 1.0}, 1)
     with pytest.raises(DeeDSRError, match=command):
         going_on.flush()
-    assert [point[0] for point in going_on.unsent()] == ["loss"]
     restored = [sys.executable, "-m", *command.split()]
     subprocess.run(restored, env=os.environ | {"MLFLOW_TRACKING_URI": own_store}, check=True, capture_output=True)
     start(own_store, run_id=run.id).finish()
-    going_on.close()
+    assert going_on.close()
+    assert history(client, run, "loss") == [(1, 1.0)]
+
+
+def test_a_point_that_the_store_will_never_take_holds_up_no_other(store, client, caplog):
+    run = tracking.open_run(store, start(store).id, system_metrics=False)
+    for step in range(1, 1300):
+        run.log_metrics(
+            {"loss": float(step), "accuracy|top1": 0.5} if step in (7, 1200) else {"loss": float(step)}, step
+        )
+    assert run.finish()
+    assert [step for step, _ in history(client, run, "loss")] == list(range(1, 1300))
+    left_out = [record.getMessage() for record in caplog.records if "is left out" in record.getMessage()]
+    assert [message.split(" is left out")[0] for message in left_out] == [
+        "accuracy|top1 at step 7",
+        "accuracy|top1 at step 1200",
+    ]
 
 
 def test_a_store_that_vanishes_is_an_error_that_keeps_what_is_pending(own_store, tmp_path):

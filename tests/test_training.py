@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,6 @@ from pipelines.data.order import SampleOrder
 from pipelines.storage import open_storage
 from pipelines.training import checkpoint
 from pipelines.training.config import (
-    PRESETS,
     AdapterModelOptions,
     AdapterOptions,
     ContrastOptions,
@@ -29,10 +29,10 @@ from pipelines.training.config import (
     check,
     from_resolved,
     micro_batch,
-    resolved,
     worker_range,
 )
 from pipelines.training.learner_stage import LearnerStage
+from pipelines.training.schedules import PRESETS
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_a_batch_that_does_not_divide_over_the_workers_is_refused():
 
 def test_options_survive_json():
     options = AdapterOptions(data="d", sampling={"eta": 1.0}, train=TrainOptions(num_workers="1..4"))
-    assert from_resolved(AdapterOptions, json.loads(json.dumps(resolved(options)))) == options
+    assert from_resolved(AdapterOptions, json.loads(json.dumps(asdict(options)))) == options
     assert worker_range("1..4") == (1, 4)
 
 
@@ -215,23 +215,18 @@ if os.environ.get("FLOAT64"):  # all that the project computes in fp32
 dist.init_process_group("gloo")
 from pipelines.data.dataset import Dataset
 from pipelines.training.config import AdapterOptions, LearnerOptions, from_resolved
-from pipelines.training.worker import train
+from pipelines.training.loop import make_stage, train
 
 class Curve(list):
     def log_metrics(self, values, step):
         if "loss" in values: self.append([step, values["loss"]])
-    def unsent(self): return []
+    def logged(self): return []
 
 curves = []
 for kind, tree in json.loads(sys.argv[1]):
     options = from_resolved({"learner": LearnerOptions, "adapter": AdapterOptions}[kind], tree)
     dataset = Dataset.open(options.data)
-    if kind == "learner":
-        from pipelines.training.learner_stage import LearnerStage
-        stage = LearnerStage(options)
-    else:
-        from pipelines.training.adapter_stage import AdapterStage
-        stage = AdapterStage(options, dataset.scale, dataset.manifest.latents)
+    stage = make_stage(options, dataset)
     def loss(model, batch, loss=stage.loss):
         return loss(model, {name: t.to(wide) if t.is_floating_point() else t for name, t in batch.items()})
 
@@ -249,7 +244,7 @@ dist.destroy_process_group()
 
 def run_processes(world_size: int, many_options: list, **environment: str) -> list[list[list[float]]]:
     """Loss curves `[[step, loss], ...]` of the trainings, one after the other in the same processes."""
-    jobs = json.dumps([["learner" if isinstance(o, LearnerOptions) else "adapter", resolved(o)] for o in many_options])
+    jobs = json.dumps([["learner" if isinstance(o, LearnerOptions) else "adapter", asdict(o)] for o in many_options])
     with tempfile.TemporaryDirectory() as folder:
         output = run_script(WORKER, world_size, [jobs], Path(folder), **environment)
     line = next(line for line in output.splitlines() if line.startswith("CURVES"))
@@ -294,8 +289,9 @@ def test_a_queue_from_before_there_were_groups_goes_on(learner_options):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_a_noisy_latent_pulled_to_the_lr_still_has_the_hr_as_its_answer(adapter_options, prediction):
     """A base that knows the HR latent has no loss, whatever share of x_t is the LR's."""
+    from deedsr.adapter.objective import model_output
     from deedsr.sampling.autoencoder import encode_latents
-    from deedsr.sampling.guidance import alpha_bar, model_output
+    from deedsr.sampling.guidance import alpha_bar
     from pipelines.training.adapter_stage import AdapterStage
 
     diffusion = DiffusionOptions(lr_crop=16, noise_guidance=1.0, max_timestep=300)
@@ -320,18 +316,6 @@ def test_a_noisy_latent_pulled_to_the_lr_still_has_the_hr_as_its_answer(adapter_
     loss, _ = stage.loss(oracle, batch)
     ignorant, _ = stage.loss(lambda noisy, t, z_lr, degradation: torch.zeros_like(noisy), batch)
     assert loss < 1e-6 * ignorant
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-def test_the_snr_weight_caps_what_an_error_of_the_clean_latent_costs(prediction):
-    from deedsr.sampling.guidance import clean_latent
-    from pipelines.training.adapter_stage import snr_weight
-
-    abar = torch.tensor([0.99, 0.9, 0.5, 0.1], dtype=torch.float64)
-    off = [clean_latent(output, torch.zeros(()), abar, prediction) for output in (torch.zeros(()), torch.ones(()))]
-    error_of_clean_latent = (off[1] - off[0]) ** 2  # of a base that errs by 1
-    snr = abar / (1 - abar)
-    torch.testing.assert_close(snr_weight(abar, 5.0, prediction), snr.clamp(max=5) * error_of_clean_latent)
 
 
 def test_zero_stages_workers_and_accumulation_change_no_bit_of_a_loss(learner_options, adapter_options, tmp_path):

@@ -9,8 +9,8 @@ import pytest
 import test_training
 from test_training import base, learner_options, run_processes, variants  # noqa: F401
 
+from pipelines.training.checks import logged_metrics
 from pipelines.training.config import AdapterModelOptions, AdapterOptions, DiffusionOptions, TrainOptions
-from pipelines.training.feasibility import logged_metrics
 from pipelines.training.metrics import bucket_names
 from pipelines.training.validation import fixed_rows, strip
 
@@ -51,7 +51,7 @@ def _lines(out: Path, name: str) -> list:
 @pytest.fixture
 def told(monkeypatch) -> None:
     worker = test_training.WORKER
-    start, end = worker.index("    def log_metrics"), worker.index("    def unsent")
+    start, end = worker.index("    def log_metrics"), worker.index("    def logged")
     monkeypatch.setattr(test_training, "WORKER", worker[:start] + SEEN.lstrip(chr(10)) + worker[end:])
 
 

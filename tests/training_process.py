@@ -20,7 +20,7 @@ from pipelines.training.config import AdapterOptions, LearnerOptions
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     ["deepspeed", "diffusers.models.unets.unet_2d_condition", "diffusers.models.autoencoders.autoencoder_tiny",
-     "diffusers.schedulers.scheduling_ddim", "pipelines.training.worker", "pipelines.training.learner_stage",
+     "diffusers.schedulers.scheduling_ddim", "pipelines.training.loop", "pipelines.training.learner_stage",
      "pipelines.training.adapter_stage"]
 )  # fmt: skip
 
@@ -37,7 +37,7 @@ class Curve:
 
     def log_picture(self, name, picture, step): ...
 
-    def unsent(self):
+    def logged(self):
         os.fsync(self.file.fileno())
         return []
 
@@ -104,17 +104,11 @@ def work(
     torch.distributed.init_process_group("gloo")
     from pipelines.data.dataset import Dataset
     from pipelines.storage import open_storage
-    from pipelines.training import checkpoint, interruption
-    from pipelines.training.adapter_stage import AdapterStage
-    from pipelines.training.learner_stage import LearnerStage
-    from pipelines.training.worker import train
+    from pipelines.training import checkpoint, health
+    from pipelines.training.loop import make_stage, train
 
     dataset = Dataset.open(options.data)
-    stage = (
-        LearnerStage(options)
-        if isinstance(options, LearnerOptions)
-        else AdapterStage(options, dataset.scale, dataset.manifest.latents)
-    )
+    stage = make_stage(options, dataset)
     sample, loss, end_step, drop_step = stage.sample, stage.loss, stage.end_step, stage.drop_step
     found = checkpoint.committed(open_storage(options.out))
     step, rows = found[-1].step if found else 0, []
@@ -140,9 +134,9 @@ def work(
 
     stage.sample, stage.loss = sample_and_row, loss_of_rows
     stage.end_step, stage.drop_step = ended(end_step), ended(drop_step)
-    interruption.listen()
+    health.listen()
     train(stage, options, dataset, torch.device("cpu"), Curve(folder) if rank == 0 else None,
-          asked=interruption.terminated)  # fmt: skip
+          asked=health.terminated)  # fmt: skip
     torch.distributed.destroy_process_group()
 
 

@@ -1,9 +1,8 @@
 """Noise guidance: in the first sampling steps the predicted clean latent is pulled to the LR latent.
 
 The paper replaces it wholly in the very first step; here strength and number of steps are free, and every scheduler
-that knows `alphas_cumprod` works, whatever its UNet predicts.
-
-A noisy latent is x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps, as the UNet sees it (after `scale_model_input`).
+that knows `alphas_cumprod` works, whatever its UNet predicts. The algebra is `deedsr.adapter.objective`'s, with x_t as
+the UNet sees it (after `scale_model_input`).
 """
 
 from typing import Any
@@ -30,20 +29,3 @@ def alpha_bar(scheduler: Any, t: torch.Tensor) -> torch.Tensor:
             "use a DDIM-like scheduler or noise guidance 0"
         )
     return scheduler.alphas_cumprod[int(t.round())].to(torch.float32)
-
-
-def clean_latent(output: torch.Tensor, x_t: torch.Tensor, abar: torch.Tensor, prediction: str) -> torch.Tensor:
-    """x_0 that a model output stands for; `prediction` is epsilon, v_prediction or sample."""
-    if prediction == "epsilon":
-        return (x_t - (1 - abar).sqrt() * output) / abar.sqrt()
-    if prediction == "v_prediction":
-        return abar.sqrt() * x_t - (1 - abar).sqrt() * output
-    return output
-
-
-def model_output(x_0: torch.Tensor, x_t: torch.Tensor, abar: torch.Tensor, prediction: str) -> torch.Tensor:
-    """The model output that stands for x_0; the inverse of `clean_latent`."""
-    if prediction == "sample":
-        return x_0
-    eps = (x_t - abar.sqrt() * x_0) / (1 - abar).sqrt()
-    return eps if prediction == "epsilon" else abar.sqrt() * eps - (1 - abar).sqrt() * x_0

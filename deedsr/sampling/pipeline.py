@@ -22,6 +22,7 @@ from diffusers import (
 
 from deedsr.adapter.adapter import DegradationAwareAdapter
 from deedsr.adapter.condition_encoder import PreparedDegradation
+from deedsr.adapter.objective import clean_latent, model_output, pull_to_lr
 from deedsr.errors import UsageError
 from deedsr.hub.model_card import copy_base_licence, write_card
 from deedsr.hub.model_folder import BASE_PARTS, TRAINED_PARTS, ModelFolder, find_folder, load_part
@@ -36,7 +37,7 @@ from deedsr.sampling.autoencoder import (
 )
 from deedsr.sampling.color_fix import fix_color
 from deedsr.sampling.gate import RestorationGate, blend
-from deedsr.sampling.guidance import alpha_bar, clean_latent, guidance_strengths, model_output
+from deedsr.sampling.guidance import alpha_bar, guidance_strengths
 from deedsr.sampling.images import OUTPUT_TYPES, Picture, enlarge_window, from_tensors, to_tensors
 from deedsr.sampling.schedule import ddim, require_prediction, require_signal, solver_for, usable_eta
 from deedsr.sampling.tiles import Mosaic, Window
@@ -306,7 +307,8 @@ class DeeDSRPipeline(DiffusionPipeline):
             if strength > 0:
                 abar = alpha_bar(scheduler, t)
                 if output is not None:
-                    x_0 = (1 - strength) * clean_latent(output, x_t, abar, prediction) + strength * z_lr_BChw
+                    x_0 = clean_latent(output, x_t, abar, prediction)
+                    x_0 = x_0 + pull_to_lr(x_0, z_lr_BChw, strength)
                 output = model_output(x_0, x_t, abar, prediction)
             x_BChw = scheduler.step(output, t, x_BChw, **step_options).prev_sample
         return x_BChw

@@ -7,21 +7,24 @@ the dataset's digest as an MLflow dataset input and as tag `deedsr.dataset.diges
 One process writes a run at a time. A training driver starts the run (`system_metrics=False`), rank 0's worker opens it
 by (`tracking_uri`, `id`) with `open_run` and leaves it with `close`; the driver sets the final status with `finish`.
 
-A patient run outlives its store: what the store does not take waits in an outbox, and what still waits when a process
-ends is `Run.unsent()`, for the next one to `take_up`.
+The store mirrors what a run logs. A fault-tolerant run outlives it: what the store does not take is sent when it is
+back. A training keeps a record of its own (`pipelines.training.metrics`), of which the next process sends what the
+store lacks.
 """
 
+from pipelines.tracking.mirror import Point
 from pipelines.tracking.nesting import children_of
 from pipelines.tracking.provenance import DatasetInput, HasDigest
-from pipelines.tracking.run import Run, find_run, open_run, start_run
+from pipelines.tracking.run import Run, open_run, start_run
 from pipelines.tracking.stale import Closed, close_stale
-from pipelines.tracking.store import EXPERIMENTS, connect, masked_uri, require_shared_store, tracking_uri
+from pipelines.tracking.store import EXPERIMENTS, connect, find_run, masked_uri, require_shared_store, tracking_uri
 
 __all__ = [
     "EXPERIMENTS",
     "Closed",
     "DatasetInput",
     "HasDigest",
+    "Point",
     "Run",
     "children_of",
     "close_stale",

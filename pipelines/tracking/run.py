@@ -4,15 +4,16 @@ import contextlib
 import json
 import logging
 import os
-import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from deedsr.errors import DeeDSRError, UsageError
+from pipelines.tracking.mirror import SYSTEM, Mirror, NeverTaken, Point, Recorded, StoreRefused
 from pipelines.tracking.nesting import parent_tags
-from pipelines.tracking.outbox import Outbox, Point
 from pipelines.tracking.provenance import (
     COMMIT_TAG,
     CONFIG_TAG,
@@ -27,16 +28,15 @@ from pipelines.tracking.provenance import (
     plain,
 )
 from pipelines.tracking.stale import USER_TAG, close_stale, presence, user
-from pipelines.tracking.store import StoreAway, cause, connect, experiment_id, masked_uri, quoted
+from pipelines.tracking.store import StoreAway, cause, connect, experiment_id, how_to_restore, masked_uri
 from pipelines.tracking.store import tracking_uri as resolve_uri
 
 if TYPE_CHECKING:
     import numpy as np
     from mlflow import MlflowClient
 
-END_SECONDS = 60.0  # that the end of a patient run tries to reach a store that is away
-STOP_SECONDS = 60.0  # of the one try where a patient run is only left, or did not get to its end
-ATTEMPT_SECONDS = 2.0  # that a checkpoint waits for the store
+END_SECONDS = 60.0  # that the end of a fault-tolerant run tries to reach a store that is away
+STOP_SECONDS = 60.0  # of the one try where a fault-tolerant run is only left, or did not get to its end
 # Limits of MLflow's stores.
 MAX_KEY_CHARACTERS = 250
 MAX_PARAMS_PER_BATCH = 100
@@ -56,7 +56,7 @@ def start_run(
     tags: Mapping[str, str] | None = None,
     tracking_uri: str | None = None,
     system_metrics: bool = True,
-    patient: bool = False,
+    fault_tolerant: bool = False,
     permit: Callable[[], bool] = lambda: True,
     out: str | None = None,
 ) -> "Run":
@@ -74,7 +74,7 @@ def start_run(
         tracking_uri: store; see `tracking_uri()`.
         system_metrics: sample this machine's CPU, memory, disk, network and GPU until the run is closed. A driver
             whose run is written by a worker says False.
-        patient: the work outlives the store: a run to continue needs no store yet, and `finish` raises nothing.
+        fault_tolerant: the work outlives the store: a run to continue needs no store yet, and `finish` raises nothing.
         permit: whether this process may still write the run, asked before each sending; once False, it writes no more.
         out: where the results go. Runs of this user that were killed there end as KILLED; see `stale`.
 
@@ -88,7 +88,7 @@ def start_run(
     if run_id is None:
         client = connect(uri)
         run_id = client.create_run(experiment_id(client, uri, experiment), run_name=name).info.run_id
-    run = Run(uri, run_id, patient, permit)
+    run = Run(uri, run_id, fault_tolerant, permit)
 
     def begin() -> None:
         if not new:
@@ -111,7 +111,7 @@ def start_run(
     try:
         begin()
     except (StoreAway, StoreRefused) as error:
-        if new or not patient:
+        if new or not fault_tolerant:
             raise
         _log.warning("%s; the work goes on, and what is logged is kept and sent later", error)
         run.later(begin)
@@ -123,38 +123,24 @@ def start_run(
 
 
 def open_run(
-    tracking_uri: str, run_id: str, *, system_metrics: bool = True, permit: Callable[[], bool] = lambda: True
+    tracking_uri: str,
+    run_id: str,
+    *,
+    system_metrics: bool = True,
+    permit: Callable[[], bool] = lambda: True,
+    recorded: Recorded | None = None,
 ) -> "Run":
-    """Open a run that another process started, to write it from here; patient. It is RUNNING again.
+    """Open a run that another process started, to write it from here; fault-tolerant. It is RUNNING again.
 
-    Returns at once and never raises for a store that is away. `permit`: see `start_run`.
+    Returns at once and never raises for a store that is away. `permit`: see `start_run`; `recorded`: see `Run.replay`.
     """
-    run = Run(resolve_uri(tracking_uri), run_id, patient=True, permit=permit)
+    run = Run(resolve_uri(tracking_uri), run_id, fault_tolerant=True, permit=permit)
+    if recorded is not None:
+        run.replay(recorded)  # before system metrics count on from what the store holds
     run.later(run._set_running)
     if system_metrics:
         run.later(run._watch_system)
     return run
-
-
-def find_run(experiment: str | None, tags: Mapping[str, str], tracking_uri: str | None = None) -> str | None:
-    """Id of the newest run with all these tags, in one experiment or (None) in all; None when there is none."""
-    client = connect(resolve_uri(tracking_uri))
-    if experiment is None:
-        experiments = client.search_experiments()
-    else:
-        found = client.get_experiment_by_name(experiment)
-        experiments = [found] if found else []
-    if not experiments:
-        return None
-    condition = " and ".join(f"tags.`{key}` = {quoted(value)}" for key, value in tags.items())
-    runs = client.search_runs(
-        [e.experiment_id for e in experiments], condition, order_by=["attributes.start_time DESC"], max_results=1
-    )
-    return runs[0].info.run_id if runs else None
-
-
-class StoreRefused(DeeDSRError):
-    """The store answered with an error, or not at all, to something that was to be logged."""
 
 
 class Run:
@@ -166,18 +152,20 @@ class Run:
     """
 
     def __init__(
-        self, tracking_uri: str, run_id: str, patient: bool = False, permit: Callable[[], bool] = lambda: True
+        self, tracking_uri: str, run_id: str, fault_tolerant: bool = False, permit: Callable[[], bool] = lambda: True
     ):
         self.id = run_id
         self.tracking_uri = tracking_uri
-        self.patient = patient
+        self.fault_tolerant = fault_tolerant
         self._permit = permit
         self._monitor: Any = None
         self._finished = False
         name = f"the MLflow store {masked_uri(tracking_uri)}"
-        self._outbox = Outbox(self._send, self._stored_steps, name, permit)
-        if patient:
-            # The outbox tries again for as long as it takes; MLflow would hold each try for minutes.
+        self._mirror = Mirror(self._send, self._stored_steps, name, permit)
+        self._logged: list[Point] = []
+        self._logging = threading.Lock()  # system metrics come from a thread of their own
+        if fault_tolerant:
+            # The mirror tries again for as long as it takes; MLflow would hold each try for minutes.
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
@@ -189,27 +177,33 @@ class Run:
     def log_metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Log numbers of one step. Returns at once: they are sent in batches every few seconds and by `flush`.
 
-        For each metric, steps up to the last that the run holds are skipped, so repeated steps after a resume are
-        stored once. Put `unsent` into every checkpoint, and give it to `take_up` after a restart: no step is lost.
+        For each metric, steps up to the last that the store holds are not sent, so repeated steps after a resume are
+        stored once. A fault-tolerant run is to put what it has `logged` into its own record, and to `replay` that after
+        a restart: then no step is lost.
         """
-        self._outbox.add(values, step)
+        now = int(time.time() * 1000)
+        points = [Point(name, float(value), now, step) for name, value in values.items()]
+        if self.fault_tolerant:
+            with self._logging:
+                self._logged += points
+        self._mirror.add(points)
 
-    def take_up(self, points: Iterable[Sequence]) -> None:
-        """Log what `unsent` of an earlier process gave, before anything else is logged."""
-        self._outbox.load(points)
+    def logged(self) -> list[Point]:
+        """What was logged since this was asked last, whether the store has it or not."""
+        with self._logging:
+            points, self._logged = self._logged, []
+        return points
 
-    def unsent(self) -> list[list]:
-        """`[name, value, timestamp in ms, step]` of what the store has not taken, oldest first.
+    def replay(self, recorded: Recorded) -> None:
+        """Send what earlier processes logged and the store lacks, before anything else.
 
-        A store that works is given two seconds to take it first; one that is known to be away is not waited for.
+        `recorded` gets the last step that the store holds, by metric, and gives at least the points behind these.
         """
-        if not self._outbox.away:
-            self._outbox.attempt(ATTEMPT_SECONDS)
-        return self._outbox.unsent()
+        self._mirror.replay(recorded)
 
     def later(self, call: Callable[[], object]) -> None:
         """Do something with the store when it is there, behind the metrics, on the sender's thread. Returns at once."""
-        self._outbox.errand(call)
+        self._mirror.errand(call)
 
     def flush(self) -> None:
         """Send what is pending now.
@@ -217,12 +211,12 @@ class Run:
         Raises:
             DeeDSRError: the store did not take it. Nothing is lost: it stays pending.
         """
-        self._outbox.deliver()
+        self._mirror.deliver()
 
     def log_picture(self, name: str, image_HWC: "np.ndarray", step: int | None = None) -> None:
         """Store a uint8 RGB picture as artifact `pictures/{name}.png`; with a step also in MLflow's series of images.
 
-        A patient run returns at once and stores it later.
+        A fault-tolerant run returns at once and stores it later.
         """
 
         def store() -> None:
@@ -231,7 +225,7 @@ class Run:
                 if step is not None:
                     self.client.log_image(self.id, image_HWC, key=name, step=step)
 
-        self.later(store) if self.patient else store()
+        self.later(store) if self.fault_tolerant else store()
 
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
         """Store a file, or a directory with what it holds, among the artifacts."""
@@ -272,7 +266,7 @@ class Run:
     def close(self) -> bool:
         """Send what is pending and stop the threads; the status stays RUNNING for whoever writes on.
 
-        True when the store took all. What it did not take stays in `unsent` of a patient run; another one raises
+        True when the store took all; where it did not, a fault-tolerant run returns False, another one raises
         DeeDSRError.
         """
         return self._close()
@@ -282,7 +276,7 @@ class Run:
         if self._finished:
             return True
         self._finished = True
-        if self.patient:
+        if self.fault_tolerant:
             self._stop_monitor()
             self.later(lambda: self._terminate(status))
             return self._close(to_the_end=status == "FINISHED")
@@ -297,12 +291,12 @@ class Run:
 
     def _close(self, to_the_end: bool = False) -> bool:
         self._stop_monitor()
-        if not self.patient:
-            self._outbox.close()
+        if not self.fault_tolerant:
+            self._mirror.close()
             self.flush()
             return True
-        sent = self._outbox.drain(END_SECONDS) if to_the_end else self._outbox.attempt(STOP_SECONDS)
-        self._outbox.close()
+        sent = self._mirror.drain(END_SECONDS) if to_the_end else self._mirror.attempt(STOP_SECONDS)
+        self._mirror.close()
         return sent
 
     def _stop_monitor(self) -> None:
@@ -343,37 +337,15 @@ class Run:
                 if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                     raise
                 raise UsageError(
-                    self._deleted()
+                    how_to_restore(self.client, self.tracking_uri, self.id)
                     or f"the MLflow store {masked_uri(self.tracking_uri)} has no run {self.id} to continue: set "
                     "MLFLOW_TRACKING_URI to the store in which the work was begun, or begin anew with another --out"
                 ) from error
 
-    def _deleted(self) -> str | None:
-        """How to have the run again if somebody deleted it, or its experiment; else None."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            about = self.client.get_run(self.id).info
-            experiment = self.client.get_experiment(about.experiment_id)
-        except MlflowException:  # gone for good, or never there
-            return None
-        if experiment.lifecycle_stage == "deleted":
-            what, command = f"the experiment {experiment.name} of", "experiments restore --experiment-id"
-        elif about.lifecycle_stage == "deleted":
-            what, command = "", "runs restore --run-id"
-        else:
-            return None
-        id = about.experiment_id if what else self.id
-        store = masked_uri(self.tracking_uri)
-        return (
-            f"{what} MLflow run {self.id} was deleted in {store}: to have it again, "
-            f"MLFLOW_TRACKING_URI={shlex.quote(store)} mlflow {command} {id}"
-        ).strip()
-
     def _watch_system(self) -> None:
-        from pipelines.tracking.system import PREFIX, SystemMetrics
+        from pipelines.tracking.system import SystemMetrics
 
-        step = self._outbox.last_step(PREFIX) + 1
+        step = self._mirror.last_step(SYSTEM) + 1
         self._monitor = SystemMetrics(self.id, self.tracking_uri, self.log_metrics, step)
         self._monitor.start()
 
@@ -398,9 +370,11 @@ class Run:
         try:
             yield
         except (MlflowException, SQLAlchemyError, OSError) as error:
-            if getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE" and (deleted := self._deleted()):
-                raise StoreRefused(deleted) from error
-            raise StoreRefused(
+            # The one code that blames what was sent; MLflow has BAD_REQUEST for a database that is away, too.
+            never = getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE"
+            if never and (remedy := how_to_restore(self.client, self.tracking_uri, self.id)):
+                raise StoreRefused(remedy) from error
+            raise (NeverTaken if never else StoreRefused)(
                 f"the MLflow store {masked_uri(self.tracking_uri)} did not take what run {self.id} logs "
                 f"({cause(error)}): see that it runs and has space, then start the same command again, "
                 "which continues the run"

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import re
+import shlex
 import socket
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
@@ -156,3 +157,45 @@ def experiment_id(client: "MlflowClient", uri: str, name: str) -> str:
             "(`mlflow experiments restore`) or name another"
         )
     return experiment.experiment_id
+
+
+def find_run(experiment: str | None, tags: Mapping[str, str], uri: str | None = None) -> str | None:
+    """Id of the newest run with all these tags, in one experiment or (None) in all; None when there is none."""
+    client = connect(tracking_uri(uri))
+    if experiment is None:
+        experiments = client.search_experiments()
+    else:
+        found = client.get_experiment_by_name(experiment)
+        experiments = [found] if found else []
+    if not experiments:
+        return None
+    condition = " and ".join(f"tags.`{key}` = {quoted(value)}" for key, value in tags.items())
+    runs = client.search_runs(
+        [e.experiment_id for e in experiments], condition, order_by=["attributes.start_time DESC"], max_results=1
+    )
+    return runs[0].info.run_id if runs else None
+
+
+def how_to_restore(client: "MlflowClient", uri: str, run_id: str) -> str | None:
+    """The command that restores a run if somebody deleted it, or its experiment; else None."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        about = client.get_run(run_id).info
+        experiment = client.get_experiment(about.experiment_id)
+    except MlflowException:  # gone for good, or never there
+        return None
+    if experiment.lifecycle_stage == "deleted":
+        what, command = (
+            f"the experiment {experiment.name} of ",
+            f"experiments restore --experiment-id {about.experiment_id}",
+        )
+    elif about.lifecycle_stage == "deleted":
+        what, command = "", f"runs restore --run-id {run_id}"
+    else:
+        return None
+    store = masked_uri(uri)
+    return (
+        f"{what}MLflow run {run_id} was deleted in {store}: to have it again, "
+        f"MLFLOW_TRACKING_URI={shlex.quote(store)} mlflow {command}"
+    )

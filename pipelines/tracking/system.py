@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-PREFIX = "system/"
+from pipelines.tracking.mirror import SYSTEM
 
 
 class SystemMetrics(SystemMetricsMonitor):
@@ -23,7 +23,7 @@ class SystemMetrics(SystemMetricsMonitor):
         self.collect_metrics()  # rates of network and disk are differences from here on
         while not self._shutdown_event.wait(self.sampling_interval):
             self.collect_metrics()
-            prefix = PREFIX + (f"{self.node_id}/" if self.node_id else "")
+            prefix = SYSTEM + (f"{self.node_id}/" if self.node_id else "")
             self._log({prefix + name: value for name, value in self.aggregate_metrics().items()}, self._step)
             self._step += 1
             for monitor in self.monitors:

@@ -2,17 +2,19 @@
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
+import pyarrow as pa
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import deedsr
 from deedsr.adapter.adapter import DegradationAwareAdapter, freeze
+from deedsr.adapter.objective import denoising_loss, noisy_and_target
 from deedsr.dataset.keys import generator
 from deedsr.dataset.manifest import LatentsSource
 from deedsr.hub.model_card import copy_base_licence, write_card
@@ -24,9 +26,11 @@ from deedsr.sampling.schedule import ddim
 from pipelines.data.dataset import Dataset
 from pipelines.models import Adapter, Base, Learner
 from pipelines.training.config import AdapterOptions
-from pipelines.training.initial import initial_weights
 from pipelines.training.metrics import by_timestep, middles
-from pipelines.training.stage import Workers, fresh
+from pipelines.training.stage import Workers, fresh, initial_weights
+
+if TYPE_CHECKING:
+    from deedsr.sampling.pipeline import DeeDSRPipeline
 
 
 class Draws(NamedTuple):
@@ -36,6 +40,21 @@ class Draws(NamedTuple):
     place: tuple[int, int, int, int]
     encoding_noise: np.ndarray
     questions: dict[str, Any]
+
+
+class AdapterBatch(TypedDict):
+    """A micro-batch: of pixels, or of latents that were stored."""
+
+    timestep: Tensor  # (B,)
+    noise: Tensor  # (B, C, h, w)
+    guidance: Tensor  # (B,) strength of the pull to the LR
+    lr: NotRequired[Tensor]  # (B, 3, H, W) in [0, 1], whole, for the learner
+    lr_crop: NotRequired[Tensor]  # (B, 3, H, W) in [0, 1]
+    hr_crop: NotRequired[Tensor]  # (B, 3, s H, s W) in [0, 1]
+    encoding_noise: NotRequired[Tensor]  # (B, 2, C, h, w) of the posteriors of LR and HR
+    z_lr: NotRequired[Tensor]  # (B, C, h, w)
+    z_hr: NotRequired[Tensor]  # (B, C, h, w)
+    degradation: NotRequired[Tensor]  # (B, D)
 
 
 class AdapterStage:
@@ -90,7 +109,7 @@ class AdapterStage:
     def _trained_learner(self) -> DegradationLearner:
         return DegradationLearner.from_pretrained(self.trained_learner.path, low_cpu_mem_usage=False)
 
-    def sample(self, dataset: Dataset, index: Any, row: int, epoch: int) -> dict[str, Any]:
+    def sample(self, dataset: Dataset, index: pa.Table, row: int, epoch: int) -> dict[str, Any]:
         """The whole LR for the learner; an aligned LR/HR crop, a timestep and the noise for the denoiser. Of latents:
         the vector, and crops of the latents at the nearest cells."""
         if self.latents is not None:
@@ -110,7 +129,7 @@ class AdapterStage:
             **draws.questions,
         }
 
-    def _sample_latents(self, dataset: Dataset, index: Any, row: int, epoch: int) -> dict[str, Any]:
+    def _sample_latents(self, dataset: Dataset, index: pa.Table, row: int, epoch: int) -> dict[str, Any]:
         key, stored, lr = dataset.read_latents(index, row)
         height, width = (side * self.vae_factor // self.scale for side in stored.hr_mean.shape[1:])
         draws = self._draw(key, epoch, height, width)
@@ -142,7 +161,7 @@ class AdapterStage:
         questions["guidance"] = np.float32(options.diffusion.noise_guidance * min(1, 2 * rng.random()))
         return Draws((top, left, rows, columns), encoding_noise, questions)
 
-    def _encoded(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _encoded(self, batch: AdapterBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Latents of LR and HR, and the degradation vectors, all fp32: computed, or as they were stored."""
         vector_BD = batch["degradation"] if "degradation" in batch else self.learner(batch["lr"])
         if "z_lr" in batch:
@@ -154,7 +173,7 @@ class AdapterStage:
         )
         return z_lr, z_hr, vector_BD
 
-    def loss(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: Callable[..., Tensor], batch: AdapterBatch) -> tuple[Tensor, dict[str, Tensor]]:
         loss_B = self.losses(model, batch)
         return loss_B.mean(), by_timestep(loss_B.detach(), batch["timestep"], self.timesteps)
 
@@ -164,41 +183,27 @@ class AdapterStage:
         steps = self.scheduler.config["num_train_timesteps"]
         return min(self.options.diffusion.max_timestep or steps, steps)
 
-    def losses(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
-        """The loss of each sample (B,). Noise, target and loss are fp32; what the networks compute in is `model`'s."""
+    def losses(self, model: Callable[..., Tensor], batch: AdapterBatch) -> Tensor:
+        """The loss of each sample (B,), in fp32 whatever the networks compute in."""
         with torch.no_grad():
             z_lr, z_hr, degradation_BD = self._encoded(batch)
-            noise, t = batch["noise"], batch["timestep"]
+            t, prediction = batch["timestep"], self.scheduler.config["prediction_type"]
             abar_B = self.scheduler.alphas_cumprod.to(t.device)[t]
-            # As sampling meets it: x_t holds what guidance and the steps before made of the LR, not the HR yet. Seen
-            # from the HR, which is the answer all the same, that difference is noise too.
-            pull = batch["guidance"].view(-1, 1, 1, 1) * (z_lr - z_hr)
-            noisy = self.scheduler.add_noise(z_hr + pull, noise, t)
-            noise = noise + (abar_B / (1 - abar_B)).sqrt().view(-1, 1, 1, 1) * pull
-            kind = self.scheduler.config["prediction_type"]
-            if kind == "epsilon":
-                target = noise
-            elif kind == "v_prediction":
-                target = self.scheduler.get_velocity(z_hr, noise, t)
-            else:
-                target = z_hr
-        prediction = model(noisy, t, z_lr, degradation_BD)
-        loss_B = F.mse_loss(prediction.float(), target, reduction="none").mean((1, 2, 3))
-        if self.options.diffusion.snr_gamma:
-            loss_B = loss_B * snr_weight(abar_B, self.options.diffusion.snr_gamma, kind)
-        return loss_B
+            noisy, target = noisy_and_target(z_hr, z_lr, batch["noise"], abar_B, batch["guidance"], prediction)
+        output = model(noisy, t, z_lr, degradation_BD)
+        return denoising_loss(output, target, abar_B, prediction, self.options.diffusion.snr_gamma)
 
-    def measure(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+    def validation_step(self, model: Callable[..., Tensor], batch: AdapterBatch) -> Tensor:
         """The loss of each sample at the middle of each bucket of timesteps, with the sample's one noise."""
         at = [batch | {"timestep": torch.full_like(batch["timestep"], t)} for t in middles(self.timesteps)]
         return torch.stack([self.losses(model, one) for one in at], 1)
 
-    def judge(self, rows_SN: Tensor) -> dict[str, Tensor]:
+    def validation_metrics(self, rows_SN: Tensor) -> dict[str, Tensor]:
         means_N = rows_SN.mean(0)
         by_timestep = {f"loss_timestep/{t:03d}": mean for t, mean in zip(middles(self.timesteps), means_N, strict=True)}
         return {"loss": means_N.mean()} | by_timestep
 
-    def pipeline(self) -> Any | None:
+    def pipeline(self) -> "DeeDSRPipeline | None":
         if self.latents is not None:  # neither pixels nor what would make some
             return None
         from deedsr.sampling.pipeline import DeeDSRPipeline
@@ -246,16 +251,6 @@ class AdapterStage:
         (folder / "deedsr.json").write_text(json.dumps(description, indent=2))
         write_card(folder, **made, lineage=lineage)
         copy_base_licence(self.base.path, folder)
-
-
-def snr_weight(abar_B: Tensor, gamma: float, prediction: str) -> Tensor:
-    """Weight of a squared error of the base's prediction that weighs the clean latent's by min(SNR, gamma).
-
-    Hang et al. 2023 (arXiv 2303.09556). `abar_B`: share of signal power; `prediction`: epsilon, v_prediction, sample.
-    """
-    snr_B = abar_B / (1 - abar_B)
-    of_clean_latent_B = {"epsilon": snr_B, "v_prediction": snr_B + 1}.get(prediction, torch.ones_like(snr_B))
-    return snr_B.clamp(max=gamma) / of_clean_latent_B
 
 
 def _unit(image: np.ndarray) -> np.ndarray:

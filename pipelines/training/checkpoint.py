@@ -3,7 +3,7 @@
 `OUT/checkpoints/step-00000100/` holds `trained.safetensors` (what trains), `optimizer.safetensors` (its moments),
 `state.safetensors` (queue, momentum encoder, averages, the loss window) and `checkpoint.json`, written last: step,
 samples seen, loss, metrics, the SHA-256 of each file, and the MLflow run and attempt that wrote it. A folder without
-`checkpoint.json` does not count.
+`checkpoint.json` does not count. All workers continue from the checkpoint that rank 0 reads.
 """
 
 import contextlib
@@ -12,12 +12,14 @@ import json
 import logging
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
-from types import TracebackType
-from typing import Literal, Self
+from types import MappingProxyType, TracebackType
+from typing import Any, Literal, Self
 
+import torch
+import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -39,9 +41,9 @@ class Checkpoint:
     loss: float
     sha256: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)  # as logged last
-    unsent: list[list] = field(default_factory=list)  # points of the curves that the MLflow store has not taken yet
+    unsent: list[list] = field(default_factory=list)  # of earlier versions, see `metrics.py`
     run_id: str = ""  # MLflow run
-    attempt: int = 0  # of the claim on the place, see `claim.py`
+    attempt: int = 0  # of the claim on the place, see `identity.py`
 
     @property
     def folder(self) -> str:
@@ -64,10 +66,16 @@ class Keep:
 
 
 def write(
-    out: Storage, checkpoint: Checkpoint, tensors: Tensors, keep: Keep, check: Callable[[], object] = lambda: None
+    out: Storage,
+    checkpoint: Checkpoint,
+    tensors: Tensors,
+    keep: Keep,
+    check: Callable[[], object] = lambda: None,
+    beside: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
     """Write, verify and commit; then drop what `keep` does not name and what earlier attempts left.
 
+    `beside`: other files of `out`, which are there before the checkpoint is committed.
     `check` is called before each file, and raises Superseded where the place has become another's.
     """
     for part in PARTS:
@@ -83,6 +91,9 @@ def write(
         if not whole:
             raise Faulty(f"{out.uri}/{path} is not what was written: the disk or the network damages data")
         del data
+    for path, data in beside.items():
+        check()
+        out.write(path, data)
     check()
     out.write(f"{checkpoint.folder}/{RECORD}", json.dumps(asdict(checkpoint)).encode())
     _drop_others(out, {c.folder for c in keep.kept(committed(out))}, checkpoint)
@@ -133,12 +144,28 @@ def _read(out: Storage, checkpoint: Checkpoint, part: str) -> dict[str, Tensor]:
     return load(data)
 
 
-class Writer:
+class WriterThread:
+    """A thread that writes to storage while training goes on. Used as a context; leaving it by an exception gives up
+    what is still tried."""
+
+    def __init__(self, name: str):
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._given_up = threading.Event()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        if kind is not None:
+            self._given_up.set()
+        self._pool.shutdown(wait=kind is None)
+
+
+class Writer(WriterThread):
     """Writes checkpoints on a thread while training goes on, one at a time.
 
     What fails is tried again for as long as `pipelines.storage.waiting` says; then `start` or `wait` raises it, and
-    `failure` returns it. Used as a context; leaving it by an exception gives up what is still tried. `check`: see
-    `write`. `say` gets the lines on what is waited for.
+    `failure` returns it. `check`: see `write`. `say` gets the lines on what is waited for.
     """
 
     def __init__(
@@ -148,19 +175,20 @@ class Writer:
         check: Callable[[], object] = lambda: None,
         say: Callable[[str], object] = logger.warning,
     ):
+        super().__init__("checkpoint")
         self.out, self.keep, self._check, self._say = out, keep, check, say
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future[None] | None = None
-        self._given_up = threading.Event()
         self.failing = False  # what is being written had to be tried again
 
-    def start(self, checkpoint: Checkpoint, tensors: Tensors) -> None:
-        """Begin to write, once the one before is committed.
+    def start(
+        self, checkpoint: Checkpoint, tensors: Tensors, beside: Mapping[str, bytes] = MappingProxyType({})
+    ) -> None:
+        """Begin to write, once the one before is committed. `beside`: see `write`.
 
         `tensors`: contiguous copies on the CPU, which nobody changes any more.
         """
         self.wait()
-        self._running = self._pool.submit(self._persist, checkpoint, tensors)
+        self._running = self._pool.submit(self._persist, checkpoint, tensors, beside)
 
     def wait(self) -> None:
         """Until the last checkpoint is committed."""
@@ -183,7 +211,7 @@ class Writer:
             self._given_up.set()
         return self.failing
 
-    def _persist(self, checkpoint: Checkpoint, tensors: Tensors) -> None:
+    def _persist(self, checkpoint: Checkpoint, tensors: Tensors, beside: Mapping[str, bytes]) -> None:
         self.failing = False
 
         def say(text: str) -> None:
@@ -192,7 +220,7 @@ class Writer:
 
         try:
             with waiting.within(over=self._given_up, say=say):
-                waiting.patiently(lambda: write(self.out, checkpoint, tensors, self.keep, self._check))
+                waiting.patiently(lambda: write(self.out, checkpoint, tensors, self.keep, self._check, beside))
         except Superseded:
             raise
         except DeeDSRError as error:
@@ -203,10 +231,30 @@ class Writer:
             kind = UsageError if isinstance(error, UsageError) else DeeDSRError
             raise kind(f"the checkpoint of step {checkpoint.step} could not be written: {error}") from error
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        if kind is not None:
-            self._given_up.set()
-        self._pool.shutdown(wait=kind is None)
+def read_agreed(out: Storage, device: torch.device) -> tuple[Checkpoint, Tensors] | None:
+    """Rank 0's newest whole checkpoint, on every worker; None where rank 0 finds none. A collective.
+
+    Raises the DeeDSRError of rank 0 on every worker, and one where a worker cannot read what rank 0 has chosen.
+    """
+    rank = dist.get_rank()
+    mine, error = None, None
+    try:
+        mine = read_latest(out)
+    except DeeDSRError as reason:
+        error = reason
+    said: list[Any] = [error or (mine and mine[0])]
+    dist.broadcast_object_list(said, src=0, device=device)
+    chosen = said[0]
+    if isinstance(chosen, DeeDSRError):
+        raise chosen
+    if chosen is None or (mine and mine[0].sha256 == chosen.sha256 and mine[0].step == chosen.step):
+        return mine if chosen else None
+    mine = None  # another one than rank 0's: its memory is needed
+    try:
+        return chosen, read(out, chosen)
+    except (FileNotFoundError, ValueError) as reason:
+        raise DeeDSRError(
+            f"worker {rank} cannot read {out.uri}/{chosen.folder}, from which worker 0 continues ({reason}): "
+            f"{out.uri} must be the same storage on every node"
+        ) from reason

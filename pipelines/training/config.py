@@ -1,8 +1,8 @@
-"""Typed options of both stages. A preset fills in what the user leaves out."""
+"""Typed options of both stages. A preset of `schedules.py` fills in what the user leaves out."""
 
 import math
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -124,97 +124,6 @@ class AdapterOptions:
     train: TrainOptions = field(default_factory=TrainOptions)
     experiment: Annotated[str, "MLflow experiment"] = "deedsr-adapter"
     register_as: Annotated[str | None, "name in MLflow's model registry; null = not registered"] = "deedsr-adapter"
-
-
-# `paper` follows docs/method.md, `fast` is the same networks on modern GPUs (docs/training.md), `tiny` what a laptop
-# trains in minutes against the shipped base. All fix the micro-batch, so that the number of workers changes not even
-# the rounding.
-PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "learner": {
-        "paper": {
-            "model": {"preset": "paper", "norm_group": 12},
-            "contrast": {"queue_size": 24576, "momentum": 0.999, "temperature": 0.07, "batch_block": 24},
-            "train": {
-                "optimizer": "sgd", "lr": 0.03, "weight_decay": 1e-4, "global_batch_size": 96, "micro_batch_size": 24,
-                "max_steps": 200_000, "checkpoint_every": 1000, "validate_every": 1000, "validation_samples": 256,
-            },
-        },
-        "fast": {
-            "model": {"preset": "paper", "norm_group": 16},
-            "contrast": {
-                "queue_size": 24576, "momentum": 0.999, "temperature": 0.07, "batch_block": 48, "batch_negatives": True,
-            },
-            "train": {
-                "optimizer": "sgd", "lr": 0.12, "schedule": "cosine", "warmup_steps": 500, "weight_decay": 1e-4,
-                "clip_grad_norm": 1.0, "global_batch_size": 384, "micro_batch_size": 48, "max_steps": 50_000,
-                "zero_stage": 2, "precision": "bf16", "exact_sums": False, "checkpoint_every": 500,
-            },
-        },
-        "tiny": {
-            "model": {"preset": "tiny"},
-            "contrast": {
-                "queue_size": 1024, "momentum": 0.99, "temperature": 0.1, "batch_block": 32, "batch_negatives": True,
-            },
-            "train": {
-                "optimizer": "adamw", "lr": 2e-3, "schedule": "cosine", "warmup_steps": 20, "weight_decay": 1e-4,
-                "global_batch_size": 64, "micro_batch_size": 32, "max_steps": 400, "checkpoint_every": 100,
-                "validate_every": 100,
-            },
-        },
-    },
-    "adapter": {
-        "paper": {
-            "model": {"preset": "paper"},
-            "train": {
-                "lr": 1e-5, "global_batch_size": 128, "micro_batch_size": 2, "max_steps": 100_000, "zero_stage": 2,
-                "checkpoint_every": 1000, "validate_every": 1000, "validation_samples": 64, "validation_pictures": 4,
-            },
-        },
-        "fast": {
-            "model": {"preset": "paper"},
-            "diffusion": {"snr_gamma": 5.0},
-            "train": {
-                "lr": 1e-4, "schedule": "cosine", "warmup_steps": 1000, "clip_grad_norm": 1.0, "ema_decay": 0.999,
-                "global_batch_size": 256, "micro_batch_size": 8, "max_steps": 30_000, "zero_stage": 2,
-                "precision": "bf16", "exact_sums": False, "checkpoint_every": 500,
-            },
-        },
-        "tiny": {
-            "model": {"preset": "tiny"},
-            "diffusion": {"lr_crop": 32},
-            "sampling": {"num_inference_steps": 20, "noise_guidance_share": 0.4},
-            "train": {
-                "lr": 1e-3, "schedule": "cosine", "warmup_steps": 50, "clip_grad_norm": 1.0, "ema_decay": 0.995,
-                "global_batch_size": 8, "micro_batch_size": 4, "max_steps": 1000, "checkpoint_every": 100,
-                "validate_every": 200, "validation_samples": 16,
-            },
-        },
-    },
-}  # fmt: skip
-
-# What may change between the first command and a continuation of it.
-MAY_CHANGE = {
-    "out", "experiment", "train.max_steps", "train.num_workers", "train.micro_batch_size", "train.zero_stage",
-    "train.cpus_per_worker", "train.compute_threads", "train.gpus_per_worker", "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.log_every", "train.max_failures", "train.best_metric", "train.best_mode",
-    "train.checkpoint_retry_seconds",  # of runs of earlier versions
-    "train.spike_sigma", "train.on_spike", "train.hang_seconds",
-    "train.cache_gb", "train.loader_threads", "train.gradient_checkpointing", "train.exact_sums",
-    "train.compile", "train.validate_every", "train.validation_samples", "train.validation_pictures",
-    "register_as", "license",
-}  # fmt: skip
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries to dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def worker_range(num_workers: int | str) -> tuple[int, int] | None:
@@ -346,13 +255,8 @@ def micro_batch(train: TrainOptions, world_size: int, unit: int = 1) -> tuple[in
     return micro, share // micro
 
 
-def resolved(options: LearnerOptions | AdapterOptions) -> dict[str, Any]:
-    """The whole configuration as plain data."""
-    return asdict(options)
-
-
 def from_resolved(kind: type, tree: dict[str, Any]) -> Any:
-    """The inverse of `resolved`."""
+    """The inverse of `dataclasses.asdict`."""
     values = dict(tree)
     for item in fields(kind):
         if isinstance(item.default_factory, type) and item.default_factory is not dict and item.name in values:

@@ -1,10 +1,12 @@
 """Stage 1: the degradation learner, by momentum contrast between quadrants of one LR image."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,8 +18,16 @@ from deedsr.learner.resnet import DegradationLearner
 from pipelines.data.dataset import Dataset
 from pipelines.models import Learner
 from pipelines.training.config import LearnerOptions
-from pipelines.training.initial import initial_weights, learner_config
-from pipelines.training.stage import Workers, fresh, under
+from pipelines.training.stage import Workers, fresh, initial_weights, learner_config, under
+
+
+class LearnerBatch(TypedDict):
+    """Quadrant pairs of a micro-batch."""
+
+    query: Tensor  # (B, 3, H, W) in [0, 1]
+    key: Tensor  # (B, 3, H, W), another quadrant of the same LR image
+    source: Tensor  # (B,) photograph
+    group: Tensor  # (B,) degradation group, or UNGROUPED
 
 
 class LearnerStage:
@@ -44,7 +54,7 @@ class LearnerStage:
         self.step_keys: list[tuple[Tensor, Tensor, Tensor]] = []  # keys, photographs, degradation groups
         return self.learner.train()
 
-    def sample(self, dataset: Dataset, index: Any, row: int, epoch: int) -> dict[str, Any]:
+    def sample(self, dataset: Dataset, index: pa.Table, row: int, epoch: int) -> dict[str, Any]:
         """Two quadrants in [0,1] of one LR image, drawn anew each epoch."""
         sample = dataset.read_lr(index, row)
         rng = generator("quadrants", self.options.train.seed, epoch, sample.key)
@@ -57,19 +67,19 @@ class LearnerStage:
             "group": np.int64(UNGROUPED if group is None else group),
         }
 
-    def loss(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: Callable[..., Tensor], batch: LearnerBatch) -> tuple[Tensor, dict[str, Tensor]]:
         query_BD = model(batch["query"], embedding=True)
         key_BD = self.contrast.keys(batch["key"])
         self.step_keys.append((key_BD, batch["source"], batch["group"]))
         return self.contrast.loss(query_BD, key_BD, batch["source"], batch["group"])
 
-    def measure(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+    def validation_step(self, model: Callable[..., Tensor], batch: LearnerBatch) -> Tensor:
         """Embeddings of both quadrants by the network that trains, which is the one exported, and the degradation group
         as the bits of a float: (B, 2 D + 1)."""
         embeddings = [model(batch[part], embedding=True).float() for part in ("query", "key")]
         return torch.cat([*embeddings, batch["group"].int().view(torch.float32)[:, None]], 1)
 
-    def judge(self, rows_SN: Tensor) -> dict[str, Tensor]:
+    def validation_metrics(self, rows_SN: Tensor) -> dict[str, Tensor]:
         """InfoNCE of each query among the keys of all pairs but the others of its degradation group, and how often its
         own ranks first or in the top 5."""
         query_SD, key_SD = rows_SN[:, :-1].chunk(2, 1)

@@ -1,17 +1,33 @@
-"""The numbers of a training's curves between two points of them."""
+"""The metrics of a training: their numbers between two points of the curves, and the record of the points.
 
+The record is an append-only log in parts, `OUT/metrics/ATTEMPT-STEP.jsonl`: a part holds what one group of workers
+logged since its part before, one `[name, value, timestamp in ms, step]` a line. It is written before the checkpoint of
+its step is committed, so a checkpoint never runs ahead of the record; a group that ends adds `ATTEMPT-end.jsonl`. Steps
+that a continued training takes again are logged again under the same name and step: `recorded` gives each point once.
+MLflow is a mirror of it.
+"""
+
+import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from types import MappingProxyType
 
 import psutil
 import torch
 from torch import Tensor
 
+from pipelines.storage import Storage
+from pipelines.tracking import Point
+from pipelines.tracking.mirror import SYSTEM
+from pipelines.training.checkpoint import committed
+
 SMOOTHING = 0.9  # of the smoothed loss: what a new point leaves of the old mean
 BUCKETS = 4  # of the timesteps
 SUM, COUNT = ":sum", ":count"  # numbers whose mean is over the samples that have one, on all workers
 MIB = 2**20
+FOLDER = "metrics"  # of the record's parts, in OUT
 
 
 def by_timestep(loss_B: Tensor, timestep_B: Tensor, end: int) -> dict[str, Tensor]:
@@ -45,11 +61,11 @@ def means(numbers: Mapping[str, float]) -> dict[str, float]:
 
 
 class Meter:
-    """Gathers what the optimizer steps say.
+    """Collects the numbers of optimizer steps between two points of the curves.
 
     Args:
         samples: of an optimizer step, over all workers.
-        device: whose memory is told.
+        device: whose memory is logged.
         smoothed: the smoothed loss of the checkpoint that the run continues from.
     """
 
@@ -95,3 +111,33 @@ def _memory(device: torch.device) -> dict[str, float]:
         memory["memory/gpu_allocated_mib"] = torch.cuda.memory_allocated(device) / MIB
         memory["memory/gpu_peak_mib"] = torch.cuda.max_memory_allocated(device) / MIB
     return memory
+
+
+def record_part(points: Sequence[Point], attempt: int, step: int | None = None) -> dict[str, bytes]:
+    """Path and content of a part of the record, none without points. `step`: of its checkpoint, None at the end."""
+    if not points:
+        return {}
+    name = f"{FOLDER}/{attempt:06d}-{'end' if step is None else f'{step:08d}'}.jsonl"
+    return {name: "".join(f"{json.dumps(point)}\n" for point in points).encode()}
+
+
+def recorded(out: Storage, stored: Mapping[str, int] = MappingProxyType({})) -> list[Point]:
+    """The points of the record, each once. Parts are left out whose steps are all `stored`: the last step, by metric,
+    that whoever asks has already.
+    """
+    known = min((step for name, step in stored.items() if not name.startswith(SYSTEM)), default=-1)
+    lines: list[str] = []
+    for path in sorted(entry.path for entry in out.list(f"{FOLDER}/")):
+        step = path.removesuffix(".jsonl").rpartition("-")[2]
+        if not step.isdigit() or int(step) >= known:
+            lines += out.read(path).decode().splitlines()
+    points = [Point(*json.loads(line)) for line in lines] + _of_earlier_versions(out)
+    return list({(point.name, point.step): point for point in points}.values())
+
+
+def _of_earlier_versions(out: Storage) -> list[Point]:
+    """Points that MLflow had not taken, in the last checkpoint and, where a process had ended, beside the model."""
+    points = [point for saved in committed(out)[-1:] for point in saved.unsent]
+    with suppress(FileNotFoundError):
+        points = [json.loads(line) for line in out.read("unsent_metrics.jsonl").splitlines()] + points
+    return [Point(*point) for point in points]

@@ -1,14 +1,30 @@
-"""What a stage gives to the trainer."""
+"""The protocol of a stage, and the weights that a training starts from."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import pyarrow as pa
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from deedsr.adapter.adapter import DegradationAwareAdapter
+from deedsr.errors import UsageError
+from deedsr.hub.model_folder import load_part
+from deedsr.learner.resnet import DegradationLearner
+from deedsr.presets import LEARNER_PRESETS
 from pipelines.data.dataset import Dataset
+from pipelines.models import Adapter, Base, Learner
+from pipelines.training.config import AdapterOptions, LearnerModelOptions, LearnerOptions
+
+if TYPE_CHECKING:
+    from deedsr.sampling.pipeline import DeeDSRPipeline
+
+# How statistics are taken: the same weights serve any; what the base predicts: older adapters do not say.
+NOT_GEOMETRY = {"norm_group", "prediction_type"}
 
 
 class Workers(Protocol):
@@ -27,12 +43,15 @@ class Workers(Protocol):
         """The trained parameters whole and in fp32, whatever ZeRO made of them."""
 
 
-class Stage(Protocol):
+BatchT = TypeVar("BatchT", contravariant=True)
+
+
+class Stage(Protocol[BatchT]):
     """One of the two trainings. The trainer calls, in this order: `build` once, then for every micro-batch `loss`,
     and once per optimizer step `end_step`, or `drop_step` where the step was not taken."""
 
     name: str
-    options: Any
+    options: Any  # LearnerOptions or AdapterOptions
     together: bool  # the variants of one content stay adjacent in the order of samples
     unit: int  # samples that must share a forward
 
@@ -42,19 +61,19 @@ class Stage(Protocol):
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """Make the networks from the options' seed; return the module whose parameters with gradients train."""
 
-    def sample(self, dataset: Dataset, index: Any, row: int, epoch: int) -> dict[str, Any]:
+    def sample(self, dataset: Dataset, index: pa.Table, row: int, epoch: int) -> dict[str, Any]:
         """One training sample; its randomness comes from the seed, the sample's key and the epoch. Runs on threads."""
 
-    def loss(self, model: Callable[..., Any], batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: Callable[..., Tensor], batch: BatchT) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss of a micro-batch and numbers to log; `model` is the engine around what `build` returned."""
 
-    def measure(self, model: Callable[..., Any], batch: dict[str, Tensor]) -> Tensor:
+    def validation_step(self, model: Callable[..., Tensor], batch: BatchT) -> Tensor:
         """What validation has to know of each sample, (B, N) in fp32; changes nothing."""
 
-    def judge(self, rows_SN: Tensor) -> dict[str, Tensor]:
-        """Validation metrics from the rows that `measure` gave for all samples."""
+    def validation_metrics(self, rows_SN: Tensor) -> dict[str, Tensor]:
+        """Validation metrics from the rows that `validation_step` gave for all samples."""
 
-    def pipeline(self) -> Any | None:
+    def pipeline(self) -> "DeeDSRPipeline | None":
         """A pipeline around the networks as they are, where the stage makes pictures."""
 
     def end_step(self, workers: Workers) -> None:
@@ -71,7 +90,7 @@ class Stage(Protocol):
     def export(
         self, folder: Path, trained: dict[str, Tensor], state: dict[str, Tensor], history: dict[str, Any] | None = None
     ) -> None:
-        """Write the model that whole fp32 parameters and what `state` gave make; `history` is what is told of them."""
+        """Write the model that whole fp32 parameters and what `state` gave make; `history` goes into the model card."""
 
 
 def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -82,3 +101,49 @@ def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def fresh(model: Any) -> Any:
     """A new model of the same class and configuration, without what its config says of where it was loaded from."""
     return type(model)(**{key: value for key, value in model.config.items() if not key.startswith("_")})
+
+
+def initial_weights(init: Learner | Adapter, like: Any) -> dict[str, Tensor]:
+    """State dict of `init` for a module `like` this one (its weights may be on `meta`).
+
+    Raises UsageError where there is none or it has another geometry.
+    """
+    part = "learner" if isinstance(init, Learner) else "adapter"
+    stored = load_part(init.path.parent, init.path.name)
+    ours, theirs = _geometry(like), _geometry(stored)
+    differing = [f"{key} {theirs.get(key)} instead of {ours[key]}" for key in ours if theirs.get(key) != ours[key]]
+    if differing:
+        raise UsageError(
+            f"--init {init.name} is of another geometry than this training's {part}: {'; '.join(differing):.300}. "
+            "Choose the preset and the base that it was made with, or leave --init out"
+        )
+    return stored.state_dict()
+
+
+def check_initial_learner(init: Learner, options: LearnerOptions) -> None:
+    """The UsageError of `initial_weights` before any worker starts."""
+    with torch.device("meta"):
+        like = DegradationLearner(**learner_config(options.model))
+    initial_weights(init, like)
+
+
+def check_initial_adapter(init: Adapter, options: AdapterOptions, base: Base, learner: Learner) -> None:
+    """The UsageError of `initial_weights` before any worker starts."""
+    dim = DegradationLearner.load_config(learner.path)["widths"][-1]
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base.path, subfolder="unet"))
+        model = options.model
+        like = DegradationAwareAdapter.for_unet(unet, model.preset, dim, model.tokens, model.ablate)
+    initial_weights(init, like)
+
+
+def learner_config(model: LearnerModelOptions) -> dict[str, Any]:
+    """Arguments of the `DegradationLearner` that stage 1 trains."""
+    own = {} if model.statistics is None else {"statistics": tuple(model.statistics)}
+    return LEARNER_PRESETS[model.preset] | own | {"norm_group": model.norm_group}
+
+
+def _geometry(module: Any) -> dict[str, Any]:
+    """Configuration as JSON has it, without diffusers' own notes."""
+    config = {k: v for k, v in module.config.items() if not k.startswith("_") and k not in NOT_GEOMETRY}
+    return json.loads(json.dumps(config))

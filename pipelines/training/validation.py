@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -23,6 +23,10 @@ from pipelines.reports.page import strip
 from pipelines.training.engine import Engine
 from pipelines.training.stage import Stage
 
+if TYPE_CHECKING:
+    from deedsr.sampling.pipeline import DeeDSRPipeline
+    from pipelines.tracking import Run
+
 DRAWS = -1  # the epoch whose draws validation takes; training counts from 0
 SEED = 0  # of the draws, whatever the training's, so that runs are comparable
 PICTURE_STEPS = 10  # sampling steps of a picture, at most
@@ -34,12 +38,12 @@ class Validation:
     Its pairs are the `train.validation_samples` of the validation split whose keys have the smallest SHA-256.
     """
 
-    def __init__(self, stage: Stage, dataset: Dataset, engine: Engine, micro: int):
+    def __init__(self, stage: Stage[Any], dataset: Dataset, engine: Engine, micro: int):
         self.stage, self.dataset, self.engine, self.micro = stage, dataset, engine, micro
         self.plan = stage.options.train
         self.fixed = copy.copy(stage)
         self.fixed.options = replace(stage.options, train=replace(self.plan, seed=SEED))
-        self.pipeline: Any = None
+        self.pipeline: DeeDSRPipeline | None = None
         self.rows: list[int] = []
         if self.plan.validate_every:
             self.index = dataset.index("validation")
@@ -49,7 +53,7 @@ class Validation:
         """Whether this step ends with a validation."""
         return bool(self.rows) and step % self.plan.validate_every == 0
 
-    def measure(self, step: int, ema: Mapping[str, Tensor], run: Any | None) -> dict[str, float]:
+    def compute(self, step: int, ema: Mapping[str, Tensor], run: "Run | None") -> dict[str, float]:
         """`validation/...` metrics, logged to `run`; a collective."""
         began = time.perf_counter()
         devices = [self.engine.device] if self.engine.device.type == "cuda" else []
@@ -69,19 +73,19 @@ class Validation:
         return values
 
     def _numbers(self) -> dict[str, Tensor]:
-        """Each worker measures an equal share of the pairs, the last ones repeated where they do not divide."""
+        """Each worker computes an equal share of the pairs, the last ones repeated where they do not divide."""
         share = -(-len(self.rows) // self.engine.world_size)
         begin = self.engine.rank * share
         mine = [self.rows[min(i, len(self.rows) - 1)] for i in range(begin, begin + share)]
-        parts = [self._measured(mine[i : i + self.micro]) for i in range(0, share, self.micro)]
-        return self.stage.judge(self.engine.gather(torch.cat(parts))[: len(self.rows)])
+        parts = [self._rows(mine[i : i + self.micro]) for i in range(0, share, self.micro)]
+        return self.stage.validation_metrics(self.engine.gather(torch.cat(parts))[: len(self.rows)])
 
-    def _measured(self, rows: list[int]) -> Tensor:
+    def _rows(self, rows: list[int]) -> Tensor:
         samples = [self.fixed.sample(self.dataset, self.index, row, DRAWS) for row in rows]
         batch = {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in samples[0]}
-        return self.stage.measure(self.engine, {name: t.to(self.engine.device) for name, t in batch.items()})
+        return self.stage.validation_step(self.engine, {name: t.to(self.engine.device) for name, t in batch.items()})
 
-    def _pictures(self, step: int, run: Any | None) -> dict[str, float]:
+    def _pictures(self, step: int, run: "Run | None") -> dict[str, float]:
         """Sampled pictures beside what they came from and should be; PSNR of Y, of them and of bicubic ones."""
         self.pipeline = self.pipeline or self.stage.pipeline()
         if self.pipeline is None or not self.plan.validation_pictures:
@@ -92,7 +96,7 @@ class Validation:
             for row in self.rows[: self.plan.validation_pictures]:
                 sample = self.dataset.read(self.index, row)
                 bicubic = cv2.resize(sample.lr, sample.hr.shape[1::-1], interpolation=cv2.INTER_CUBIC)
-                picture = self._sampled(sample.key, sample.lr)
+                picture = sampled(self.pipeline, sample.key, sample.lr)
                 figures.append([psnr_y(p, sample.hr) for p in (picture, bicubic)])
                 if run is not None:
                     run.log_picture(f"validation/{sample.key}", strip(sample.lr, bicubic, picture, sample.hr), step)
@@ -102,10 +106,12 @@ class Validation:
         ours, bicubic = np.mean(figures, axis=0)
         return {"psnr_y": float(ours), "psnr_y_bicubic": float(bicubic)}
 
-    def _sampled(self, key: str, lr: np.ndarray) -> np.ndarray:
-        noise = torch.Generator().manual_seed(int(generator("validation", key).integers(2**62)))
-        steps = min(PICTURE_STEPS, self.pipeline.sampling.num_inference_steps)
-        return np.asarray(self.pipeline(lr, generator=noise, num_inference_steps=steps).images[0])
+
+def sampled(pipeline: "DeeDSRPipeline", key: str, lr: np.ndarray) -> np.ndarray:
+    """The picture of a pair, from the same noise each time."""
+    noise = torch.Generator().manual_seed(int(generator("validation", key).integers(2**62)))
+    steps = min(PICTURE_STEPS, pipeline.sampling.num_inference_steps)
+    return np.asarray(pipeline(lr, generator=noise, num_inference_steps=steps).images[0])
 
 
 def fixed_rows(keys: list[str], count: int) -> list[int]:

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from deedsr import DeeDSRPipeline
+from deedsr.adapter.objective import clean_latent
 from deedsr.sampling.autoencoder import decode_latents, encode_latents
-from deedsr.sampling.guidance import clean_latent
 from tools.tiny.bank import SIDE, read_bank
 from tools.tiny.base import FACTOR, edge_error
 from tools.tiny.features import Perceptual, ProjectedDiscriminator, augment, hinge, realness

@@ -1,4 +1,4 @@
-"""Metrics on their way to the store: kept until it has taken them, sent once, in order, from a thread of its own."""
+"""Sends what a run logs to the MLflow store, in order and once, on a thread of its own."""
 
 import logging
 import threading
@@ -6,15 +6,18 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from deedsr.errors import DeeDSRError
+
 SEND_SECONDS = 5.0  # between two deliveries, and between two tries while the store is away
 MAX_BATCH = 1000  # metrics that MLflow's stores take at once
+SYSTEM = "system/"  # prefix of the machine's metrics, which count their own steps
 MAX_ERRANDS = 64  # pictures and the like that wait for a store; the oldest go first
 
 _log = logging.getLogger("deedsr.tracking")
 
 
 class Point(NamedTuple):
-    """One number of one step; a plain list of them is what checkpoints hold."""
+    """One number of one step."""
 
     name: str
     value: float
@@ -22,15 +25,26 @@ class Point(NamedTuple):
     step: int
 
 
-class Outbox:
-    """What was logged and not taken yet.
+class StoreRefused(DeeDSRError):
+    """The store answered with an error, or not at all, to something that was to be logged."""
 
-    For each metric, steps up to the last one that the store holds are left out, and so is what is already waiting.
-    Batches go one after the other, so a stored step has no gap below it. After a batch that failed, whose answer may
-    have been lost alone, the store is asked anew what it holds.
+
+class NeverTaken(StoreRefused):
+    """The store will not take this, however often it is sent."""
+
+
+Recorded = Callable[[Mapping[str, int]], Iterable[Point]]
+
+
+class Mirror:
+    """Points and errands on their way to the store.
+
+    For each metric, steps up to the last one that the store holds are left out. Batches go one after the other, so a
+    stored step has no gap below it; points that the store will never take are left out with a warning. After a batch
+    that failed, whose answer alone may have been lost, the store is asked anew what it holds.
 
     Args:
-        send: brings a batch of points to the store, all or nothing.
+        send: brings a batch of points to the store, all or nothing. Raises NeverTaken where trying again is of no use.
         stored: the last step that the store holds, by metric.
         name: of the store, in messages.
         permit: asked before each delivery whether this process may still send; once it is False, all that waits is
@@ -47,7 +61,7 @@ class Outbox:
         self._send, self._ask, self._name, self._permit = send, stored, name, permit
         self._points: list[Point] = []
         self._errands: list[Callable[[], object]] = []
-        self._queued: dict[str, int] = {}  # last step, by metric, that ever waited here
+        self._recorded: Recorded | None = None
         self._stored: dict[str, int] | None = None
         self._delivering = threading.Lock()
         self._changed = threading.Condition()  # guards all that is above
@@ -55,23 +69,19 @@ class Outbox:
         self._closed = False
         self._dismissed = False
         self._failures = 0
-        self.away = False  # the last delivery failed
+        self._away = False  # the last delivery failed
         self._sender: threading.Thread | None = None
 
-    def add(self, values: Mapping[str, float], step: int) -> None:
-        """Queue numbers of one step. Returns at once."""
-        now = int(time.time() * 1000)
-        self.load(Point(name, float(value), now, step) for name, value in values.items())
-
-    def load(self, points: Iterable[Sequence]) -> None:
-        """Queue points as `unsent` of another outbox gave them."""
+    def add(self, points: Iterable[Point]) -> None:
+        """Queue points. Returns at once."""
         with self._changed:
-            if self._dismissed:
-                return
-            for point in sorted((Point(*p) for p in points), key=lambda p: p.step):
-                if point.step > self._queued.get(point.name, -1):
-                    self._queued[point.name] = point.step
-                    self._points.append(point)
+            if not self._dismissed:
+                self._points += points
+        self._start()
+
+    def replay(self, recorded: Recorded) -> None:
+        """Queue the points of earlier processes before all others: `recorded` gets what the store holds."""
+        self._recorded = recorded
         self._start()
 
     def errand(self, call: Callable[[], object]) -> None:
@@ -85,37 +95,27 @@ class Outbox:
                 del self._errands[:dropped]
                 _log.warning("%s is away for long: the oldest waiting picture is dropped", self._name)
         self._start()
-        if not self.away:
+        if not self._away:
             self._wake.set()
 
-    def unsent(self) -> list[list]:
-        """The points that the store has not acknowledged, as plain lists, oldest first."""
-        with self._changed:
-            return [list(point) for point in self._points]
-
     def last_step(self, prefix: str) -> int:
-        """The last step of the metrics with this prefix, here or in the store; -1 for none. Asks the store once."""
-        if self._stored is None:
-            self._stored = self._ask()
-        with self._changed:
-            return max((s for n, s in (self._stored | self._queued).items() if n.startswith(prefix)), default=-1)
+        """The last step that the store holds of the metrics with this prefix; -1 for none."""
+        return max((step for name, step in self._known().items() if name.startswith(prefix)), default=-1)
 
     def deliver(self) -> None:
         """Send everything now. What `send` raises comes through; what it did not take stays."""
         with self._delivering:
-            while self._points and self._may_send():
-                if self._stored is None:
-                    self._stored = self._ask()
+            while (self._points or self._recorded) and self._may_send():
+                self._take_recorded()
                 batch = self._points[:MAX_BATCH]
-                fresh = [p for p in batch if p.step > self._stored.get(p.name, -1)]
-                if fresh:
-                    try:
-                        self._send(fresh)
-                    except BaseException:
-                        self._stored = None
-                        raise
+                fresh = [p for p in batch if p.step > self._known().get(p.name, -1)]
+                try:
+                    self._send_valid(fresh)
+                except BaseException:
+                    self._stored = None
+                    raise
                 with self._changed:
-                    self._stored |= {p.name: p.step for p in fresh}
+                    self._known().update((p.name, p.step) for p in fresh)
                     del self._points[: len(batch)]
             refused: Exception | None = None
             for errand in list(self._errands):  # one that cannot be done holds up no other
@@ -132,11 +132,45 @@ class Outbox:
             if refused is not None:
                 raise refused
 
+    def _known(self) -> dict[str, int]:
+        if self._stored is None:
+            self._stored = self._ask()
+        return self._stored
+
+    def _take_recorded(self) -> None:
+        if self._recorded is None:
+            return
+        recorded = list(self._recorded(self._known()))
+        with self._changed:
+            points = {(p.name, p.step): p for p in [*recorded, *self._points]}
+            self._points = sorted(points.values(), key=lambda p: p.step)
+            self._recorded = None
+
+    def _send_valid(self, points: Sequence[Point], refused: bool = False) -> None:
+        """Send a batch; where the store will never take it, its halves, and in the end all but the points at fault.
+
+        `refused`: this one point was refused before, as it might have been for what had passed when it was explained.
+        """
+        if not points:
+            return
+        try:
+            self._send(points)
+        except NeverTaken as error:
+            middle = len(points) // 2
+            if middle:
+                self._send_valid(points[:middle])
+                self._send_valid(points[middle:])
+            elif not refused:
+                self._send_valid(points, refused=True)
+            else:
+                _log.warning("%s at step %d is left out: %s", points[0].name, points[0].step, error)
+
     def _may_send(self) -> bool:
         if self._permit():
             return True
         with self._changed:
             self._dismissed = True
+            self._recorded = None
             self._points.clear()
             self._errands.clear()
         _log.warning("another process writes this run to %s now: this one sends nothing more", self._name)
@@ -167,7 +201,7 @@ class Outbox:
             self._sender.join(SEND_SECONDS)
 
     def _empty(self) -> bool:
-        return not self._points and not self._errands
+        return not (self._points or self._errands or self._recorded)
 
     def _start(self) -> None:
         if self._sender is None and not self._closed:
@@ -183,13 +217,13 @@ class Outbox:
             try:
                 self.deliver()
             except Exception as error:  # whatever an artifact store's client raises: the thread must live on
-                if not self.away:
+                if not self._away:
                     _log.warning("%s: kept and sent later; the work goes on", error)
-                self.away = True
+                self._away = True
             else:
-                if self.away:
+                if self._away:
                     _log.warning("%s is back: what waited for it is sent", self._name)
-                self.away = False
+                self._away = False
             with self._changed:
-                self._failures += self.away
+                self._failures += self._away
                 self._changed.notify_all()

@@ -5,6 +5,7 @@ import logging
 import math
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow.compute as pc
 
@@ -14,6 +15,9 @@ from pipelines.training.config import AdapterOptions, LearnerOptions
 from pipelines.training.metrics import bucket_names, middles
 
 __all__ = ["check_adapter_data", "check_learner_data", "logged_metrics", "require_best_metric", "warn_of_idle"]
+
+if TYPE_CHECKING:
+    from pipelines.models import Base, Learner
 
 logger = logging.getLogger(__name__)
 _ALWAYS = {"loss", "loss_smoothed", "lr", "grad_norm", "skipped_steps", "samples_per_second", "data_wait_share"}
@@ -69,6 +73,28 @@ def check_adapter_data(options: AdapterOptions, dataset: Dataset, base: Path, le
         SamplingSettings.of(options.sampling)
     except UsageError as error:
         raise UsageError(f"sampling: {error}") from None
+
+
+def require_latents_of(dataset: Dataset, options: AdapterOptions, base: "Base", learner: "Learner") -> None:
+    """Refuse latents that other networks made than those that this training would use."""
+    from deedsr.hub.weights import part_digest
+
+    made_of = dataset.manifest.latents
+    if made_of is None:
+        return
+    parts = {"base": (made_of.vae, base.path / "vae")}
+    parts |= {"learner": (made_of.learner, learner.path)} if made_of.learner else {}
+    differing = [
+        f"--{name} {getattr(options, name)} ({'its VAE' if name == 'base' else 'it'} has digest {found:.12}, "
+        f"theirs had {stored:.12})"
+        for name, (stored, folder) in parts.items()
+        if (found := part_digest(folder)) != stored
+    ]
+    if differing:
+        raise UsageError(
+            f"the latents in {dataset.uri} were not made with {' and not with '.join(differing)}: give what they were "
+            f"made with, or make others by `deedsr latents`"
+        )
 
 
 def require_best_metric(options: LearnerOptions | AdapterOptions, dataset: Dataset, base: Path | None = None) -> None:

@@ -1,0 +1,155 @@
+"""What an `--out` is: who trains into it (`claim.json`), and what is trained there (`training.json`).
+
+One command at a time trains into an `--out`, and one of its groups of workers writes there and to MLflow.
+`OUT/claim.json` also counts attempts: each command and each group of workers takes the next number. A group that finds
+another number there has been replaced, and writes nothing more. `OUT/training.json` holds stage, configuration, digests
+of the inputs and the MLflow run; a continuation may change what `MAY_CHANGE` names.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from deedsr.errors import UsageError
+from pipelines import claims
+from pipelines.claims import Superseded
+from pipelines.storage import Storage
+from pipelines.tracking.provenance import flatten
+from pipelines.training.checkpoint import Checkpoint, committed
+from pipelines.training.config import AdapterOptions, LearnerOptions
+from pipelines.training.schedules import recorded_length
+
+# What may change between the first command and a continuation of it.
+MAY_CHANGE = {
+    "out", "experiment", "train.max_steps", "train.num_workers", "train.micro_batch_size", "train.zero_stage",
+    "train.cpus_per_worker", "train.compute_threads", "train.gpus_per_worker", "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.log_every", "train.max_failures", "train.best_metric", "train.best_mode",
+    "train.checkpoint_retry_seconds",  # of runs of earlier versions
+    "train.spike_sigma", "train.on_spike", "train.hang_seconds",
+    "train.cache_gb", "train.loader_threads", "train.gradient_checkpointing", "train.exact_sums",
+    "train.compile", "train.validate_every", "train.validation_samples", "train.validation_pictures",
+    "register_as", "license",
+}  # fmt: skip
+
+
+@dataclass
+class Claim(claims.Claim):
+    doing: ClassVar[str] = "trained"
+
+    attempt: int = 0  # the group of workers; 0 = the command, whichever of its groups is at work
+    run_id: str = ""  # MLflow run that is trained
+
+    def next_attempt(self) -> None:
+        """For a new group of workers. Raises Superseded where the place is another command's."""
+        self.attempt = 0
+        self.attempt = self._change(lambda found: found | {"attempt": found["attempt"] + 1})["attempt"]
+
+    def _is_own(self, found: dict[str, Any]) -> bool:
+        return super()._is_own(found) and self.attempt in (0, found["attempt"])
+
+    def _superseded(self, found: dict[str, Any]) -> Superseded:
+        if super()._is_own(found):
+            return Superseded(f"other workers train into {self.out.uri} in place of these")
+        return super()._superseded(found)
+
+
+RECORD = "training.json"
+
+
+@dataclass
+class TrainingRecord:
+    """The record of a training, and the version of it that was read: a write over another version raises Conflict."""
+
+    stage: str
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    run_id: str
+    exported: int | None = None  # step of the checkpoint whose weights the model has
+    published: int | None = None  # step that the MLflow store knows as the result
+    version: str | None = None
+
+    @classmethod
+    def read(cls, out: Storage) -> Self | None:
+        try:
+            version = out.stat(RECORD).version
+            return cls(**json.loads(out.read(RECORD)), version=version)
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"{out.uri}/{RECORD} is damaged ({error}): choose another --out") from error
+
+    def write(self, out: Storage) -> None:
+        fields = {key: value for key, value in vars(self).items() if key != "version" and value is not None}
+        self.version = out.write(RECORD, json.dumps(fields, indent=1).encode(), expected=self.version)
+
+    def refuse_differences(self, stage: str, options: LearnerOptions | AdapterOptions, inputs: dict[str, str]) -> None:
+        """Raises UsageError, naming what differs, where the training is of another stage, configuration or input."""
+        where = f"{options.out} holds a training of"
+        if self.stage != stage:
+            raise UsageError(f"{where} the {self.stage}, not of the {stage}: choose another --out")
+        before, now = flatten(self.config), flatten(json.loads(json.dumps(asdict(options))))
+        # Data, learner, base and initial weights are compared by content: they may have moved.
+        same_by_content = MAY_CHANGE | {"data", "learner", "init", "base"}
+        # A training from before there was an option has its default.
+        defaults = flatten(json.loads(json.dumps(asdict(type(options)()))))
+        before = {key: value for key, value in defaults.items() if value != {}} | before
+        if before["train.schedule"] == "cosine":
+            before["train.schedule_steps"] = recorded_length(self.config)
+        differing = sorted(
+            k for k in before.keys() | now.keys() if k not in same_by_content and before.get(k) != now.get(k)
+        )
+        lines = [f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in differing]
+        had = self.inputs
+        if "base" in inputs and "base" not in had:  # a training from before the digest was kept: by name
+            inputs = {name: digest for name, digest in inputs.items() if name != "base"}
+            name, given = before["base"].partition("@")[0], now["base"].partition("@")[0]
+            lines += [f"base was {name!r}, is {given!r}"] if name != given else []
+        lines += [
+            f"{k} was {had.get(k)}, is {inputs.get(k)}" for k in sorted(had | inputs) if had.get(k) != inputs.get(k)
+        ]
+        if lines:
+            raise UsageError(
+                f"{where} another configuration: {'; '.join(lines)}. Choose another --out, or the old values"
+            )
+
+
+def continued(
+    out: Storage, stage: str, options: LearnerOptions | AdapterOptions, inputs: dict[str, str]
+) -> TrainingRecord | None:
+    """The record of what lies in `out`, None where nothing does. Raises UsageError where that is another training."""
+    record = TrainingRecord.read(out)
+    if record:
+        record.refuse_differences(stage, options, inputs)
+    for found in committed(out):
+        refuse_of_others(out, found, record.run_id if record else None)
+    return record
+
+
+def refuse_of_others(out: Storage, found: Checkpoint, run_id: str | None) -> None:
+    if run_id is None:
+        raise UsageError(f"{out.uri} has checkpoints and no {RECORD} that says of what: choose another --out")
+    if found.run_id not in ("", run_id):  # "" = of an earlier version
+        raise UsageError(
+            f"{out.uri}/{found.folder} is of MLflow run {found.run_id}, and {RECORD} there of {run_id}: choose another "
+            "--out, or delete what does not belong there"
+        )
+
+
+def finished(
+    out: Storage, record: TrainingRecord | None, options: LearnerOptions | AdapterOptions
+) -> Checkpoint | None:
+    """The last checkpoint where all steps are done and the model is exported."""
+    found = committed(out)[-1:]
+    if record and found and options.train.max_steps <= found[0].step == record.exported:
+        return found[0]
+    return None
+
+
+def weights_digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("[!.]*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

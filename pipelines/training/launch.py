@@ -1,0 +1,331 @@
+"""The driver of a training: configuration, MLflow run, Ray Train, result."""
+
+import logging
+import os
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from deedsr.errors import UsageError
+from deedsr.metrics.fidelity import PSNR
+from pipelines import cluster, tracking
+from pipelines.claims import held
+from pipelines.data.dataset import Dataset, no_validation
+from pipelines.data.index import require_hr
+from pipelines.storage import Storage, open_storage
+from pipelines.training import checkpoint
+from pipelines.training.checks import (
+    check_adapter_data,
+    check_learner_data,
+    require_best_metric,
+    require_latents_of,
+    warn_of_idle,
+)
+from pipelines.training.config import (
+    AdapterOptions,
+    LearnerOptions,
+    TrainOptions,
+    check,
+)
+from pipelines.training.identity import (
+    Claim,
+    TrainingRecord,
+    continued,
+    finished,
+    refuse_of_others,
+    weights_digest,
+)
+from pipelines.training.metrics import FOLDER, recorded
+from pipelines.training.placement import TrainingPlan, place_training
+from pipelines.training.schedules import with_schedule
+from pipelines.training.supervision import WITHOUT_GPUS, progress_bar, supervised
+
+logger = logging.getLogger(__name__)
+Options = TypeVar("Options", LearnerOptions, AdapterOptions)
+START_SECONDS = 20  # Ray's 60 are mostly spent waiting for a node that is lost; nothing is lost by asking again
+
+
+@dataclass
+class TrainResult:
+    """INTERFACE's result of `deedsr train`."""
+
+    run_id: str
+    checkpoint: str
+    step: int
+    loss: float
+    samples_seen: int
+
+
+def train_learner(options: LearnerOptions, *, progress: bool = True) -> TrainResult:
+    """Stage 1. The same call again continues from the last checkpoint, and does nothing when all is done.
+
+    Raises UsageError for a configuration that cannot work or differs from the one `options.out` began with,
+    DeeDSRError when the training failed.
+    """
+    from pipelines.models import Learner
+
+    options = _located(options)
+    dataset = _open("learner", options).require_pixels("the learner")
+    init = Learner.find(options.init) if options.init else None
+    options = replace(options, init=init.name if init else None)
+    check_learner_data(options, dataset)
+    require_best_metric(options, dataset)
+    unit = options.contrast.batch_block
+    inputs = {"dataset": dataset.digest}
+    if init:
+        from pipelines.training.stage import check_initial_learner
+
+        check_initial_learner(init, options)
+        inputs["init"] = weights_digest(init.path)
+    return Launch("learner", options, dataset, unit, inputs, {}, progress).fit()
+
+
+def train_adapter(options: AdapterOptions, *, progress: bool = True) -> TrainResult:
+    """Stage 2; see `train_learner`."""
+    from deedsr.hub.base import check_base
+    from pipelines.models import Adapter, Base, Learner
+
+    options = _located(options)
+    dataset = _open("adapter", options)
+    base, learner = Base.find(options.base), Learner.find(options.learner)
+    init = Adapter.find(options.init) if options.init else None
+    # The names of one revision, for workers, continuations and whoever loads the model later.
+    options = replace(options, base=base.name, learner=learner.name, init=init.name if init else None)
+    check_base(base.path, options.diffusion.max_timestep)
+    check_adapter_data(options, dataset, base.path, learner.path)
+    require_best_metric(options, dataset, base.path)
+    require_latents_of(dataset, options, base, learner)
+    inputs = {"dataset": dataset.digest, "learner": weights_digest(learner.path), "base": base.digest}
+    if init:
+        from pipelines.training.stage import check_initial_adapter
+
+        check_initial_adapter(init, options, base, learner)
+        inputs["init"] = weights_digest(init.path)
+    parents = {"learner": learner.run_id}
+    return Launch("adapter", options, dataset, 1, inputs, parents, progress).fit()
+
+
+def _located(options: Options) -> Options:
+    """Relative paths as workers can use them."""
+    places = {name: getattr(options, name) for name in ("data", "out")}
+    located: dict[str, Any] = {
+        name: open_storage(place).uri for name, place in places.items() if place and "://" not in place
+    }
+    return replace(options, **located)
+
+
+def _open(stage: str, options: LearnerOptions | AdapterOptions) -> Dataset:
+    for name in ("data", "out", *(("learner", "base") if isinstance(options, AdapterOptions) else ())):
+        if not getattr(options, name):
+            raise UsageError(f"--{name} is missing: see `deedsr train {stage} --help`")
+    check(options)
+    dataset = Dataset.open(options.data)
+    if dataset.index("train").num_rows == 0:
+        raise UsageError(f"{options.data} has no sample in its train split: the recipe's split leaves none")
+    require_hr(dataset)
+    train = options.train
+    if 0 < train.validate_every <= train.max_steps and dataset.index("validation").num_rows == 0:
+        logger.warning("%s; training goes on without validation", no_validation(dataset.uri, dataset.recipe))
+    return dataset
+
+
+@dataclass
+class Launch:
+    """A training that is asked for."""
+
+    stage: str
+    options: LearnerOptions | AdapterOptions
+    dataset: Dataset
+    unit: int  # samples that must stay in one forward
+    inputs: dict[str, str]  # digests by name
+    parents: dict[str, str | None]  # MLflow runs by role
+    progress: bool
+
+    def fit(self) -> TrainResult:
+        out = open_storage(self.options.out)
+        began = TrainingRecord.read(out)
+        self.options = with_schedule(self.options, began.config if began else None)
+        warn_of_idle(self.options, self.dataset)
+        record = continued(out, self.stage, self.options, self.inputs)
+        done = finished(out, record, self.options)
+        if record and done and record.published == done.step:
+            return _result(record.run_id, out, done)
+        with held(Claim(out)) as claim:
+            record = continued(out, self.stage, self.options, self.inputs)  # whoever held it before may have gone on
+            done = finished(out, record, self.options)
+            if record and done:
+                if record.published != done.step:
+                    run = tracking.open_run(tracking.tracking_uri(), record.run_id, system_metrics=False)
+                    self._conclude(run, record, done)
+                return _result(record.run_id, out, done)
+            return self._train(claim, record)
+
+    def _train(self, claim: Claim, record: TrainingRecord | None) -> TrainResult:
+        out, uri = claim.out, tracking.tracking_uri()
+        # Its imports and a new store take as long as the start of Ray's processes; a continuation needs no store.
+        with nullcontext() if record else _beside(lambda: tracking.connect(uri)):
+            cluster.connect()
+        tracking.require_shared_store(uri, cluster.nodes())
+        plan = _placed(self.stage, self.options.train, self.unit)
+        if record is None:  # a run that is continued has these tags
+            made = {"shards": self.dataset.order_digest}
+            if self.dataset.manifest.latents:
+                made["latents"] = self.dataset.digest
+            for kind, digest in made.items():
+                self.parents[kind] = tracking.find_run(None, {"deedsr.kind": kind, "deedsr.dataset.digest": digest})
+        config = asdict(self.options)
+        if self.stage == "adapter":
+            config["definitions"] = {f"validation/{name}": PSNR().statement() for name in ("psnr_y", "psnr_y_bicubic")}
+        with tracking.start_run(
+            self.options.experiment,
+            name=Path(self.options.out.rstrip("/")).name,
+            config=config,
+            dataset=self.dataset,
+            parents=self.parents,
+            run_id=record.run_id if record else None,
+            tags={"deedsr.kind": self.stage},
+            out=self.options.out,
+            tracking_uri=uri,
+            system_metrics=False,
+            fault_tolerant=True,
+            permit=claim.holds,
+        ) as run:
+            version = record.version if record else None
+            record = TrainingRecord(self.stage, asdict(self.options), self.inputs, run.id, version=version)
+            record.write(out)
+            claim.run_id = run.id
+            self._run_ray_train(claim, uri, plan)
+            claim.check()
+            last = checkpoint.committed(out)[-1]
+            refuse_of_others(out, last, run.id)
+            record.exported = last.step
+            record.write(out)
+            self._conclude(run, record, last)
+        return _result(run.id, out, last)
+
+    def _conclude(self, run: tracking.Run, record: TrainingRecord, last: checkpoint.Checkpoint) -> None:
+        """Log the result to the MLflow store, once: the last checkpoint, and the model as a version of the registry."""
+        from pipelines.tracking.provenance import COMMIT_TAG, DIGEST_TAG, PARENT_TAG
+        from pipelines.tracking.registry import register
+
+        out = open_storage(self.options.out)
+
+        def publish() -> None:
+            run.set_tags({"deedsr.checkpoint": tracking.masked_uri(f"{out.uri}/{last.folder}")})
+            if not self.options.register_as:
+                return
+            known = run.client.get_run(run.id).data.tags
+            lineage = {k: v for k, v in known.items() if k in (COMMIT_TAG, DIGEST_TAG) or k.startswith(PARENT_TAG)}
+            lineage |= {"deedsr.kind": record.stage, "deedsr.step": str(last.step)}
+            if isinstance(self.options, AdapterOptions):
+                lineage["deedsr.base"] = tracking.masked_uri(self.options.base)
+            register(run, self.options.register_as, out, lineage)
+
+        if finish_run(run, out, publish):
+            record.published = last.step
+            record.write(out)
+
+    def _run_ray_train(self, claim: Claim, uri: str, plan: TrainingPlan) -> None:
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_SECONDS))
+        if cluster.is_local():  # no node of it is drained, so nobody need watch for that
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+
+        from pipelines.training.ray_train import (
+            GroupWatch,
+            ListeningTorchConfig,
+            RestartingTrainer,
+            train_worker,
+        )
+
+        placed = replace(self.options, train=replace(self.options.train, loader_threads=plan.loader_threads))
+        # Ray Train keeps its own records per attempt; ours are the checkpoints in --out, so these are dropped again.
+        done = checkpoint.committed(claim.out)
+        with (
+            cluster.scratch(self.options.out, f"_ray-{uuid.uuid4().hex[:8]}") as (path, filesystem),
+            progress_bar(self.stage, self.options.train.max_steps, done[-1].step if done else 0, self.progress) as bar,
+        ):
+            trainer = RestartingTrainer(
+                train_worker,
+                train_loop_config={
+                    "stage": self.stage,
+                    "options": asdict(placed),
+                    "claim": claim,
+                    "tracking_uri": uri,
+                    "device": plan.device,
+                    "threads": plan.threads,
+                    "progress": bar,
+                },
+                torch_config=ListeningTorchConfig(backend=plan.backend),
+                scaling_config=ScalingConfig(
+                    num_workers=plan.workers[0] if plan.workers[0] == plan.workers[1] else plan.workers,
+                    use_gpu=bool(plan.gpus),
+                    resources_per_worker=plan.bundle,
+                ),
+                run_config=RunConfig(
+                    name=f"deedsr-{self.stage}",
+                    storage_path=path,
+                    storage_filesystem=filesystem,
+                    failure_config=FailureConfig(max_failures=self.options.train.max_failures),
+                    callbacks=[GroupWatch(bar)],
+                ),
+            )
+            supervised(self.stage, trainer, bar, plan, claim)
+
+
+def _placed(stage: str, train: TrainOptions, unit: int) -> TrainingPlan:
+    """Where the training runs, once the cluster has room for it."""
+    most: int | None = None
+    while True:
+        plan = place_training(cluster.offer(), train, unit, most)
+        logger.info("train %s: %s", stage, plan)
+        try:
+            cluster.wait_for(plan, WITHOUT_GPUS)
+        except cluster.CannotHold:
+            if train.num_workers != "auto" or plan.fewest == 1:
+                raise
+            most = plan.fewest - 1
+        else:
+            return plan
+
+
+@contextmanager
+def _beside(work: Callable[[], object]) -> Iterator[None]:
+    """Does `work` on a thread meanwhile. It is only done early: whoever needs it does it again and sees its errors."""
+
+    def quietly() -> None:
+        with suppress(Exception):
+            work()
+
+    thread = threading.Thread(target=quietly, daemon=True)
+    thread.start()
+    yield
+    thread.join()
+
+
+def finish_run(run: tracking.Run, out: Storage, publish: Callable[[], object]) -> bool:
+    """Send what the MLflow store lacks of the metrics, then `publish` (tags, model), and finish the run.
+
+    False, with a warning, when the store did not take it in time.
+    """
+    run.replay(partial(recorded, out))
+    run.later(publish)
+    if run.finish():
+        return True
+    logger.warning(
+        "the model in %s is finished, but the MLflow store did not come back: its metrics are in %s/%s. "
+        "The same command again sends it",
+        out.uri,
+        out.uri,
+        FOLDER,
+    )
+    return False
+
+
+def _result(run_id: str, out: Storage, last: checkpoint.Checkpoint) -> TrainResult:
+    return TrainResult(run_id, f"{out.uri}/{last.folder}", last.step, last.loss, last.samples_seen)
