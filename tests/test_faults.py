@@ -449,9 +449,9 @@ def test_a_read_only_disk_is_told_before_the_work(small_disk):
 
 def test_a_shard_waits_for_a_disk_that_is_full(small_disk, photos, one_crop_recipe, monkeypatch, caplog):
     from pipelines.shards.build import FromSources
-    from pipelines.shards.execute import _build
     from pipelines.shards.listing import list_sources
     from pipelines.shards.plan import plan_shards
+    from pipelines.storage.waiting import patiently
 
     filler = small_disk / "filler"
     filler.write_bytes(bytes(shutil.disk_usage(small_disk).free))
@@ -465,11 +465,10 @@ def test_a_shard_waits_for_a_disk_that_is_full(small_disk, photos, one_crop_reci
 
     thread = threading.Thread(target=free_when_said)
     thread.start()
-    built = _build(plan, FromSources(one_crop_recipe), open_storage(small_disk / "out"), 1)
-    assert built["error"] == ""
-    assert built["samples"] > 0
+    work = FromSources(one_crop_recipe)
+    assert patiently(work.build, plan, open_storage(small_disk / "out")).samples > 0
     thread.join()
     filler.write_bytes(bytes(shutil.disk_usage(small_disk).free))
     monkeypatch.setenv("DEEDSR_STORAGE_SECONDS", "0.3")
-    built = _build(plan, FromSources(one_crop_recipe), open_storage(small_disk / "other"), 1)
-    assert "no space left" in built["error"]
+    with pytest.raises(DeeDSRError, match="no space left"):
+        patiently(work.build, plan, open_storage(small_disk / "other"))

@@ -19,6 +19,7 @@ from test_training import base  # noqa: F401  (a randomly initialised base)
 
 from deedsr.errors import DatasetNotCommitted, UsageError
 from pipelines import tracking
+from pipelines.models import Reference
 from pipelines.training.config import (
     AdapterModelOptions,
     AdapterOptions,
@@ -328,9 +329,8 @@ def test_what_a_command_was_given_means_the_same_to_workers_elsewhere(tmp_path, 
     monkeypatch.chdir(tmp_path)
     for folder in ("runs/learner", "home/init"):
         (tmp_path / folder).mkdir(parents=True)
-    given = AdapterOptions(data="~/shards", out="adapter", learner="runs/learner", base="a-hub/model", init="~/init")
-    located = _located(given)
+    located = _located(AdapterOptions(data="~/shards", out="adapter"))
     assert (located.data, located.out) == (f"{tmp_path}/home/shards", f"{tmp_path}/adapter")
-    assert (located.learner, located.init) == (f"{tmp_path}/runs/learner", f"{tmp_path}/home/init")
-    assert (located.base, _located(dataclasses.replace(given, base="tiny")).base) == ("a-hub/model", "tiny")
+    names = {name: Reference.find(name).name for name in ("runs/learner", "~/init", "tiny")}
+    assert names == {"runs/learner": f"{tmp_path}/runs/learner", "~/init": f"{tmp_path}/home/init", "tiny": "tiny"}
     assert _located(LearnerOptions(data="s3://bucket/a", out="file:///b")).data == "s3://bucket/a"

@@ -277,7 +277,7 @@ def test_a_queue_from_before_there_were_groups_goes_on(learner_options):
     stage, fresh = LearnerStage(learner_options), LearnerStage(learner_options)
     for one in (stage, fresh):
         one.build(torch.device("cpu"), torch.float32)
-    keys = torch.nn.functional.normalize(torch.randn(8, stage.learner.embedding_dim))
+    keys = torch.nn.functional.normalize(torch.randn(8, stage.contrast.queue_KD.shape[1]))
     stage.contrast.advance(keys, torch.arange(8), torch.arange(8))
     state = {name: tensor.clone() for name, tensor in stage.state().items()}
     fresh.load_state({name: tensor for name, tensor in state.items() if "groups" not in name})

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 
 from deedsr.degradation.ranges import DegradationRanges, Probability
 from deedsr.errors import UsageError
@@ -248,7 +247,7 @@ def _override(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
-def _explain(problem: ErrorDetails) -> str:
+def _explain(problem: Mapping[str, Any]) -> str:
     """One line on one wrong key: its dotted name, what is accepted, what was given."""
     where = ".".join(str(part) for part in problem["loc"])
     match problem["type"]:
