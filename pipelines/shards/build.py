@@ -21,7 +21,7 @@ from deedsr.dataset.pictures import RejectedImage
 from deedsr.dataset.recipe import Recipe
 from deedsr.degradation.chain import prepare_worker
 from deedsr.errors import DeeDSRError
-from pipelines.shards.execute import in_order
+from pipelines.shards.pieces import in_order
 from pipelines.shards.plan import ShardPlan
 from pipelines.shards.samples import Crop, Draft, Drafts, Row, Share, degraded, rejection, samples_of
 from pipelines.shards.shard import ShardRecord, shard_draft

@@ -1,21 +1,16 @@
-"""Shards made on the cluster: whole ones by Ray Data, and the pieces of one shard on several CPUs by nested Ray tasks.
+"""Shards made on the cluster by Ray Data.
 
-Workers read the plan from the output, a part at a time, so that neither the driver nor Ray holds it. Pieces are made in
-processes and not threads, because a fifth of the work holds Python's lock; in Ray's tasks and not processes of our own,
-because the CPUs may be on other nodes, and because Ray ends its processes with the job.
+Workers read the plan from the output, a part at a time, so that neither the driver nor Ray holds it.
 """
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from queue import SimpleQueue
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol
 
-from deedsr.degradation.chain import prepare_worker
-from deedsr.errors import DeeDSRError
 from pipelines import cluster
-from pipelines.distribution import distribute, in_threads, parts_per_item
+from pipelines.distribution import distribute, parts_per_item
 from pipelines.placement import NETWORK_WORKER, SHARD_WORKER, WorkPlan, place_shards
 from pipelines.shards.plan import ShardPlan
 from pipelines.shards.shard import Inventory, ShardRecord, record_key
@@ -24,11 +19,6 @@ from pipelines.storage.waiting import patiently
 
 logger = logging.getLogger(__name__)
 _SHARDS_PER_PART = 64
-_AHEAD = 2  # pieces for each CPU that are in work or wait for an earlier one
-_RETRIES = 1  # of a piece whose process dies; without any, Ray would kill the shard's own task where memory is short
-
-Piece = TypeVar("Piece")
-Result = TypeVar("Result")
 
 
 class ShardWork(Protocol):
@@ -172,65 +162,3 @@ def _shares(sizes: list[int], cpus: int) -> list[int]:
         slowest = max(range(len(sizes)), key=lambda shard: sizes[shard] / shares[shard])
         shares[slowest] += 1
     return shares
-
-
-def in_order(
-    function: Callable[[Piece], Result],
-    pieces: Iterable[Piece],
-    cpus: int,
-    *,
-    here: Callable[[Piece], Result] | None = None,
-    guarded: Callable[[Piece], Result] | None = None,
-) -> Iterator[Result]:
-    """`function` of each piece, in order; `cpus` of them at a time: one in this process, the others in Ray tasks.
-
-    Pieces are taken as they are needed. `here`: `function` for those that this process makes. Elsewhere a piece whose
-    process dies, and dies again, is made by `guarded` instead; then its death is an error. Raises what `function`
-    raises.
-    """
-    here = here or function
-    if cpus == 1:
-        return map(here, pieces)
-    makers: SimpleQueue[Callable[[Piece], Result]] = SimpleQueue()
-    for maker in [here] + [_elsewhere(function, guarded)] * (cpus - 1):
-        makers.put(maker)
-
-    def make(piece: Piece) -> Result:
-        maker = makers.get()
-        try:
-            return maker(piece)
-        finally:
-            makers.put(maker)
-
-    return in_threads(make, pieces, cpus, _AHEAD * cpus)
-
-
-def _elsewhere(
-    function: Callable[[Piece], Result], guarded: Callable[[Piece], Result] | None
-) -> Callable[[Piece], Result]:
-    """`function` in a Ray task of one CPU."""
-    import ray
-    from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError
-
-    run = ray.remote(num_cpus=1, max_retries=_RETRIES)(_made)
-
-    def made(piece: Piece) -> Result:
-        try:
-            result = ray.get(run.remote(function, piece))
-        except (NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError):
-            if guarded is None:
-                raise
-            result = ray.get(run.remote(guarded, piece))
-        if isinstance(result, DeeDSRError):
-            raise result
-        return result
-
-    return made
-
-
-def _made(function: Callable[[Piece], Result], piece: Piece) -> Result | DeeDSRError:
-    prepare_worker()
-    try:
-        return function(piece)
-    except DeeDSRError as error:  # as a value: an exception would come back wrapped in Ray's traceback
-        return error
