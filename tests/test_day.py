@@ -309,13 +309,13 @@ def test_the_chain_is_stopped_and_continues_through_a_broken_tunnel_and_on_a_new
         Tunnel(head.address) as tunnel,
         shell.start("deedsr submit --follow ID", f"--address {tunnel.address} --json", ID=second) as following,
     ):
-        for line in following.stderr:
-            if "chain: 2 of 5, learner" in line:
-                break
+        lines = iter(following.stderr)
+        next(line for line in lines if "chain: 2 of 5, learner" in line)
         tunnel.cut()
-        time.sleep(3)
+        next(line for line in lines if "lost the connection" in line)
         tunnel.mend()
-        output, log = following.communicate(timeout=1500)
+        log, output = "".join(lines), following.stdout.read()
+        following.wait(60)
     assert (following.returncode, json.loads(output)["status"]) == (0, "SUCCEEDED"), log
     assert "connected again" in log
     assert parents() == ["FINISHED"]
