@@ -122,7 +122,7 @@ class Dashboard:
 
 
 def _client(address: str) -> Any:
-    """Ray's client with token, timeouts and our errors. It neither logs nor changes this process's environment."""
+    """Ray's client with token, timeouts and our errors. It does not log."""
     import logging
 
     import requests
@@ -150,7 +150,12 @@ def _client(address: str) -> Any:
                 raise Unreachable(f"the Ray dashboard at {address} answers with status {found.status_code}")
             return found
 
-    return Client(address, headers=headers)
+    # Ray would take their address in place of the one that is given.
+    theirs = {name: os.environ.pop(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS") if name in os.environ}
+    try:
+        return Client(address, headers=headers)
+    finally:
+        os.environ.update(theirs)
 
 
 def token_file() -> Path:

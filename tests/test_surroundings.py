@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from deedsr.errors import UsageError
 from jobs import cli
 from pipelines import cluster, machine
+from pipelines.dashboard import Dashboard, Unreachable
 
 CONNECT = """
 from jobs import cli
@@ -77,6 +80,23 @@ def test_a_dashboard_that_takes_connections_and_says_nothing_is_one_error(mute, 
     monkeypatch.setenv("YOUR_MLFLOW_HOST", "mlflow.internal")
     assert cli.main(["submit", "jobs/shards.yaml", "--address", f"http://{mute}"]) == 1
     assert f"no Ray dashboard answers at http://{mute}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("variable", ["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"])
+def test_the_address_of_a_dashboard_that_is_given_is_the_one_that_is_asked(variable, nobody, monkeypatch):
+    class Failing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(503)
+
+        def log_message(self, *words: object) -> None: ...
+
+    monkeypatch.setenv(variable, f"http://{nobody}")
+    with HTTPServer(("127.0.0.1", 0), Failing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(Unreachable, match=f"{address} answers with status 503"):
+            Dashboard(address)
+        server.shutdown()
 
 
 def test_an_interpreter_without_docstrings_is_refused_with_the_reason(photos, tmp_path):
