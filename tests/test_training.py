@@ -266,11 +266,13 @@ def test_a_sample_knows_its_degradation_group_and_validation_counts_no_other_of_
     batch = {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in samples[0]}
     assert batch["group"].tolist() == [3, UNGROUPED, 3, 2**30]
     with torch.no_grad():
-        rows = stage.measure(learner, batch)
+        rows = stage.validation_step(learner, batch)
         query, key = (learner(batch[part], embedding=True) for part in ("query", "key"))
     scores = query @ key.T / learner_options.contrast.temperature
     scores[0, 2] = scores[2, 0] = -torch.inf
-    torch.testing.assert_close(stage.judge(rows)["loss"], torch.nn.functional.cross_entropy(scores, torch.arange(4)))
+    torch.testing.assert_close(
+        stage.validation_metrics(rows)["loss"], torch.nn.functional.cross_entropy(scores, torch.arange(4))
+    )
 
 
 def test_a_queue_from_before_there_were_groups_goes_on(learner_options):

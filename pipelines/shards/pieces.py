@@ -4,14 +4,20 @@ Processes and not threads, because a fifth of the work holds Python's lock; task
 because the CPUs may be on other nodes, and because Ray ends its processes with the job.
 """
 
+from __future__ import annotations
+
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Generic, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from deedsr.degradation.chain import prepare_worker
 from deedsr.errors import DeeDSRError
 
 __all__ = ["in_order"]
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 _AHEAD = 2  # pieces for each CPU that are in work or wait for an earlier one
 _RETRIES = 1  # of a piece whose process dies; without any, Ray would kill the shard's own task where memory is short
@@ -55,18 +61,20 @@ class _Queue(Generic[Piece, Result]):
         self._pieces, self._ahead = enumerate(pieces), ahead
         self._changed = threading.Condition()
         self._made: dict[int, Result | Exception] = {}
+        self._tasks: dict[int, ObjectRef] = {}  # of pieces that are made elsewhere
         self._taken = self._given = 0
         self._closed = False  # nothing more is to be taken
 
-    def work(self, function: Callable[[Piece], Result]) -> None:
-        """Takes pieces and makes them until there are none."""
+    def work(self, function: Callable[..., Result]) -> None:
+        """Takes pieces and has them made until there are none. `function` tells `begun` of the Ray task of a piece."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._taken < self._given + self._ahead)
                 taken = self._take()
             if taken is None:
                 return
-            self._make(*taken, function)
+            number, piece = taken
+            self._make(number, piece, partial(function, begun=partial(self._tasks.__setitem__, number)))
 
     def results(self, function: Callable[[Piece], Result]) -> Iterator[Result]:
         """Each result in its turn; until it is there, this thread makes pieces too."""
@@ -74,20 +82,31 @@ class _Queue(Generic[Piece, Result]):
             with self._changed:
                 there = self._given in self._made
                 taken = None if there or self._taken >= self._given + self._ahead else self._take()
-                if not there and taken is None:
-                    if self._given == self._taken:
-                        return
-                    self._changed.wait_for(lambda: self._given in self._made)
+                if not there and taken is None and self._given == self._taken:
+                    return
             if taken is not None:
                 self._make(*taken, function)
-                continue
-            with self._changed:
-                result = self._made.pop(self._given)
-                self._given += 1
-                self._changed.notify_all()
-            if isinstance(result, Exception):
-                raise result
-            yield result
+            elif not there:
+                self._wait()
+            else:
+                with self._changed:
+                    result = self._made.pop(self._given)
+                    self._tasks.pop(self._given, None)
+                    self._given += 1
+                    self._changed.notify_all()
+                if isinstance(result, Exception):
+                    raise result
+                yield result
+
+    def _wait(self) -> None:
+        """A moment for the next result, in `ray.wait`: while the main thread of a task waits there, its CPU is free for
+        the tasks that it waits for. Waits of other threads free none, and shards could wait for each other for ever."""
+        import ray
+
+        if task := self._tasks.get(self._given):
+            ray.wait([task], timeout=1.0)
+        with self._changed:
+            self._changed.wait_for(lambda: self._given in self._made, timeout=0.02)
 
     def close(self) -> None:
         with self._changed:
@@ -114,22 +133,25 @@ class _Queue(Generic[Piece, Result]):
             self._changed.notify_all()
 
 
-def _elsewhere(
-    function: Callable[[Piece], Result], guarded: Callable[[Piece], Result] | None
-) -> Callable[[Piece], Result]:
-    """`function` in a Ray task of one CPU."""
+def _elsewhere(function: Callable[[Piece], Result], guarded: Callable[[Piece], Result] | None) -> Callable[..., Result]:
+    """`function` in a Ray task of one CPU; takes a piece and `begun`, which gets the task."""
     import ray
     from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError
 
     run = ray.remote(num_cpus=1, max_retries=_RETRIES)(_made)
 
-    def made(piece: Piece) -> Result:
+    def made(piece: Piece, begun: Callable[[ObjectRef], None]) -> Result:
+        def result_of(function: Callable[[Piece], Result]) -> Result | DeeDSRError:
+            task = run.remote(function, piece)
+            begun(task)
+            return ray.get(task)
+
         try:
-            result = ray.get(run.remote(function, piece))
+            result = result_of(function)
         except (NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError):
             if guarded is None:
                 raise
-            result = ray.get(run.remote(guarded, piece))
+            result = result_of(guarded)
         if isinstance(result, DeeDSRError):
             raise result
         return result

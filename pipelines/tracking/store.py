@@ -88,6 +88,8 @@ def connect(uri: str) -> "MlflowClient":
             remedy = _sqlite_remedy(store)
             store.parent.mkdir(parents=True, exist_ok=True)
             prepare(store)
+            # A connection that met a damaged or read-only file would stay so after the file is mended.
+            os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
         with _few_retries():
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
