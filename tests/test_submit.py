@@ -290,8 +290,8 @@ def test_a_training_that_is_stopped_has_its_checkpoint_and_its_run_is_killed(hea
 @pytest.mark.soak
 def test_the_documents_own_lines_start_a_head_and_submit_to_it_from_a_fresh_shell(tmp_path, small_dataset):
     def lines_of(page: str) -> list[str]:
-        blocks = re.findall(r"^```\n(.*?)^```$", (ROOT / "docs" / page).read_text(), re.MULTILINE | re.DOTALL)
-        return [line for block in blocks for line in block.splitlines()]
+        blocks = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "docs" / page).read_text(), re.MULTILINE | re.DOTALL)
+        return [line for language, block in blocks if not language for line in block.splitlines()]
 
     lines = lines_of("clusters.md")
     [start] = [line for line in lines if "ray start --head" in line]
