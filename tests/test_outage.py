@@ -5,10 +5,12 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from importlib.resources import files
@@ -38,11 +40,15 @@ class SqliteStore:
         self.uri = f"sqlite:///{self.path}"
 
     def leave(self) -> None:
+        with closing(sqlite3.connect(self.path)) as database:
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # what was written last may lie beside the file
         self.kept = self.path.read_bytes()
         self.path.write_bytes(b"no database")
 
     def come_back(self) -> None:
-        self.path.write_bytes(self.kept)
+        whole = self.path.with_suffix(".kept")
+        whole.write_bytes(self.kept)
+        whole.replace(self.path)
 
     def steps(self, run_id: str, name: str = "loss") -> list[int]:
         return [metric.step for metric in MlflowClient(self.uri).get_metric_history(run_id, name)]

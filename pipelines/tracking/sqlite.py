@@ -46,7 +46,8 @@ def prepare(path: Path) -> None:
                 _migrate(path, partial)
             else:
                 _create(partial)
-                partial.replace(path)
+                if not _holds_anything(path):  # a store may have been put back meanwhile
+                    partial.replace(path)
         finally:
             _remove(partial)
 
