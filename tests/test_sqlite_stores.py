@@ -121,3 +121,21 @@ def test_a_process_that_is_killed_while_it_makes_a_store_leaves_nothing_in_its_p
     assert not path.exists()
     sqlite.prepare(path)
     assert run_names(path) == []
+
+
+def test_a_store_that_is_put_back_while_a_new_one_is_made_stays(tmp_path, monkeypatch):
+    path, kept = tmp_path / "mlflow.db", tmp_path / "kept.db"
+    sqlite.prepare(kept)
+    client = MlflowClient(f"sqlite:///{kept}")
+    run_id = client.create_run(client.create_experiment("theirs")).info.run_id
+    create = sqlite._create
+
+    def create_beside(partial: Path) -> None:
+        create(partial)
+        shutil.copy(kept, path)
+
+    path.touch()  # as a copy that begins
+    monkeypatch.setattr(sqlite, "_create", create_beside)
+    sqlite.prepare(path)
+    assert MlflowClient(f"sqlite:///{path}").get_run(run_id)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["kept.db", "mlflow.db"]
