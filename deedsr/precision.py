@@ -2,8 +2,6 @@
 
 import torch
 
-__all__ = ["wide", "widest"]
-
 
 def widest(device: torch.device) -> torch.dtype:
     """float64; float32 on Apple's MPS, which has no float64."""

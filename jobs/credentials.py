@@ -4,8 +4,6 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["suspicious"]
-
 # Words of a name, as in AWS_SECRET_ACCESS_KEY; names of files and folders that hold a credential are none.
 _NAME_WORDS = {
     "secret",

@@ -13,8 +13,6 @@ from typing import Any
 from deedsr.errors import DeeDSRError
 from pipelines.dashboard import Dashboard, Unreachable
 
-__all__ = ["GoesOn", "follow", "how_to", "stop"]
-
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0

@@ -17,8 +17,6 @@ import yaml
 from deedsr.errors import UsageError
 from jobs.options import mapping_of, word_of
 
-__all__ = ["filled", "overridden"]
-
 SITE = "site.yaml"
 PLACEHOLDER = re.compile(r"YOUR(?:-[A-Z0-9]+)+")
 

@@ -24,22 +24,6 @@ from pipelines import machine
 from pipelines.storage import Conflict, Storage, waiting
 from pipelines.storage.errors import FAILURES
 
-__all__ = [
-    "CLAIM",
-    "DEAD_AFTER",
-    "RUNS",
-    "Claim",
-    "Superseded",
-    "found",
-    "heartbeat",
-    "held",
-    "is_alive",
-    "named",
-    "of_this_process",
-    "parsed",
-    "running",
-]
-
 logger = logging.getLogger(__name__)
 CLAIM = "claim.json"  # of a command that alone writes an output, in it
 RUNS = f"{STATE}/runs"  # folder with a claim of every other command that works on an output

@@ -15,8 +15,6 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
-__all__ = ["PNG_CHUNKS", "ColourSpace", "shallow", "space_of", "to_srgb"]
-
 # Where a JPEG 2000 has its profile, with the size of the box, and an AVIF its code points: primaries and transfer.
 _COLR, _NCLX = (re.compile(p, re.DOTALL) for p in (rb"(....)colr\x02..", rb"colrnclx\0(.)\0(.)"))
 _HEAD = 1 << 16  # bytes of a file that hold its header

@@ -9,8 +9,6 @@ import numpy as np
 from deedsr.dataset.pictures import RejectedImage
 from deedsr.dataset.recipe import Crop
 
-__all__ = ["CropPlace", "choose_crops", "cut"]
-
 _TRIES = 4  # for each crop that may overlap others, until that many smooth or equal ones were drawn
 _STEP = 12  # pixels between the places of such crops: a multiple of every scale, as real LR partners need
 

@@ -9,19 +9,6 @@ from typing import Any
 
 from deedsr.errors import DeeDSRError
 
-__all__ = [
-    "FORMAT_VERSION",
-    "MANIFEST",
-    "REJECTED",
-    "SAMPLES",
-    "STATE",
-    "HRSource",
-    "LatentsSource",
-    "Manifest",
-    "ShardEntry",
-    "kept_copy",
-]
-
 MANIFEST = "manifest.json"
 SAMPLES = "samples.parquet"
 REJECTED = "rejected.jsonl"

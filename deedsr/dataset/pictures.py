@@ -22,8 +22,6 @@ from PIL.TiffImagePlugin import PLANAR_CONFIGURATION, TiffImageFile
 
 from deedsr.dataset.colour import PNG_CHUNKS, ColourSpace, shallow, space_of, to_srgb
 
-__all__ = ["MAX_PIXELS", "RejectedImage", "Stored", "decode", "read_stored", "upright"]
-
 MAX_PIXELS = 2**29 // 3  # 179 megapixels: 512 MiB as RGB; read from the header, before memory is allocated
 MAX_SCANS = 200  # of a JPEG; a progressive one has about ten. Each pass over an empty scan costs as much as a full one
 

@@ -1,7 +1,5 @@
 """Recipes: everything but the sources that fixes a dataset, as data files with typed, checked fields."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping
@@ -15,8 +13,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from deedsr.degradation.ranges import DegradationRanges, Probability
 from deedsr.errors import UsageError
-
-__all__ = ["ALGORITHM_VERSION", "Recipe", "builtin_recipes", "load_recipe"]
 
 # Increased whenever the same recipe and sources would give other bytes than before. Not for
 # corrections in reading a few kinds of sources (docs/data.md lists them): every dataset would be made anew.
@@ -147,7 +143,7 @@ class Recipe(_Part):
         """How many degradations each crop of the source at this relative path gets."""
         return next((w.variants for w in self.weights if fnmatchcase(path, w.pattern)), self.variants)
 
-    def degrading(self, other: Recipe) -> Recipe:
+    def degrading(self, other: Self) -> Self:
         """This recipe with the degradations of `other`, to make new LR images for its HR images.
 
         Settings of the HR images and shards stay; name, seed, variants, weights, strata, degradation and the

@@ -4,8 +4,6 @@ The reference draws resize, noise family, second blur, order of the last step an
 everything is drawn per sample, so that the samples of a batch share nothing.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -15,18 +13,6 @@ import numpy as np
 from deedsr.degradation.kernels import KERNELS
 from deedsr.degradation.ranges import BlurRanges, DegradationRanges, NoiseRanges, ResizeRanges
 from deedsr.degradation.resizing import RESIZE_MODES
-
-__all__ = [
-    "NOISE_FAMILIES",
-    "RESIZE_MODES",
-    "SCALAR_COLUMNS",
-    "draw_degradation",
-    "parameter_limits",
-    "parameter_names",
-    "parameter_shares",
-    "parameter_step",
-    "scalar_parameters",
-]
 
 NOISE_FAMILIES = ("gaussian", "poisson")
 _LEAST_SIDE = 16

@@ -4,14 +4,10 @@ Every range is `[low, high]`, drawn uniformly. Blur widths are in pixels, noise 
 pixel.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
-
-__all__ = ["BlurRanges", "DegradationRanges", "FinalRanges", "NoiseRanges", "Probability", "ResizeRanges"]
 
 
 def _probability(value: float) -> float:

@@ -25,8 +25,6 @@ from pipelines.data.dataset import Shards
 from pipelines.storage import Storage
 from pipelines.storage.errors import explained
 
-__all__ = ["ShardCache", "default_folder"]
-
 logger = logging.getLogger(__name__)
 _OPEN_FILES = 64
 _PARTIAL = re.compile(r"[0-9a-f]{64}-(\d+)\.partial")

@@ -15,8 +15,6 @@ from pipelines.shards.listing import list_pairs, list_sources
 from pipelines.shards.plan import ShardPlan, derived_plan, plan_shards
 from pipelines.shards.shard import Inventory, tar_name
 
-__all__ = ["finished_latents", "finished_shards"]
-
 
 def finished_shards(
     out: str,

@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from deedsr.degradation.chain import prepare_worker
 from deedsr.errors import DeeDSRError
 
-__all__ = ["in_order"]
-
 if TYPE_CHECKING:
     from ray import ObjectRef
 
