@@ -34,29 +34,17 @@ def _around_one(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
-def _factors(pair: tuple[float, float]) -> tuple[float, float]:
-    if not 0.1 <= pair[0] <= 1 <= pair[1] <= 4:
-        raise ValueError(f"must be a range [low, high] with 0.1 <= low <= 1 <= high <= 4, got {list(pair)}")
-    return pair
-
-
 def _odd(pair: tuple[int, int]) -> tuple[int, int]:
     if pair[0] % 2 == 0 or pair[1] % 2 == 0:
         raise ValueError(f"must be odd kernel sizes [low, high], got {list(pair)}")
     return pair
 
 
-def _sums_to_one(shares: BaseModel) -> None:
-    total = sum(value for _, value in shares)
-    if abs(total - 1) > 1e-6:
-        raise ValueError(f"must sum to 1, got {total:g} from {', '.join(f'{k} {v:g}' for k, v in shares)}")
-
-
 Probability = Annotated[float, AfterValidator(_probability)]
 Sigma = Annotated[tuple[float, float], _range(0.01, 50)]
 Level = Annotated[tuple[float, float], _range(0, 255)]
 Shape = Annotated[tuple[float, float], AfterValidator(_around_one)]
-Factor = Annotated[tuple[float, float], AfterValidator(_factors)]
+Factor = Annotated[tuple[float, float], _range(0.1, 4), AfterValidator(_around_one)]
 KernelSizes = Annotated[tuple[int, int], _range(3, 51), AfterValidator(_odd)]
 Cutoff = Annotated[tuple[float, float], _range(0.1, math.pi)]
 Quality = Annotated[tuple[int, int], _range(1, 100)]
@@ -67,7 +55,16 @@ class _Ranges(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class KernelMix(_Ranges):
+class _Shares(_Ranges):
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        total = sum(value for _, value in self)
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"must sum to 1, got {total:g} from {', '.join(f'{k} {v:g}' for k, v in self)}")
+        return self
+
+
+class KernelMix(_Shares):
     """Shares of the blur kernels that are not sinc."""
 
     isotropic: Probability
@@ -76,11 +73,6 @@ class KernelMix(_Ranges):
     generalized_anisotropic: Probability
     plateau_isotropic: Probability
     plateau_anisotropic: Probability
-
-    @model_validator(mode="after")
-    def _complete(self) -> Self:
-        _sums_to_one(self)
-        return self
 
 
 class BlurRanges(_Ranges):
@@ -93,15 +85,10 @@ class BlurRanges(_Ranges):
     beta_plateau: Shape  # likewise
 
 
-class ResizeShares(_Ranges):
+class ResizeShares(_Shares):
     up: Probability
     down: Probability
     keep: Probability
-
-    @model_validator(mode="after")
-    def _complete(self) -> Self:
-        _sums_to_one(self)
-        return self
 
 
 class ResizeRanges(_Ranges):
