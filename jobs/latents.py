@@ -40,10 +40,11 @@ def finished(options: LatentsOptions) -> dict[str, Any] | None:
     """The result where no shard would be made and MLflow has the run of the latents, else None. Makes nothing."""
     from pipelines import tracking
     from pipelines.models import Base, Learner
-    from pipelines.shards.finished import finished_latents
+    from pipelines.shards.encode import latents_job
+    from pipelines.shards.generate import finished
 
     learner = Learner.find(options.learner) if options.learner else None
-    found = finished_latents(options.data, Base.find(options.base), learner, options.out, options.precision)
+    found = finished(latents_job(options.data, Base.find(options.base), learner, options.out, options.precision))
     run_id = found and tracking.find_run(None, {"deedsr.kind": "latents", "deedsr.dataset.digest": found.digest})
     return dataclasses.asdict(found) | {"run_id": run_id} if found and run_id else None
 

@@ -91,12 +91,15 @@ def finished(options: ShardsOptions) -> dict[str, Any] | None:
     """The result where no shard would be made and MLflow has the run of the dataset, else None. Makes nothing."""
     from deedsr.dataset.recipe import load_recipe
     from pipelines import tracking
-    from pipelines.shards.finished import finished_shards
+    from pipelines.shards.generate import finished, hr_job, join_job, source_job
 
-    recipe = load_recipe(options.recipe)
-    found = finished_shards(
-        options.out, recipe, sources=options.source, pairs=options.pairs, hr_from=options.hr_from, join=options.join
-    )
+    if options.join:
+        job = join_job(options.join, options.out)
+    elif options.hr_from:
+        job = hr_job(options.hr_from, options.out, load_recipe(options.recipe))
+    else:
+        job = source_job(options.source, options.out, load_recipe(options.recipe), options.pairs)
+    found = finished(job)
     run_id = found and tracking.find_run(None, {"deedsr.kind": "shards", "deedsr.dataset.digest": found.digest})
     return dataclasses.asdict(found) | {"run_id": run_id} if found and run_id else None
 

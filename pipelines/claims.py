@@ -63,15 +63,11 @@ def is_alive(claim: Mapping[str, Any]) -> bool:
     return machine.runs(claim["pid"], since=claim["alive"])
 
 
-def found(out: Storage) -> Iterator[dict[str, Any]]:
-    """The claims on `out`."""
+def found(out: Storage) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The claims on `out` with their locations; {} for one that is damaged."""
     for path in [CLAIM, *(entry.path for entry in out.list(RUNS) if entry.path.endswith(f"/{CLAIM}"))]:
-        try:
-            claim = parsed(out.read(path))
-        except FileNotFoundError:  # it ended meanwhile
-            continue
-        if claim:
-            yield claim
+        with suppress(FileNotFoundError):  # it ended meanwhile
+            yield f"{out.uri}/{path}", parsed(out.read(path))
 
 
 def named(claim: Mapping[str, Any]) -> str:

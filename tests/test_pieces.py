@@ -17,7 +17,7 @@ from pipelines.data.dataset import Dataset
 from pipelines.shards import generate, regenerate
 from pipelines.shards.build import FromSources, _cuts
 from pipelines.shards.execute import _shares
-from pipelines.shards.generate import run_job
+from pipelines.shards.generate import Job, run_job
 from pipelines.shards.listing import list_sources
 from pipelines.shards.pieces import in_order
 from pipelines.shards.plan import plan_shards
@@ -119,7 +119,7 @@ def test_a_shard_of_few_sources_is_made_by_several_processes_at_a_time(photos, o
         shutil.copy(path, folder)
     plans = lambda: plan_shards(list_sources([str(folder)]), one_shard)
     work = FromSources(one_shard, partial(meeting, folder=tmp_path / "here"))
-    result = run_job(plans, work, open_storage(tmp_path / "out"), one_shard, 2, False)
+    result = run_job(Job(plans, work, open_storage(tmp_path / "out"), one_shard), 2, False)
     assert (result.shards, result.samples) == (1, count * 8)
 
 
@@ -145,7 +145,7 @@ def sixteen(folder: str, recipe_json: str) -> None:
     recipe, place = Recipe.model_validate_json(recipe_json), Path(folder)
     plans = lambda: plan_shards(list_sources([str(place / "photos")]), recipe)
     work = FromSources(recipe, partial(meeting, folder=place / "here", count=16))
-    result = run_job(plans, work, open_storage(place / "out"), recipe, None, False)
+    result = run_job(Job(plans, work, open_storage(place / "out"), recipe), None, False)
     (place / "made").write_text(f"{result.shards} {result.samples}")
 
 
@@ -172,11 +172,11 @@ def test_only_a_source_that_kills_every_worker_is_left_out(photos, one_shard, tm
     plans = lambda: plan_shards(list_sources([str(tmp_path / "photos")]), one_shard)
     work = FromSources(one_shard, partial(deadly, kills=tmp_path / "kills", times=times))
     if others or times == 2:
-        result = run_job(plans, work, open_storage(tmp_path / "out"), one_shard, 2, False)
+        result = run_job(Job(plans, work, open_storage(tmp_path / "out"), one_shard), 2, False)
         assert result.samples == 8 * (others + (times == 2))
     else:
         with pytest.raises(DeeDSRError, match="1 of 1 sources were rejected"):
-            run_job(plans, work, open_storage(tmp_path / "out"), one_shard, 2, False)
+            run_job(Job(plans, work, open_storage(tmp_path / "out"), one_shard), 2, False)
     out, [plan] = open_storage(tmp_path / "out"), plans()
     record = read_record(Inventory.of(out).record(plan), out)
     rejected = [(row["source"], row["reason"]) for row in record.rejected if row["kind"] == "source"]

@@ -186,38 +186,30 @@ class FromHR:
         for row in rows_of(plan.origin, self.hr, self.index):
             rows.setdefault(row["content"], row)  # its variants hold the same HR
         wanted = [(row, variant) for row in rows.values() for variant in range(self.recipe.variants_of(row["source"]))]
-        with shard_draft(plan) as draft, Tars(self.hr) as tars:
-            here = lambda some: list(self._samples(some, tars))
-            for samples in in_order(self._make, _pieces(wanted, cpus), cpus, here=here):
+        size = -(-len(wanted) // (cpus * _PIECES_PER_CPU))
+        pieces = (wanted[start : start + size] for start in range(0, len(wanted), size))
+        with shard_draft(plan) as draft:
+            for samples in in_order(self._make, pieces, cpus):
                 for sample, uri in samples:
                     draft.add(sample, uri)
             return draft.commit(out)
 
-    def _make(self, wanted: list["Wanted"]) -> list[tuple[Draft, str]]:
+    def _make(self, wanted: list[tuple[Row, int]]) -> list[tuple[Draft, str]]:
+        """Samples, each with where its source lies. `wanted`: rows with the HR, and a variant of each."""
+        made = []
         with Tars(self.hr) as tars:
-            return list(self._samples(wanted, tars))
-
-    def _samples(self, wanted: list["Wanted"], tars: "Tars") -> Iterator[tuple[Draft, str]]:
-        """Each with where its source lies."""
-        for _, group in groupby(wanted, key=lambda sample: sample[0]["content"]):
-            variants = list(group)
-            row = variants[0][0]
-            place = [row[name] for name in ("top", "left", "height", "width")]
-            crop = Crop(
-                row["content"], row["root"], row["source"], row["source_sha256"], place, row["flip"], row["rotate"]
-            )
-            hr = decoded(tars.read(row["hr_shard"], row["hr_offset"], row["hr_size"]), row, self.hr)
-            where = {name: row[name] for name in ("hr_shard", "hr_ext", "hr_offset", "hr_size")}
-            for sample in degraded(crop, hr, self.recipe, (variant for _, variant in variants)):
-                yield Draft(sample.members, sample.row | where), row["source_uri"]
-
-
-Wanted = tuple[Row, int]  # a row with the HR, and one of its variants
-
-
-def _pieces(wanted: list[Wanted], cpus: int) -> Iterator[list[Wanted]]:
-    size = -(-len(wanted) // (cpus * _PIECES_PER_CPU))
-    return (wanted[start : start + size] for start in range(0, len(wanted), size))
+            for _, group in groupby(wanted, key=lambda sample: sample[0]["content"]):
+                variants = list(group)
+                row = variants[0][0]
+                place = [row[name] for name in ("top", "left", "height", "width")]
+                crop = Crop(
+                    row["content"], row["root"], row["source"], row["source_sha256"], place, row["flip"], row["rotate"]
+                )
+                hr = decoded(tars.read(row["hr_shard"], row["hr_offset"], row["hr_size"]), row, self.hr)
+                where = {name: row[name] for name in ("hr_shard", "hr_ext", "hr_offset", "hr_size")}
+                for sample in degraded(crop, hr, self.recipe, (variant for _, variant in variants)):
+                    made.append((Draft(sample.members, sample.row | where), row["source_uri"]))
+        return made
 
 
 @dataclass(frozen=True)

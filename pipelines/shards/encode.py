@@ -25,8 +25,8 @@ from pipelines.distribution import network_plan
 from pipelines.models import Base, Learner, usable_device
 from pipelines.placement import Device
 from pipelines.shards.build import PLACES, Tars, decoded, rows_of, shard_draft
-from pipelines.shards.generate import ShardsResult, index_of, run_job
-from pipelines.shards.plan import ShardPlan, derived_plan
+from pipelines.shards.generate import Job, ShardsResult, derived_plans, index_of, run_job
+from pipelines.shards.plan import ShardPlan
 from pipelines.shards.samples import Draft, Row
 from pipelines.shards.shard import LATENTS_COLUMNS, ShardRecord
 from pipelines.storage import Storage, open_storage
@@ -53,13 +53,24 @@ def make_latents(
     device: Device = "auto",
     progress: bool = True,
 ) -> ShardsResult:
-    """Makes or completes the dataset `out`: latents of the dataset `data` by the VAE of `base`, and the vectors of
-    `learner`; without one the LR images are kept instead.
+    """Makes or completes the dataset `out` of `latents_job`.
 
     `workers`: actors at a time, None = on every GPU, or every CPU where the device is the CPU. `device`: see
     `pipelines.placement.place_networks`. Shards of the same pixels and networks are reused. Raises UsageError for what
     cannot be used, DeeDSRError if the work failed; what was committed stays, and the same call continues from there.
     """
+    job = latents_job(data, base, learner, out, precision, batch_size)
+    assert isinstance(job.work, FromPixels)
+    job.out.require_writable()
+    plan = network_plan("latents", device, workers)
+    return run_job(replace(job, work=replace(job.work, device=plan.device)), plan.workers, progress, actors=plan)
+
+
+def latents_job(
+    data: str, base: Base, learner: Learner | None, out: str, precision: Precision = "fp32", batch_size: int = 8
+) -> Job:
+    """Latents of the dataset `data` by the VAE of `base`, and the vectors of `learner`; without one the LR images are
+    kept instead."""
     dataset = Dataset.open(data).require_pixels("--data")
     storage = open_storage(out)
     if storage.uri == dataset.uri:
@@ -70,20 +81,8 @@ def make_latents(
         replace(source, dataset="", uri=""), dataset.storage, index_of(dataset), dataset.hr_dataset().storage, base,
         learner, dataset.scale, batch_size,
     )  # fmt: skip
-    storage.require_writable()
-    plan = network_plan("latents", device, workers)
-    work = replace(work, device=plan.device)
-    return run_job(
-        lambda: (derived_plan(shard, work.name) for shard in dataset.manifest.shards),
-        work,
-        storage,
-        dataset.recipe,
-        plan.workers,
-        progress,
-        made_of=dataset,
-        latents=replace(source, uri=relative_place(dataset.uri, storage.uri)),
-        actors=plan,
-    )
+    latents = replace(source, uri=relative_place(dataset.uri, storage.uri))
+    return Job(derived_plans(dataset, work.name), work, storage, dataset.recipe, dataset, latents=latents)
 
 
 def latents_source(dataset: Dataset, base: Base, learner: Learner | None, precision: Precision) -> LatentsSource:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from deedsr.dataset.manifest import MANIFEST, REJECTED, SAMPLES, STATE, Manifest, kept_copy
+from deedsr.dataset.manifest import MANIFEST, REJECTED, SAMPLES, STATE, kept_copy
 from deedsr.errors import DatasetNotCommitted, DeeDSRError
 from pipelines import claims
 from pipelines.data.dataset import Dataset, relative_place
@@ -79,13 +79,8 @@ def _names(uri: str, digest: str) -> bool:
         manifest = Dataset.open(uri).manifest
     except DatasetNotCommitted:
         return False
-    return digest in _made_of(manifest)
-
-
-def _made_of(manifest: Manifest) -> list[str]:
-    """Digests of the datasets that one is made of."""
-    made_of = [manifest.hr_from.digest] if manifest.hr_from else []
-    return made_of + ([manifest.latents.dataset] if manifest.latents else [])
+    made_of = [manifest.hr_from and manifest.hr_from.digest, manifest.latents and manifest.latents.dataset]
+    return digest in made_of
 
 
 _NAMED = 10  # objects listed by name
@@ -97,19 +92,12 @@ def live_runs(out: Storage) -> dict[str, str]:
     Raises DeeDSRError where a claim cannot be read: its run may be at work.
     """
     alive = {}
-    for entry in out.list(claims.RUNS):
-        place = f"{out.uri}/{entry.path}"
-        if not entry.path.endswith(f"/{claims.CLAIM}"):
-            continue
-        try:
-            claim = claims.parsed(out.read(entry.path))
-        except FileNotFoundError:  # it has just ended
-            continue
+    for place, claim in claims.found(out):
         if not claim:
             raise DeeDSRError(
                 f"{place} is damaged. A run at work writes it again within a minute; if it stays so, delete it"
             )
-        if claims.is_alive(claim):
+        if claims.is_alive(claim) and not claim.get("ended"):
             alive[place] = claims.named(claim)
     return alive
 

@@ -55,6 +55,11 @@ def list_sources(uris: Sequence[str]) -> Iterator[Source]:
             logger.warning("source %s: %d Parquet tables are not used: %s", uri, len(unused), unused[0])
 
 
+def listed(uris: Sequence[str], pairs: Sequence[str], scale: int) -> Iterator[Source]:
+    """`list_sources`, or `list_pairs` where there are `pairs`."""
+    return list_pairs(uris, pairs, scale) if pairs else list_sources(uris)
+
+
 class _Files(NamedTuple):
     """Files of a source; `named`: each was meant, not just found."""
 
@@ -86,11 +91,8 @@ def _folder(root: int, storage: Storage) -> Iterator[Source]:
         raise UsageError(
             f"source {storage.uri} is a file: give the folder it is in, or a list file (.txt) that names it"
         )
-    return (_file(root, storage, entry) for entry in storage.list() if _holds_pictures(entry.path))
-
-
-def _holds_pictures(path: str) -> bool:
-    return _named_as_pictures(path) and not is_hidden(path)
+    found = (entry for entry in storage.list() if _named_as_pictures(entry.path) and not is_hidden(entry.path))
+    return (_file(root, storage, entry) for entry in found)
 
 
 def _named_as_pictures(path: str) -> bool:
@@ -180,18 +182,15 @@ def _stat(uri: str) -> Entry:
 
 def _looked_into(files: _Files, unused: list[str]) -> Iterator[Source]:
     """Pictures, and those inside tars and tables; `unused` collects the messages of tables without pictures."""
-    for is_container, run in groupby(files.files, key=_is_container):
-        if not is_container:
+    # Not what is missing or unreadable, for which reading it gives the reason.
+    is_container = lambda file: bool(file.version) and file.path.lower().endswith((".tar", ".parquet", *_COMPRESSED))
+    for has_inside, run in groupby(files.files, key=is_container):
+        if not has_inside:
             yield from run
             continue
         for found, problem in in_threads(lambda file: _inside(file, files.named), run, _THREADS, _AHEAD):
             unused += [problem] if problem else []
             yield from found
-
-
-def _is_container(file: Source) -> bool:
-    """Whether to look into a file; not if it is missing or unreadable, for which reading it gives the reason."""
-    return bool(file.version) and file.path.lower().endswith((".tar", ".parquet", *_COMPRESSED))
 
 
 def _inside(file: Source, named: bool) -> tuple[Iterable[Source], str]:
@@ -265,7 +264,8 @@ class _Name(NamedTuple):
 
 def _matched(hrs: list[Source], lrs: list[Source], scale: int) -> dict[Source, Source]:
     """The partner of each HR picture that has one."""
-    hr_left = {source: _hr_name(source) for source in hrs}
+    bare = lambda source: _HR_MARK.sub("", _stem(source))
+    hr_left = {source: _Name(posixpath.dirname(source.path), _stem(source), bare(source)) for source in hrs}
     lr_left = {source: _lr_name(source, scale) for source in lrs}
     found: dict[Source, Source] = {}
     keys: list[Callable[[_Name], tuple[str | None, ...]]] = [
@@ -298,11 +298,6 @@ def _grouped(
     for source, name in names.items():
         groups[key(name)].append(source)
     return groups
-
-
-def _hr_name(source: Source) -> _Name:
-    stem = _stem(source)
-    return _Name(posixpath.dirname(source.path), stem, _HR_MARK.sub("", stem))
 
 
 def _lr_name(source: Source, scale: int) -> _Name:

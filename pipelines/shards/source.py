@@ -60,7 +60,13 @@ def read_source(source: Source) -> tuple[bytes, bytes | None]:
     if source.problem:
         raise RejectedImage(source.problem)
     with _permitted(known=bool(source.version)):
-        data = _picture(source)
+        storage, name = object_at(source.uri)
+        if source.row >= 0 and is_table(source.uri):  # else the row names a file
+            data = read_row(source)
+        elif source.offset >= 0:
+            data = storage.read_range(name, source.offset, source.size) if source.size else b""
+        else:
+            data = storage.read(name)
     if not source.lr:
         return data, None
     storage, name = object_at(source.lr)
@@ -85,15 +91,6 @@ def _permitted(known: bool) -> Iterator[None]:
         if known:
             raise
         raise RejectedImage("no permission to read it") from None
-
-
-def _picture(source: Source) -> bytes:
-    if source.row >= 0 and is_table(source.uri):  # else the row names a file
-        return read_row(source)
-    storage, name = object_at(source.uri)
-    if source.offset < 0:
-        return storage.read(name)
-    return storage.read_range(name, source.offset, source.size) if source.size else b""
 
 
 # What `tarfile` raises for headers that are none.

@@ -52,7 +52,7 @@ def verify(uri: str, replay: int = 0, progress: bool = True) -> VerifyResult:
         dataset.require_pixels("--replay")
     manifest = dataset.manifest
     problems = [*_check_manifest(manifest, dataset.recipe), *_check_files(manifest, dataset.storage)]
-    index = None
+    whole, index = 0, None
     try:
         problems += _check_rejected(dataset)
         index = dataset.index()
@@ -63,7 +63,6 @@ def verify(uri: str, replay: int = 0, progress: bool = True) -> VerifyResult:
         require_hr(dataset)
     except DeeDSRError as error:  # once, and not for each sample
         return VerifyResult(False, len(manifest.shards), 0, 0, [*problems, str(error)])
-    whole = 0
 
     def check(shard: ShardEntry) -> tuple[int, list[str]]:
         rows = index.filter(pa.compute.equal(index["shard"], shard.name)).to_pylist() if index is not None else None
