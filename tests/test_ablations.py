@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from test_adapter_networks import inputs, tiny_unet, wake
+from small_networks import inputs, tiny_unet, wake
 from torch import nn
 
 from benchmarks.full_size import UNET
