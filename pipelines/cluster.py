@@ -50,8 +50,12 @@ def connect() -> None:
 
     if ray.is_initialized():
         return
-    with _own_answer_to_sigterm():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
         _connect(os.environ.get("RAY_ADDRESS"))
+    finally:  # Ray's handler of SIGTERM ends in an abort of its C++ part, with another exit code than a signal's
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def last_words(error: BaseException, less: str) -> str:
@@ -69,17 +73,6 @@ def require_docstrings() -> None:
         raise UsageError(
             "Ray does not run without docstrings, which PYTHONOPTIMIZE=2 (python -OO) removes: unset it, or set it to 1"
         )
-
-
-@contextmanager
-def _own_answer_to_sigterm() -> Iterator[None]:
-    """Keeps this process's: Ray's ends in an abort of its C++ part, with another exit code than a signal's."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
 
 
 def _connect(address: str | None) -> None:

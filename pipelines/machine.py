@@ -238,16 +238,11 @@ def _groups(membership: Path, hierarchies: Path) -> Iterator[tuple[list[str], Pa
             roots = [hierarchies, hierarchies / "unified"]
         else:
             known = [name for name in ("cpu", "memory") if name in controllers.split(",")]
-            roots = [_mount(hierarchies, controllers, known[0])] if known else []
+            together = hierarchies / controllers  # v1: named after all controllers, or after one of them by a link
+            roots = [together if together.is_dir() else hierarchies / known[0]] if known else []
         for root in roots:
             for group in _ancestry(root, path):
                 yield controllers.split(",") if controllers else [], group
-
-
-def _mount(hierarchies: Path, controllers: str, controller: str) -> Path:
-    """Mount point of a v1 hierarchy: named after all of its controllers, or after one of them by a link."""
-    together = hierarchies / controllers
-    return together if together.is_dir() else hierarchies / controller
 
 
 def _ancestry(root: Path, path: str) -> Iterator[Path]:

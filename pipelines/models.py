@@ -167,13 +167,18 @@ class Model(Reference):
         bf16 and as fast, else fp32. Raises UsageError where the model or its base is missing, incomplete, or the base
         another than it was trained on; DeeDSRError where a worker finds another model than the command was given.
         """
+        import torch
+
         from deedsr.sampling.pipeline import DeeDSRPipeline
 
         place, path, base = usable_device(device), self.path, self._given_base
+        if precision == "auto":
+            precision = "fp16" if place.type == "cuda" else "fp32"
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         with _on_a_worker() if self._expected else nullcontext():
             if self._expected not in (None, self.digest):
                 raise DeeDSRError(f"the model {self.name} is another one here than when the command was given")
-            pipeline = DeeDSRPipeline.from_pretrained(path, base=base, torch_dtype=_dtype(precision, place))
+            pipeline = DeeDSRPipeline.from_pretrained(path, base=base, torch_dtype=dtype)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline if place.type == "cpu" else pipeline.to(place)
 
@@ -230,14 +235,6 @@ def _is_of_model(path: str) -> bool:
     folder, _, file = path.rpartition("/")
     is_weights = file.startswith(NAME) and file.endswith(".safetensors")
     return folder in ("", *PARTS) and (is_weights or file.endswith((".json", ".md")) or file.startswith("LICENSE"))
-
-
-def _dtype(precision: Precision, device: "torch.device") -> "torch.dtype":
-    import torch
-
-    if precision == "auto":
-        precision = "fp16" if device.type == "cuda" else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def export_pipeline(model: Model, out: str, *, half: bool = False) -> dict[str, Any]:

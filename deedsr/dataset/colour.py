@@ -151,16 +151,19 @@ def _profile(
     """`numbers`: x and y of white, red, green and blue. `exponent`: None for sRGB's curve. None where it is sRGB."""
     if len(numbers) != 8 or (exponent is not None and not _EXPONENTS[0] <= exponent <= _EXPONENTS[1]):
         raise ValueError("not the numbers of a colour space")
-    curve = SRGB_CURVE if exponent is None else gamma_curve(exponent)
-    curves = [curve] * 3
+    # light = value ** exponent
+    curves = [_SRGB_CURVE if exponent is None else b"para" + bytes(8) + _fixed([exponent])] * 3
     if table:
         parts = 3 if len(table) % 3 == 0 else 1
-        size = len(table) // parts
-        curves = [table_curve(table[part * size : (part + 1) * size]) for part in range(parts)] * (3 // parts)
+        size = len(table) // parts  # light / 65535 at so many evenly spaced values
+        packed = [struct.pack(f">I{size}H", size, *table[part * size : (part + 1) * size]) for part in range(parts)]
+        curves = [b"curv\0\0\0\0" + light for light in packed] * (3 // parts)
     plain = not table and (exponent is None or _alike(exponent, Fraction("2.2")))
     if plain and (model == "GRAY" or all(map(_alike, numbers, _SRGB))):
         return None
-    return grey_profile(curves[0]) if model == "GRAY" else rgb_profile(numbers, curves)
+    if model == "GRAY":
+        return _icc(b"GRAY", {b"wtpt": _xyz(_D50), b"kTRC": curves[0]})
+    return rgb_profile(numbers, curves)
 
 
 def _alike(number: Fraction, other: Fraction) -> bool:
@@ -257,27 +260,12 @@ _BRADFORD = np.array(
 )
 
 
-def gamma_curve(exponent: Fraction) -> bytes:
-    """light = value ** exponent"""
-    return b"para" + bytes(8) + _fixed([exponent])
-
-
 # IEC 61966-2-1: ((value + 0.055) / 1.055) ** 2.4 above 0.04045, else value / 12.92
-SRGB_CURVE = (
+_SRGB_CURVE = (
     b"para\0\0\0\0\0\3\0\0"
     + struct.pack(">i", round(Fraction("2.4") * 65536))
     + struct.pack(">4i", *(round(Fraction(n) * 65536) for n in ("1000/1055", "55/1055", "100/1292", "0.04045")))
 )
-
-
-def table_curve(light: Sequence[int]) -> bytes:
-    """light / 65535 at evenly spaced values"""
-    return b"curv\0\0\0\0" + struct.pack(f">I{len(light)}H", len(light), *light)
-
-
-def grey_profile(curve: bytes) -> bytes:
-    """A grey scale, black to white."""
-    return _icc(b"GRAY", {b"wtpt": _xyz(_D50), b"kTRC": curve})
 
 
 def rgb_profile(numbers: Sequence[Fraction], curves: Sequence[bytes]) -> bytes:

@@ -32,16 +32,8 @@ _SIGNATURES = {
     "TIFF": re.compile(rb"II[*+]\0|MM\0[*+]"),
 }
 _OTHERS = ("BMP", "GIF", "PPM", "JPEG2000", "AVIF")  # of Pillow; none that calls another program, as EPS does
-_EXTENSIONS = {
-    "jpg": "JPEG",
-    "jpeg": "JPEG",
-    "jpe": "JPEG",
-    "jfif": "JPEG",
-    "png": "PNG",
-    "webp": "WEBP",
-    "tif": "TIFF",
-    "tiff": "TIFF",
-}
+_EXTENSIONS = dict.fromkeys(("jpg", "jpeg", "jpe", "jfif"), "JPEG") | dict.fromkeys(("tif", "tiff"), "TIFF")
+_EXTENSIONS |= {"png": "PNG", "webp": "WEBP"}
 _SUBFILE_TYPE, _BITS, _PHOTOMETRIC, _EXTRA_SAMPLES = 254, 258, 262, 338  # TIFF's tags
 _MARKER = re.compile(rb"\xff([^\0\xd0-\xd7\xff])")  # of JPEG; in a scan, 0 is a stuffed byte and the others restarts
 

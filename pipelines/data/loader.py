@@ -87,13 +87,11 @@ def follow(cache: ShardCache, order: SampleOrder, index: pa.Table) -> Callable[[
 
 
 def _stack(samples: list[Future[Arrays]], pinned: bool) -> Batch:
-    arrays = [sample.result() for sample in samples]
-    return {name: _aligned([a[name] for a in arrays], pinned) for name in arrays[0]}
-
-
-def _aligned(parts: list[Any], pinned: bool) -> torch.Tensor:
     """Stacked where torch allocates: how numpy's memory is aligned differs from run to run, and MKL's sums with it."""
-    like = torch.as_tensor(parts[0])
-    stacked = torch.empty((len(parts), *like.shape), dtype=like.dtype, pin_memory=pinned)
-    np.stack(parts, out=stacked.numpy())
-    return stacked
+    arrays = [sample.result() for sample in samples]
+    batch: Batch = {}
+    for name, first in arrays[0].items():
+        like = torch.as_tensor(first)
+        batch[name] = torch.empty((len(arrays), *like.shape), dtype=like.dtype, pin_memory=pinned)
+        np.stack([sample[name] for sample in arrays], out=batch[name].numpy())
+    return batch

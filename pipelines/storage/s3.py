@@ -183,8 +183,10 @@ class S3Storage(Storage):
                 return self._put(path, data, Metadata={_WRITER: writer}, **condition)
             except ClientError as error:
                 code = _code(error)
-                if code in ("NotImplemented", "501"):
-                    return self._write_after_stat(path, data, expected)
+                if code in ("NotImplemented", "501"):  # two processes that write in the same moment may both succeed
+                    if expected != (self.stat(path).version if self.exists(path) else None):
+                        raise Conflict(f"{self.uri}/{path}") from None
+                    return self._put(path, data)
                 if code == "ConditionalRequestConflict" and left:  # another write was under way
                     time.sleep(0.1)
                 elif code in ("PreconditionFailed", "412", "NoSuchKey", "404"):
@@ -203,13 +205,6 @@ class S3Storage(Storage):
         if head["Metadata"].get(_WRITER) != writer:
             raise Conflict(f"{self.uri}/{path}")
         return head["ETag"].strip('"')
-
-    def _write_after_stat(self, path: str, data: bytes | Path, expected: str | None) -> str:
-        """For a server without conditional puts: two processes that write within the same moment may both succeed."""
-        present = self.stat(path).version if self.exists(path) else None
-        if present != expected:
-            raise Conflict(f"{self.uri}/{path}")
-        return self._put(path, data)
 
     def stat(self, path: str) -> Entry:
         with explained("read", f"{self.uri}/{path}"):

@@ -133,7 +133,8 @@ def _mark(folder: Path) -> Path:
 
 
 def _make_room(cache: Path, limit: float) -> None:
-    sizes = {folder: _size(folder) for folder in cache.iterdir() if _NAME.fullmatch(folder.name)}
+    size = lambda folder: sum(file.lstat().st_size for file in folder.rglob("*") if not file.is_dir())
+    sizes = {folder: size(folder) for folder in cache.iterdir() if _NAME.fullmatch(folder.name)}
     excess = sum(sizes.values()) - limit
     for folder in sorted(sizes, key=_last_use):
         if excess <= 0:
@@ -144,10 +145,6 @@ def _make_room(cache: Path, limit: float) -> None:
                 folder.rename(partial)
                 shutil.rmtree(partial, ignore_errors=True)
                 excess -= sizes[folder]
-
-
-def _size(folder: Path) -> int:
-    return sum(file.lstat().st_size for file in folder.rglob("*") if not file.is_dir())
 
 
 def _last_use(folder: Path) -> float:
