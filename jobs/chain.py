@@ -1,7 +1,7 @@
 """The whole chain as one job: shards, learner, latents, adapter and evaluation, one after the other.
 
 The sections hold the options of the commands `shards`, `train learner`, `latents`, `train adapter` and `evaluate`; what
-a step takes from the steps before it, and where it writes, is filled in: `auto`. Each step asks for its own resources.
+a step takes from the steps before it, and where it writes, is filled in: `auto`. Each step requests its own resources.
 The same command again skips what is done with the same inputs, and continues the rest as the command of the step would.
 In MLflow the runs of the steps are children of one run.
 """
@@ -76,8 +76,10 @@ class ChainOptions:
 
 
 class Step(NamedTuple):
-    """A step: its section, its command, and what tells its result if nothing is left to do. The commands of trainings
-    and of evaluations find that out themselves and start no run then."""
+    """A step: its section and command, and a function that returns its result if nothing is left to do.
+
+    The commands of trainings and evaluations find that out themselves and start no run then.
+    """
 
     name: str
     command: Command

@@ -102,7 +102,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _json(values: Any) -> str:
-    """One line of strict JSON, which knows neither NaN nor infinity: they become null."""
+    """One line of strict JSON; NaN and infinity become null."""
     return json.dumps(json.loads(json.dumps(values), parse_constant=lambda name: None))
 
 
@@ -126,15 +126,7 @@ def load(name: str) -> tuple[Command, "CommandParser"]:
 
     module = importlib.import_module(COMMANDS[name][0])
     command: Command = module.COMMAND
-    parser = CommandParser(
-        command.options,
-        command=name,
-        description=f"{(module.__doc__ or '').strip()}\n\nexample:\n  {command.example}",
-        operand=command.operand,
-        presets=command.presets,
-        details=command.details,
-    )
-    return command, parser
+    return command, CommandParser(name, command, f"{(module.__doc__ or '').strip()}\n\nexample:\n  {command.example}")
 
 
 def overview() -> str:

@@ -52,7 +52,7 @@ def run(options: DemoOptions) -> Outcome:
     photos, shards = Path(str(files("deedsr") / "assets" / "photos")), out / "shards"
 
     def step(name: str, result: Callable[[dict[str, Any]], str], *words: object) -> dict[str, Any]:
-        """Runs a command, given its command line; `result` says in a line what came out."""
+        """Runs a command, given its command line; `result` summarises what came out."""
         typed = list(map(str, words))
         length = 2 if typed[0] == "train" else 1
         command, parser = load(" ".join(typed[:length]))
@@ -141,7 +141,7 @@ def _farewell(values: dict[str, Any], evaluations: dict[str, Any]) -> str:
 
 
 def _degraded(photos: Path, out: Path) -> Path:
-    """Crops of the validation photographs, degraded as the recipe says; the HR beside them."""
+    """Crops of the validation photographs, degraded by the recipe; the HR beside them."""
     from PIL import Image
 
     from deedsr.dataset.keys import generator

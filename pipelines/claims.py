@@ -84,9 +84,9 @@ def heartbeat(beat: Callable[[], object]) -> Iterator[None]:
             while not over.wait(_HEARTBEAT):
                 try:
                     beat()
-                except FAILURES as error:  # workers meet the same storage, and nobody hears them
+                except FAILURES as error:  # logged here, because workers that meet the same failure do not log
                     logger.warning("%s; the work waits, for %.0f s at most", error, waiting.limit())
-                except DeeDSRError:  # the next beat tells again
+                except DeeDSRError:  # the next heartbeat is another attempt
                     continue
 
     heart = threading.Thread(target=regularly, daemon=True)
@@ -150,7 +150,7 @@ class Claim:
         self._change(lambda found: found | {"alive": time.time()})
 
     def end(self, refused: bool = False) -> None:
-        """Leave the place to whoever comes next. `refused`: nothing was done, so the first claim on it is removed."""
+        """Releases the place. `refused`: nothing was done, so a first claim is removed."""
         found, _ = self._read()
         if refused and self._is_own(found) and found["attempt"] == 1:
             self.out.delete(CLAIM)
@@ -185,7 +185,7 @@ class Claim:
                 return self._write(changed(found), version)
 
     def _read(self) -> tuple[dict[str, Any], str | None]:
-        """What is there and its version: {} and None for nothing; one that cannot be read is nobody's."""
+        """What is there and its version: {} and None for nothing; an unreadable one counts as free."""
         try:
             # Before the content, which may only be newer: then a write over this version fails.
             version = self.out.stat(CLAIM).version

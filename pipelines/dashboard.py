@@ -1,6 +1,6 @@
 """The dashboard of a Ray cluster: its Jobs API, and the nodes and waiting requests it reports.
 
-Every request carries the token that Ray's own tools would find, whatever `RAY_AUTH_MODE` says, has a timeout, and fails
+Every request carries the token that Ray's own tools would find, whatever `RAY_AUTH_MODE` is, has a timeout, and fails
 with an error of ours. The pages beside the Jobs API are not part of Ray's documented interface: look here when Ray's
 pin changes.
 """

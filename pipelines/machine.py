@@ -1,5 +1,5 @@
-"""What this machine lets a process use: CPUs, memory, shared memory, GPUs, locks, a cache. The only module that asks
-the system, and the only one that uses what some systems lack.
+"""What this machine lets a process use: CPUs, memory, shared memory, GPUs, locks, a cache. The only module
+that queries the system, and the only one that uses what some systems lack.
 
 A container, a batch system or `taskset` may allow less than the hardware has; what they allow is what counts.
 `DEEDSR_CPUS` sets the number of CPUs by hand: to leave some to other work, or to try out another machine.

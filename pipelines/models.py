@@ -62,7 +62,7 @@ class Reference:
 
     @property
     def run_id(self) -> str | None:
-        """MLflow run that trained it, where its folder says so."""
+        """MLflow run that trained it, where its folder records it."""
         record = (self._folder or _find(self.name)[1]) / "training.json"
         return json.loads(record.read_bytes()).get("run_id") if record.is_file() else None
 
@@ -113,7 +113,7 @@ class Adapter(Reference):
 
 
 class Model(Reference):
-    """A DeeDSR model. `path` is its folder, `base` is given where its base is not where the model says.
+    """A DeeDSR model. `path` is its folder, `base` is set where the command gave another base than the model names.
 
     A worker that unpickles it refuses to load another model than the command was given.
     """
@@ -124,7 +124,7 @@ class Model(Reference):
 
     @classmethod
     def find(cls, name: str | Path, base: str | Path | None = None) -> Self:
-        """Raises UsageError where there is no such folder. `base`: name of its base, None = as the model says."""
+        """Raises UsageError where there is no such folder. `base`: name of its base, None = the one that the model names."""
         return cls(*_find(str(name)), Base.find(base) if base else None)
 
     @cached_property

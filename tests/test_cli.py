@@ -55,7 +55,7 @@ class Outer:
 
 def parser() -> CommandParser:
     presets = {"small": {"inner": {"rate": 0.1}}, "large": {"inner": {"rate": 0.9, "level": 2}}}
-    return CommandParser(Outer, command="try", description="", operand="place", presets=presets)
+    return CommandParser("try", Command(Outer, Outcome, "", operand="place", presets=presets))
 
 
 # --- options -----------------------------------------------------------------------------------------------------

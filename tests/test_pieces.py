@@ -16,10 +16,9 @@ from deedsr.errors import DeeDSRError, UsageError
 from pipelines.data.dataset import Dataset
 from pipelines.shards import generate, regenerate
 from pipelines.shards.build import FromSources, _cuts
-from pipelines.shards.execute import _shares
+from pipelines.shards.execute import _shares, in_order
 from pipelines.shards.generate import Job, run_job
 from pipelines.shards.listing import list_sources
-from pipelines.shards.pieces import in_order
 from pipelines.shards.plan import plan_shards
 from pipelines.shards.samples import samples_of
 from pipelines.shards.shard import Inventory, read_record

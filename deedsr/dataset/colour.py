@@ -239,7 +239,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         return None
     if mode == "CMYK":
         return transform
-    # The profiles named sRGB differ by a level; most pictures have one, and must not pay for a conversion to nothing.
+    # The profiles named sRGB differ by a level; most pictures have one, and should not be converted without effect.
     levels = np.append(np.arange(0, 255, 8), 255).astype(np.uint8)
     lattice = levels[None] if mode == "L" else np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 33, 3)
     before = Image.fromarray(lattice, mode)

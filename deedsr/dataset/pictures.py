@@ -97,7 +97,7 @@ def _rejecting() -> Iterator[None]:
     """Translates exceptions of the libraries into RejectedImage."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks on large pictures and odd metadata
+            warnings.simplefilter("ignore")  # Pillow's warnings about large pictures and odd metadata
             yield
     except (RejectedImage, MemoryError):
         raise
@@ -156,7 +156,7 @@ def _opened(data: bytes, format: str | None) -> ImageFile.ImageFile:
 
 
 def _is_unknown_tiff(data: bytes) -> bool:
-    """Whether Pillow reads the header and knows no such pixels: 16-bit grey with alpha, a mask, five channels."""
+    """Whether Pillow reads the header but lacks the pixel mode: 16-bit grey with alpha, a mask, five channels."""
     try:
         TiffImageFile(io.BytesIO(data))
     except SyntaxError as error:
@@ -208,7 +208,7 @@ def _depth(data: bytes, image: ImageFile.ImageFile) -> int:
         planar = len(bits) > 1 and image.tag_v2.get(PLANAR_CONFIGURATION, 1) != 1  # both decoders scramble it
         if set(bits) != {16} or image.mode in ("I", "F") or planar:
             raise RejectedImage(_UNSUPPORTED)
-        return 8 if image.mode == "CMYK" else 16  # which OpenCV does not know: there the upper 8 bits must do
+        return 8 if image.mode == "CMYK" else 16  # OpenCV cannot read it: the upper 8 bits are used
     if image.format == "PNG":
         return data[24]  # of the header chunk, always the first
     if image.format in ("PPM", "JPEG2000") and image.mode == "RGB":
@@ -226,7 +226,7 @@ def _highest(data: bytes, image: ImageFile.ImageFile) -> int:
 
 
 def _jpeg(data: bytes, image: ImageFile.ImageFile) -> np.ndarray:
-    """The hot path, the same pixels as Pillow's and OpenCV's.
+    """Decodes a JPEG by simplejpeg, to the same pixels as Pillow and OpenCV.
 
     Those two accept a JPEG that ends early or is damaged in the middle as long as an end marker follows, and fill the
     rest with grey; simplejpeg reports it.

@@ -42,7 +42,7 @@ class Crop(_Part):
 
 
 class Formats(_Part):
-    """How images are stored. PNG and WebP are lossless, JPEG is for HR alone."""
+    """How images are stored. PNG and WebP are lossless, JPEG is for HR only."""
 
     hr: Literal["png", "webp", "jpeg"]
     hr_quality: Annotated[int, Field(ge=1, le=100)]  # JPEG only
@@ -131,7 +131,7 @@ class Recipe(_Part):
     def digest(self) -> str:
         """SHA-256, hexadecimal, of the canonical JSON of every field and the algorithm's version.
 
-        `crop.place: grid` is left out: before there were other places, recipes did not say it.
+        `crop.place: grid` is left out, so that recipes from before the key existed keep their digest.
         """
         recipe = self.model_dump(mode="json")
         if self.crop.place == "grid":

@@ -127,12 +127,12 @@ class Dataset:
         """Digest that the order of samples in training follows from: latents come in the order of their pixels."""
         return self.manifest.latents.dataset if self.manifest.latents else self.digest
 
-    def require_pixels(self, wish: str = "this") -> Self:
-        """The dataset itself. Raises UsageError if it holds latents; `wish` names what wants pixels."""
+    def require_pixels(self, option: str = "this") -> Self:
+        """The dataset itself. Raises UsageError if it holds latents; `option` names what needs pixels."""
         if self.manifest.latents is None:
             return self
         raise UsageError(
-            f"{self.uri} holds latents, and {wish} needs pixels: give the dataset that they were made of, "
+            f"{self.uri} holds latents, and {option} needs pixels: give the dataset that they were made of, "
             f"{self.located(self.manifest.latents.uri)}"
         )
 

@@ -40,8 +40,8 @@ def micro_batches(
     """The micro-batches of this rank for optimizer steps [first_step, last_step), in order.
 
     `sample(epoch, row)` gives one sample's arrays; those of a micro-batch are stacked, in page-locked memory where
-    `pinned`. `ahead` micro-batches are in preparation while one is used. `at` hears the position of each global batch
-    before it is read.
+    `pinned`. `ahead` micro-batches are in preparation while one is used. `at` is called with the position of each global
+    batch before it is read.
     """
     share = global_batch // world_size
 
@@ -67,7 +67,7 @@ def micro_batches(
 
 
 def follow(cache: ShardCache, order: SampleOrder, index: pa.Table) -> Callable[[int], None]:
-    """Tells a cache which shards are needed at a position of the sequence: those of its window and of the next."""
+    """Callback that requests the shards of a position's window and of the next one from a cache."""
     columns = [name for name in ("shard", "hr_shard") if name in index.column_names]
     last = (-1, -1)
 

@@ -1,8 +1,8 @@
-"""Shards at hand: files of local shards kept open, and copies of remote ones on each node, fetched ahead of need.
+"""Keeps files of local shards open and fetches remote shards ahead of need, once per node.
 
 Remote shards are fetched whole, once for all workers of a node, into a folder that holds at most so many bytes; those
-unused for longest make room. A copy has its final name only when its size and SHA-256 are the manifest's, so whatever
-a dead process left half-written never counts. Nothing waits for a copy: what is not here yet, does not fit, or could
+unused for longest make room. A copy has its final name only when its size and SHA-256 are the manifest's, so a
+partial file is never used. Nothing waits for a copy: what is not here yet, does not fit, or could
 not be fetched because the disk is full, is read from the storage by range.
 """
 
@@ -54,7 +54,7 @@ class _Remote(NamedTuple):
 
 
 class ShardCache:
-    """`open` is a `Dataset`'s `through`; `need` says which shards will be read next. A context manager.
+    """`open` is a `Dataset`'s `through`; `need` sets which shards will be read next. A context manager.
 
     `limit`: bytes that the copies in `folder` take at most; 0 turns copies off.
     """
@@ -75,7 +75,7 @@ class ShardCache:
         self._over.set()
         self._changed.set()
         if self._thread.is_alive():
-            self._thread.join(timeout=1)  # a download under way dies with the process: its partial file never counts
+            self._thread.join(timeout=1)  # a download under way ends with the process: a partial file is never used
 
     def open(self, storage: Storage, manifest: Manifest) -> Shards:
         """How the shards of a dataset are read."""
@@ -166,7 +166,7 @@ class ShardCache:
         return taken + size <= self.limit
 
     def _abandoned(self, partial: Path) -> bool:
-        """Removes what a dead process left: nobody holds the lock under which it is written."""
+        """Removes the partial file of a dead process, whose lock is free."""
         with locked(self._lock(partial.name), wait=False) as mine:
             if mine:
                 partial.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from deedsr.dataset.pictures import RejectedImage
 from deedsr.dataset.recipe import Recipe
 from deedsr.degradation.chain import prepare_worker
 from deedsr.errors import DeeDSRError
-from pipelines.shards.pieces import in_order
+from pipelines.shards.execute import in_order
 from pipelines.shards.plan import ShardPlan
 from pipelines.shards.samples import Crop, Draft, Drafts, Row, Share, degraded, rejection, samples_of
 from pipelines.shards.shard import ShardRecord, shard_draft
@@ -30,7 +30,7 @@ from pipelines.storage import Storage
 
 logger = logging.getLogger(__name__)
 ATTEMPTS = f"{STATE}/attempts"
-_LIVES = 2  # processes that a source may kill before it is left out
+_ATTEMPTS = 2  # processes that a source may kill before it is left out
 _DECODING = 2  # cost of reading and decoding a source, in samples; each piece of a source does it again
 
 
@@ -107,7 +107,7 @@ def _cuts(sources: tuple[Source, ...], recipe: Recipe, cpus: int) -> list[int]:
 
 @contextmanager
 def _guarded(samples: MakeSamples) -> Iterator[MakeSamples]:
-    """`samples` in a separate process, for a shard one of whose sources may have killed a worker.
+    """Runs `samples` in a separate process, for a shard that may have killed its worker before.
 
     A source is left out only if that process dies, so that workers killed from outside lose no source.
     """
@@ -115,7 +115,7 @@ def _guarded(samples: MakeSamples) -> Iterator[MakeSamples]:
 
     def make(source: Source, data: bytes, lr_data: bytes | None, recipe: Recipe, share: Share) -> Drafts:
         nonlocal pool
-        for _ in range(_LIVES):
+        for _ in range(_ATTEMPTS):
             pool = pool or ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=prepare_worker)
             try:
                 return pool.submit(samples, source, data, lr_data, recipe, share).result()

@@ -26,9 +26,9 @@ def mark_duplicates(sources: Iterable[Source], workers: int | None, progress: bo
     """The same sources in the same order; of those with equal content, all but the first by (root, path) are marked.
 
     Content is the bytes of the file, and for a real pair those of its LR partner as well. What cannot be read is no
-    duplicate. `workers`: tasks at a time, None for every CPU of the cluster; a few sources are read right here. Held
-    are 16 bytes for each source, and one name for each content that there is twice. Raises what listing and reading
-    raise, DeeDSRError if the cluster fails.
+    duplicate. `workers`: tasks at a time, None for every CPU of the cluster; a few sources are read right here. Memory:
+    16 bytes per source and a name per duplicated content. Raises what listing and reading raise, DeeDSRError if the
+    cluster fails.
     """
     with tempfile.TemporaryFile(prefix="deedsr-sources-") as listing:
         count = 0

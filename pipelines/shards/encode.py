@@ -120,7 +120,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class FromPixels:
-    """Shard work. `source` without what says which dataset; `hr`: where the HR images lie; `index`: path of the
+    """Shard work. `source` without digest and place of the dataset; `hr`: where the HR images lie; `index`: path of the
     `samples.parquet` of `pixels`."""
 
     source: LatentsSource

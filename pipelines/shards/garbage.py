@@ -1,8 +1,8 @@
 """What an output holds beside the dataset that its manifest names, and which datasets are made of older versions of it.
 
 A derived dataset names the other by place and digest in its manifest (`hr_from`, `latents`). The other one's state
-holds a small record for each place that was ever derived from one of its versions. A record only says where to look:
-what lies there decides.
+holds a small record for each place that was ever derived from one of its versions. A record only
+names the place; the manifest found there decides.
 """
 
 import hashlib
@@ -62,7 +62,7 @@ def derived_datasets(dataset: Dataset) -> Iterator[Derived]:
             about = json.loads(dataset.storage.read(entry.path))
             uri, digest, host = dataset.located(about["uri"]), about["digest"], about["host"]
         except (ValueError, KeyError, TypeError):
-            logger.warning("%s/%s is no record of a derived dataset, and left alone", dataset.uri, entry.path)
+            logger.warning("%s/%s is not a record of a derived dataset and is ignored", dataset.uri, entry.path)
             continue
         found = Derived(entry.path, uri, digest)
         try:
@@ -184,12 +184,16 @@ def _unnamed(dataset: Dataset, derived: set[str]) -> Iterator[Entry]:
     shards = {shard.name: (shard.sha256[:12], shard.bytes) for shard in dataset.manifest.shards}
     kept = {MANIFEST, SAMPLES, REJECTED, *shards, *(kept_copy(*file) for file in dataset.manifest.files.items())}
     records = Inventory.of(dataset.storage).records
-    vouched = set(shards.values())
+    committed = set(shards.values())
     for entry in dataset.storage.list():
         folder, _, name = entry.path.rpartition("/")
         ours = name.endswith(".tar") if not folder else folder == STATE or folder.startswith(f"{STATE}/")
         if not ours or entry.path in kept or entry.path in derived:
             continue
-        if name.endswith(".arrow") and (key := records.get(name.partition("-")[0])) and (key in vouched or not key[1]):
+        if (
+            name.endswith(".arrow")
+            and (key := records.get(name.partition("-")[0]))
+            and (key in committed or not key[1])
+        ):
             continue
         yield entry

@@ -1,9 +1,8 @@
 """Which sources make which shard: a pure function of the listing and the recipe.
 
-Within one `--source` and split, sources are ordered by the SHA-256 of what they are called, and a shard ends after a
-source whose hash says so, between a least and a greatest number of sources. So a shard depends on its own sources and
-on little else: adding a source rewrites the shard it falls into, or cuts it in two. Sources inside one file (a tar, a
-Parquet table) stay together in their order, so that a shard reads few files.
+Within one `--source` and split, sources are ordered by the SHA-256 of their names (content-defined chunking): a shard
+ends after a source whose hash is divisible by the target size, within the minimum and maximum. Adding a source rewrites
+the shard it falls into, or cuts it in two. Sources inside one file (a tar, a Parquet table) stay together in order.
 
 A listing of any length is planned in bounded memory: it is sorted through temporary files.
 """
@@ -129,8 +128,8 @@ def _cut(ordered: Iterable[_Placed], shard: Shard) -> Iterator[list[_Placed]]:
 
 def _ends(run: list[_Placed], shard: Shard) -> bool:
     # Other bytes of the hash than those that define the order, which are not uniform at the end of a run.
-    last_says_so = int(run[-1].hash[32:], 16) % shard.target_sources == 0
-    return len(run) >= shard.max_sources or (len(run) >= shard.min_sources and last_says_so)
+    divisible = int(run[-1].hash[32:], 16) % shard.target_sources == 0
+    return len(run) >= shard.max_sources or (len(run) >= shard.min_sources and divisible)
 
 
 def _plan(root: int, split: str, run: list[_Placed], recipe_digest: str) -> ShardPlan:

@@ -153,7 +153,7 @@ def _stored(
     if lr is not None:
         drafts: Iterable[Draft] = [_draft(crop, 0, lr, recipe, None)]
     else:
-        # The LR is made from the HR as stored, so that the pair is true to itself and replays from the tar.
+        # The LR is made from the HR as stored, so that it can be recomputed from the tar.
         drafts = degraded(crop, decode_stored(stored) if formats.hr == "jpeg" else pixels, recipe, variants)
     for draft in drafts:
         yield Draft({"hr": stored, **draft.members}, draft.row | {"hr_ext": EXTENSIONS[formats.hr]})

@@ -1,6 +1,6 @@
 """One shard while it is written: a WebDataset tar, then the record that commits it; and what an output holds of them.
 
-A record is an Arrow file whose name says what it commits, so that one listing tells which shards are there.
+A record is an Arrow file whose name identifies what it commits, so that one listing finds the committed shards.
 """
 
 import hashlib
@@ -86,7 +86,7 @@ class Inventory:
                 tars[name] = entry.size
             elif folder == _FOLDER and name.endswith(".arrow"):
                 if not (named := _NAME.fullmatch(name)):
-                    logger.warning("%s/%s is no record of a shard, and left alone", out.uri, entry.path)
+                    logger.warning("%s/%s is not a record of a shard and is ignored", out.uri, entry.path)
                     continue
                 records[named[1]] = (named[2], int(named[3]))
         return cls(tars, records)
@@ -166,7 +166,7 @@ class ShardTar:
         self._stream.file.flush()
         return self._stream.sha256
 
-    close = finish  # an archive that is given up must not write its buffer when it is collected
+    close = finish  # else an abandoned archive would write its buffer when it is garbage-collected
 
 
 class HashedFile:

@@ -71,8 +71,8 @@ class Storage(ABC):
 
         Readers see the old object or the new one, never a part. `expected`: what must be there for the write to
         happen: None for no object, or the version of one (`Entry.version`). Raises Conflict, and changes nothing, if
-        it is something else: of several processes that expect the same, one writes. Between `write`s only: what is
-        put there without `expected` asks nobody.
+        it is something else: of several processes that expect the same, one writes. A write
+        without `expected` is unconditional.
         """
 
     @abstractmethod

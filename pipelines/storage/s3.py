@@ -2,7 +2,7 @@
 
 Uploads carry a checksum that S3 verifies, and whole reads are verified against it (boto3's CRC; for a server that lacks
 it, AWS_REQUEST_CHECKSUM_CALCULATION=when_required and AWS_RESPONSE_CHECKSUM_VALIDATION=when_required turn it off).
-A request that fails is tried again for as long as `pipelines.storage.waiting` says.
+Failed requests are retried within the limits of `pipelines.storage.waiting`.
 S3 has no checksum of a part of an object: what `read_range` and `open` return is guarded by TCP and TLS only.
 """
 

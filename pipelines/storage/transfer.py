@@ -110,7 +110,7 @@ def _use(target: Path) -> bool:
     if not target.is_dir():
         return False
     mark = _mark(target)
-    with suppress(OSError):  # where nothing can be written, nobody removes anything either
+    with suppress(OSError):  # a read-only cache is not pruned either
         if target not in _used:
             file = mark.open("ab")
             machine.lock(file, shared=True)
