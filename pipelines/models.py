@@ -124,7 +124,7 @@ class Model(Reference):
 
     @classmethod
     def find(cls, name: str | Path, base: str | Path | None = None) -> Self:
-        """Raises UsageError where there is no such folder. `base`: name of its base, None = the one that the model names."""
+        """Raises UsageError where there is no such folder. `base`: name of its base, None = the one the model names."""
         return cls(*_find(str(name)), Base.find(base) if base else None)
 
     @cached_property

@@ -40,8 +40,8 @@ def micro_batches(
     """The micro-batches of this rank for optimizer steps [first_step, last_step), in order.
 
     `sample(epoch, row)` gives one sample's arrays; those of a micro-batch are stacked, in page-locked memory where
-    `pinned`. `ahead` micro-batches are in preparation while one is used. `at` is called with the position of each global
-    batch before it is read.
+    `pinned`. `ahead` micro-batches are in preparation while one is used. `at` gets the position of each global batch
+    before it is read.
     """
     share = global_batch // world_size
 

@@ -190,10 +190,6 @@ def _unnamed(dataset: Dataset, derived: set[str]) -> Iterator[Entry]:
         ours = name.endswith(".tar") if not folder else folder == STATE or folder.startswith(f"{STATE}/")
         if not ours or entry.path in kept or entry.path in derived:
             continue
-        if (
-            name.endswith(".arrow")
-            and (key := records.get(name.partition("-")[0]))
-            and (key in committed or not key[1])
-        ):
-            continue
-        yield entry
+        key = records.get(name.partition("-")[0]) if name.endswith(".arrow") else None
+        if not key or (key not in committed and key[1]):
+            yield entry
