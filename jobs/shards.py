@@ -9,6 +9,7 @@ unless other datasets depend on them; --gc --dry-run lists them.
 
 import dataclasses
 import logging
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import NonNegativeFloat, PositiveInt
@@ -57,7 +58,12 @@ def run(options: ShardsOptions) -> Outcome:
     recipe = load_recipe(options.recipe)
     if options.plan:
         return _planned(options, recipe)
-    outcome = _run_tracked(options, recipe) if options.tracking else dataclasses.asdict(_make(options, recipe))
+    if options.tracking:
+        config = dataclasses.asdict(options) | ({} if options.join else {"recipe": recipe.model_dump(mode="json")})
+        tags = {"deedsr.recipe.digest": recipe.digest}
+        outcome = tracked(options, "shards", lambda run: _make(options, recipe), config=config, tags=tags)
+    else:
+        outcome = dataclasses.asdict(_make(options, recipe))
     if not options.gc:
         return Outcome(outcome)
     collected = _collected(options)
@@ -90,7 +96,6 @@ def check(options: ShardsOptions) -> None:
 def finished(options: ShardsOptions) -> dict[str, Any] | None:
     """The result where no shard would be made and MLflow has the run of the dataset, else None. Makes nothing."""
     from deedsr.dataset.recipe import load_recipe
-    from pipelines import tracking
     from pipelines.shards.generate import finished, hr_job, join_job, source_job
 
     if options.join:
@@ -99,9 +104,7 @@ def finished(options: ShardsOptions) -> dict[str, Any] | None:
         job = hr_job(options.hr_from, options.out, load_recipe(options.recipe))
     else:
         job = source_job(options.source, options.out, load_recipe(options.recipe), options.pairs)
-    found = finished(job)
-    run_id = found and tracking.find_run(None, {"deedsr.kind": "shards", "deedsr.dataset.digest": found.digest})
-    return dataclasses.asdict(found) | {"run_id": run_id} if found and run_id else None
+    return recorded(finished(job), "shards")
 
 
 def _make(options: ShardsOptions, recipe: "Recipe") -> "ShardsResult":
@@ -119,15 +122,8 @@ def _planned(options: ShardsOptions, recipe: "Recipe") -> Outcome:
 
     if not options.source:
         raise UsageError("--plan goes with --source")
-    planned = estimate(
-        options.source,
-        options.out,
-        recipe,
-        pairs=options.pairs,
-        nodes=options.nodes,
-        cores=options.cores,
-        price=options.price,
-    )
+    size = {name: getattr(options, name) for name in ("pairs", "nodes", "cores", "price")}
+    planned = estimate(options.source, options.out, recipe, **size)
     return Outcome(dataclasses.asdict(planned), text=planned.text())
 
 
@@ -153,29 +149,37 @@ def _collected(options: ShardsOptions) -> Outcome:
     return Outcome(values | {"removed_uploads": garbage.uploads})
 
 
-def _run_tracked(options: ShardsOptions, recipe: "Recipe") -> dict[str, Any]:
+def recorded(result: "ShardsResult | None", kind: str) -> dict[str, Any] | None:
+    """A result with the run of its dataset, None without one."""
+    from pipelines import tracking
+
+    run_id = result and tracking.find_run(None, {"deedsr.kind": kind, "deedsr.dataset.digest": result.digest})
+    return dataclasses.asdict(result) | {"run_id": run_id} if result and run_id else None
+
+
+def tracked(
+    options: Any, kind: str, make: Callable[["Run"], "ShardsResult"], *, tags: Mapping[str, str], **run_options: Any
+) -> dict[str, Any]:
+    """The result of `make`, which writes the dataset `options.out`, and its run: dataset, figures, some pairs."""
     from pipelines import tracking
     from pipelines.data.dataset import Dataset
 
-    with tracking.start_run(
-        options.experiment,
-        name=options.out.rstrip("/").rpartition("/")[2],
-        config=dataclasses.asdict(options) | ({} if options.join else {"recipe": recipe.model_dump(mode="json")}),
-        tags={"deedsr.kind": "shards", "deedsr.recipe.digest": recipe.digest},
-        out=options.out,
-    ) as run:
-        result = _make(options, recipe)
-        _log(run, result, Dataset.open(options.out))
+    name = options.out.rstrip("/").rpartition("/")[2]
+    tags = {"deedsr.kind": kind, **tags}
+    with tracking.start_run(options.experiment, name=name, tags=tags, out=options.out, **run_options) as run:
+        result = make(run)
+        dataset = Dataset.open(options.out)
+        run.log_dataset(dataset, context=kind)
+        run.log_metrics({k: v for k, v in dataclasses.asdict(result).items() if isinstance(v, int | float)})
+        if dataset.manifest.latents is None:
+            _log_pairs(run, dataset)
     return dataclasses.asdict(result) | {"run_id": run.id}
 
 
-def _log(run: "Run", result: "ShardsResult", dataset: "Dataset") -> None:
-    """Figures of the generation, the dataset's digest, and some pairs: the LR enlarged beside its HR."""
+def _log_pairs(run: "Run", dataset: "Dataset") -> None:
+    """Some pairs as pictures: the LR enlarged beside its HR."""
     import numpy as np
 
-    run.log_dataset(dataset, context="shards")
-    numbers = {key: value for key, value in dataclasses.asdict(result).items() if isinstance(value, int | float)}
-    run.log_metrics(numbers)
     index = dataset.index("train")
     for row in range(0, index.num_rows, max(1, index.num_rows // PICTURES))[:PICTURES]:
         sample = dataset.read(index, row)
