@@ -1,6 +1,7 @@
 """One shard from its plan: of sources, or of the samples of another dataset. A pure function of the plan."""
 
 import hashlib
+import io
 import logging
 import math
 import multiprocessing
@@ -12,15 +13,14 @@ from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import BinaryIO, NamedTuple
 
-import numpy as np
 import pyarrow.parquet
 
 from deedsr.dataset.manifest import STATE
-from deedsr.dataset.members import decode_stored
 from deedsr.dataset.pictures import RejectedImage
 from deedsr.dataset.recipe import Recipe
 from deedsr.degradation.chain import prepare_worker
 from deedsr.errors import DeeDSRError
+from pipelines.data.dataset import decode_member, read_member
 from pipelines.shards.execute import in_order
 from pipelines.shards.plan import ShardPlan
 from pipelines.shards.samples import Crop, Draft, Drafts, Row, Share, degraded, rejection, samples_of
@@ -205,7 +205,7 @@ class FromHR:
                 crop = Crop(
                     row["content"], row["root"], row["source"], row["source_sha256"], place, row["flip"], row["rotate"]
                 )
-                hr = decoded(tars.read(row["hr_shard"], row["hr_offset"], row["hr_size"]), row, self.hr)
+                hr = decode_member(member_of(tars, row, "hr"), row["key"], self.hr.uri)
                 where = {name: row[name] for name in ("hr_shard", "hr_ext", "hr_offset", "hr_size")}
                 for sample in degraded(crop, hr, self.recipe, (variant for _, variant in variants)):
                     made.append((Draft(sample.members, sample.row | where), row["source_uri"]))
@@ -223,9 +223,7 @@ class Joined:
     def build(self, plan: ShardPlan, out: Storage, cpus: int = 1) -> ShardRecord:
         with shard_draft(plan) as draft, Tars(self.hr) as hrs, Tars(self.lr) as lrs:
             for row in rows_of(plan.origin, self.lr, self.index):
-                members = {"hr": hrs.read(row["hr_shard"], row["hr_offset"], row["hr_size"])}
-                for name in ("lr", "json"):
-                    members[name] = lrs.read(row["shard"], row[f"{name}_offset"], row[f"{name}_size"])
+                members = {name: member_of(hrs if name == "hr" else lrs, row, name) for name in ("hr", "lr", "json")}
                 draft.add(Draft(members, {k: v for k, v in row.items() if k not in PLACES}), row["source_uri"])
             return draft.commit(out)
 
@@ -237,41 +235,27 @@ def rows_of(shard: str, storage: Storage, index: str) -> Iterator[Row]:
 
 
 class Tars:
-    """Reads members of tars, which stay open: those of a shard lie in few tars, one after the other."""
+    """Reads parts of tars, which stay open: those of a shard lie in few tars, one after the other."""
 
     def __init__(self, storage: Storage):
-        self._storage = storage
-        self._name = ""
-        self._file: BinaryIO | None = None
+        self.uri = storage.uri
+        self._storage, self._name = storage, ""
+        self._file: BinaryIO = io.BytesIO()
 
     def __enter__(self) -> "Tars":
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._file:
+        self._file.close()
+
+    def read_range(self, path: str, offset: int, size: int) -> bytes:
+        if path != self._name:
             self._file.close()
-
-    def read(self, name: str, offset: int, size: int) -> bytes:
-        """Raises DeeDSRError if the tar is gone or ends before."""
-        if name != self._name or self._file is None:
-            if self._file:
-                self._file.close()
-            try:
-                self._name, self._file = name, self._storage.open(name)
-            except FileNotFoundError:
-                raise DeeDSRError(
-                    f"{self._storage.uri}/{name} is missing: run `deedsr verify {self._storage.uri}`"
-                ) from None
+            self._file, self._name = self._storage.open(path), path
         self._file.seek(offset)
-        data = self._file.read(size)
-        if len(data) != size:
-            raise DeeDSRError(f"{self._storage.uri}/{name} is cut off: run `deedsr verify {self._storage.uri}`")
-        return data
+        return self._file.read(size)
 
 
-def decoded(data: bytes, row: Row, storage: Storage) -> np.ndarray:
-    """The image in a member of a sample. Raises DeeDSRError for a damaged one."""
-    try:
-        return decode_stored(data)
-    except ValueError:
-        raise DeeDSRError(f"{storage.uri}: sample {row['key']} is damaged: run `deedsr verify {storage.uri}`") from None
+def member_of(tars: Tars, row: Row, name: str) -> bytes:
+    """A member of a sample: `hr`, `lr` or `json`."""
+    return read_member(tars, row["hr_shard" if name == "hr" else "shard"], row[f"{name}_offset"], row[f"{name}_size"])

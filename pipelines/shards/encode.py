@@ -19,12 +19,12 @@ from deedsr.dataset.manifest import LatentsSource
 from deedsr.dataset.members import LATENTS_EXTENSION, Latents, pack
 from deedsr.errors import DeeDSRError, UsageError
 from deedsr.hub.weights import part_digest
-from pipelines.data.dataset import Dataset, relative_place
+from pipelines.data.dataset import Dataset, decode_member, relative_place
 from pipelines.data.index import require_hr
 from pipelines.distribution import network_plan
 from pipelines.models import Base, Learner, usable_device
 from pipelines.placement import Device
-from pipelines.shards.build import PLACES, Tars, decoded, rows_of, shard_draft
+from pipelines.shards.build import PLACES, Tars, member_of, rows_of, shard_draft
 from pipelines.shards.generate import Job, ShardsResult, derived_plans, index_of, run_job
 from pipelines.shards.plan import ShardPlan
 from pipelines.shards.samples import Draft, Row
@@ -158,9 +158,9 @@ class FromPixels:
             lrs = stack.enter_context(Tars(self.pixels))
             hrs = lrs if self.hr.uri == self.pixels.uri else stack.enter_context(Tars(self.hr))
             for row in rows_of(plan.origin, self.pixels, self.index):
-                hr = hrs.read(row["hr_shard"], row["hr_offset"], row["hr_size"])
-                lr, info = (lrs.read(row["shard"], row[f"{m}_offset"], row[f"{m}_size"]) for m in ("lr", "json"))
-                yield Pair(row, lr, info, decoded(hr, row, self.pixels), decoded(lr, row, self.pixels))
+                lr = member_of(lrs, row, "lr")
+                hr, pixels = (decode_member(data, row["key"], lrs.uri) for data in (member_of(hrs, row, "hr"), lr))
+                yield Pair(row, lr, member_of(lrs, row, "json"), hr, pixels)
 
     def _draft(self, pair: Pair, latents: Latents) -> Draft:
         try:

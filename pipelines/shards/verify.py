@@ -21,7 +21,7 @@ from deedsr.errors import DeeDSRError
 from pipelines.data.dataset import Dataset
 from pipelines.data.index import left_out, require_hr
 from pipelines.machine import this_machine
-from pipelines.shards.build import Tars
+from pipelines.shards.build import Tars, member_of
 from pipelines.shards.samples import Row
 from pipelines.shards.shard import HashedFile
 from pipelines.storage import Storage
@@ -217,7 +217,7 @@ def _check_sample(row: Row, members: dict[str, Member], hrs: Tars, recipe: Recip
     if problem := _check_members(row, members, ("hr", "lr", "json") if own_hr else ("lr", "json")):
         return problem
     try:
-        hr = members["hr"].data if own_hr else hrs.read(row["hr_shard"], row["hr_offset"], row["hr_size"])
+        hr = members["hr"].data if own_hr else member_of(hrs, row, "hr")
         sizes = decode_stored(hr).shape[:2], decode_stored(members["lr"].data).shape[:2]
     except ValueError:
         return f"sample {key}: an image cannot be decoded"
