@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from deedsr.dataset.recipe import Recipe
     from pipelines.data.dataset import Dataset
     from pipelines.shards import ShardsResult
+    from pipelines.shards.generate import Job
     from pipelines.tracking import Run
 
 logger = logging.getLogger(__name__)
@@ -96,25 +97,27 @@ def check(options: ShardsOptions) -> None:
 def finished(options: ShardsOptions) -> dict[str, Any] | None:
     """The result where no shard would be made and MLflow has the run of the dataset, else None. Makes nothing."""
     from deedsr.dataset.recipe import load_recipe
-    from pipelines.shards.generate import finished, hr_job, join_job, source_job
+    from pipelines.shards.generate import finished
 
+    return recorded(finished(_job(options, load_recipe(options.recipe))), "shards")
+
+
+def _job(options: ShardsOptions, recipe: "Recipe") -> "Job":
+    from pipelines.shards.generate import hr_job, join_job, source_job
+
+    if options.hr_from:
+        return hr_job(options.hr_from, options.out, recipe)
     if options.join:
-        job = join_job(options.join, options.out)
-    elif options.hr_from:
-        job = hr_job(options.hr_from, options.out, load_recipe(options.recipe))
-    else:
-        job = source_job(options.source, options.out, load_recipe(options.recipe), options.pairs)
-    return recorded(finished(job), "shards")
+        return join_job(options.join, options.out)
+    return source_job(options.source, options.out, recipe, options.pairs)
 
 
 def _make(options: ShardsOptions, recipe: "Recipe") -> "ShardsResult":
-    from pipelines.shards import export_pairs, generate, regenerate
+    from pipelines.shards import generate, run_job
 
-    if options.hr_from:
-        return regenerate(options.hr_from, options.out, recipe, options.workers)
-    if options.join:
-        return export_pairs(options.join, options.out, options.workers)
-    return generate(options.source, options.out, recipe, options.workers, pairs=options.pairs)
+    if options.source:
+        return generate(options.source, options.out, recipe, options.workers, pairs=options.pairs)
+    return run_job(_job(options, recipe), options.workers)
 
 
 def _planned(options: ShardsOptions, recipe: "Recipe") -> Outcome:

@@ -14,10 +14,10 @@ import pytest
 from deedsr.dataset.recipe import Recipe, load_recipe
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines.data.dataset import Dataset
-from pipelines.shards import generate, regenerate
+from pipelines.shards import generate, hr_job, run_job
 from pipelines.shards.build import FromSources, _cuts
 from pipelines.shards.execute import _shares, in_order
-from pipelines.shards.generate import Job, run_job
+from pipelines.shards.generate import Job
 from pipelines.shards.listing import list_sources
 from pipelines.shards.plan import plan_shards
 from pipelines.shards.samples import samples_of
@@ -82,7 +82,7 @@ def test_new_degradations_of_one_shard_have_the_same_bytes_for_any_number_of_wor
     generate([str(mixed)], str(tmp_path / "hr"), one_shard, 1, progress=False)
     heavy = Recipe.model_validate(load_recipe("heavy").model_dump(mode="json") | {"variants": 3})
     for workers in (1, 2, 4):
-        regenerate(str(tmp_path / "hr"), str(tmp_path / f"lr{workers}"), heavy, workers, progress=False)
+        run_job(hr_job(str(tmp_path / "hr"), str(tmp_path / f"lr{workers}"), heavy), workers, progress=False)
         assert contents(tmp_path / f"lr{workers}") == contents(tmp_path / "lr1")
 
 

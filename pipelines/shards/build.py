@@ -250,8 +250,9 @@ class Tars:
 
     def read_range(self, path: str, offset: int, size: int) -> bytes:
         if path != self._name:
+            file = self._storage.open(path)
             self._file.close()
-            self._file, self._name = self._storage.open(path), path
+            self._file, self._name = file, path
         self._file.seek(offset)
         return self._file.read(size)
 

@@ -112,11 +112,10 @@ def generate(
     progress: bool = True,
     pairs: Sequence[str] = (),
 ) -> ShardsResult:
-    """Makes or completes the dataset `out` of the pictures in `sources`, or of real pairs (`source_job`).
+    """Makes or completes the dataset `out` of the pictures in `sources`, or of real pairs (`source_job`, `run_job`).
 
-    `workers`: CPUs in use at a time, None for all of the cluster's. Shards whose sources, recipe and algorithm are as
-    before are reused. Raises UsageError for sources or a place that cannot be used, DeeDSRError if the work failed;
-    what was committed stays, and the same call continues from there.
+    Shards whose sources, recipe and algorithm are as before are reused. Raises UsageError for sources or a place that
+    cannot be used.
     """
 
     def plans() -> Iterator[ShardPlan]:
@@ -145,20 +144,14 @@ def _matched(listing: Iterable[Source], recipe: Recipe) -> Iterator[Source]:
         logger.warning("recipe %s: the pattern %r of %s matches no source", recipe.name, pattern, key)
 
 
-def regenerate(
-    hr_from: str, out: str, recipe: Recipe, workers: int | None = None, progress: bool = True
+def run_job(
+    job: Job, workers: int | None = None, progress: bool = True, actors: WorkPlan | None = None
 ) -> ShardsResult:
-    """Makes or completes the dataset `out` of `hr_job`. Errors as of `generate`."""
-    return run_job(hr_job(hr_from, out, recipe), workers, progress)
+    """Makes the shards that the job plans and its place does not hold, and the dataset of all of them.
 
-
-def export_pairs(lr_dataset: str, out: str, workers: int | None = None, progress: bool = True) -> ShardsResult:
-    """Makes or completes the dataset `out` of `join_job`. Errors as of `generate`."""
-    return run_job(join_job(lr_dataset, out), workers, progress)
-
-
-def run_job(job: Job, workers: int | None, progress: bool, actors: WorkPlan | None = None) -> ShardsResult:
-    """Makes the shards that the job plans and its place does not hold, and the dataset of all of them."""
+    `workers`: CPUs in use at a time, None for all of the cluster's; `actors`: shards are made in actors of this plan.
+    Raises DeeDSRError if the work failed; what was committed stays, and the same call continues from there.
+    """
     out = job.out
     begin = time.time()
     warn_of_versions()
