@@ -7,9 +7,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
+from itertools import count
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from deedsr.degradation.chain import prepare_worker
 from deedsr.errors import DeeDSRError
@@ -200,114 +201,93 @@ def in_order(
     if cpus == 1:
         yield from map(here, pieces)
         return
-    queue = _Queue[Piece, Result](pieces, _AHEAD * cpus)
-    elsewhere = _elsewhere(function, guarded)
-    for _ in range(cpus - 1):
-        threading.Thread(target=queue.work, args=(elsewhere,), daemon=True).start()
-    try:
-        yield from queue.results(here)
-    finally:
-        queue.close()
+    rest, places, lock = iter(pieces), count(), threading.Lock()
+    room = threading.Semaphore(_AHEAD * cpus)  # for pieces that are taken and whose result is not yet given
+    made: dict[int, Future[Result]] = {}
+    tasks: dict[int, ObjectRef] = {}  # of pieces that are made elsewhere
+    over = threading.Event()  # nothing more is to be taken
 
-
-class _Queue(Generic[Piece, Result]):
-    """Pieces to take, each by one thread, and their results in order; no piece is taken `ahead` places early."""
-
-    def __init__(self, pieces: Iterable[Piece], ahead: int):
-        self._pieces, self._ahead = enumerate(pieces), ahead
-        self._changed = threading.Condition()
-        self._made: dict[int, Result | Exception] = {}
-        self._tasks: dict[int, ObjectRef] = {}  # of pieces that are made elsewhere
-        self._taken = self._given = 0
-        self._closed = False  # nothing more is to be taken
-
-    def work(self, function: Callable[..., Result]) -> None:
-        """Takes pieces and has them made until there are none. `function` tells `begun` of the Ray task of a piece."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._taken < self._given + self._ahead)
-                taken = self._take()
-            if taken is None:
-                return
-            number, piece = taken
-            self._make(number, piece, partial(function, begun=partial(self._tasks.__setitem__, number)))
-
-    def results(self, function: Callable[[Piece], Result]) -> Iterator[Result]:
-        """Each result in its turn; until it is there, this thread makes pieces too."""
-        while True:
-            with self._changed:
-                there = self._given in self._made
-                taken = None if there or self._taken >= self._given + self._ahead else self._take()
-                if not there and taken is None and self._given == self._taken:
-                    return
-            if taken is not None:
-                self._make(*taken, function)
-            elif not there:
-                self._wait()
-            else:
-                with self._changed:
-                    result = self._made.pop(self._given)
-                    self._tasks.pop(self._given, None)
-                    self._given += 1
-                    self._changed.notify_all()
-                if isinstance(result, Exception):
-                    raise result
-                yield result
-
-    def _wait(self) -> None:
-        """A moment for the next result, in `ray.wait`: while the main thread of a task waits there, its CPU is free for
-        the tasks that it waits for. Waits of other threads free none, and shards could wait for each other for ever."""
-        import ray
-
-        if task := self._tasks.get(self._given):
-            ray.wait([task], timeout=1.0)
-        with self._changed:
-            self._changed.wait_for(lambda: self._given in self._made, timeout=0.02)
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-
-    def _take(self) -> tuple[int, Piece] | None:
-        taken = None if self._closed else next(self._pieces, None)
-        if taken is None:
-            self._closed = True
-            self._changed.notify_all()
-        else:
-            self._taken += 1
-        return taken
-
-    def _make(self, number: int, piece: Piece, function: Callable[[Piece], Result]) -> None:
-        result: Result | Exception
+    def make_next(function: Callable[[Piece, int], Result]) -> bool:
+        """Takes a piece and makes it; False if there is none."""
+        future: Future[Result] = Future()
+        with lock:
+            if over.is_set():
+                return False
+            try:
+                piece = next(rest)
+            except StopIteration:
+                over.set()
+                return False
+            except Exception as error:  # raised in its turn
+                over.set()
+                future.set_exception(error)
+            made[number := next(places)] = future
         try:
-            result = function(piece)
-        except Exception as error:  # raised in its turn
-            result = error
-        with self._changed:
-            self._made[number] = result
-            self._changed.notify_all()
+            if not future.done():
+                future.set_result(function(piece, number))
+        except Exception as error:
+            future.set_exception(error)
+        return True
+
+    def work(function: Callable[[Piece, int], Result]) -> None:
+        while room.acquire() and make_next(function):
+            pass
+
+    elsewhere = _elsewhere(function, guarded, tasks)
+    for _ in range(cpus - 1):
+        threading.Thread(target=work, args=(elsewhere,), daemon=True).start()
+    try:
+        for number in count():
+            while not (number in made and made[number].done()):
+                if room.acquire(blocking=False):
+                    if make_next(lambda piece, number: here(piece)):
+                        continue
+                    room.release()
+                    if number not in made:
+                        return
+                _wait(made.get(number), tasks.get(number))
+            result = made.pop(number).result()
+            tasks.pop(number, None)
+            room.release()
+            yield result
+    finally:
+        over.set()
+        room.release(cpus)
 
 
-def _elsewhere(function: Callable[[Piece], Result], guarded: Callable[[Piece], Result] | None) -> Callable[..., Result]:
-    """`function` in a Ray task of one CPU; takes a piece and `begun`, which gets the task."""
+def _wait(future: "Future[Any] | None", task: "ObjectRef | None") -> None:
+    """A moment for the next result, in `ray.wait`: while the main thread of a task waits there, its CPU is free for the
+    tasks that it waits for. Waits of other threads free none, and shards could wait for each other for ever."""
+    import ray
+
+    if task is not None:
+        ray.wait([task], timeout=1.0)
+    if future is None:
+        time.sleep(0.02)
+    else:
+        wait([future], timeout=0.02)
+
+
+def _elsewhere(
+    function: Callable[[Piece], Result], guarded: Callable[[Piece], Result] | None, tasks: dict[int, "ObjectRef"]
+) -> Callable[[Piece, int], Result]:
+    """`function` in a Ray task of one CPU; takes a piece and its number, under which `tasks` gets the task."""
     import ray
     from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError
 
-    run = ray.remote(num_cpus=1, max_retries=_RETRIES)(_made)
+    run: Any = ray.remote(num_cpus=1, max_retries=_RETRIES)(_made)
 
-    def made(piece: Piece, begun: Callable[["ObjectRef"], None]) -> Result:
-        def result_of(function: Callable[[Piece], Result]) -> Result | DeeDSRError:
-            task = run.remote(function, piece)
-            begun(task)
-            return ray.get(task)
+    def result_of(function: Callable[[Piece], Result], piece: Piece, number: int) -> Result | DeeDSRError:
+        tasks[number] = run.remote(function, piece)
+        return ray.get(tasks[number])
 
+    def made(piece: Piece, number: int) -> Result:
         try:
-            result = result_of(function)
+            result = result_of(function, piece, number)
         except (NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError):
             if guarded is None:
                 raise
-            result = result_of(guarded)
+            result = result_of(guarded, piece, number)
         if isinstance(result, DeeDSRError):
             raise result
         return result
