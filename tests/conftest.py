@@ -44,10 +44,12 @@ def photos() -> Path:
 @pytest.fixture(scope="module")
 def one_thread():
     """Small networks are faster on one thread than on threads that wait for each other."""
-    threads = torch.get_num_threads()
+    before = cv2.getNumThreads(), torch.get_num_threads()
+    cv2.setNumThreads(1)
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(threads)
+    cv2.setNumThreads(before[0])
+    torch.set_num_threads(before[1])
 
 
 @pytest.fixture(scope="module")

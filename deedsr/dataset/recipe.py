@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
-from deedsr.degradation.ranges import DegradationRanges, Probability
+from deedsr.degradation.ranges import DegradationRanges, Probability, Strict
 from deedsr.errors import UsageError
 
 # Increased whenever the same recipe and sources would give other bytes than before. Not for
@@ -21,11 +21,7 @@ ALGORITHM_VERSION = 2
 Count = Annotated[int, Field(ge=1)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Crop(_Part):
+class Crop(Strict):
     """Which crops of a source become HR images."""
 
     size: Annotated[int, Field(ge=32)]  # side of a crop, pixels
@@ -41,7 +37,7 @@ class Crop(_Part):
         return self
 
 
-class Formats(_Part):
+class Formats(Strict):
     """How images are stored. PNG and WebP are lossless, JPEG is for HR only."""
 
     hr: Literal["png", "webp", "jpeg"]
@@ -49,7 +45,7 @@ class Formats(_Part):
     lr: Literal["png", "webp"]
 
 
-class Shard(_Part):
+class Shard(Strict):
     """How many sources a shard holds; where it ends follows from the hashes of its sources."""
 
     min_sources: Count
@@ -66,21 +62,21 @@ class Shard(_Part):
         return self
 
 
-class Split(_Part):
+class Split(Strict):
     """Which sources are for validation: those whose relative path matches a pattern; without patterns, a share."""
 
     validation_patterns: tuple[str, ...]  # fnmatch patterns
     validation_share: Probability
 
 
-class Weight(_Part):
+class Weight(Strict):
     """Sources that count for more, or less, than the others: the first pattern that matches decides."""
 
     pattern: str  # fnmatch, on the relative path
     variants: Annotated[int, Field(ge=1, le=100)]  # in place of the recipe's
 
 
-class Stratum(_Part):
+class Stratum(Strict):
     """One severity of degradation and how often it is drawn."""
 
     share: Annotated[float, Field(gt=0, le=1)]  # of the samples, in expectation
@@ -93,7 +89,7 @@ def _named(name: str) -> str:
     return name
 
 
-class Recipe(_Part):
+class Recipe(Strict):
     """Everything but the sources that fixes a dataset. `model_dump(mode="json")` and `model_validate` are inverse."""
 
     name: Annotated[str, AfterValidator(_named)]

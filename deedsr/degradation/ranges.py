@@ -51,11 +51,13 @@ Quality = Annotated[tuple[int, int], _range(1, 100)]
 ResizeMode = Literal["area", "bilinear", "bicubic"]
 
 
-class _Ranges(BaseModel):
+class Strict(BaseModel):
+    """Frozen; unknown keys and numbers that are not finite are refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class _Shares(_Ranges):
+class _Shares(Strict):
     @model_validator(mode="after")
     def _complete(self) -> Self:
         total = sum(value for _, value in self)
@@ -75,7 +77,7 @@ class KernelMix(_Shares):
     plateau_anisotropic: Probability
 
 
-class BlurRanges(_Ranges):
+class BlurRanges(Strict):
     probability: Probability
     kernel_size: KernelSizes  # odd sizes, each as likely
     sinc_probability: Probability
@@ -91,19 +93,19 @@ class ResizeShares(_Shares):
     keep: Probability
 
 
-class ResizeRanges(_Ranges):
+class ResizeRanges(Strict):
     shares: ResizeShares
     factor: Factor  # down: low to 1, up: 1 to high
 
 
-class NoiseRanges(_Ranges):
+class NoiseRanges(Strict):
     gaussian_probability: Probability  # else Poisson
     gaussian_sigma: Level
     poisson_scale: Annotated[tuple[float, float], _range(0, 20)]
     gray_probability: Probability  # the same noise in all three channels
 
 
-class FinalRanges(_Ranges):
+class FinalRanges(Strict):
     """The last step: resize to the LR size and sinc filter, before or after the second JPEG."""
 
     resize_first_probability: Probability  # resize, sinc, JPEG; else JPEG, resize, sinc
@@ -113,7 +115,7 @@ class FinalRanges(_Ranges):
     jpeg_quality: Quality
 
 
-class DegradationRanges(_Ranges):
+class DegradationRanges(Strict):
     """All ranges of the chain blur, resize, noise, JPEG, blur, resize, noise, final step."""
 
     clean_probability: Probability  # LR is the bicubic reduction and nothing else
