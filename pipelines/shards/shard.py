@@ -9,7 +9,7 @@ import json
 import logging
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,11 +124,6 @@ def read_record(path: str, out: Storage) -> ShardRecord:
     return ShardRecord(**about, rows=table.replace_schema_metadata(None))
 
 
-def table_of(rows: Iterable[Row], columns: pa.Schema = COLUMNS) -> pa.Table:
-    """Rows of `samples.parquet`; what a row lacks is null."""
-    return pa.Table.from_pylist(list(rows), schema=columns)
-
-
 def _path(plan: ShardPlan, hash: str, size: int) -> str:
     return f"{_FOLDER}/{plan.id}-{hash}-{size}.arrow"
 
@@ -218,13 +213,14 @@ class ShardDraft:
     def commit(self, out: Storage) -> ShardRecord:
         """Puts the tar in place, then the record."""
         if not self._rows:
-            record = ShardRecord("", "", 0, 0, self.sources, table_of([], self._columns), self.rejected)
+            record = ShardRecord("", "", 0, 0, self.sources, self._columns.empty_table(), self.rejected)
         else:
             sha256 = self._tar.finish()
             name = tar_name(self.plan, sha256[:12])
-            rows = table_of(({"hr_shard": name, **row, "shard": name} for row in self._rows), self._columns)
+            rows = [{"hr_shard": name, **row, "shard": name} for row in self._rows]
+            table = pa.Table.from_pylist(rows, schema=self._columns)  # what a row lacks is null
             out.write(name, self._file)
-            record = ShardRecord(name, sha256, self._tar.size, len(self._rows), self.sources, rows, self.rejected)
+            record = ShardRecord(name, sha256, self._tar.size, len(rows), self.sources, table, self.rejected)
         write_record(self.plan, record, out)
         return record
 

@@ -1,21 +1,15 @@
 """Interface of a storage, and rules for the names of its objects."""
 
-import enum
 import os
 import posixpath
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import BinaryIO, NamedTuple
 
-
-class _Anything(enum.Enum):
-    ANYTHING = "anything"
-
-
-ANYTHING = _Anything.ANYTHING
-Expected = str | None | Literal[_Anything.ANYTHING]
+ANYTHING = "*"  # in place of an expected version: whatever is there
+Expected = str | None
 
 
 class Entry(NamedTuple):

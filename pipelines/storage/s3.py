@@ -17,6 +17,7 @@ import zlib
 from base64 import b64decode
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import copy_context
 from datetime import datetime, timedelta
 from itertools import islice
@@ -149,7 +150,7 @@ class S3Storage(Storage):
 
     def write(self, path: str, data: bytes | Path, *, expected: Expected = ANYTHING) -> str:
         with explained("write", f"{self.uri}/{path}"):
-            if expected is not ANYTHING:
+            if expected != ANYTHING:
                 return self._write_if(path, data, expected)
             size = data.stat().st_size if isinstance(data, Path) else len(data)
             if size <= _ONE_PUT:
@@ -191,25 +192,22 @@ class S3Storage(Storage):
                     time.sleep(0.1)
                 elif code in ("PreconditionFailed", "412", "NoSuchKey", "404"):
                     # The response to a successful attempt may have been lost, after which boto3 has tried again.
-                    return self._version_by(writer, path)
+                    with suppress(FileNotFoundError):
+                        head = self._head(path)
+                        if head["Metadata"].get(_WRITER) == writer:
+                            return head["ETag"].strip('"')
+                    raise Conflict(f"{self.uri}/{path}") from None
                 else:
                     raise
         raise AssertionError("unreachable")
 
-    def _version_by(self, writer: str, path: str) -> str:
-        try:
-            with explained("read", f"{self.uri}/{path}"):
-                head = self._client.head_object(Bucket=self.bucket, Key=self._key(path))
-        except FileNotFoundError:
-            raise Conflict(f"{self.uri}/{path}") from None
-        if head["Metadata"].get(_WRITER) != writer:
-            raise Conflict(f"{self.uri}/{path}")
-        return head["ETag"].strip('"')
-
     def stat(self, path: str) -> Entry:
-        with explained("read", f"{self.uri}/{path}"):
-            head = self._client.head_object(Bucket=self.bucket, Key=self._key(path))
+        head = self._head(path)
         return Entry(path, head["ContentLength"], head["ETag"].strip('"'))
+
+    def _head(self, path: str) -> dict[str, Any]:
+        with explained("read", f"{self.uri}/{path}"):
+            return self._client.head_object(Bucket=self.bucket, Key=self._key(path))
 
     def delete(self, path: str) -> None:
         with explained("delete", f"{self.uri}/{path}"):
@@ -275,9 +273,6 @@ class _ObjectFile(io.RawIOBase):
 
     def seekable(self) -> bool:
         return True
-
-    def tell(self) -> int:
-        return self._place
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._entry.size}[whence]
