@@ -105,6 +105,7 @@ def _sorted(sources: Iterable[Source], split: Split, folder: Path) -> Iterator[_
         files.append(folder / str(len(files)))
         with files[-1].open("wb") as file:
             file.writelines(json.dumps(placed).encode() + b"\n" for placed in run)
+        run.clear()  # before the next one is held
         run = sorted(islice(rest, _IN_MEMORY))
     return heapq.merge(run, *map(_read, files))
 
