@@ -10,7 +10,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from deedsr.errors import UsageError
 from jobs import evaluate, latents, shards, train_adapter, train_learner
@@ -18,12 +18,11 @@ from jobs.command import Command, Outcome
 from jobs.evaluate import EvaluateOptions
 from jobs.latents import LatentsOptions
 from jobs.shards import ShardsOptions
+from pipelines import tracking
+from pipelines.claims import Claim, held
+from pipelines.storage import open_storage
 from pipelines.training.config import AdapterOptions, LearnerOptions
 from pipelines.training.schedules import PRESETS
-
-if TYPE_CHECKING:
-    from pipelines.claims import Claim
-    from pipelines.tracking import Run
 
 logger = logging.getLogger(__name__)
 AUTO = "auto"
@@ -116,8 +115,6 @@ def steps(options: ChainOptions) -> Iterator[tuple[Step, Any]]:
 
 def check(options: ChainOptions) -> None:
     """Refuses what any of the steps would refuse, and steps that would write into each other's places."""
-    from pipelines.storage import open_storage
-
     for name in ("plan", "gc"):
         if getattr(options.shards, name):
             raise UsageError(f"shards.{name} is not for a chain, which makes shards and removes none: leave it out")
@@ -136,9 +133,6 @@ def check(options: ChainOptions) -> None:
 
 
 def run(options: ChainOptions) -> Outcome:
-    from pipelines.claims import Claim, held
-    from pipelines.storage import open_storage
-
     check(options)
     out = open_storage(options.out)
     out.require_writable()
@@ -149,13 +143,11 @@ def run(options: ChainOptions) -> Outcome:
 class Chain:
     """The steps one after the other, and the run above theirs, which begins with the first step that does something."""
 
-    def __init__(self, options: ChainOptions, claim: "Claim"):
-        from pipelines import tracking
-
+    def __init__(self, options: ChainOptions, claim: Claim):
         self.options, self.claim = options, claim
         self.place = tracking.masked_uri(claim.out.uri)
         self.run_id = tracking.find_run(options.experiment, {"deedsr.kind": "chain", "deedsr.out": self.place})
-        self.parent: Run | None = None  # while it is written
+        self.parent: tracking.Run | None = None  # while it is written
         self.idle = True  # the step at work has begun no run
         self.stack = ExitStack()
 
@@ -182,8 +174,6 @@ class Chain:
 
     def _done(self, step: Step, own: Any) -> Outcome:
         """A step's result, made now or there already."""
-        from pipelines import tracking
-
         self.idle = True
         if found := step.finished(own):
             return Outcome(found)
@@ -192,8 +182,6 @@ class Chain:
 
     def _parent(self) -> str:
         """Id of the run above, below which another one begins."""
-        from pipelines import tracking
-
         self.idle = False
         if self.parent is None:
             own = {step.name: dataclasses.asdict(options) for step, options in steps(self.options)}
@@ -213,8 +201,6 @@ class Chain:
 
     def _ended_early(self) -> bool:
         """Whether there is nothing left to do below a run that was killed, or that failed, after that."""
-        from pipelines import tracking
-
         if self.run_id is None or self.parent:
             return False
         return tracking.connect(tracking.tracking_uri()).get_run(self.run_id).info.status != "FINISHED"
@@ -230,11 +216,10 @@ class Chain:
             if not dataset.index("validation").num_rows:
                 raise UsageError(f"{no_validation(dataset.uri, dataset.recipe)}; or give evaluate.split train")
 
-    def _log_results(self, run: "Run", outcomes: dict[str, Outcome]) -> None:
+    def _log_results(self, run: tracking.Run, outcomes: dict[str, Outcome]) -> None:
         """The dataset, and the figures at the adapter's step: a longer training is evaluated again. By both, `compare`
         shows chains side by side."""
         from deedsr.dataset.manifest import MANIFEST
-        from pipelines import tracking
 
         made = outcomes["shards"].values
         dataset = tracking.DatasetInput(made["digest"], made["manifest"].removesuffix(f"/{MANIFEST}"))

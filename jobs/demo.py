@@ -18,6 +18,9 @@ from pydantic import PositiveInt
 
 from deedsr.errors import UsageError
 from jobs.command import Command, Outcome
+from pipelines import tracking
+from pipelines.storage import open_storage
+from pipelines.tracking.store import sqlite_uri
 
 RECIPE = "demo"
 SHOWN_SIDE = 512  # HR pixels per side of the pictures that are upscaled in the end
@@ -35,8 +38,6 @@ class DemoOptions:
 def run(options: DemoOptions) -> Outcome:
     from jobs.cli import load
     from pipelines.reports.report import Step
-    from pipelines.storage import open_storage
-    from pipelines.tracking.store import sqlite_uri
 
     place = open_storage(options.out).local_path("")
     if place is None:
@@ -117,8 +118,6 @@ def run(options: DemoOptions) -> Outcome:
 
 
 def _farewell(values: dict[str, Any], evaluations: dict[str, Any]) -> str:
-    from pipelines.tracking import masked_uri
-
     bicubic = next(iter(evaluations.values()))["metrics"]["bicubic"]
     rows = {"bicubic": bicubic} | {LABELS[name]: found["metrics"]["model"] for name, found in evaluations.items()}
     names = list(bicubic)
@@ -127,7 +126,7 @@ def _farewell(values: dict[str, Any], evaluations: dict[str, Any]) -> str:
     for label, row in rows.items():
         figures = ("-" if row[name] is None else f"{row[name]:.3f}" for name in names)
         table.append(f"{label:<{width}}" + "".join(f"{figure:>10}" for figure in figures))
-    store = masked_uri(values["tracking"])
+    store = tracking.masked_uri(values["tracking"])
     return "\n".join(
         [
             *table,
@@ -166,7 +165,6 @@ def _degraded(photos: Path, out: Path) -> Path:
 def _report(out: Path, steps: list[Any], seconds: float, learner: dict[str, Any], adapter: dict[str, Any]) -> Path:
     import platform
 
-    from pipelines import tracking
     from pipelines.data.dataset import Dataset
     from pipelines.machine import this_machine
     from pipelines.reports import report
@@ -214,7 +212,6 @@ def _report(out: Path, steps: list[Any], seconds: float, learner: dict[str, Any]
 
 
 def _training_record(title: str, out: Path, run_id: str, names: tuple[str, ...]) -> Any:
-    from pipelines import tracking
     from pipelines.reports import report
     from pipelines.reports.charts import Curve
 

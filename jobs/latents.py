@@ -12,10 +12,10 @@ from pydantic import PositiveInt
 
 from jobs.command import Command, Outcome
 from jobs.shards import recorded, tracked
+from pipelines import tracking
+from pipelines.models import Base, Learner
 
 if TYPE_CHECKING:
-    from pipelines import tracking
-    from pipelines.models import Base, Learner
     from pipelines.shards import ShardsResult
 
 
@@ -34,13 +34,12 @@ class LatentsOptions:
 
 
 def run(options: LatentsOptions) -> Outcome:
-    from pipelines import tracking
     from pipelines.data.dataset import Dataset
     from pipelines.shards.encode import make_latents
 
     base, learner = _networks(options)
 
-    def make(run: "tracking.Run | None") -> "ShardsResult":
+    def make(run: tracking.Run | None) -> "ShardsResult":
         if run:
             run.log_dataset(pixels, context="pixels")
         names = ("precision", "batch_size", "workers", "device")
@@ -52,7 +51,7 @@ def run(options: LatentsOptions) -> Outcome:
     pixels = Dataset.open(options.data)
     made_by = {"deedsr.kind": "shards", "deedsr.dataset.digest": pixels.digest}
     parents = {"shards": tracking.find_run(None, made_by), "learner": learner.run_id if learner else None}
-    return Outcome(tracked(options, "latents", make, config=dataclasses.asdict(options), parents=parents, tags={}))
+    return Outcome(tracked(options, "latents", make, config=dataclasses.asdict(options), parents=parents))
 
 
 def finished(options: LatentsOptions) -> dict[str, Any] | None:
@@ -64,9 +63,7 @@ def finished(options: LatentsOptions) -> dict[str, Any] | None:
     return recorded(finished(job), "latents")
 
 
-def _networks(options: LatentsOptions) -> "tuple[Base, Learner | None]":
-    from pipelines.models import Base, Learner
-
+def _networks(options: LatentsOptions) -> tuple[Base, Learner | None]:
     return Base.find(options.base), Learner.find(options.learner) if options.learner else None
 
 

@@ -9,20 +9,20 @@ unless other datasets depend on them; --gc --dry-run lists them.
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import NonNegativeFloat, PositiveInt
 
 from deedsr.errors import UsageError
 from jobs.command import Command, Outcome
+from pipelines import tracking
 
 if TYPE_CHECKING:
     from deedsr.dataset.recipe import Recipe
     from pipelines.data.dataset import Dataset
     from pipelines.shards import ShardsResult
     from pipelines.shards.generate import Job
-    from pipelines.tracking import Run
 
 logger = logging.getLogger(__name__)
 PICTURES = 4  # pairs that the MLflow run shows
@@ -154,21 +154,18 @@ def _collected(options: ShardsOptions) -> Outcome:
 
 def recorded(result: "ShardsResult | None", kind: str) -> dict[str, Any] | None:
     """A result with the run of its dataset, None without one."""
-    from pipelines import tracking
-
     run_id = result and tracking.find_run(None, {"deedsr.kind": kind, "deedsr.dataset.digest": result.digest})
     return dataclasses.asdict(result) | {"run_id": run_id} if result and run_id else None
 
 
 def tracked(
-    options: Any, kind: str, make: Callable[["Run"], "ShardsResult"], *, tags: Mapping[str, str], **run_options: Any
+    options: Any, kind: str, make: Callable[[tracking.Run], "ShardsResult"], **run_options: Any
 ) -> dict[str, Any]:
     """The result of `make`, which writes the dataset `options.out`, and its run: dataset, figures, some pairs."""
-    from pipelines import tracking
     from pipelines.data.dataset import Dataset
 
     name = options.out.rstrip("/").rpartition("/")[2]
-    tags = {"deedsr.kind": kind, **tags}
+    tags = {"deedsr.kind": kind} | run_options.pop("tags", {})
     with tracking.start_run(options.experiment, name=name, tags=tags, out=options.out, **run_options) as run:
         result = make(run)
         dataset = Dataset.open(options.out)
@@ -179,7 +176,7 @@ def tracked(
     return dataclasses.asdict(result) | {"run_id": run.id}
 
 
-def _log_pairs(run: "Run", dataset: "Dataset") -> None:
+def _log_pairs(run: tracking.Run, dataset: "Dataset") -> None:
     """Some pairs as pictures: the LR enlarged beside its HR."""
     import numpy as np
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from deedsr.errors import DeeDSRError, UsageError
+from deedsr.hub.model_folder import PARTS, ModelFolder, find_base, find_folder, with_revision
+from deedsr.hub.weights import NAME, base_digest, part_digest
 from pipelines.machine import this_machine
 from pipelines.storage import localize, open_storage, publish
 from pipelines.storage.lock import scratch_folder
@@ -21,7 +23,6 @@ from pipelines.storage.lock import scratch_folder
 if TYPE_CHECKING:
     import torch
 
-    from deedsr.hub.model_folder import ModelFolder
     from deedsr.sampling.pipeline import DeeDSRPipeline
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -74,15 +75,11 @@ class Base(Reference):
     """A base: `path` holds its `vae/`, `unet/` and `scheduler/`. The name of a trained model means its base."""
 
     def _used(self, folder: Path) -> Path:
-        from deedsr.hub.model_folder import find_base
-
         return find_base(folder)
 
     @cached_property
     def digest(self) -> str:
         """See `deedsr.hub.weights.base_digest`."""
-        from deedsr.hub.weights import base_digest
-
         return base_digest(self.path)
 
 
@@ -100,8 +97,6 @@ class Learner(Reference):
     @cached_property
     def digest(self) -> str:
         """See `deedsr.hub.weights.part_digest`."""
-        from deedsr.hub.weights import part_digest
-
         return part_digest(self.path)
 
 
@@ -128,17 +123,13 @@ class Model(Reference):
         return cls(*_find(str(name)), Base.find(base) if base else None)
 
     @cached_property
-    def description(self) -> "ModelFolder":
+    def description(self) -> ModelFolder:
         """Raises UsageError where the folder holds no DeeDSR model."""
-        from deedsr.hub.model_folder import ModelFolder
-
         return ModelFolder.read(self.path)
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 over everything of a model that a result depends on: networks, scheduler, scale, gate."""
-        from deedsr.hub.weights import part_digest
-
         model, base = self.description, self._base_path
         digest = hashlib.sha256(f"scale {model.scale}".encode())
         for part in (base / "vae", base / "unet", self.path / "learner", self.path / "adapter"):
@@ -200,8 +191,6 @@ def _on_a_worker() -> Iterator[None]:
 
 def _find(name: str) -> tuple[str, Path]:
     """The name that means the same on every machine, and the local folder that it means on this one."""
-    from deedsr.hub.model_folder import find_folder, with_revision
-
     if name.startswith("models:"):
         return _registered(name)
     if "://" in name:
@@ -229,9 +218,6 @@ def _registered(name: str) -> tuple[str, Path]:
 
 def _is_of_model(path: str) -> bool:
     """Whether an object belongs to a model or base, and not to the training that wrote it or to unused parts."""
-    from deedsr.hub.model_folder import PARTS
-    from deedsr.hub.weights import NAME
-
     folder, _, file = path.rpartition("/")
     is_weights = file.startswith(NAME) and file.endswith(".safetensors")
     return folder in ("", *PARTS) and (is_weights or file.endswith((".json", ".md")) or file.startswith("LICENSE"))

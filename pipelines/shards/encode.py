@@ -18,6 +18,7 @@ import numpy as np
 from deedsr.dataset.manifest import LatentsSource
 from deedsr.dataset.members import LATENTS_EXTENSION, Latents, pack
 from deedsr.errors import DeeDSRError, UsageError
+from deedsr.hub.model_folder import load_part
 from deedsr.hub.weights import part_digest
 from pipelines.data.dataset import Dataset, decode_member, relative_place
 from pipelines.data.index import require_hr
@@ -87,7 +88,6 @@ def latents_job(
 
 def latents_source(dataset: Dataset, base: Base, learner: Learner | None, precision: Precision) -> LatentsSource:
     """What the latents of a dataset would be made of. Raises UsageError where the VAE cannot take the HR images."""
-    from deedsr.hub.model_folder import load_part
     from deedsr.sampling.autoencoder import downsampling_factor
 
     vae = load_part(base.path, "vae")
@@ -186,7 +186,6 @@ class Networks:
         import torch
 
         from deedsr.adapter.adapter import freeze
-        from deedsr.hub.model_folder import load_part
         from deedsr.learner.resnet import DegradationLearner
 
         device = usable_device(device_type)
