@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Annotated, Any, NamedTuple
 
+from deedsr.dataset.manifest import MANIFEST
 from deedsr.errors import UsageError
 from jobs import evaluate, latents, shards, train_adapter, train_learner
 from jobs.command import Command, Outcome
@@ -219,8 +220,6 @@ class Chain:
     def _log_results(self, run: tracking.Run, outcomes: dict[str, Outcome]) -> None:
         """The dataset, and the figures at the adapter's step: a longer training is evaluated again. By both, `compare`
         shows chains side by side."""
-        from deedsr.dataset.manifest import MANIFEST
-
         made = outcomes["shards"].values
         dataset = tracking.DatasetInput(made["digest"], made["manifest"].removesuffix(f"/{MANIFEST}"))
         run.later(lambda: run.log_dataset(dataset, context="chain"))

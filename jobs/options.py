@@ -20,7 +20,6 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from deedsr.errors import UsageError
-from jobs.command import Command
 
 COMMON = ("config", "json", "help")  # for the command line only
 
@@ -117,12 +116,12 @@ class Request:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Parser of one command. A mistake is one `UsageError` that names the key, the value and what is accepted."""
+    """Parser of a `jobs.command.Command`. A mistake is one `UsageError` that names key, value and what is accepted."""
 
-    def __init__(self, name: str, command: Command, description: str = ""):
+    def __init__(self, name: str, command: Any, description: str = ""):
         self.command, self.operand, self.presets, self.details = name, command.operand, command.presets, command.details
         # In a tuple, because pydantic takes no configuration beside a dataclass.
-        self.adapter = TypeAdapter(tuple[command.options], config=ConfigDict(allow_inf_nan=False))  # type: ignore[name-defined]
+        self.adapter = TypeAdapter(tuple[command.options], config=ConfigDict(allow_inf_nan=False))
         self.options = {option.key: option for option in leaves(command.options)}
         self.origins: dict[str, Path] = {}  # key -> the file that gives it
         required = sorted((o for o in self.options.values() if o.required), key=lambda o: o.key != self.operand)

@@ -20,6 +20,7 @@ from pipelines.placement import Nodes, Offer, place_networks, place_shards
 from pipelines.storage import open_storage
 from pipelines.storage.errors import Conflict
 from pipelines.storage.waiting import within
+from pipelines.tracking.store import connect, experiment_id, sqlite_path, tracking_uri
 from pipelines.training.config import ContrastOptions, TrainOptions
 from pipelines.training.placement import place_training
 from pipelines.training.schedules import PRESETS
@@ -183,8 +184,6 @@ def _storage(out: str) -> Iterator[Check]:
 def _tracking() -> Iterator[Check]:
     if find_spec("mlflow") is None:
         return
-    from pipelines.tracking.store import connect, experiment_id, sqlite_path, tracking_uri
-
     try:
         uri = tracking_uri()
         if (path := sqlite_path(uri)) and not path.exists():
