@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -31,12 +31,6 @@ from pipelines.shards.plan import ShardPlan
 from pipelines.shards.samples import Draft, Row
 from pipelines.shards.shard import LATENTS_COLUMNS, ShardRecord
 from pipelines.storage import Storage, open_storage
-
-if TYPE_CHECKING:
-    import torch
-    from diffusers import AutoencoderKL
-
-    from deedsr.learner.resnet import DegradationLearner
 
 Precision = Literal["fp32", "bf16"]
 _VERSION = 1  # of what a shard of latents holds: another one is other work
@@ -140,7 +134,7 @@ class FromPixels:
 
     @cached_property
     def _networks(self) -> "Networks":
-        return Networks.load(self.base, self.learner, self.source, self.device)
+        return Networks(self.base, self.learner, self.source, self.device)
 
     def build(self, plan: ShardPlan, out: Storage, cpus: int = 1) -> ShardRecord:
         with shard_draft(plan, LATENTS_COLUMNS) as draft, ThreadPoolExecutor(1) as reader:
@@ -172,31 +166,25 @@ class FromPixels:
         return Draft({"latents": packed, **kept, "json": pair.info}, row | {"latents_ext": LATENTS_EXTENSION})
 
 
-@dataclass(frozen=True)
 class Networks:
-    """Frozen networks on one device."""
+    """Frozen networks on one device. Raises DeeDSRError if those found on this node are not those of `source`."""
 
-    vae: "AutoencoderKL"
-    learner: "DegradationLearner | None"
-    device: "torch.device"
-
-    @classmethod
-    def load(cls, base: Base, learner: Learner | None, source: LatentsSource, device_type: str) -> "Networks":
-        """Raises DeeDSRError if the networks found on this node are not those of `source`."""
+    def __init__(self, base: Base, learner: Learner | None, source: LatentsSource, device: str):
         import torch
 
         from deedsr.adapter.adapter import freeze
         from deedsr.learner.resnet import DegradationLearner
 
-        device = usable_device(device_type)
+        self.device = usable_device(device)
         _require_same("base", base, part_digest(base.path / "vae"), source.vae)
         dtype = torch.bfloat16 if source.precision == "bf16" else torch.float32
-        vae = freeze(load_part(base.path, "vae", torch_dtype=dtype)).to(device, memory_format=torch.channels_last)
-        if learner is None:
-            return cls(vae, None, device)
-        _require_same("learner", learner, learner.digest, source.learner)
-        loaded = DegradationLearner.from_pretrained(learner.path, low_cpu_mem_usage=False)
-        return cls(vae, freeze(loaded).to(device), device)
+        vae = freeze(load_part(base.path, "vae", torch_dtype=dtype))
+        self.vae = vae.to(self.device, memory_format=torch.channels_last)
+        self.learner = None
+        if learner is not None:
+            _require_same("learner", learner, learner.digest, source.learner)
+            loaded = DegradationLearner.from_pretrained(learner.path, low_cpu_mem_usage=False)
+            self.learner = freeze(loaded).to(self.device)
 
     def encode(self, pairs: tuple[Pair, ...], scale: int) -> list[Latents]:
         """Means and deviations of HR and enlarged LR, and the vectors of the LR."""
