@@ -48,6 +48,9 @@ def this_machine() -> Machine:
     """Raises UsageError if `DEEDSR_CPUS` is not a whole number above 0."""
     import psutil
 
+    wanted = os.environ.get(CPUS_VARIABLE)
+    if wanted and (not wanted.isdecimal() or int(wanted) < 1):
+        raise UsageError(f"{CPUS_VARIABLE} must be a whole number of CPUs, 1 or more, got {wanted!r}")
     limits = control_group_limits()
     cpus = len(allowed_cpus())
     if limits.cpus is not None:
@@ -55,7 +58,7 @@ def this_machine() -> Machine:
     memory = psutil.virtual_memory().total
     shared = Path("/dev/shm")
     return Machine(
-        cpus=_wanted_cpus() or cpus,
+        cpus=int(wanted) if wanted else cpus,
         memory=min(memory, limits.memory or memory),
         shared_memory=shutil.disk_usage(shared if shared.is_dir() else tempfile.gettempdir()).free,
     )
@@ -184,15 +187,6 @@ def environment_number(variable: str, default: float, unit: str) -> float:
     if not number >= 0:
         raise UsageError(f"{variable} must be a number of {unit}, 0 or more, got {text!r}")
     return number
-
-
-def _wanted_cpus() -> int | None:
-    text = os.environ.get(CPUS_VARIABLE)
-    if not text:
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"{CPUS_VARIABLE} must be a whole number of CPUs, 1 or more, got {text!r}")
-    return int(text)
 
 
 def control_group_limits(

@@ -290,26 +290,22 @@ def _column(schema: pa.Schema) -> _Column | None:
     for name in _BYTES:
         if (field := fields.get(name)) is None:
             continue
-        if _is_binary(field.type):
+        if _kind(field.type) == "binary":
             return _Column(field.name, field.name, False)
-        if pa.types.is_struct(field.type) and any(
-            part.name == "bytes" and _is_binary(part.type) for part in field.type.fields
-        ):
+        parts = field.type.fields if pa.types.is_struct(field.type) else ()
+        if any(part.name == "bytes" and _kind(part.type) == "binary" for part in parts):
             return _Column(field.name, f"{field.name}.bytes", False)
     for name in _URIS:
-        if (field := fields.get(name)) is not None and _is_string(field.type):
-            return _Column(field.name, field.name, True)
+        if (field := fields.get(name)) is not None:
+            plain = field.type.value_type if pa.types.is_dictionary(field.type) else field.type  # of pandas' categories
+            if _kind(plain) == "string":
+                return _Column(field.name, field.name, True)
     return None
 
 
-def _is_binary(type: pa.DataType) -> bool:
-    return pa.types.is_binary(type) or pa.types.is_large_binary(type) or pa.types.is_binary_view(type)
-
-
-def _is_string(type: pa.DataType) -> bool:
-    if pa.types.is_dictionary(type):  # of pandas' categories
-        type = type.value_type
-    return pa.types.is_string(type) or pa.types.is_large_string(type) or pa.types.is_string_view(type)
+def _kind(type: pa.DataType) -> str:
+    """`binary` and `string` also for the types of long and of viewed values."""
+    return str(type).removeprefix("large_").removesuffix("_view")
 
 
 class _Rows:

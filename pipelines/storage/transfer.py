@@ -136,7 +136,8 @@ def _make_room(cache: Path, limit: float) -> None:
     size = lambda folder: sum(file.lstat().st_size for file in folder.rglob("*") if not file.is_dir())
     sizes = {folder: size(folder) for folder in cache.iterdir() if _NAME.fullmatch(folder.name)}
     excess = sum(sizes.values()) - limit
-    for folder in sorted(sizes, key=_last_use):
+    last_use = lambda folder: (_mark(folder) if _mark(folder).exists() else folder).stat().st_mtime
+    for folder in sorted(sizes, key=last_use):
         if excess <= 0:
             return
         with locked(_lock(folder), wait=False) as complete, locked(_mark(folder), wait=False) as unused:
@@ -145,8 +146,3 @@ def _make_room(cache: Path, limit: float) -> None:
                 folder.rename(partial)
                 shutil.rmtree(partial, ignore_errors=True)
                 excess -= sizes[folder]
-
-
-def _last_use(folder: Path) -> float:
-    mark = _mark(folder)
-    return (mark if mark.exists() else folder).stat().st_mtime
