@@ -164,7 +164,7 @@ class Chain:
                     skipped.append(step.name)
                     logger.info("chain: %s skipped: %s is done, of the same inputs and options", step.name, own.out)
                 if step.name == "shards":
-                    self._require_validation(own.out)
+                    self._require_validation(outcomes["shards"], own.out)
             if self._ended_early():
                 self._parent()
             if self.parent:
@@ -206,16 +206,14 @@ class Chain:
             return False
         return tracking.connect(tracking.tracking_uri()).get_run(self.run_id).info.status != "FINISHED"
 
-    def _require_validation(self, place: str) -> None:
+    def _require_validation(self, shards: Outcome, place: str) -> None:
         """Refuses, before the trainings, an evaluation on pairs that there are none of."""
-
         from pipelines.data.dataset import Dataset, no_validation
 
         evaluate = self.options.evaluate
-        if evaluate.data == AUTO and evaluate.split == "validation":
+        if evaluate.data == AUTO and evaluate.split == "validation" and not shards.values["validation"]:
             dataset = Dataset.open(place)
-            if not dataset.index("validation").num_rows:
-                raise UsageError(f"{no_validation(dataset.uri, dataset.recipe)}; or give evaluate.split train")
+            raise UsageError(f"{no_validation(dataset.uri, dataset.recipe)}; or give evaluate.split train")
 
     def _log_results(self, run: tracking.Run, outcomes: dict[str, Outcome]) -> None:
         """The dataset, and the figures at the adapter's step: a longer training is evaluated again. By both, `compare`
@@ -232,17 +230,11 @@ class Chain:
         run.log_metrics(figures, outcomes["adapter"].values["step"])
 
 
-def presets() -> dict[str, dict[str, Any]]:
-    """Those that both trainings have."""
-    return {
-        name: {"learner": PRESETS["learner"][name], "adapter": PRESETS["adapter"][name]} for name in PRESETS["learner"]
-    }
-
-
 COMMAND = Command(
     ChainOptions,
     run,
-    presets=presets(),
+    # Those that both trainings have.
+    presets={name: {stage: PRESETS[stage][name] for stage in PRESETS} for name in PRESETS["learner"]},
     check=check,
     example="deedsr chain --shards.source photos --out chain --preset tiny",
 )
