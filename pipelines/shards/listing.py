@@ -258,8 +258,7 @@ class _Name(NamedTuple):
 
 def _matched(hrs: list[Source], lrs: list[Source], scale: int) -> dict[Source, Source]:
     """The partner of each HR picture that has one."""
-    bare = lambda source: _HR_MARK.sub("", _stem(source))
-    hr_left = {source: _Name(posixpath.dirname(source.path), _stem(source), bare(source)) for source in hrs}
+    hr_left = {source: _hr_name(source) for source in hrs}
     lr_left = {source: _lr_name(source, scale) for source in lrs}
     found: dict[Source, Source] = {}
     keys: list[Callable[[_Name], tuple[str | None, ...]]] = [
@@ -292,6 +291,11 @@ def _grouped(
     for source, name in names.items():
         groups[key(name)].append(source)
     return groups
+
+
+def _hr_name(source: Source) -> _Name:
+    stem = _stem(source)
+    return _Name(posixpath.dirname(source.path), stem, _HR_MARK.sub("", stem))
 
 
 def _lr_name(source: Source, scale: int) -> _Name:
