@@ -90,7 +90,7 @@ class Shards(Protocol):
 
 
 class MissingShard(DeeDSRError):
-    pass
+    """A shard that the manifest names is not there."""
 
 
 def read_member(shards: Shards, shard: str, offset: int, size: int) -> bytes:
