@@ -5,8 +5,6 @@ A pure function of the recipe and of what the sample is, so that a dataset may b
 
 from typing import Any, NamedTuple
 
-from numpy.random import Generator
-
 from deedsr.dataset.keys import generator, sample_key
 from deedsr.dataset.recipe import Recipe
 from deedsr.degradation.draws import draw_degradation
@@ -31,23 +29,21 @@ def assign_degradation(recipe: Recipe, content: str, variant: int, size: tuple[i
     seed = int(generator("sample", recipe.seed, key).integers(2**63))
     if not recipe.distinct_degradations:
         stratum, ranges = _stratum(recipe, key)
-        return Assignment(seed, stratum, None, draw_degradation(ranges, size, recipe.scale, _generator(seed)))
+        return Assignment(
+            seed, stratum, None, draw_degradation(ranges, size, recipe.scale, generator("degradation", seed))
+        )
 
     chosen = int(generator("group", recipe.seed, content).integers(recipe.distinct_degradations))
     group = chosen * GROUPS_PER_VARIANT + variant
     stratum, ranges = _stratum(recipe, f"group {group}")
     shared = int(generator("shared", recipe.seed, group).integers(2**63))
-    draws = draw_degradation(ranges, size, recipe.scale, _generator(shared))
+    draws = draw_degradation(ranges, size, recipe.scale, generator("degradation", shared))
     # One noise field for many contents would be a pattern to recognise, not a degradation.
     own = generator("noise", seed)
     for step in draws["steps"]:
         if "seed" in step:
             step["seed"] = int(own.integers(2**64, dtype="uint64"))
     return Assignment(seed, stratum, group, draws)
-
-
-def _generator(seed: int) -> Generator:
-    return generator("degradation", seed)
 
 
 def _stratum(recipe: Recipe, identity: str) -> tuple[str | None, DegradationRanges]:

@@ -73,7 +73,14 @@ def decode(data: bytes, name: str = "", alpha: Literal["composite", "reject"] = 
     if not stored.space.known:
         raise RejectedImage("unsupported colour space")
     with _rejecting():
-        return _finish(stored, alpha)
+        rgb = to_srgb(stored.colour, stored.space.profile)
+        if stored.alpha is not None:
+            opacity = stored.alpha if stored.alpha.dtype == np.uint8 else shallow(stored.alpha)
+            if opacity.min() < 255:
+                if alpha == "reject":
+                    raise RejectedImage("has transparency")
+                rgb = _over_white(rgb, opacity)
+        return upright(rgb, stored.orientation)
 
 
 def read_stored(data: bytes, name: str = "", others: bool = False) -> Stored:
@@ -108,18 +115,6 @@ def _rejecting() -> Iterator[None]:
     except Exception as error:  # the libraries raise OSError, SyntaxError, ValueError, struct.error, cv2.error, ...
         # Pillow stops inflating text and profiles of a PNG at MAX_TEXT_CHUNK and MAX_TEXT_MEMORY, and names them.
         raise RejectedImage("decompression bomb" if "MAX_TEXT_" in str(error) else _BROKEN) from None
-
-
-def _finish(picture: Stored, alpha: str) -> np.ndarray:
-    """uint8 sRGB (H, W, 3), opaque and upright."""
-    rgb = to_srgb(picture.colour, picture.space.profile)
-    if picture.alpha is not None:
-        opacity = picture.alpha if picture.alpha.dtype == np.uint8 else shallow(picture.alpha)
-        if opacity.min() < 255:
-            if alpha == "reject":
-                raise RejectedImage("has transparency")
-            rgb = _over_white(rgb, opacity)
-    return upright(rgb, picture.orientation)
 
 
 def _read(data: bytes, format: str | None) -> Stored:

@@ -111,14 +111,10 @@ class Recipe(Strict):
     degradation: DegradationRanges
 
     @model_validator(mode="after")
-    def _shares(self) -> Self:
+    def _consistent(self) -> Self:
         total = sum(stratum.share for stratum in self.strata.values())
         if self.strata and abs(total - 1) > 1e-6:
             raise ValueError(f"strata: the shares must sum to 1, got {total:g}")
-        return self
-
-    @model_validator(mode="after")
-    def _divisible(self) -> Self:
         if self.crop.size % self.scale:
             raise ValueError(f"crop.size must be a multiple of scale, got {self.crop.size} and {self.scale}")
         return self

@@ -209,25 +209,18 @@ def parameter_shares(ranges: DegradationRanges) -> dict[str, dict[str, float]]:
     last = {mode: degraded * share for mode, share in modes.items()}
     last["bicubic"] += ranges.clean_probability  # a clean sample is the bicubic reduction
     jpeg_last = degraded * ranges.final.resize_first_probability
+    pair = lambda column, second: dict(zip(parameter_names(column), (1 - second, second), strict=True))
     shares = {
-        "deg_clean": _two_shares("deg_clean", ranges.clean_probability),
-        "deg_jpeg_last": _two_shares("deg_jpeg_last", jpeg_last),
-        "deg_blur1_kernel": _kernel_shares(ranges.blur1),
-        "deg_blur2_kernel": _kernel_shares(ranges.blur2),
+        "deg_clean": pair("deg_clean", ranges.clean_probability),
+        "deg_jpeg_last": pair("deg_jpeg_last", jpeg_last),
         "deg_resize1_mode": modes,
         "deg_resize2_mode": modes,
         "deg_resize3_mode": last,
     }
+    for step, blur in (("blur1", ranges.blur1), ("blur2", ranges.blur2)):
+        mix = {name: (1 - blur.sinc_probability) * share for name, share in blur.mix}
+        shares[f"deg_{step}_kernel"] = mix | {"sinc": blur.sinc_probability}
     for step, noise in (("noise1", ranges.noise1), ("noise2", ranges.noise2)):
-        gaussian = noise.gaussian_probability
-        shares[f"deg_{step}_family"] = dict(zip(NOISE_FAMILIES, (gaussian, 1 - gaussian), strict=True))
-        shares[f"deg_{step}_gray"] = _two_shares("gray", noise.gray_probability)
+        shares[f"deg_{step}_family"] = pair("family", 1 - noise.gaussian_probability)
+        shares[f"deg_{step}_gray"] = pair("gray", noise.gray_probability)
     return shares
-
-
-def _two_shares(column: str, second: float) -> dict[str, float]:
-    return dict(zip(parameter_names(column), (1 - second, second), strict=True))
-
-
-def _kernel_shares(blur: BlurRanges) -> dict[str, float]:
-    return {name: (1 - blur.sinc_probability) * share for name, share in blur.mix} | {"sinc": blur.sinc_probability}
