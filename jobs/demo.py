@@ -87,7 +87,7 @@ def _farewell(values: dict[str, Any], evaluations: dict[str, Any]) -> str:
     width = max(map(len, rows))
     table = [" " * width + "".join(f"{name:>10}" for name in names)]
     for label, row in rows.items():
-        figures = ("-" if row[name] is None else f"{row[name]:.3f}" for name in names)
+        figures = ("-" if (mean := row[name]["mean"]) is None else f"{mean:.3f}" for name in names)
         table.append(f"{label:<{width}}" + "".join(f"{figure:>10}" for figure in figures))
     store = masked_uri(values["tracking"])
     return "\n".join(
@@ -163,7 +163,7 @@ class Chain:
         words = ["evaluate", "--model", self._model(name), "--data", str(self.out / "shards")]
         words += ["--out", str(self.out / "evaluation" / name), "--limit", "18", "--metrics", "psnr,ssim,niqe_set"]
         return self._run(
-            f"Evaluation of {LABELS[name]}", words, lambda v: f"PSNR-Y {v['metrics']['model']['psnr']:.2f} dB"
+            f"Evaluation of {LABELS[name]}", words, lambda v: f"PSNR-Y {v['metrics']['model']['psnr']['mean']:.2f} dB"
         )
 
     def upscaling(self, name: str) -> dict[str, Any]:

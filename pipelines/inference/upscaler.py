@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import socket
 import time
 from dataclasses import dataclass
@@ -24,18 +23,14 @@ from pipelines.inference.pictures import (
     read_picture,
     require_fit,
 )
+from pipelines.inference.sampler import Sampler, TooLarge
 from pipelines.models import Model, Precision
 from pipelines.placement import Device
 from pipelines.storage import Storage
 from pipelines.storage.waiting import patiently
 
 if TYPE_CHECKING:
-    import torch
-
     from deedsr.hub.settings import SamplingSettings
-    from deedsr.sampling.pipeline import DeeDSRPipeline
-
-logger = logging.getLogger(__name__)
 
 
 class Input(NamedTuple):
@@ -48,14 +43,6 @@ class Input(NamedTuple):
     @property
     def uri(self) -> str:
         return f"{self.storage.uri.rstrip('/')}/{self.path}"
-
-
-class TooLarge(DeeDSRError):
-    """A picture does not fit into the memory of this machine."""
-
-    def __init__(self, rgb_CHW: "torch.Tensor"):
-        height, width = rgb_CHW.shape[1:]
-        super().__init__(f"not enough memory to enlarge {width}x{height} pixels: cut it into parts, or lower --tile")
 
 
 class Done(NamedTuple):
@@ -100,7 +87,7 @@ class Upscaler:
         except DeeDSRError as error:
             return done(reason=str(error))
         waited = time.monotonic()
-        _ = self._pipeline  # loaded before the clock of the first picture goes on
+        _ = self._sampler.pipeline  # loaded before the clock of the first picture goes on
         began += time.monotonic() - waited
         try:
             enlarged = picture.enlarged(self._enlarge(picture, source.uri), deep=holds_deep(format) and picture.deep)
@@ -157,42 +144,15 @@ class Upscaler:
         return self.model.description.scale
 
     @cached_property
-    def _pipeline(self) -> "DeeDSRPipeline":
-        return self.model.load(self.device, self.precision)
-
-    @cached_property
-    def _fp32_pipeline(self) -> "DeeDSRPipeline":
-        return self.model.load(self.device, "fp32")
+    def _sampler(self) -> Sampler:
+        return Sampler(self.model, self.sampling, self.device, self.precision)
 
     def _enlarge(self, picture: Picture, name: str) -> np.ndarray:
-        """float32 (3, scale H, scale W) in [0, 1]; anew in fp32 where half precision spoilt it."""
-        import torch
-
-        rgb = torch.from_numpy(picture.rgb())
-        result = self._sampled(self._pipeline, rgb)
-        if self._pipeline.unet.dtype != torch.float32 and _is_spoilt(result, rgb):
-            logger.warning("%s: black or not finite in half precision, made again in fp32", name)
-            result = self._sampled(self._fp32_pipeline, rgb)
-        return result.numpy()
-
-    def _sampled(self, pipeline: "DeeDSRPipeline", rgb: "torch.Tensor") -> "torch.Tensor":
+        """float32 (3, scale H, scale W) in [0, 1]."""
         import torch
 
         generator = torch.Generator().manual_seed(self.seed)
-        try:
-            result = pipeline(rgb, generator=generator, output_type="pt", **self.sampling.as_dict())
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise TooLarge(rgb) from error
-        except RuntimeError as error:  # what torch raises when the CPU's memory is short
-            if "not enough memory" in str(error) or "allocate memory" in str(error):
-                raise TooLarge(rgb) from error
-            raise
-        return result.images[0].cpu()
-
-
-def _is_spoilt(result: "torch.Tensor", rgb: "torch.Tensor") -> bool:
-    """Whether half precision overflowed: a value is not finite, or all of it is black and the picture was not."""
-    return not bool(result.isfinite().all()) or bool(result.max() < 1 / 255 < rgb.max())
+        return self._sampler(torch.from_numpy(picture.rgb()), generator, name).numpy()
 
 
 def _read(source: Input) -> bytes:

@@ -92,8 +92,9 @@ def evaluation_of(results: Mapping[str, Mapping[str, Any]], note: str = "") -> E
             raise DeeDSRError(
                 f"figures of different definitions of {name} cannot share a table ({told}): evaluate again"
             )
-    metrics = {"Bicubic": next(iter(results.values()))["metrics"]["bicubic"]}
-    metrics |= {label: found["metrics"]["model"] for label, found in results.items()}
+    figures = {"Bicubic": next(iter(results.values()))["metrics"]["bicubic"]}
+    figures |= {label: found["metrics"]["model"] for label, found in results.items()}
+    metrics = {label: {name: one["mean"] for name, one in found.items()} for label, found in figures.items()}
     return Evaluation(digest, len(keys), metrics, note)
 
 
