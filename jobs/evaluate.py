@@ -12,6 +12,8 @@ from pydantic import NonNegativeInt, PositiveInt
 from jobs.command import Command, Outcome
 from jobs.sampling import SamplingOptions
 
+SHOWN = 10  # rejected pictures; `results.json` has all
+
 
 @dataclasses.dataclass(kw_only=True)
 class EvaluateOptions(SamplingOptions):
@@ -40,8 +42,10 @@ def run(options: EvaluateOptions) -> Outcome:
 
     result = evaluate(**dataclasses.asdict(options) | {"metrics": _names(options)})
     tables = open_storage(options.out).read(TABLE).decode()
-    rejected = "".join(f"\nrejected {key}: {reason}" for key, reason in result.rejected.items())
-    text = f"{tables}{rejected}\n{result.samples} pictures: {result.results}"
+    rejected = [f"rejected {key}: {reason}" for key, reason in result.rejected.items()]
+    if len(rejected) > SHOWN:
+        rejected[SHOWN:] = [f"and {len(rejected) - SHOWN} more"]
+    text = "\n".join([tables, *rejected, f"{result.samples} pictures: {result.results}"])
     return Outcome(dataclasses.asdict(result), text, complete=not result.rejected)
 
 
@@ -49,13 +53,15 @@ def check(options: EvaluateOptions) -> None:
     """Refuses unknown metrics. Whether the node of the command has those of other packages is not known here."""
     from deedsr.metrics.registry import find
 
-    for name in _names(options):
+    for name in _names(options) or ():
         if ":" not in name:
             find(name)
 
 
-def _names(options: EvaluateOptions) -> list[str]:
-    return [name.strip() for name in (options.metrics or "").split(",") if name.strip()]
+def _names(options: EvaluateOptions) -> list[str] | None:
+    if options.metrics is None:
+        return None
+    return [name.strip() for name in options.metrics.split(",") if name.strip()]
 
 
 def metrics() -> str:

@@ -3,6 +3,7 @@
 OUT/results.json                     figures of the set and of every picture, settings, lineage; written last
 OUT/rows.parquet                     a row for each picture, method and metric
 OUT/table.{txt,md,tex}               means, intervals, differences, win rates
+OUT/evaluation.html                  the tables, and the best, median and worst pictures
 OUT/pictures/KEY.{lr,bicubic,model,hr}.png    what was made here, and what a dataset holds
 OUT/_state/                          what is measured so far, see `evaluator`
 OUT/claim.json                       one command at a time, see `pipelines.claims`
@@ -33,15 +34,17 @@ from pipelines.data.dataset import Dataset
 from pipelines.data.index import require_hr
 from pipelines.distribution import each, network_plan
 from pipelines.inference.evaluator import RESULTS, Evaluated, Evaluator, Measured, State, place_in, read_pixels
-from pipelines.inference.figures import ROWS, Figures, rows_file
+from pipelines.inference.figures import ROWS, Figures, rows_file, table_files
 from pipelines.inference.parts import Given, Part, dataset_given, evenly, files_given, samples_given
 from pipelines.models import Model, Precision
 from pipelines.placement import Device, place_networks
+from pipelines.reports.evaluation import write_evaluation
 from pipelines.reports.page import strip
 from pipelines.storage import Storage, open_storage, scratch_folder
 from pipelines.storage.waiting import patiently
 
 logger = logging.getLogger(__name__)
+PAGE = "evaluation.html"
 LOGGED_PICTURES = 8  # comparisons among the artifacts of the MLflow run
 
 
@@ -69,7 +72,7 @@ def evaluate(
     reference: str | None = None,
     pictures: Sequence[str] = (),
     base: str | None = None,
-    metrics: Sequence[str] = (),
+    metrics: Sequence[str] | None = None,
     metric_weights: str | None = None,
     border: int = 0,
     split: str = "validation",
@@ -95,7 +98,7 @@ def evaluate(
         reference: folder of HR pictures for LR pictures of a folder and for `pictures`.
         pictures: folders of enlarged pictures, each as `NAME=FOLDER`, matched by names.
         base: where the model's base lies: folder, URI or hub id; None = where the model says.
-        metrics: names that `deedsr.metrics.registry` knows; none = those of `WITHOUT_WEIGHTS` that need no reference
+        metrics: names that `deedsr.metrics.registry` knows; None = those of `WITHOUT_WEIGHTS` that need no reference
             where there is none.
         metric_weights: folder or S3 prefix with weights files of LPIPS, DISTS and FID; None = only the cache of
             torch's hub is searched.
@@ -114,7 +117,7 @@ def evaluate(
     Raises UsageError before any work for unknown metrics, no pictures, names that do not fit, scales that differ, or an
     `out` that another command writes. Files that cannot be measured are in `rejected`, for all methods.
     """
-    _require_inputs(model, data, reference, pictures)
+    _require_inputs(model, data, pictures, limit)
     found = Model.find(model, base) if model else None
     dataset = dataset_given(data) if data else None
     if dataset is not None:
@@ -131,7 +134,7 @@ def evaluate(
     # Workers need nothing of the index, which the dataset keeps and its copy does not.
     work = Evaluator(
         (*(("model",) if found else ()), *(("bicubic",) if given.has_lr else ()), *given.named),
-        tuple(metrics) or _usual(given.has_hr),
+        _usual(given.has_hr) if metrics is None else tuple(metrics),
         seed,
         device,
         precision,
@@ -160,7 +163,9 @@ def evaluate(
     return _Evaluation(work, measures, given, storage, experiment, config, about, progress).run()
 
 
-def _require_inputs(model: str | None, data: str | None, reference: str | None, pictures: Sequence[str]) -> None:
+def _require_inputs(model: str | None, data: str | None, pictures: Sequence[str], limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise UsageError(f"limit must be 1 or more, got {limit}")
     if model and not data:
         raise UsageError(f"--model {model} needs --data: shards, or a folder of LR pictures")
     if not data and not pictures:
@@ -262,41 +267,31 @@ class _Evaluation:
         if rejected:
             logger.warning("evaluate: %d pictures are left out for all methods, such as %s", len(rejected), reason)
         figures = Figures.of(samples, self.work.methods, self.measures)
-        results = self.about | {
-            "run_id": run.id,
-            "metrics": {
-                method: {name: figure._asdict() for name, figure in found.items()}
-                for method, found in figures.metrics.items()
-            },
-            "differences": [difference._asdict() for difference in figures.differences],
-            "rejected": rejected,
-            "samples": [sample.record for sample in samples],
-        }
-        run.log_metrics(
-            {
-                f"{method}.{name}": figure.mean
-                for method, found in figures.metrics.items()
-                for name, figure in found.items()
-                if figure.mean is not None
-            }
-        )
-        for record in (samples[number].record for number in evenly(len(samples), LOGGED_PICTURES)):
-            run.log_picture(record["key"], self._strip(record["pictures"]))
+        records = [sample.record for sample in samples]
+        results = self.about | {"run_id": run.id} | figures.as_dict() | {"rejected": rejected, "samples": records}
+        run.log_metrics(figures.means())
+        for record in (records[number] for number in evenly(len(records), LOGGED_PICTURES)):
+            pictures = self._versions(record)
+            columns = strip(*pictures.values()) if "lr" in pictures else np.concatenate([*pictures.values()], 1)
+            run.log_picture(record["key"], columns)
         labels = {method: self.label(method) for method in self.work.methods}
-        files = {ROWS: rows_file(samples)} | figures.tables(self.measures, labels)
+        tables = figures.tables(self.measures, labels)
+        about = {"Pictures": str(len(samples)), "From": self.given.uri, "Digest": self.given.digest}
         with scratch_folder() as folder:
-            for name, content in files.items():
+            for name, content in ({ROWS: rows_file(samples)} | table_files(tables)).items():
                 (folder / name).write_bytes(content)
-                patiently(self.out.write, name, content)
-                run.log_artifact(folder / name)
+            write_evaluation(folder / PAGE, labels, about, tables, self.measures, records, rejected, self._versions)
+            for path in folder.iterdir():
+                patiently(self.out.write, path.name, path.read_bytes())
+                run.log_artifact(path)
         run.log_text(_text(results), RESULTS)
         return results
 
-    def _strip(self, pictures: Mapping[str, str]) -> np.ndarray:
-        """LR, methods and HR beside one another."""
+    def _versions(self, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Pixels of a record's pictures by name: LR, the methods, the first one last, HR."""
+        pictures = record["pictures"]
         names = [name for name in ("lr", *reversed(self.work.methods), "hr") if name in pictures]
-        arrays = [read_pixels(place_in(self.out, pictures[name])) for name in names]
-        return strip(*arrays) if "lr" in pictures else np.concatenate(arrays, 1)
+        return {name: read_pixels(place_in(self.out, pictures[name])) for name in names}
 
     def _result(self, results: dict[str, Any]) -> EvaluationResult:
         place = f"{self.out.uri}/{RESULTS}"

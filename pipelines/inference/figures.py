@@ -39,13 +39,35 @@ class Figures:
                 metrics[method][name] = found[method]
         return cls(metrics, changes)
 
-    def tables(self, measures: Mapping[str, Metric], labels: Mapping[str, str]) -> dict[str, bytes]:
-        """Files of the tables, by name. `labels`: what the methods are called."""
-        both = [means_table(self.metrics, measures, labels), differences_table(self.differences, measures, labels)]
+    def as_dict(self) -> dict[str, Any]:
+        """As in `results.json`."""
+        each = lambda found: {name: figure._asdict() for name, figure in found.items()}
         return {
-            f"table.{ending}": ("\n\n".join(form(table) for table in both if table.rows) + "\n").encode()
-            for ending, form in {"txt": plain, "md": markdown, "tex": latex}.items()
+            "metrics": {method: each(found) for method, found in self.metrics.items()},
+            "differences": [difference._asdict() for difference in self.differences],
         }
+
+    def means(self) -> dict[str, float]:
+        """The means that there are, as `method.metric`."""
+        return {
+            f"{method}.{name}": figure.mean
+            for method, found in self.metrics.items()
+            for name, figure in found.items()
+            if figure.mean is not None
+        }
+
+    def tables(self, measures: Mapping[str, Metric], labels: Mapping[str, str]) -> list["Table"]:
+        """Of means and of differences. `labels`: what the methods are called."""
+        return [means_table(self.metrics, measures, labels), differences_table(self.differences, measures, labels)]
+
+
+def table_files(tables: Sequence["Table"]) -> dict[str, bytes]:
+    """Files with the tables for a terminal, in Markdown and in LaTeX, by name."""
+    forms = {TABLE: plain, "table.md": markdown, "table.tex": latex}
+    return {
+        name: ("\n\n".join(form(table) for table in tables if table.rows) + "\n").encode()
+        for name, form in forms.items()
+    }
 
 
 def rows_file(samples: Sequence[Measured]) -> bytes:

@@ -4,10 +4,12 @@ import hashlib
 import json
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
+import cv2
 import numpy as np
 
 from deedsr import __version__
@@ -45,6 +47,19 @@ class Input(NamedTuple):
         return f"{self.storage.uri.rstrip('/')}/{self.path}"
 
 
+class Resize(NamedTuple):
+    """Size of a result that is not the model's factor: `factor` times the input's, or the largest inside of `box`
+    (width, height) of its aspect ratio."""
+
+    factor: float | None = None
+    box: tuple[int, int] | None = None
+
+    def of(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the result."""
+        factor = min(self.box[0] / width, self.box[1] / height) if self.box else self.factor or 1
+        return max(round(height * factor), 1), max(round(width * factor), 1)
+
+
 class Done(NamedTuple):
     """Result of one picture."""
 
@@ -67,6 +82,7 @@ class Upscaler:
     out: Storage
     device: Device = "auto"  # see `pipelines.models.usable_device`
     precision: Precision = "auto"  # see `pipelines.models.Model.load`
+    resize: Resize | None = None  # None: the model's factor
     sentinel: str = ""  # a file that is in a local `out` meanwhile: a worker that does not see it has other disks
 
     def __call__(self, source: Input) -> Done:
@@ -83,7 +99,7 @@ class Upscaler:
             if not self.overwrite and self._is_there(source.target, format, mark, output):
                 return done(reused=True)
             picture = read_picture(data)
-            require_fit(picture, format, self._scale)
+            require_fit(picture, format, max(self._size(picture)))
         except DeeDSRError as error:
             return done(reason=str(error))
         waited = time.monotonic()
@@ -126,6 +142,8 @@ class Upscaler:
         }
         if self.precision != "auto":
             made_of["precision"] = self.precision
+        if self.resize:
+            made_of["resize"] = self.resize
         return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
 
     def _is_there(self, target: str, format: str, mark: str, output: str) -> bool:
@@ -139,20 +157,38 @@ class Upscaler:
             raise DeeDSRError(f"{output} exists and is no result of this command: choose another --out, or --overwrite")
         return found == mark
 
-    @cached_property
-    def _scale(self) -> int:
-        return self.model.description.scale
+    def _size(self, picture: Picture) -> tuple[int, int]:
+        """Height and width of the result."""
+        return (self.resize or Resize(self.model.description.scale)).of(*picture.pixels_HWC.shape[:2])
 
     @cached_property
     def _sampler(self) -> Sampler:
         return Sampler(self.model, self.sampling, self.device, self.precision)
 
     def _enlarge(self, picture: Picture, name: str) -> np.ndarray:
-        """float32 (3, scale H, scale W) in [0, 1]."""
+        """float32 (3, H, W) in [0, 1], of the result's size: the model's result reduced by averaging areas.
+
+        The model's input is enlarged bicubically first where its factor is not enough, and reduced to the result's
+        size where that is smaller.
+        """
         import torch
 
+        scale, sizes = self.model.description.scale, self._size(picture)
+        rgb_CHW = picture.rgb()
+        fitting = [min(max(have, -(-side // scale)), side) for have, side in zip(rgb_CHW.shape[1:], sizes, strict=True)]
         generator = torch.Generator().manual_seed(self.seed)
-        return self._sampler(torch.from_numpy(picture.rgb()), generator, name).numpy()
+        enlarged = self._sampler(torch.from_numpy(_resized(rgb_CHW, fitting)), generator, name)
+        return _resized(enlarged.numpy(), sizes)
+
+
+def _resized(rgb_CHW: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """Reduced by areas or enlarged bicubically to (height, width), in [0, 1]; as it is where it has that size."""
+    height, width = sizes
+    if rgb_CHW.shape[1:] == (height, width):
+        return rgb_CHW
+    way = cv2.INTER_AREA if height * width < rgb_CHW[0].size else cv2.INTER_CUBIC
+    resized_HWC = cv2.resize(np.ascontiguousarray(rgb_CHW.transpose(1, 2, 0)), (width, height), interpolation=way)
+    return np.ascontiguousarray(resized_HWC.transpose(2, 0, 1)).clip(0, 1)
 
 
 def _read(source: Input) -> bytes:

@@ -112,7 +112,8 @@ class ShardSample:
 class PictureSet:
     """One scene in several versions, by label, from worst to best; all of one aspect ratio.
 
-    The slider first shows the second version (bicubic) against `shown`, by default the last one that is not HR.
+    The slider first shows `against`, by default the second version (bicubic), against `shown`, by default the last one
+    that is not HR.
     `figures[label]` is one line under a version, such as `24.1 dB`.
     """
 
@@ -120,6 +121,7 @@ class PictureSet:
     versions: Mapping[str, "Picture"]
     note: str = ""
     shown: str = ""
+    against: str = ""
     figures: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -214,7 +216,7 @@ def picture_view(picture: PictureSet) -> dict[str, Any]:
         "width": width,
         "height": height,
         "focus": busiest_spot(arrays[labels[-1]]),
-        "left": labels[1] if len(labels) > 2 else labels[0],
+        "left": picture.against or (labels[1] if len(labels) > 2 else labels[0]),
         "right": picture.shown or candidates[-1],
         "versions": [
             {
