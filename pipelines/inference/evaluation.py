@@ -151,15 +151,16 @@ def evaluate(
         "model": model,
         "scale": found and found.description.scale,
         "dataset": {"uri": given.uri, "digest": given.digest, "split": split if dataset else None},
+        "reference": reference,
         "pictures": list(pictures),
         "sampling": settings and settings.as_dict(),
         "precision": precision if found else None,
         "seed": seed,
         "definitions": {name: metric.statement() for name, metric in measures.items()},
     }
-    config = {name: about[name] for name in ("model", "sampling", "precision", "seed", "definitions", "pictures")}
-    config |= {"base": base, "data": data, "reference": reference, "out": out, "metrics": list(work.metrics)}
-    config |= {"split": about["dataset"]["split"], "limit": limit}
+    config = {name: value for name, value in about.items() if name not in ("format_version", "created_by", "dataset")}
+    config |= {"base": base, "data": data, "out": out, "metrics": list(work.metrics), "limit": limit}
+    config["split"] = about["dataset"]["split"]
     return _Evaluation(work, measures, given, storage, experiment, config, about, progress).run()
 
 
