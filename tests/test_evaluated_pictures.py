@@ -89,6 +89,7 @@ def test_it_continues_with_what_is_missing_or_changed(folders, hrs):
     assert [name for name in records if after[name] != records[name]] == ["Canon_001_HR.json"]
     assert changed.metrics["soft"]["psnr"]["mean"] < first.metrics["soft"]["psnr"]["mean"]
     assert changed.metrics["softer"] == first.metrics["softer"]
+    assert changed.run_id != first.run_id  # whose figures stay true
 
 
 def test_without_references_only_metrics_that_need_none_are_computed(folders, photos):

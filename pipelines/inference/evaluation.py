@@ -235,7 +235,11 @@ class _Evaluation:
 
     def _state(self) -> State:
         samples = self.work.made_of() | {"definitions": self.about["definitions"]}
-        whole = {"samples": samples, "keys": [part.key for part in self.given.parts], "experiment": self.experiment}
+        whole = {
+            "samples": samples,
+            "parts": [(part.key, *part.versions) for part in self.given.parts],
+            "experiment": self.experiment,
+        }
         whole["format_version"] = self.about["format_version"]
         whole["rejected"] = self.given.rejected
         whole["store"] = tracking.masked_uri(tracking.tracking_uri())

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from deedsr.metrics.metric import Metric
 from pipelines.reports.page import write_page
 from pipelines.reports.report import PictureSet, picture_view
-
-if TYPE_CHECKING:
-    import numpy as np
 
 SHOWN = 3  # pictures of each group
 LISTED = 1000  # pictures at most in the list
@@ -31,7 +30,7 @@ def write_evaluation(
     metrics: Mapping[str, Metric],
     records: Sequence[Record],
     rejected: Mapping[str, str],
-    read: Callable[[Record], Mapping[str, "np.ndarray"]],
+    read: Callable[[Record], Mapping[str, np.ndarray]],
 ) -> None:
     """Write the page to `out`: pictures are sorted by how far the first method is ahead of the second, by the first
     metric that single pictures have.
@@ -88,7 +87,7 @@ def groups(count: int) -> dict[str, list[int]]:
 
 def _scene(
     one: Ranked,
-    read: Callable[[Record], Mapping[str, "np.ndarray"]],
+    read: Callable[[Record], Mapping[str, np.ndarray]],
     labels: Mapping[str, str],
     metric: Metric,
     sorting: str,

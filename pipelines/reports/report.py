@@ -20,17 +20,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import cv2
+import numpy as np
 
 from deedsr.errors import DeeDSRError
 from deedsr.metrics.registry import known
 from pipelines.reports.charts import Curve, draw
 from pipelines.reports.page import data_uri, read_picture, write_page
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    Picture = np.ndarray | str | Path  # uint8 HWC RGB, or a file
+Picture = np.ndarray | str | Path  # uint8 HWC RGB, or a file
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ class ShardSample:
     """A training pair and `degradation`: the values drawn for it, as in `KEY.json`."""
 
     key: str
-    lr: "Picture"
-    hr: "Picture"
+    lr: Picture
+    hr: Picture
     degradation: Mapping[str, Any]
 
 
@@ -118,7 +118,7 @@ class PictureSet:
     """
 
     title: str
-    versions: Mapping[str, "Picture"]
+    versions: Mapping[str, Picture]
     note: str = ""
     shown: str = ""
     against: str = ""
@@ -230,11 +230,8 @@ def picture_view(picture: PictureSet) -> dict[str, Any]:
     }
 
 
-def busiest_spot(image_HWC: "np.ndarray") -> tuple[float, float]:
+def busiest_spot(image_HWC: np.ndarray) -> tuple[float, float]:
     """Centre (x, y as shares of the sides) of the window, a third of the picture wide, with the most fine detail."""
-    import cv2
-    import numpy as np
-
     gray = cv2.cvtColor(image_HWC, cv2.COLOR_RGB2GRAY).astype(np.float32)
     height, width = gray.shape
     window = (max(1, width // 3), max(1, height // 3))
