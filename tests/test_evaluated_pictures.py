@@ -3,6 +3,7 @@
 # ruff: noqa: F811 (fixtures of test_evaluation)
 
 import json
+import sys
 from pathlib import Path
 
 import cv2
@@ -11,6 +12,7 @@ import pyarrow.parquet
 import pytest
 from small_networks import make_pipeline
 from test_evaluation import assert_same, on_cluster, read, surroundings  # noqa: F401
+from test_metrics import install
 
 from deedsr.errors import UsageError
 from deedsr.metrics import psnr_y, ssim_y
@@ -177,6 +179,39 @@ def test_what_cannot_be_evaluated_is_one_clear_error(folders, small_dataset):
     assert not (folders / "out" / "results.json").exists()
     with pytest.raises(UsageError, match="--model tiny needs --data"):
         evaluate("tiny", None, place("out"))
+
+
+CONTRAST = """
+import numpy as np
+from deedsr.metrics.metric import Metric
+
+class Contrast(Metric):
+    name, title, definition, source = "contrast:log", "Contrast", "log of the deviation, mean over pictures", "a test"
+    higher_is_better, needs_reference = True, False
+
+    def measure(self, picture, reference):
+        with np.errstate(divide="ignore"):
+            return float(np.log(picture.std()))
+
+def provider(name, setting):
+    return Contrast(setting)
+"""
+
+
+def test_a_value_that_is_no_number_is_null_and_its_method_has_no_mean(folders, tmp_path, monkeypatch):
+    (tmp_path / "packages").mkdir()
+    install(tmp_path / "packages", "contrast_metric", CONTRAST, "[deedsr.metrics]\ncontrast = contrast_metric:provider")
+    monkeypatch.syspath_prepend(str(tmp_path / "packages"))
+    monkeypatch.delitem(sys.modules, "contrast_metric", raising=False)
+    save(folders / "soft", "Nikon_003_LR4.png", np.zeros((64, 64, 3), np.uint8))
+    result = measured(folders, metrics=("contrast:log", "psnr"))
+    assert result.metrics["soft"]["contrast:log"] == {"mean": None, "low": None, "high": None}
+    assert result.metrics["softer"]["contrast:log"]["mean"] > 0
+    assert [one["metric"] for one in result.differences] == ["psnr"]
+    samples = json.loads((folders / "out" / "results.json").read_text())["samples"]
+    values = [sample["metrics"]["soft"]["contrast:log"] for sample in samples]
+    assert [value is None for value in values] == [False, False, True, False]
+    assert (result.samples, result.rejected) == (4, {})
 
 
 def test_names_of_drealsr_and_of_outputs_fit(tmp_path, hrs):
