@@ -7,8 +7,6 @@ OUT/_state/evaluation/DIGEST/KEY.json     figures of one picture, or why it has 
 
 import json
 import math
-import posixpath
-import socket
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +20,6 @@ from deedsr import __version__
 from deedsr.dataset.keys import generator
 from deedsr.dataset.manifest import STATE
 from deedsr.dataset.pictures import RejectedImage, read_stored, upright
-from deedsr.errors import DeeDSRError
 from deedsr.metrics.metric import Metric, Setting
 from deedsr.metrics.registry import selected
 from pipelines.data.dataset import Dataset, SourceInfo
@@ -30,7 +27,7 @@ from pipelines.inference.parts import MADE, Part
 from pipelines.inference.sampler import Sampler
 from pipelines.models import Model, Precision, usable_device
 from pipelines.placement import Device
-from pipelines.storage import Storage, localize, object_at
+from pipelines.storage import Storage, localize, object_at, require_here
 from pipelines.storage.waiting import patiently
 
 if TYPE_CHECKING:
@@ -175,15 +172,13 @@ class Evaluator:
 
 def read_pixels(uri: str) -> np.ndarray:
     """A picture file's pixels as stored, upright, uint8 RGB (H, W, 3): no colour profile is applied, as in the field's
-    tools. Raises RejectedImage for what metrics are not defined for, DeeDSRError where there is no such file."""
+    tools. Raises RejectedImage for what metrics are not defined for, UsageError on a worker without the folder."""
     storage, name = object_at(uri)
     try:
         data = storage.read(name)
     except FileNotFoundError:
-        raise DeeDSRError(
-            f"on {socket.gethostname()}: {uri} is missing. Workers read pictures by themselves: give folders that all "
-            "machines share or s3:// locations"
-        ) from None
+        require_here(storage.uri)
+        raise RejectedImage(f"{name} is gone") from None
     try:
         stored = read_stored(data, others=True)
         if stored.colour.dtype != np.uint8:
@@ -193,7 +188,7 @@ def read_pixels(uri: str) -> np.ndarray:
         if stored.colour.ndim == 3 and stored.colour.shape[2] != 3:
             raise RejectedImage("not RGB or grey")
     except RejectedImage as reason:
-        raise RejectedImage(f"{posixpath.basename(uri)}: {reason}") from None
+        raise RejectedImage(f"{name}: {reason}") from None
     colour = stored.colour if stored.colour.ndim == 3 else np.repeat(stored.colour[..., None], 3, 2)
     return upright(np.ascontiguousarray(colour), stored.orientation)
 
