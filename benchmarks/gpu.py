@@ -100,7 +100,8 @@ def numerics(bench: Bench) -> None:
         run = lambda steps, stage=stage, micro=micro, **asked: (
             bench.task("losses", stage=stage, micro=micro, steps=steps, **small | asked) or {}
         ).get("losses")
-        cpu, threads, here = run(20, device="cpu"), run(20, device="cpu", threads=2), run(20)
+        cpu, threads = run(20, device="cpu"), run(20, device="cpu", threads=2)
+        here = run(20) if bench.device != "cpu" else cpu
         if cpu and threads and here:
             apart = lambda one, other: max(abs(a - b) / abs(b) for a, b in zip(one, other, strict=True))
             first, bound = apart(here[:1], cpu[:1]), max(2 * apart(threads, cpu), 1e-6)
@@ -174,11 +175,13 @@ def sampling(
     bench: Bench,
     cases: tuple[tuple[int, int, int], ...] = ((128, 1, 50),),
     precisions: tuple[str, ...] = ("fp16",),
+    compile: bool = False,
 ) -> None:
     """`cases`: (LR side, pictures, steps). A CPU is slow in half precision."""
     for precision in precisions if bench.device == "cuda" else ("fp32",):
         for side, pictures, steps in cases if bench.device == "cuda" else ((32, 1, 4),):
             asked = {"side": side, "pictures": pictures, "steps": steps, "precision": precision}
+            asked |= {"compile": True} if compile else {}
             if answer := bench.task("sampling", **asked):
                 bench.keep(asked | answer | ({"goal": GOALS["seconds"]} if (side, pictures) == (128, 1) else {}))
 
@@ -187,12 +190,14 @@ def more_sampling(bench: Bench) -> None:
     cases = ((128, 1, 15), (128, 4, 50), (128, 16, 50), (512, 1, 50))
     sampling(bench, cases)
     sampling(bench, ((128, 1, 50),), ("fp32", "bf16"))
+    sampling(bench, ((128, 1, 50), (128, 16, 50)), compile=True)
 
 
 def profile(bench: Bench) -> None:
-    asked = {"micro": 8 if bench.device == "cuda" else 2, "precision": "bf16"}
-    if answer := bench.task("profile", **asked):
-        bench.keep(asked | answer)
+    asked: Row = {"micro": 8 if bench.device == "cuda" else 2, "precision": "bf16"}
+    for task, more in (("profile", {}), ("depthwise", {"seconds": bench.measured})):
+        if answer := bench.task(task, **asked, **more):
+            bench.keep({"task": task} | asked | answer)
 
 
 def shards(bench: Bench) -> None:
