@@ -175,13 +175,12 @@ def sampling(
     bench: Bench,
     cases: tuple[tuple[int, int, int], ...] = ((128, 1, 50),),
     precisions: tuple[str, ...] = ("fp16",),
-    compile: bool = False,
+    **more: Any,
 ) -> None:
     """`cases`: (LR side, pictures, steps). A CPU is slow in half precision."""
     for precision in precisions if bench.device == "cuda" else ("fp32",):
         for side, pictures, steps in cases if bench.device == "cuda" else ((32, 1, 4),):
-            asked = {"side": side, "pictures": pictures, "steps": steps, "precision": precision}
-            asked |= {"compile": True} if compile else {}
+            asked = {"side": side, "pictures": pictures, "steps": steps, "precision": precision, **more}
             if answer := bench.task("sampling", **asked):
                 bench.keep(asked | answer | ({"goal": GOALS["seconds"]} if (side, pictures) == (128, 1) else {}))
 
@@ -190,6 +189,8 @@ def more_sampling(bench: Bench) -> None:
     cases = ((128, 1, 15), (128, 4, 50), (128, 16, 50), (512, 1, 50))
     sampling(bench, cases)
     sampling(bench, ((128, 1, 50),), ("fp32", "bf16"))
+    sampling(bench, ((128, 1, 50), (512, 1, 10)), offload=True)
+    sampling(bench, ((512, 1, 10),), tile=512)
     sampling(bench, ((128, 1, 50), (128, 16, 50)), compile=True)
 
 
@@ -211,23 +212,43 @@ def shards(bench: Bench) -> None:
 
 
 def trainer(bench: Bench) -> None:
-    """`deedsr train adapter` on latents of the shipped photographs: the command from its start to its end."""
+    """`deedsr train adapter` on latents of the shipped photographs, and a bare loop at its micro-batch."""
+    from pipelines import tracking
+
     photographs = Path(__file__).parent.parent / "deedsr" / "assets" / "photos" / "train"
     places = "--base tiny --learner tiny"
     preset, steps = "tiny", 20
     if bench.size == "full":
         places, preset, steps = f"--base {bench.work}/base --learner {bench.work}/learner", "fast", 100
-    device = "" if bench.device == "cuda" else "--train.gpus_per_worker 0"
+    device = "" if bench.device == "cuda" else "--train.gpus_per_worker 0 --train.num_workers 1"
     with tempfile.TemporaryDirectory(dir=bench.work) as folder:
         store = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
         made = command(bench, f"shards --source {photographs} --out {folder}/shards", **store)
         made = made and command(bench, f"latents --data {folder}/shards {places} --out {folder}/latents", **store)
-        if made:
-            command(bench, f"train adapter --preset {preset} --data {folder}/latents {places} --out {folder}/adapter "
-                    f"--train.max_steps {steps} --train.log_every 5 {device}", **store)  # fmt: skip
+        if made is None:
+            return
+        began = time.time()
+        line = f"train adapter --preset {preset} --data {folder}/latents {places} --out {folder}/adapter {device}"
+        trained = command(bench, f"{line} --train.max_steps {steps} --train.log_every 5", **store)
+        ended = time.time()
+        if trained is None:
+            return
+        client = tracking.connect(store["MLFLOW_TRACKING_URI"])
+        history = lambda name: client.get_metric_history(trained["run_id"], name)
+        rate = float(np.mean([m.value for m in history("samples_per_second") if m.step > 5]))
+        at = [m.timestamp / 1000 for m in history("loss")]
+        asked = client.get_run(trained["run_id"]).data.params
+    micro, precision = int(asked["train.micro_batch_size"]), asked["train.precision"]
+    row = {"micro": micro, "precision": precision, "samples_per_second": rate, "seconds_to_step_5": at[0] - began,
+           "seconds_from_last_step": ended - at[-1]}  # fmt: skip
+    if bare := bench.task("train", stage="adapter", loop="bare", micro=micro, precision=precision,
+                          seconds=bench.measured):  # fmt: skip
+        row |= {"share_of_bare_loop": rate / bare["samples_per_second"], "goal": GOALS["share"]}
+    bench.keep(row)
 
 
-def command(bench: Bench, line: str, **environment: str) -> bool:
+def command(bench: Bench, line: str, **environment: str) -> Row | None:
+    """The result of a command of `deedsr`; None, and a row that says why, where it failed."""
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "deedsr", *line.split(), "--json"],
@@ -239,9 +260,10 @@ def command(bench: Bench, line: str, **environment: str) -> bool:
     row: Row = {"command": " ".join(line.split()[:2]), "seconds_in_all": time.monotonic() - began}
     if done.returncode:
         bench.keep(row | {"failed": done.stderr.strip().splitlines()[-1][-300:]})
-    else:
-        bench.keep(row | {k: v for k, v in json.loads(done.stdout).items() if isinstance(v, int | float)})
-    return not done.returncode
+        return None
+    result = json.loads(done.stdout)
+    bench.keep(row | {k: v for k, v in result.items() if isinstance(v, int | float)})
+    return result
 
 
 ARMS: dict[str, Callable[[Bench], None]] = {

@@ -241,10 +241,14 @@ def sampling(asked: dict[str, Any]) -> dict[str, Any]:
     tf32(asked.get("tf32", True))
     torch.set_num_threads(1)
     pipe = pipeline_of(asked["size"], asked["work"], asked["precision"])
+    if asked.get("offload"):
+        pipe.enable_model_cpu_offload(device=DEVICE)
     if asked.get("compile"):
         pipe.adapter.compile(mode="reduce-overhead")  # with CUDA graphs
     lrs = list(torch.rand(asked["pictures"], 3, asked["side"], asked["side"]))
-    sample = lambda steps: pipe(lrs, num_inference_steps=steps, noise_guidance=0.0, output_type="pt")
+    sample = lambda steps: pipe(
+        lrs, num_inference_steps=steps, noise_guidance=0.0, output_type="pt", tile=asked.get("tile")
+    )
     sample(2)
     synchronize()
     peak_reset()

@@ -130,7 +130,9 @@ class Loop:
         say: Callable[[str], Any],
     ):
         self.stage, self.device, self.run = stage, device, run
-        self.plan = decided(options.train, device.type == "cuda")
+        self.plan = options.train
+        if self.plan.exact_sums is None:  # not by a command, which decides before it records the run
+            self.plan = decided(self.plan, device.type == "cuda")
         self.report, self.asked, self.say = report, asked, say
         self.out = open_storage(options.out)
         self.check = claim.check if claim else lambda: None
