@@ -5,7 +5,8 @@
 Without a GPU everything runs at a tiny size on the CPU, for form. With one, `training`, `learner`, `latents`,
 `sampling` and `profile` run at Stable Diffusion 2.1-base's size, with random weights that are written into `--work`
 first (5 GB, kept). Arms: numerics, training, sampling (the default set), more-training, trainer (with Ray), learner,
-latents, more-sampling, shards (with Ray), profile; or `all`. An arm begins no further measurement after `--minutes`,
+latents, more-sampling (in tiles, offloaded, compiled), shards (with Ray), profile (and three ways of the DA blocks'
+per-sample convolution); or `all`. An arm begins no further measurement after `--minutes`,
 and each measurement has a process of its own, so that one that fails says so and the others go on. What is measured is
 kept in `--work`/results.jsonl at once. Needs this checkout and its dependencies, and no network. Prints tables and,
 last, one JSON line.
