@@ -222,10 +222,10 @@ class Chain:
         dataset = tracking.DatasetInput(made["digest"], made["manifest"].removesuffix(f"/{MANIFEST}"))
         run.later(lambda: run.log_dataset(dataset, context="chain"))
         figures = {
-            f"{method}.{name}": value
+            f"{method}.{name}": figure["mean"]
             for method, found in outcomes["evaluate"].values["metrics"].items()
-            for name, value in found.items()
-            if value is not None
+            for name, figure in found.items()
+            if figure["mean"] is not None
         }
         run.log_metrics(figures, outcomes["adapter"].values["step"])
 

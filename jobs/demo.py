@@ -86,7 +86,7 @@ def run(options: DemoOptions) -> Outcome:
     evaluations = {
         name: step(
             f"Evaluation of {LABELS[name]}",
-            lambda v: f"PSNR-Y {v['metrics']['model']['psnr']:.2f} dB",
+            lambda v: f"PSNR-Y {v['metrics']['model']['psnr']['mean']:.2f} dB",
             *("evaluate", "--model", model, "--data", shards, "--out", out / "evaluation" / name),
             *("--limit", 18, "--metrics", "psnr,ssim,niqe_set"),
         )
@@ -124,7 +124,7 @@ def _farewell(values: dict[str, Any], evaluations: dict[str, Any]) -> str:
     width = max(map(len, rows))
     table = [" " * width + "".join(f"{name:>10}" for name in names)]
     for label, row in rows.items():
-        figures = ("-" if row[name] is None else f"{row[name]:.3f}" for name in names)
+        figures = ("-" if (mean := row[name]["mean"]) is None else f"{mean:.3f}" for name in names)
         table.append(f"{label:<{width}}" + "".join(f"{figure:>10}" for figure in figures))
     store = tracking.masked_uri(values["tracking"])
     return "\n".join(

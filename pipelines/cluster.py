@@ -217,6 +217,16 @@ def wait_for(plan: Plan, without: str) -> None:
         remove_placement_group(group)
 
 
+def gpu_memory(plan: Plan) -> int:
+    """Bytes of the smallest GPU among those that the first workers of `plan` may get; 0 = unknown."""
+    if offer().local:
+        return machine.gpu_memory()
+    import ray
+
+    asked = ray.remote(num_cpus=0, num_gpus=plan.gpus)(machine.gpu_memory)
+    return min(ray.get([asked.remote() for _ in range(plan.fewest)]))
+
+
 def _words(plan: Plan) -> str:
     return f"{plan.fewest} x {{{', '.join(f'{kind} {amount:g}' for kind, amount in plan.bundle.items())}}}"
 

@@ -79,6 +79,13 @@ def gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
+def gpu_memory() -> int:
+    """Bytes of the smallest GPU that this process sees; 0 without one."""
+    import torch
+
+    return min((torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())), default=0)
+
+
 def lock(file: IO[Any], wait: bool = True, shared: bool = False) -> bool:
     """Takes the lock of an open file until that is closed; False if another has it and not `wait`.
 

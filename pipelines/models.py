@@ -155,13 +155,16 @@ class Model(Reference):
         """The pipeline on `device` (see `usable_device`), without progress bar.
 
         `precision`: that VAE, UNet and adapter compute in; `auto` = fp16 on a CUDA GPU, where it is nearer to fp32 than
-        bf16 and as fast, else fp32. Raises UsageError where the model or its base is missing, incomplete, or the base
-        another than it was trained on; DeeDSRError where a worker finds another model than the command was given.
+        bf16 and as fast, else fp32, which is without TF32. Raises UsageError where the model or its base is missing,
+        incomplete, or the base another than it was trained on; DeeDSRError where a worker finds another model than the
+        command was given.
         """
         import torch
 
+        from deedsr.precision import set_tf32
         from deedsr.sampling.pipeline import DeeDSRPipeline
 
+        set_tf32(False)
         place, path, base = usable_device(device), self.path, self._given_base
         if precision == "auto":
             precision = "fp16" if place.type == "cuda" else "fp32"

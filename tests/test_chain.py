@@ -149,7 +149,7 @@ def test_what_is_done_is_skipped_and_the_rest_is_made_below_one_run(things, caps
     assert (parent.info.run_id, parent.info.status) == (first["run_id"], "FINISHED")
     assert evaluation.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert parent.data.params["adapter.learner"] == "learner"
-    assert parent.data.metrics["model.psnr"] == pytest.approx(first["evaluate"]["metrics"]["model"]["psnr"])
+    assert parent.data.metrics["model.psnr"] == pytest.approx(first["evaluate"]["metrics"]["model"]["psnr"]["mean"])
     assert parent.data.tags["deedsr.dataset.digest"] == first["shards"]["digest"]
     assert "mlflow.parentRunId" not in made["learner"][0].data.tags  # of a single command
 

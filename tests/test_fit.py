@@ -110,6 +110,8 @@ def test_the_result_names_run_checkpoint_and_progress(learner, learner_options):
     assert json.loads((Path(learner.checkpoint) / "checkpoint.json").read_text())["step"] == 4
     assert (Path(learner_options.out) / "learner" / "config.json").is_file()
     assert not list(Path(learner_options.out).glob("_ray*"))
+    recorded = json.loads((Path(learner_options.out) / "training.json").read_text())["config"]["train"]
+    assert (recorded["exact_sums"], recorded["tf32"]) == (True, False)  # as chosen for CPUs at the first start
 
 
 def test_the_run_knows_its_dataset_and_the_run_that_made_it(learner, shards_run, small_dataset):

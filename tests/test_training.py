@@ -29,6 +29,7 @@ from pipelines.training.config import (
 )
 from pipelines.training.learner_stage import LearnerStage
 from pipelines.training.schedules import PRESETS
+from pipelines.training.stage import unit
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +168,7 @@ def test_a_sample_knows_its_degradation_group_and_validation_counts_no_other_of_
     assert batch["group"].tolist() == [3, UNGROUPED, 3, 2**30]
     with torch.no_grad():
         rows = stage.validation_step(learner, batch)
-        query, key = (learner(batch[part], embedding=True) for part in ("query", "key"))
+        query, key = (learner(unit(batch[part]), embedding=True) for part in ("query", "key"))
     scores = query @ key.T / learner_options.contrast.temperature
     scores[0, 2] = scores[2, 0] = -torch.inf
     torch.testing.assert_close(
@@ -209,7 +210,7 @@ def test_a_noisy_latent_pulled_to_the_lr_still_has_the_hr_as_its_answer(adapter_
     assert max(strengths) == 1
     assert min(strengths) < 1
     batch = {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in samples[0]}
-    z_hr = encode_latents(stage.vae, 2 * batch["hr_crop"] - 1)
+    z_hr = encode_latents(stage.vae, 2 * unit(batch["hr_crop"]) - 1)
 
     def oracle(noisy, t, z_lr, degradation):
         abar = torch.stack([alpha_bar(stage.scheduler, one) for one in t.float()]).view(-1, 1, 1, 1)
