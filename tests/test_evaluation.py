@@ -9,9 +9,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import psutil
 import pytest
-import torch
+from evaluations import actors, assert_same
 from metric_weights import write_weights
 from small_networks import make_pipeline
 
@@ -22,32 +21,7 @@ from pipelines.data.dataset import Dataset
 from pipelines.inference.evaluation import evaluate
 from pipelines.storage import open_storage, publish
 
-
-@pytest.fixture(scope="module", autouse=True)
-def surroundings(tmp_path_factory):
-    """One thread, and an MLflow store of this module's own."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    patch.undo()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("models") / "small"
-    make_pipeline(num_inference_steps=2).save_pretrained(folder)
-    (folder / "training.json").write_text(json.dumps({"run_id": "run-of-the-adapter"}))
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def evaluated(model, small_dataset, tmp_path_factory):
-    out = tmp_path_factory.mktemp("evaluated") / "out"
-    result = evaluate(model, small_dataset, str(out), limit=6, seed=3, progress=False)
-    return out, result, json.loads((out / "results.json").read_text())
+pytestmark = pytest.mark.usefixtures("own_store", "one_thread")
 
 
 def mean_of(found: dict) -> dict[str, float | None]:
@@ -232,29 +206,6 @@ def test_progress_goes_to_stderr_only(model, small_dataset, tmp_path, capsys):
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "evaluate" in printed.err
-
-
-@pytest.fixture
-def on_cluster(ray_cluster, monkeypatch):
-    """The tests' cluster as one that `RAY_ADDRESS` names."""
-    import ray
-
-    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
-
-
-def actors() -> list[psutil.Process]:
-    """Processes of the tests' cluster that evaluate."""
-    below = psutil.Process().children(recursive=True)
-    return [process for process in below if "_Actor" in process.name() + "".join(process.cmdline())]
-
-
-def assert_same(one: Path, other: Path) -> None:
-    one_results, other_results = (json.loads((out / "results.json").read_text()) for out in (one, other))
-    assert one_results["samples"] == other_results["samples"]
-    assert one_results["metrics"] == other_results["metrics"]
-    for sample in one_results["samples"]:
-        for name in sample["pictures"].values():
-            assert (one / name).read_bytes() == (other / name).read_bytes()
 
 
 def test_a_cluster_computes_the_same_where_paths_are_relative_to_the_command(

@@ -42,10 +42,10 @@ def list_sources(uris: Sequence[str]) -> Iterator[Source]:
             "no source: give --source a folder, an S3 prefix, a list file (.txt), a tar or a Parquet table"
         )
     for root, uri in enumerate(uris):
-        files = _files(root, uri)
+        files, named = _files(root, uri)
         unused: list[str] = []
         empty = True
-        for source in _looked_into(files, unused):
+        for source in _looked_into(files, named, unused):
             yield source
             empty = False
         if empty:
@@ -55,27 +55,26 @@ def list_sources(uris: Sequence[str]) -> Iterator[Source]:
             logger.warning("source %s: %d Parquet tables are not used: %s", uri, len(unused), unused[0])
 
 
-class _Files(NamedTuple):
-    """Files of a source; `named`: each was meant, not just found."""
-
-    files: Iterable[Source]
-    named: bool
+def listed(uris: Sequence[str], pairs: Sequence[str], scale: int) -> Iterator[Source]:
+    """`list_sources`, or `list_pairs` where there are `pairs`."""
+    return list_pairs(uris, pairs, scale) if pairs else list_sources(uris)
 
 
-def _files(root: int, uri: str) -> _Files:
+def _files(root: int, uri: str) -> tuple[Iterable[Source], bool]:
+    """Files of a source, and whether each was meant, not just found."""
     storage = open_storage(uri)
     folder, pattern = split_pattern(storage.uri)
     if pattern and has_wildcard(pattern):
-        return _Files(_matching(root, uri, open_storage(folder), pattern), True)
+        return _matching(root, uri, open_storage(folder), pattern), True
     if pattern:
-        return _Files(_stated(root, folder, [f"{folder.rstrip('/')}/{path}" for path in expanded(pattern)]), True)
+        return _stated(root, folder, [f"{folder.rstrip('/')}/{path}" for path in expanded(pattern)]), True
     local = storage.local_path("")
     if local is None or not local.is_dir():
         if uri.lower().endswith(".txt") and (local is not None or not any(True for _ in storage.list())):
-            return _Files(_list_file(root, uri), True)
+            return _list_file(root, uri), True
         if uri.lower().endswith((".tar", ".parquet")) and (file := _single(root, storage.uri)):
-            return _Files([file], True)
-    return _Files(_folder(root, storage), False)
+            return [file], True
+    return _folder(root, storage), False
 
 
 def _folder(root: int, storage: Storage) -> Iterator[Source]:
@@ -86,11 +85,8 @@ def _folder(root: int, storage: Storage) -> Iterator[Source]:
         raise UsageError(
             f"source {storage.uri} is a file: give the folder it is in, or a list file (.txt) that names it"
         )
-    return (_file(root, storage, entry) for entry in storage.list() if _holds_pictures(entry.path))
-
-
-def _holds_pictures(path: str) -> bool:
-    return _named_as_pictures(path) and not is_hidden(path)
+    found = (entry for entry in storage.list() if _named_as_pictures(entry.path) and not is_hidden(entry.path))
+    return (_file(root, storage, entry) for entry in found)
 
 
 def _named_as_pictures(path: str) -> bool:
@@ -178,20 +174,17 @@ def _stat(uri: str) -> Entry:
         return Entry(name, 0, "")  # rejected with the reason when it is read
 
 
-def _looked_into(files: _Files, unused: list[str]) -> Iterator[Source]:
+def _looked_into(files: Iterable[Source], named: bool, unused: list[str]) -> Iterator[Source]:
     """Pictures, and those inside tars and tables; `unused` collects the messages of tables without pictures."""
-    for is_container, run in groupby(files.files, key=_is_container):
-        if not is_container:
+    # Not what is missing or unreadable, for which reading it gives the reason.
+    is_container = lambda file: bool(file.version) and file.path.lower().endswith((".tar", ".parquet", *_COMPRESSED))
+    for has_inside, run in groupby(files, key=is_container):
+        if not has_inside:
             yield from run
             continue
-        for found, problem in in_threads(lambda file: _inside(file, files.named), run, _THREADS, _AHEAD):
+        for found, problem in in_threads(lambda file: _inside(file, named), run, _THREADS, _AHEAD):
             unused += [problem] if problem else []
             yield from found
-
-
-def _is_container(file: Source) -> bool:
-    """Whether to look into a file; not if it is missing or unreadable, for which reading it gives the reason."""
-    return bool(file.version) and file.path.lower().endswith((".tar", ".parquet", *_COMPRESSED))
 
 
 def _inside(file: Source, named: bool) -> tuple[Iterable[Source], str]:
