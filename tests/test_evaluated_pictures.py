@@ -1,7 +1,5 @@
 """Claims about evaluations of picture files: matched by name, measured side by side, bad ones listed."""
 
-# ruff: noqa: F811 (fixtures of test_evaluation)
-
 import json
 import sys
 from pathlib import Path
@@ -10,9 +8,9 @@ import cv2
 import numpy as np
 import pyarrow.parquet
 import pytest
+from evaluations import assert_same
+from packages import install
 from small_networks import make_pipeline
-from test_evaluation import assert_same, on_cluster, read, surroundings  # noqa: F401
-from test_metrics import install
 
 from deedsr.errors import UsageError
 from deedsr.metrics import psnr_y, ssim_y
@@ -20,7 +18,12 @@ from jobs.cli import main
 from pipelines.inference.evaluation import evaluate
 from pipelines.inference.parts import files_given
 
+pytestmark = pytest.mark.usefixtures("own_store", "one_thread")
 NAMES = ("Canon_001", "Canon_002", "Nikon_003", "Nikon_004")
+
+
+def read(path: Path) -> np.ndarray:
+    return cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
 
 
 def save(folder: Path, name: str, picture: np.ndarray) -> None:

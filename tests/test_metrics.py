@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import plain_metrics
 import pytest
+from packages import install
 from plain_metrics import made_picture, softened
 
 from deedsr.errors import DeeDSRError, UsageError
@@ -208,15 +209,6 @@ def test_a_new_metric_is_one_file(tmp_path, monkeypatch, sharp):
         registry.known.cache_clear()
         sys.modules.pop("deedsr.metrics.sharpness", None)
         vars(package).pop("sharpness", None)
-
-
-def install(folder, name: str, code: str, points: str = "") -> None:
-    """A package with its metadata, as pip leaves it."""
-    (folder / f"{name}.py").write_text(code)
-    metadata = folder / f"{name}-1.5.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.5\n")
-    (metadata / "entry_points.txt").write_text(points)
 
 
 @pytest.fixture

@@ -1,24 +1,34 @@
 """Claims about results of other sizes than the model's factor gives."""
 
-# ruff: noqa: F811 (fixtures of test_upscaling)
-
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
-from test_upscaling import folder, model, picture, run  # noqa: F401
 
 from jobs.cli import main
+from pipelines.inference.upscaling import upscale
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.fixture
+def folder(photos, tmp_path):
+    """a.png, a shipped photograph reduced to 24 x 16 pixels."""
+    (tmp_path / "in").mkdir()
+    photo = Image.open(photos / "validation" / "Green-Maple.jpg").resize((24, 16), Image.Resampling.BOX)
+    photo.save(tmp_path / "in" / "a.png")
+    return tmp_path / "in"
+
+
+def run(folder, model, **options):
+    return upscale([str(folder / "a.png")], str(folder.parent / "out"), model=model, progress=False, **options)
+
+
 def result(folder, model, **options) -> np.ndarray:
     """What becomes of a.png, 24 x 16 pixels."""
-    out = folder.parent / "out"
-    [image] = run([folder / "a.png"], out, model, **options).images
+    [image] = run(folder, model, **options).images
     assert not image["reused"]
-    return np.asarray(Image.open(out / "a.png")).astype(int)
+    return np.asarray(Image.open(image["output"])).astype(int)
 
 
 @pytest.mark.parametrize(
@@ -55,15 +65,14 @@ def test_the_input_is_resized_first_where_the_result_is_larger_than_the_models_o
 
 
 def test_a_result_is_reused_only_for_its_size(folder, model):
-    out = folder.parent / "out"
-    reused = lambda **options: run([folder / "a.png"], out, model, **options).reused
+    reused = lambda **options: run(folder, model, **options).reused
     assert [reused(), reused(factor=4), reused(factor=2), reused(factor=2), reused(size="48x32"), reused()] == [
         0, 1, 0, 1, 0, 0,
     ]  # fmt: skip
 
 
-def test_transparency_has_the_size_of_the_result(folder, model, picture):
-    rgba = picture.convert("RGBA")
+def test_transparency_has_the_size_of_the_result(folder, model):
+    rgba = Image.open(folder / "a.png").convert("RGBA")
     rgba.putalpha(Image.linear_gradient("L").resize(rgba.size))
     rgba.save(folder / "a.png")
     assert result(folder, model, factor=2).shape == (32, 48, 4)
