@@ -102,6 +102,7 @@ def train_options(asked: dict[str, Any], **more: Any) -> TrainOptions:
         "precision": asked.get("precision", "fp32"),
         "zero_stage": asked.get("zero", 0),
         "clip_grad_norm": 1.0,
+        "ema_decay": 0.999,
         "exact_sums": False,
         "gradient_checkpointing": asked.get("checkpointing", False),
         "compile": asked.get("compile", False),
