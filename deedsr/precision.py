@@ -5,8 +5,6 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["exact_products", "set_tf32", "wide", "widest"]
-
 
 def set_tf32(enabled: bool) -> None:
     """Whether GPUs round the inputs of fp32 matrix products and convolutions to 10 bits of mantissa (TF32).

@@ -5,9 +5,10 @@ import hashlib
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from small_networks import inputs, tiny_unet, wake
 from torch import nn
 
-from deedsr.adapter import DegradationAwareAdapter, freeze
+from deedsr.adapter import DegradationAwareAdapter
 from deedsr.adapter.adapter import cross_attentions, residual_blocks
 from deedsr.adapter.cross_attention import CrossAttentionProcessor
 from deedsr.adapter.da_block import DegradationAwareConv, DegradationAwareGroup
@@ -20,7 +21,6 @@ SD21_BASE = {  # Stable Diffusion 2.1-base; the rest is the class's defaults
     "cross_attention_dim": 1024,
     "use_linear_projection": True,
 }
-SIDES = (16, 12)  # of the latents: not square
 
 
 def count(module: nn.Module) -> int:
@@ -34,33 +34,12 @@ def digest(module: nn.Module) -> str:
     return sha.hexdigest()
 
 
-def tiny_unet() -> UNet2DConditionModel:
-    torch.manual_seed(0)
-    return freeze(UNet2DConditionModel(**UNET))
-
-
 def adapter_of(unet: UNet2DConditionModel, tokens: str = "new_kv") -> DegradationAwareAdapter:
     torch.manual_seed(1)
     adapter = DegradationAwareAdapter.for_unet(unet, "tiny", degradation_dim=12, tokens=tokens)
     adapter.initialize_from(unet)
     adapter.attach(unet)
     return adapter
-
-
-def inputs(batch: int = 2) -> tuple[torch.Tensor, ...]:
-    """Noisy latents, diffusion time, LR latent, degradation vector."""
-    draw = torch.Generator().manual_seed(2)
-    normal = lambda *shape: torch.randn(*shape, generator=draw)
-    times = torch.tensor([3, 700, 41, 980])[:batch]
-    return normal(batch, 8, *SIDES), times, normal(batch, 8, *SIDES), normal(batch, 12).abs()
-
-
-def wake(adapter: DegradationAwareAdapter) -> None:
-    """Give every zero-initialised layer some weight, as training does."""
-    torch.manual_seed(3)
-    for parameter in adapter.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.1)
 
 
 def train_one_step(adapter: DegradationAwareAdapter) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from test_outage import empty_store  # noqa: F401
 
 from deedsr.errors import UsageError
 from pipelines import tracking
@@ -20,7 +19,7 @@ TINY = Path(str(files("deedsr") / "assets" / "tiny"))
 
 
 @pytest.fixture
-def run(empty_store, tmp_path, monkeypatch):  # noqa: F811
+def run(empty_store, tmp_path, monkeypatch):
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     with tracking.start_run("deedsr-adapter", name="adapter", config={}, system_metrics=False) as run:

@@ -2,7 +2,7 @@
 
 import base64
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cv2
 import numpy as np
@@ -11,9 +11,6 @@ from deedsr.errors import UsageError
 from deedsr.metrics.registry import known
 from pipelines.reports.charts import number_text
 from pipelines.storage import Storage, object_at
-
-if TYPE_CHECKING:
-    import numpy as np
 
 MAX_SIDE = 1280  # px: larger pictures are reduced for the page
 WEBP_QUALITY = 90
@@ -54,11 +51,8 @@ def write_page(out: str | Path, template: str, **content: Any) -> None:
     storage.write(name, html.encode("utf-8", errors="backslashreplace"))
 
 
-def read_picture(picture: "np.ndarray | str | Path") -> "np.ndarray":
+def read_picture(picture: np.ndarray | str | Path) -> np.ndarray:
     """A picture as uint8 HWC RGB, from an array of that kind or a file."""
-    import cv2
-    import numpy as np
-
     if isinstance(picture, np.ndarray):
         return picture
     found = cv2.imread(str(picture), cv2.IMREAD_COLOR)
@@ -67,10 +61,8 @@ def read_picture(picture: "np.ndarray | str | Path") -> "np.ndarray":
     return cv2.cvtColor(found, cv2.COLOR_BGR2RGB)
 
 
-def data_uri(image_HWC: "np.ndarray", lossless: bool = False) -> str:
+def data_uri(image_HWC: np.ndarray, lossless: bool = False) -> str:
     """A uint8 RGB picture as WebP inside a `data:` URI, at most `MAX_SIDE` px a side."""
-    import cv2
-
     height, width = image_HWC.shape[:2]
     if max(height, width) > MAX_SIDE:
         share = MAX_SIDE / max(height, width)

@@ -256,7 +256,7 @@ def _explained(stage: str, error: Exception) -> DeeDSRError:
             if isinstance(cause, DeeDSRError):
                 return cause
         seen = seen.__cause__ or seen.__context__
-    last = cluster.last_words(error, _NEED_LESS)
+    last = cluster.failure_message(error, _NEED_LESS)
     return DeeDSRError(
         f"training the {stage} failed: {last}. What was checkpointed stays; the same command continues from there"
     )
