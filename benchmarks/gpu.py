@@ -125,6 +125,8 @@ def numerics(bench: Bench) -> None:
     )
     expected = sample("cpu.npy", device="cpu", precision="fp32")
     for precision, bound in DECIBELS.items():
+        if precision == "fp16" and bench.device == "cpu":
+            continue  # takes minutes
         found = sample(f"{precision}.npy", precision=precision)
         if expected is not False and found is not False:
             psnr = float(-10 * np.log10(np.mean((found - expected) ** 2) + 1e-12))

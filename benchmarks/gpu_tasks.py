@@ -102,6 +102,7 @@ def train_options(asked: dict[str, Any], **more: Any) -> TrainOptions:
         "precision": asked.get("precision", "fp32"),
         "zero_stage": asked.get("zero", 0),
         "clip_grad_norm": 1.0,
+        "ema_decay": 0.999,
         "exact_sums": False,
         "gradient_checkpointing": asked.get("checkpointing", False),
         "compile": asked.get("compile", False),
@@ -194,6 +195,8 @@ def bare_step(stage: Stage, module: nn.Module, trained: list[nn.Parameter], plan
         optimizer: torch.optim.Optimizer = torch.optim.SGD(trained, plan.lr, momentum=0.9, **fused)
     else:
         optimizer = torch.optim.AdamW(trained, plan.lr, **fused)
+    if plan.compile:
+        module.compile()
 
     def step(batch: dict[str, Tensor]) -> None:
         with torch.autocast(DEVICE, torch.bfloat16, enabled=plan.precision == "bf16"):
