@@ -186,7 +186,7 @@ class Chain:
         if found := step.finished(own):
             return Outcome(found)
         with tracking.children_of(self._parent):
-            return step.command.run(own)
+            return step.command(own)
 
     def _parent(self) -> str:
         """Id of the run above, below which another one begins."""
@@ -198,7 +198,7 @@ class Chain:
             run = tracking.start_run(
                 self.options.experiment,
                 name=self.place.rpartition("/")[2],
-                config={"out": self.options.out, "base": self.options.base, **own},
+                config={**{key: getattr(self.options, key) for key in ("out", "base", "experiment")}, **own},
                 run_id=self.run_id,
                 tags={"deedsr.kind": "chain"},
                 system_metrics=False,
@@ -256,6 +256,7 @@ def presets() -> dict[str, dict[str, Any]]:
 COMMAND = Command(
     ChainOptions,
     run,
+    tracked="chain",
     presets=presets(),
     check=check,
     example="deedsr chain --shards.source photos --out chain --preset tiny",

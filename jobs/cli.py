@@ -108,7 +108,7 @@ def _run(argv: list[str]) -> int:
         return DONE
     results = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
-        outcome: Outcome = command.run(request.options)
+        outcome: Outcome = command(request.options, request.about)
         print(_json(outcome.values) if request.as_json else outcome, file=results)
     return DONE if outcome.complete else FAILED
 
@@ -145,6 +145,7 @@ def load(name: str) -> tuple[Command, "CommandParser"]:
         operand=command.operand,
         presets=command.presets,
         details=command.details,
+        tracked=bool(command.tracked),
     )
     return command, parser
 

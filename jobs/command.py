@@ -2,7 +2,21 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
+
+# Options that say where something lies or is computed, not what: no part of a run's name.
+ELSEWHERE = {"data", "out", "source", "pairs", "hr_from", "join", "learner", "experiment", "register_as", "tracking"}
+ELSEWHERE |= {"workers", "num_workers", "device", "metric_weights", "gc", "force", "cpus_per_worker", "gpus_per_worker"}
+ELSEWHERE |= {"loader_threads", "compute_threads", "cache_gb", "schedule_steps"}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """What is typed about the MLflow run of a command, beside its options."""
+
+    run_name: Annotated[str | None, "MLflow: name; null = stage, dataset and the options that differ"] = None
+    note: Annotated[str | None, "MLflow: text above the description of the run"] = None
+    tag: Annotated[tuple[str, ...], "MLflow: tags KEY=VALUE"] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,3 +60,29 @@ class Command:
     operand: str = ""  # the option that may be typed without its name
     presets: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # the first is the default
     check: Callable[[Any], None] = lambda options: None  # raises UsageError for options that are wrong for any data
+    tracked: str = ""  # the words behind `deedsr` of a command that begins an MLflow run
+
+    def __call__(self, options: Any, about: RunOptions = RunOptions()) -> Outcome:
+        """Run the command; `about` goes to its MLflow run."""
+        if not self.tracked:
+            return self.run(options)
+        from pipelines import tracking
+
+        preset, settings = self._settings(options)
+        tags = dict(tag.split("=", 1) for tag in about.tag)
+        with tracking.begun_by(tracking.Origin(self.tracked, preset, settings, about.run_name, about.note, tags)):
+            return self.run(options)
+
+    def _settings(self, options: Any) -> tuple[str, dict[str, Any]]:
+        """The preset from which the options differ least, and those that differ."""
+        from jobs.options import leaves
+        from pipelines.tracking.provenance import flatten
+
+        given = flatten(dataclasses.asdict(options))
+        defaults = {leaf.key: leaf.default for leaf in leaves(self.options)}
+        found = []
+        for name, preset in (self.presets or {"": {}}).items():
+            base = defaults | flatten(preset)
+            different = {key: value for key, value in given.items() if value != base.get(key, {})}
+            found.append((name, {k: v for k, v in different.items() if k.rpartition(".")[2] not in ELSEWHERE}))
+        return min(found, key=lambda item: len(item[1]))

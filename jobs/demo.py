@@ -124,7 +124,7 @@ class Chain:
         command, parser = load(" ".join(words[:length]))
         options = parser.read(words[length:]).options
         typed = shlex.join(["deedsr", *(_short(word, self.out) for word in words)])
-        return self._timed(name, typed, lambda: dict(command.run(options).values), said)
+        return self._timed(name, typed, lambda: dict(command(options).values), said)
 
     def shards(self) -> dict[str, Any]:
         words = ["shards", "--source", str(self.photos), "--out", str(self.out / "shards"), "--recipe", RECIPE]

@@ -52,6 +52,7 @@ def metrics() -> str:
 COMMAND = Command(
     EvaluateOptions,
     run,
+    tracked="evaluate",
     example="deedsr evaluate --model tiny --data shards --out evaluation --metrics psnr,ssim",
     details=metrics,
     check=check,

@@ -95,7 +95,7 @@ class JobFile(BaseModel):
         variables = STOP_SECONDS | {USER_VARIABLE: user()}
         if self.working_dir is not None:
             environment |= {"working_dir": self.working_dir, "excludes": EXCLUDES + self.excludes}
-            if commit := git_commit():  # the upload leaves .git behind
+            if commit := git_commit(Path(self.working_dir)):  # the upload leaves .git behind
                 variables["DEEDSR_GIT_COMMIT"] = commit
         return environment | {"env_vars": variables | self.runtime_env.env_vars}
 

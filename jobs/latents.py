@@ -93,5 +93,6 @@ def _run_tracked(options: LatentsOptions) -> dict[str, Any]:
 COMMAND = Command(
     LatentsOptions,
     run,
+    tracked="latents",
     example="deedsr latents --data shards --base tiny --learner runs/learner --out latents",
 )

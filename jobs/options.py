@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import re
 import typing
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
@@ -20,6 +21,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from deedsr.errors import UsageError
+from jobs.command import RunOptions
 
 COMMON = ("config", "json", "help")  # for the command line only
 
@@ -113,6 +115,7 @@ class Request:
 
     options: Any
     as_json: bool
+    about: RunOptions = RunOptions()
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -131,12 +134,14 @@ class CommandParser(argparse.ArgumentParser):
         operand: str = "",
         presets: Mapping[str, Mapping[str, Any]] | None = None,
         details: Callable[[], str] | None = None,
+        tracked: bool = False,
     ):
         self.command, self.operand, self.presets, self.details = command, operand, presets or {}, details
         # In a tuple, because pydantic takes no configuration beside a dataclass.
         self.adapter = TypeAdapter(tuple[kind], config=ConfigDict(allow_inf_nan=False))  # type: ignore[valid-type]
         self.options = {option.key: option for option in leaves(kind)}
-        self.origins: dict[str, Path] = {}  # key -> the file that gives it
+        self.origins: dict[str, str] = {}  # key -> the file that gives it
+        self.about = {option.key: option for option in leaves(RunOptions)} if tracked else {}
         required = sorted((o for o in self.options.values() if o.required), key=lambda o: o.key != operand)
         words = [(o.flag + " ") * (o.key != operand) + o.metavar + "..." * o.takes("array") for o in required]
         super().__init__(
@@ -162,6 +167,7 @@ class CommandParser(argparse.ArgumentParser):
             text = "starting values, over which the others go"
             names = list(self.presets)
             self.options["preset"] = Option("preset", [{"enum": names}], names[0], text, common)
+        self.options |= {key: dataclasses.replace(option, group=common) for key, option in self.about.items()}
         groups: dict[str, Any] = {}
         for option in sorted(self.options.values(), key=lambda option: (not option.required, option.group != "")):
             title = option.group or ("required" if option.required else "options")
@@ -182,7 +188,7 @@ class CommandParser(argparse.ArgumentParser):
         typed = self._typed(argv)
         as_json = typed.pop("json", False)
         given: dict[str, Any] = {}
-        for path in map(Path, typed.pop("config", [])):
+        for path in typed.pop("config", []):
             content = mapping_of(path)
             content.pop("definitions", None)  # of logged metrics, which a run records beside its options
             in_file = self._leaves_of(content, path)
@@ -195,7 +201,11 @@ class CommandParser(argparse.ArgumentParser):
             if preset not in self.presets:
                 self._refuse("preset", preset)
             given = _layered(self._leaves_of(self.presets[preset]), given)
-        return Request(self._build(given), as_json)
+        about = {key: self.options[key].value(given.pop(key)) for key in self.about if key in given}
+        for tag in about.get("tag", []):
+            if not re.fullmatch(r"[\w./ -]{1,250}=.*", tag) or tag.startswith("mlflow."):
+                self.error(f"--tag takes KEY=VALUE, got {tag!r}")
+        return Request(self._build(given), as_json, RunOptions(**about))
 
     def words_of(self, tree: Mapping[str, Any]) -> dict[str, list[str]]:
         """The content of a configuration file as dotted keys and the words that one would type for them."""
@@ -240,7 +250,7 @@ class CommandParser(argparse.ArgumentParser):
             joined.append(spelled(word))
         return joined
 
-    def _leaves_of(self, tree: Mapping[str, Any], path: Path | None = None, group: str = "") -> dict[str, Any]:
+    def _leaves_of(self, tree: Mapping[str, Any], path: str | None = None, group: str = "") -> dict[str, Any]:
         """Nested values under the dotted keys of the options; UsageError where there is no such option."""
         found: dict[str, Any] = {}
         for name, value in tree.items():
@@ -309,10 +319,14 @@ def spelled(word: str) -> str:
     return f"--{key if '.' in key else key.replace('_', '-')}{equals}{value}"
 
 
-def mapping_of(path: Path) -> dict[str, Any]:
-    """Content of a configuration file; UsageError where it is none."""
+def mapping_of(path: str | Path) -> dict[str, Any]:
+    """Content of a configuration file, or of a run's (`runs:/ID/config.yaml`); UsageError where it is none."""
     try:
-        content = yaml.safe_load(path.read_bytes())  # UTF-8, or UTF-16 with its byte order mark
+        if str(path).startswith("runs:/"):
+            from pipelines.tracking.store import artifact_text
+
+            return yaml.safe_load(artifact_text(str(path)))
+        content = yaml.safe_load(Path(path).read_bytes())  # UTF-8, or UTF-16 with its byte order mark
     except OSError as error:
         raise UsageError(f"cannot read the configuration file {path}: {error.strerror}") from None
     except yaml.YAMLError as error:

@@ -181,5 +181,9 @@ def _log(run: "Run", result: "ShardsResult", dataset: "Dataset") -> None:
 
 
 COMMAND = Command(
-    ShardsOptions, run, example="deedsr shards --source photos --out shards --recipe light --workers 2", check=check
+    ShardsOptions,
+    run,
+    tracked="shards",
+    example="deedsr shards --source photos --out shards --recipe light --workers 2",
+    check=check,
 )

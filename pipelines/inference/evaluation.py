@@ -128,7 +128,24 @@ def evaluate(
     measures = _prepared(work)
     definitions = {name: metric.statement() for name, metric in measures.items()}
     both = {"model": model, "sampling": settings.as_dict(), "seed": seed, "definitions": definitions}
-    config = {**both, "base": base, "data": data, "out": out, "metrics": list(metrics), "split": split, "limit": limit}
+    chosen = {"steps" if key == "num_inference_steps" else key: value for key, value in settings.as_dict().items()}
+    # As `deedsr evaluate --config` takes it.
+    config = {
+        "model": found.name,
+        "base": base,
+        "data": data,
+        "out": out,
+        "metrics": ",".join(metrics),
+        "metric_weights": metric_weights,
+        "border": border,
+        "split": split,
+        "limit": limit,
+        "seed": seed,
+        "device": device,
+        "experiment": experiment,
+        **chosen,
+        "definitions": definitions,
+    }
     about = {
         "format_version": 1,
         "created_by": f"deedsr {deedsr.__version__}",

@@ -12,6 +12,7 @@ back. A training keeps a record of its own (`pipelines.training.metrics`), of wh
 store lacks.
 """
 
+from pipelines.tracking.description import Origin, begun_by
 from pipelines.tracking.mirror import Point
 from pipelines.tracking.nesting import children_of
 from pipelines.tracking.provenance import DatasetInput, HasDigest
@@ -24,8 +25,10 @@ __all__ = [
     "Closed",
     "DatasetInput",
     "HasDigest",
+    "Origin",
     "Point",
     "Run",
+    "begun_by",
     "children_of",
     "close_stale",
     "connect",

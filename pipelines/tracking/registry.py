@@ -16,7 +16,7 @@ from pipelines.storage import Storage, is_hidden
 from pipelines.storage.transfer import kept
 from pipelines.tracking.run import Run
 from pipelines.tracking.stale import OUT_TAG
-from pipelines.tracking.store import connect, masked_uri, quoted, sqlite_path, tracking_uri
+from pipelines.tracking.store import existing_store, masked_uri, quoted, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -93,10 +93,7 @@ def find(name: str) -> Version:
     if not match:
         raise UsageError(f"a registered model is models:/NAME/VERSION or models:/NAME@ALIAS, got {name}")
     model, version, alias = match.groups()
-    uri = tracking_uri()
-    if (path := sqlite_path(uri)) and not path.exists():
-        raise UsageError(f"{name} is looked for in {path}, which does not exist: set MLFLOW_TRACKING_URI")
-    client = connect(uri)
+    uri, client = tracking_uri(), existing_store(name)
     try:
         if alias:
             found = client.get_model_version_by_alias(model, alias)

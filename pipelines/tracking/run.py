@@ -12,17 +12,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from deedsr.errors import DeeDSRError, UsageError
+from pipelines.tracking.description import (
+    KINDS,
+    NOTE_TAG,
+    SECONDS_TAG,
+    SESSION_TAG,
+    current_origin,
+    describe,
+    machine_tags,
+    seconds_so_far,
+)
 from pipelines.tracking.mirror import SYSTEM, Mirror, NeverTaken, Point, Recorded, StoreRefused
-from pipelines.tracking.nesting import parent_tags
+from pipelines.tracking.nesting import PARENT_RUN_TAG, parent_tags
 from pipelines.tracking.provenance import (
-    COMMIT_TAG,
     CONFIG_TAG,
     DIGEST_TAG,
     PARENT_TAG,
     VERSION_TAG,
     HasDigest,
+    commit_tags,
+    dataset_name,
     flatten,
-    git_commit,
     library_versions,
     param_text,
     plain,
@@ -64,7 +74,7 @@ def start_run(
 
     Args:
         experiment: one of `EXPERIMENTS` or any other name; made when missing.
-        name: shown in MLflow's run table.
+        name: shown in MLflow's run table where no command begins the run; see `description.Origin`.
         config: whole resolved configuration: nested mappings of plain values (others become their `str`).
         dataset: the dataset that the run reads.
         parents: run ids by role, for example `{"shards": ID, "learner": ID}`; unknown ones (None) are left out.
@@ -84,27 +94,36 @@ def start_run(
     uri = resolve_uri(tracking_uri)
     config = plain(config)
     tags = parent_tags() | dict(tags or {})
-    new = run_id is None
+    new, origin, kind = run_id is None, current_origin(), tags.get("deedsr.kind", "")
+    chosen = origin.name if origin and PARENT_RUN_TAG not in tags else None
+    session = {SECONDS_TAG: "0", SESSION_TAG: str(int(time.time() * 1000))}
     if run_id is None:
         client = connect(uri)
-        run_id = client.create_run(experiment_id(client, uri, experiment), run_name=name).info.run_id
+        if origin:
+            name = chosen or origin.run_name(kind, dataset_name(dataset) if dataset else name)
+        about = experiment_id(client, uri, experiment, KINDS.get(kind))
+        run_id = client.create_run(about, run_name=name).info.run_id
     run = Run(uri, run_id, fault_tolerant, permit)
 
     def begin() -> None:
         if not new:
-            run._set_running()
+            run._set_running(session, chosen)
         if out is not None:
             with run._reaching_store():
                 close_stale(run.client, out, apart_from=run.id)
         run._log_config(config)
         run.set_tags(
-            {COMMIT_TAG: git_commit(), **{VERSION_TAG + k: v for k, v in library_versions().items()}}
+            commit_tags()
+            | {VERSION_TAG + k: v for k, v in library_versions().items()}
+            | session
+            | (origin.run_tags() if origin else {})
             | {PARENT_TAG + role: parent for role, parent in (parents or {}).items()}
             | (presence(out) if out else {USER_TAG: user()})
             | dict(tags or {})
         )
         if dataset is not None:
             run.log_dataset(dataset, context=experiment.removeprefix("deedsr-"))
+        run.describe()
         if system_metrics:
             run._watch_system()
 
@@ -245,7 +264,7 @@ class Run:
         uri = masked_uri(str(dataset.uri))
         source_type = "s3" if uri.startswith("s3://") else "local"
         entity = Dataset(
-            name=uri.rstrip("/").rsplit("/", 1)[-1] or uri,
+            name=dataset_name(dataset),
             digest=dataset.digest[:MAX_DIGEST_CHARACTERS],
             source_type=source_type,
             source=json.dumps({"uri": uri}),
@@ -253,6 +272,12 @@ class Run:
         with self._reaching_store():
             self.client.log_inputs(self.id, [DatasetInput(entity, [InputTag("mlflow.data.context", context)])])
         self.set_tags({DIGEST_TAG: dataset.digest})
+
+    def describe(self) -> None:
+        """Write the run's description anew, from what the store has of it."""
+        with self._reaching_store():
+            text = describe(self.client, self.client.get_run(self.id))
+        self.set_tags({NOTE_TAG: text})
 
     def set_tags(self, tags: Mapping[str, str | None]) -> None:
         """Set tags; those whose value is None are left alone."""
@@ -288,6 +313,8 @@ class Run:
     def _terminate(self, status: str) -> None:
         with self._reaching_store():
             self.client.set_terminated(self.id, status)
+        self.set_tags(machine_tags())
+        self.describe()
 
     def _close(self, to_the_end: bool = False) -> bool:
         self._stop_monitor()
@@ -327,12 +354,15 @@ class Run:
             # MLflow has no public accessor for the latest step of all metrics; whole histories would be slow.
             return {metric.key: metric.step for metric in self.client.get_run(self.id).data._metric_objs}
 
-    def _set_running(self) -> None:
+    def _set_running(self, session: dict[str, str] | None = None, name: str | None = None) -> None:
+        """`session`: of a run that is continued; gets the seconds of the sessions before it. `name`: a new one."""
         from mlflow.exceptions import MlflowException
 
         with self._reaching_store():
             try:
-                self.client.update_run(self.id, status="RUNNING")
+                if session:
+                    session[SECONDS_TAG] = f"{seconds_so_far(self.client.get_run(self.id)):.1f}"
+                self.client.update_run(self.id, status="RUNNING", name=name)
             except MlflowException as error:
                 if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                     raise
