@@ -2,21 +2,9 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Any
 
-# Options that say where something lies or is computed, not what: no part of a run's name.
-ELSEWHERE = {"data", "out", "source", "pairs", "hr_from", "join", "learner", "experiment", "register_as", "tracking"}
-ELSEWHERE |= {"workers", "num_workers", "device", "metric_weights", "gc", "force", "cpus_per_worker", "gpus_per_worker"}
-ELSEWHERE |= {"loader_threads", "compute_threads", "cache_gb", "schedule_steps"}
-
-
-@dataclasses.dataclass(frozen=True)
-class RunOptions:
-    """What is typed about the MLflow run of a command, beside its options."""
-
-    run_name: Annotated[str | None, "MLflow: name; null = stage, dataset and the options that differ"] = None
-    note: Annotated[str | None, "MLflow: text above the description of the run"] = None
-    tag: Annotated[tuple[str, ...], "MLflow: tags KEY=VALUE"] = ()
+from jobs.options import RunOptions, leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +63,7 @@ class Command:
 
     def _settings(self, options: Any) -> tuple[str, dict[str, Any]]:
         """The preset from which the options differ least, and those that differ."""
-        from jobs.options import leaves
+        from pipelines.tracking.description import PLACES
         from pipelines.tracking.provenance import flatten
 
         given = flatten(dataclasses.asdict(options))
@@ -84,5 +72,5 @@ class Command:
         for name, preset in (self.presets or {"": {}}).items():
             base = defaults | flatten(preset)
             different = {key: value for key, value in given.items() if value != base.get(key, {})}
-            found.append((name, {k: v for k, v in different.items() if k.rpartition(".")[2] not in ELSEWHERE}))
+            found.append((name, {k: v for k, v in different.items() if k.rpartition(".")[2] not in PLACES}))
         return min(found, key=lambda item: len(item[1]))

@@ -15,15 +15,23 @@ import typing
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from deedsr.errors import UsageError
-from jobs.command import RunOptions
 
 COMMON = ("config", "json", "help")  # for the command line only
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """What is typed about the MLflow run of a command, beside its options."""
+
+    run_name: Annotated[str | None, "MLflow: name; null = stage, dataset and the options that differ"] = None
+    note: Annotated[str | None, "MLflow: text above the description of the run"] = None
+    tag: Annotated[tuple[str, ...], "MLflow: tags KEY=VALUE"] = ()
 
 
 @dataclasses.dataclass(frozen=True)

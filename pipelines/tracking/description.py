@@ -22,6 +22,11 @@ COMMAND_TAG, SETTINGS_TAG, OWN_NOTE_TAG = "deedsr.command", "deedsr.settings", "
 FOLDER_TAG, PLAN_TAG, JOB_TAG = "deedsr.folder", "deedsr.plan", "deedsr.ray.job"
 HOSTS_TAG, GPUS_TAG = "deedsr.hosts", "deedsr.gpus"
 SECONDS_TAG, SESSION_TAG = "deedsr.seconds", "deedsr.session"  # of the earlier sessions; the present one's start, in ms
+BEST = "best/"  # before the name of a validation's metric: its best value, at its step
+# Options that say where something lies or is computed, not what is made: no part of a name or a comparison.
+PLACES = {"data", "out", "source", "pairs", "hr_from", "join", "learner", "experiment", "register_as", "tracking"}
+PLACES |= {"workers", "num_workers", "device", "metric_weights", "gc", "force", "cpus_per_worker", "gpus_per_worker"}
+PLACES |= {"loader_threads", "compute_threads", "cache_gb", "schedule_steps"}
 MAX_TAG_CHARACTERS = 8000  # of MLflow's stores
 _NAMED, _CHARACTERS = 4, 24  # settings in a run's name, and characters of a value there
 
@@ -173,7 +178,10 @@ def describe(client: "MlflowClient", run: "StoredRun") -> str:
         lines.append(f"**Settings that differ**: `{tags[SETTINGS_TAG]}`")
     shown = [name for name in sorted(metrics) if name.partition("/")[0] not in ("system", "memory", "loss_timestep")]
     if shown:
-        figures = [f"{name} {metrics[name]:.5g}" for name in shown[:12]]
+        steps = {
+            metric.key: f" at step {metric.step}" for metric in run.data._metric_objs if metric.key.startswith(BEST)
+        }
+        figures = [f"{name} {metrics[name]:.5g}{steps.get(name, '')}" for name in shown[:12]]
         lines.append(f"**Result** (last values): {', '.join(figures)}")
     if commit := tags.get(COMMIT_TAG):
         changed = ", with changes that are not committed" if tags.get(DIRTY_TAG) == "true" else ""

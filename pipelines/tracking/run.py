@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines.tracking.description import (
+    BEST,
     KINDS,
     NOTE_TAG,
     SECONDS_TAG,
@@ -37,6 +38,7 @@ from pipelines.tracking.provenance import (
     param_text,
     plain,
 )
+from pipelines.tracking.search import higher_is_better
 from pipelines.tracking.stale import USER_TAG, close_stale, presence, user
 from pipelines.tracking.store import StoreAway, cause, connect, experiment_id, how_to_restore, masked_uri
 from pipelines.tracking.store import tracking_uri as resolve_uri
@@ -51,6 +53,7 @@ STOP_SECONDS = 60.0  # of the one try where a fault-tolerant run is only left, o
 MAX_KEY_CHARACTERS = 250
 MAX_PARAMS_PER_BATCH = 100
 MAX_DIGEST_CHARACTERS = 36
+VALIDATION = "validation/"
 
 _log = logging.getLogger("deedsr.tracking")
 
@@ -312,9 +315,18 @@ class Run:
 
     def _terminate(self, status: str) -> None:
         with self._reaching_store():
+            self._log_best()
             self.client.set_terminated(self.id, status)
         self.set_tags(machine_tags())
         self.describe()
+
+    def _log_best(self) -> None:
+        """Of each metric of the validation the best value, at its step: the last one stands beside it."""
+        for name in [name for name in self.client.get_run(self.id).data.metrics if name.startswith(VALIDATION)]:
+            if (higher := higher_is_better(name)) is not None:
+                history = self.client.get_metric_history(self.id, name)
+                best = (max if higher else min)(history, key=lambda point: point.value)
+                self.client.log_metric(self.id, f"{BEST}{name.removeprefix(VALIDATION)}", best.value, step=best.step)
 
     def _close(self, to_the_end: bool = False) -> bool:
         self._stop_monitor()

@@ -180,11 +180,11 @@ def existing_store(purpose: str, uri: str | None = None) -> "MlflowClient":
     return connect(uri)
 
 
-def artifact_text(place: str) -> str:
-    """Text of `runs:/ID/PATH`. Raises UsageError where the store in force has none."""
+def artifact_text(place: str, client: "MlflowClient | None" = None) -> str:
+    """Text of `runs:/ID/PATH`, of the store in force or of `client`. Raises UsageError where it has none."""
     from mlflow.exceptions import MlflowException
 
-    client = existing_store(place)
+    client = client or existing_store(place)
     run_id, _, path = place.removeprefix("runs:/").partition("/")
     try:
         with scratch_folder() as folder:

@@ -1,0 +1,122 @@
+"""Which runs of a store are meant, what they were made from, and what they hold."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from deedsr.errors import UsageError
+from pipelines.tracking.provenance import CONFIG_TAG, PARENT_TAG
+from pipelines.tracking.store import cause, masked_uri, quoted, tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run as StoredRun
+
+SYSTEM_PREFIX = "system/"
+_PAGE = 1000  # runs that a store gives at once
+_HIGHER, _LOWER = ("psnr", "ssim", "top1", "top5", "samples_per_second"), ("loss",)
+
+
+def select(
+    client: "MlflowClient",
+    runs: Sequence[str] = (),
+    experiment: str | None = None,
+    condition: str | None = None,
+    last: int | None = None,
+) -> "dict[str, StoredRun]":
+    """Runs by id, newest first.
+
+    Args:
+        runs: ids, beginnings of ids, or names, in any experiment. () = all.
+        experiment: name; None = all whose name begins with `deedsr-`.
+        condition: a filter as MLflow's search takes it.
+        last: at most so many, the newest.
+
+    Raises UsageError where nothing is found, saying what there is.
+    """
+    names = {e.experiment_id: e.name for e in client.search_experiments()}
+    where = masked_uri(tracking_uri())
+    wanted = [
+        i for i, n in names.items() if runs or n == experiment or (experiment is None and n.startswith("deedsr-"))
+    ]
+    if not wanted:
+        there = ", ".join(sorted(n for n in names.values() if n != "Default")) or "none"
+        raise UsageError(f"no experiment {experiment or 'deedsr-*'} in the MLflow store {where}: there are: {there}")
+    found: list[StoredRun] = []
+    for run in runs:
+        parts = [f"attributes.run_id LIKE {quoted(f'{run}%')}", f"attributes.run_name = {quoted(run)}"]
+        named = next(filter(None, (_search(client, wanted, part) for part in parts)), [])
+        if not named:
+            raise UsageError(f"no run {run} in the MLflow store {where}: `deedsr runs list` shows those there are")
+        found += named
+    if not runs:
+        found = _search(client, wanted, condition or "", last)
+    if not found:
+        meant = f" that matches {condition}" if condition else " yet"
+        raise UsageError(f"experiment {', '.join(names[i] for i in wanted)} in {where} holds no run{meant}")
+    return {run.info.run_id: run for run in found}
+
+
+def _search(
+    client: "MlflowClient", experiments: list[str], condition: str, last: int | None = None
+) -> "list[StoredRun]":
+    from mlflow.exceptions import MlflowException
+
+    runs: list[StoredRun] = []
+    token = None
+    while last is None or len(runs) < last:
+        count = _PAGE if last is None else min(_PAGE, last - len(runs))
+        try:
+            page = client.search_runs(
+                experiments, condition, max_results=count, order_by=["attributes.start_time DESC"], page_token=token
+            )
+        except MlflowException as error:
+            raise UsageError(f"MLflow does not take the filter {condition!r}: {cause(error)}") from error
+        runs, token = runs + list(page), page.token
+        if not token:
+            break
+    return runs
+
+
+def ancestors(client: "MlflowClient", runs: "Mapping[str, StoredRun]") -> "dict[str, StoredRun]":
+    """All runs that these were made from, directly or not, as far as the store has them, and these."""
+    known_runs = dict(runs)
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    level: Iterable[StoredRun] = runs.values()
+    while missing := sorted({i for run in level for i in parents(run).values()} - known_runs.keys()):
+        level = []
+        for start in range(0, len(missing), 200):
+            ids = ", ".join(map(quoted, missing[start : start + 200]))
+            level = [*level, *_search(client, experiments, f"attributes.run_id IN ({ids})")]
+        known_runs |= {run.info.run_id: run for run in level}
+        if not level:
+            break
+    return known_runs
+
+
+def parents(run: "StoredRun") -> dict[str, str]:
+    """Ids of the runs that it was made from, by role."""
+    return {k.removeprefix(PARENT_TAG): v for k, v in run.data.tags.items() if k.startswith(PARENT_TAG)}
+
+
+def config_of(run: "StoredRun") -> dict[str, str]:
+    """Parameters in force: those that a resume has changed are recorded as tags."""
+    changed = {k.removeprefix(CONFIG_TAG): v for k, v in run.data.tags.items() if k.startswith(CONFIG_TAG)}
+    return run.data.params | changed
+
+
+def higher_is_better(metric: str) -> bool | None:
+    """The direction of a metric by its name in a run; None where it has none."""
+    from deedsr.metrics.registry import known
+
+    name = metric.rpartition(".")[2].rpartition("/")[2]
+    if name in known():
+        return known()[name].higher_is_better
+    if "loss_timestep" in metric or name.startswith(_LOWER):
+        return False
+    return True if name.startswith(_HIGHER) else None
+
+
+def run_link(uri: str, run: "StoredRun") -> str:
+    """Address of a run on MLflow's pages; of an SQLite store's at the address where `mlflow ui` serves it."""
+    base = masked_uri(uri).replace("://***@", "://") if uri.startswith("http") else "http://127.0.0.1:5000"
+    return f"{base.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
