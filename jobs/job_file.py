@@ -134,7 +134,7 @@ def _load(path: Path, tree: dict[str, Any]) -> JobFile:
     for key in suspicious(job.model_dump()):
         raise UsageError(f"{path}: {key} gets what looks like a credential from the site's names")
     # Pages and demos are written to the disk of whoever runs the command, here a node of the cluster.
-    commands = [name for name in COMMANDS if name not in ("submit", "demo", "inspect")]
+    commands = [name for name in COMMANDS if name not in ("submit", "demo", "inspect", "runs list", "runs show")]
     if job.command not in commands:
         raise UsageError(f"{path}: command must be one of {', '.join(commands)}; got {job.command!r}")
     command, parser = load(job.command)

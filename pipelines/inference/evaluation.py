@@ -37,6 +37,7 @@ from pipelines.placement import Device, place_networks
 from pipelines.reports.page import strip
 from pipelines.storage import Storage, open_storage
 from pipelines.storage.waiting import patiently
+from pipelines.tracking.registry import log_evaluation
 
 logger = logging.getLogger(__name__)
 LOGGED_PICTURES = 8  # comparisons among the artifacts of the MLflow run
@@ -193,8 +194,10 @@ class _Evaluation:
                             patiently(self.out.write, path, _png(pictures[name]))
                         state.add(sample)  # its pictures are whole
                         samples[sample.record["key"]] = sample
-                self._log_pictures(run)
+                self._log_pictures(run, samples)
                 results = self._results(run, samples)
+                if training := self.work.model.run_id:
+                    log_evaluation(run, training, self.work.model.path, results)
             claim.check()
             patiently(self.out.write, RESULTS, _text(results).encode())
         return self._result(results)
@@ -218,11 +221,15 @@ class _Evaluation:
             out=self.out.uri,
         )
 
-    def _log_pictures(self, run: tracking.Run) -> None:
+    def _log_pictures(self, run: tracking.Run, measured: dict[str, Measured]) -> None:
         keys = [*self.pairs]
         for key in (keys[i] for i in _evenly(len(keys), LOGGED_PICTURES)):
-            names = ("lr", "bicubic", "model", "hr")
-            run.log_picture(key, strip(*(_pixels(self.out.read(f"{PICTURES}/{key}.{name}.png")) for name in names)))
+            lr, bicubic, picture, hr = (
+                _pixels(self.out.read(f"{PICTURES}/{key}.{name}.png")) for name in ("lr", "bicubic", "model", "hr")
+            )
+            source = measured[key].record["source"]
+            title = source["path"] if source else key
+            run.log_picture(key, strip(title, lr, {"bicubic": bicubic, "model": picture, "HR": hr}), step=0)
 
     def _results(self, run: tracking.Run, measured: dict[str, Measured]) -> dict[str, Any]:
         """Content of `results.json`, also logged to MLflow."""

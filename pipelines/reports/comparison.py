@@ -25,7 +25,7 @@ from pipelines.storage.lock import scratch_folder
 from pipelines.tracking import masked_uri
 from pipelines.tracking import tracking_uri as resolve_uri
 from pipelines.tracking.description import BEST
-from pipelines.tracking.search import ancestors, select
+from pipelines.tracking.search import ancestors, artifacts_of, select
 from pipelines.tracking.store import existing_store, sqlite_path
 
 if TYPE_CHECKING:
@@ -216,9 +216,9 @@ def _pictures(client: "MlflowClient", group: RunGroup, at_most: int) -> list[dic
     runs = group.runs[:at_most]
     runs_with: dict[str, list[RunRow]] = {}
     for run, paths in zip(
-        runs, in_threads(lambda run: _artifacts(client, run["run_id"], "pictures"), runs), strict=True
+        runs, in_threads(lambda run: artifacts_of(client, run["run_id"], "pictures"), runs), strict=True
     ):
-        for path in paths:
+        for path in (path for path in paths if path.endswith(".png")):
             runs_with.setdefault(path, []).append(run)
     rows = []
     for path in sorted(runs_with, key=lambda p: (-len(runs_with[p]), p)):
@@ -236,10 +236,3 @@ def _pictures(client: "MlflowClient", group: RunGroup, at_most: int) -> list[dic
             ]
         rows.append({"name": Path(path).stem, "shots": shots})
     return rows
-
-
-def _artifacts(client: "MlflowClient", run_id: str, folder: str) -> list[str]:
-    found: list[str] = []
-    for item in client.list_artifacts(run_id, folder):
-        found += _artifacts(client, run_id, item.path) if item.is_dir else [item.path]
-    return [path for path in found if path.endswith(".png")]

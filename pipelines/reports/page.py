@@ -1,8 +1,9 @@
 """Self-contained HTML pages: one file that opens without a network, with its styles, scripts and pictures inside."""
 
 import base64
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cv2
 import numpy as np
@@ -12,11 +13,9 @@ from deedsr.metrics.registry import known
 from pipelines.reports.charts import number_text
 from pipelines.storage import Storage, object_at
 
-if TYPE_CHECKING:
-    import numpy as np
-
 MAX_SIDE = 1280  # px: larger pictures are reduced for the page
 WEBP_QUALITY = 90
+_CAPTION = 18  # px: height of a line of text in a picture
 
 
 def page_place(out: str | Path) -> tuple[Storage, str]:
@@ -54,11 +53,8 @@ def write_page(out: str | Path, template: str, **content: Any) -> None:
     storage.write(name, html.encode("utf-8", errors="backslashreplace"))
 
 
-def read_picture(picture: "np.ndarray | str | Path") -> "np.ndarray":
+def read_picture(picture: np.ndarray | str | Path) -> np.ndarray:
     """A picture as uint8 HWC RGB, from an array of that kind or a file."""
-    import cv2
-    import numpy as np
-
     if isinstance(picture, np.ndarray):
         return picture
     found = cv2.imread(str(picture), cv2.IMREAD_COLOR)
@@ -67,10 +63,8 @@ def read_picture(picture: "np.ndarray | str | Path") -> "np.ndarray":
     return cv2.cvtColor(found, cv2.COLOR_BGR2RGB)
 
 
-def data_uri(image_HWC: "np.ndarray", lossless: bool = False) -> str:
+def data_uri(image_HWC: np.ndarray, lossless: bool = False) -> str:
     """A uint8 RGB picture as WebP inside a `data:` URI, at most `MAX_SIDE` px a side."""
-    import cv2
-
     height, width = image_HWC.shape[:2]
     if max(height, width) > MAX_SIDE:
         share = MAX_SIDE / max(height, width)
@@ -121,7 +115,19 @@ def duration_text(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def strip(lr: np.ndarray, *others: np.ndarray) -> np.ndarray:
-    """One picture: the LR with its pixels as squares, then the others, which have one size."""
-    squares = cv2.resize(lr, others[0].shape[1::-1], interpolation=cv2.INTER_NEAREST)
-    return np.concatenate([squares, *others], axis=1)
+def strip(title: str, lr: np.ndarray, others: Mapping[str, np.ndarray]) -> np.ndarray:
+    """One labelled picture: the LR with its pixels as squares beside the others, which have one size; a title above."""
+    height, width = next(iter(others.values())).shape[:2]
+    columns = {"LR": cv2.resize(lr, (width, height), interpolation=cv2.INTER_NEAREST)} | dict(others)
+    labelled = [np.concatenate([_caption(name, width), picture]) for name, picture in columns.items()]
+    return np.concatenate([_caption(title, width * len(columns)), np.concatenate(labelled, axis=1)])
+
+
+def _caption(text: str, width: int) -> np.ndarray:
+    """Dark letters on a light bar; a text that is too long loses its beginning."""
+    bar = np.full((_CAPTION, width, 3), 244, np.uint8)
+    text = text.encode("ascii", "replace").decode()  # OpenCV's letters
+    font, scale = cv2.FONT_HERSHEY_SIMPLEX, 0.42
+    while len(text) > 1 and cv2.getTextSize(text, font, scale, 1)[0][0] > width - 6:
+        text = text[1:]
+    return cv2.putText(bar, text, (3, _CAPTION - 5), font, scale, (30, 30, 30), 1, cv2.LINE_AA)

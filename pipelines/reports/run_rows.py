@@ -16,8 +16,8 @@ from deedsr.errors import DeeDSRError
 from pipelines.tracking import EXPERIMENTS
 from pipelines.tracking.description import BEST, PLACES, active_seconds
 from pipelines.tracking.provenance import COMMIT_TAG, DIGEST_TAG, DIRTY_TAG
-from pipelines.tracking.search import SYSTEM_PREFIX, config_of, higher_is_better, parents, run_link
-from pipelines.tracking.store import artifact_text
+from pipelines.tracking.search import SYSTEM_PREFIX, config_of, higher_is_better, parents, run_link, select
+from pipelines.tracking.store import artifact_text, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -45,8 +45,8 @@ class Interval(TypedDict):
     samples: int
 
 
-class RunRow(TypedDict):
-    """One run of a comparison."""
+class BareRow(TypedDict):
+    """What every run has."""
 
     run_id: str
     name: str
@@ -55,14 +55,23 @@ class RunRow(TypedDict):
     started: str  # ISO 8601, UTC
     seconds: float | None  # without pauses; None before the end
     dataset_digest: str | None
-    parents: dict[str, str]
     commit: str | None  # with `-dirty` behind it where the code had changes that were not committed
-    config: dict[str, str | None]  # only what differs among the runs of its section; of ancestors as `adapter.train.lr`
     metrics: dict[str, float]  # last values; `best/NAME`: the best one of a training
+    link: str  # to MLflow's page of the run
+
+
+class RunRow(BareRow):
+    """One run of a comparison."""
+
+    parents: dict[str, str]
+    config: dict[str, str | None]  # only what differs among the runs of its section; of ancestors as `adapter.train.lr`
     steps: dict[str, int]  # of `metrics`, where not 0
     samples_per_second: float | None  # None where not logged
     against_best: dict[str, Interval]  # by metric; of evaluations, against the first one of its group
-    link: str  # to MLflow's page of the run
+
+
+def _place(metric: str) -> tuple[int, str]:
+    return next(number for number, start in enumerate(_FIRST) if metric.startswith(start)), metric
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ class RunGroup:
 
     def metric_names(self) -> list[str]:
         names = {name for run in self.runs for name in run["metrics"]}
-        return sorted(names, key=lambda name: (next(n for n, s in enumerate(_FIRST) if name.startswith(s)), name))
+        return sorted(names, key=_place)
 
     def best(self, name: str) -> float | None:
         """The best value of a metric, where it has a direction and two runs differ in it."""
@@ -131,13 +140,16 @@ def _section(
     made = []
     for key, of_group in groups.items():
         columns = _columns_of_metrics(of_group, configs)
-        rows = [_row(experiment, uri, run, columns, settings[run.info.run_id], options) for run in of_group]
+        rows = [
+            _compared_row(row_of(experiment, run, uri), run, columns, settings[run.info.run_id], options)
+            for run in of_group
+        ]
         title = " · ".join(
             [experiment, *([f"dataset {key[0] if ' ' in key[0] else key[0][:12]}", *key[1:]] if key else [])]
         )
         made.append(_ranked(client, kind, title, rows, configs))
-    data, commits = {key for key in groups}, {row["commit"] for group in made for row in group.runs}
-    return Section(experiment, [DATA] * (len(data) > 1) + [COMMIT] * (len(commits) > 1) + options, made)
+    commits = {row["commit"] for group in made for row in group.runs}
+    return Section(experiment, [DATA] * (len(groups) > 1) + [COMMIT] * (len(commits) > 1) + options, made)
 
 
 def _differing(configs: Collection[Mapping[str, str]], absent: bool = True) -> set[str]:
@@ -171,33 +183,48 @@ def _data_of(kind: str, run: "StoredRun", config: Mapping[str, str]) -> tuple[st
     return (digest, config["split"]) if config.get("split") else (digest,)
 
 
-def _row(
-    experiment: str,
-    uri: str,
-    run: "StoredRun",
-    columns: Mapping[tuple[str, str], str],
-    settings: Mapping[str, str],
-    options: Sequence[str],
-) -> RunRow:
-    info, tags = run.info, run.data.tags
-    found = [m for m in sorted(run.data._metric_objs, key=lambda m: m.key) if not m.key.startswith(SYSTEM_PREFIX)]
-    metrics = {columns[info.run_id, metric.key]: metric.value for metric in found}
-    return RunRow(
+def row_of(experiment: str, run: "StoredRun", uri: str | None = None) -> BareRow:
+    info = run.info
+    names = [name for name in run.data.metrics if not name.startswith(SYSTEM_PREFIX)]
+    return BareRow(
         run_id=info.run_id,
         name=info.run_name,
         experiment=experiment,
         status=info.status,
         started=datetime.fromtimestamp(info.start_time / 1000, UTC).isoformat(timespec="seconds"),
         seconds=active_seconds(run),
-        dataset_digest=tags.get(DIGEST_TAG),
-        parents=parents(run),
+        dataset_digest=run.data.tags.get(DIGEST_TAG),
         commit=_commit(run),
+        metrics={name: run.data.metrics[name] for name in sorted(names, key=_place)},
+        link=run_link(tracking_uri(uri), run),
+    )
+
+
+def rows_of(
+    client: "MlflowClient", experiment: str | None = None, condition: str | None = None, last: int | None = None
+) -> list[BareRow]:
+    """Runs of the store in force, newest first; see `pipelines.tracking.search.select`."""
+    names = {e.experiment_id: e.name for e in client.search_experiments()}
+    chosen = select(client, (), experiment, condition, last).values()
+    return [row_of(names[run.info.experiment_id], run) for run in chosen]
+
+
+def _compared_row(
+    row: BareRow,
+    run: "StoredRun",
+    columns: Mapping[tuple[str, str], str],
+    settings: Mapping[str, str],
+    options: Sequence[str],
+) -> RunRow:
+    in_columns = {name: columns[row["run_id"], name] for name in row["metrics"]}
+    steps = {metric.key: metric.step for metric in run.data._metric_objs if metric.step}
+    return RunRow(
+        **row | {"metrics": {in_columns[name]: value for name, value in row["metrics"].items()}},
+        parents=parents(run),
         config={name: settings.get(name) for name in options},
-        metrics=metrics,
-        steps={columns[info.run_id, metric.key]: metric.step for metric in found if metric.step},
-        samples_per_second=metrics.get("samples_per_second"),
+        steps={in_columns[name]: step for name, step in steps.items() if name in in_columns},
+        samples_per_second=row["metrics"].get("samples_per_second"),
         against_best={},
-        link=run_link(uri, run),
     )
 
 

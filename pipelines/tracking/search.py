@@ -120,3 +120,11 @@ def run_link(uri: str, run: "StoredRun") -> str:
     """Address of a run on MLflow's pages; of an SQLite store's at the address where `mlflow ui` serves it."""
     base = masked_uri(uri).replace("://***@", "://") if uri.startswith("http") else "http://127.0.0.1:5000"
     return f"{base.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+
+
+def artifacts_of(client: "MlflowClient", run_id: str, folder: str | None = None) -> list[str]:
+    """Paths of a run's artifacts."""
+    found: list[str] = []
+    for item in client.list_artifacts(run_id, folder):
+        found += artifacts_of(client, run_id, item.path) if item.is_dir else [item.path]
+    return found

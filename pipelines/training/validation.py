@@ -99,7 +99,9 @@ class Validation:
                 picture = sampled(self.pipeline, sample.key, sample.lr)
                 figures.append([psnr_y(p, sample.hr) for p in (picture, bicubic)])
                 if run is not None:
-                    run.log_picture(f"validation/{sample.key}", strip(sample.lr, bicubic, picture, sample.hr), step)
+                    made = {"bicubic": bicubic, "model": picture, "HR": sample.hr}
+                    shown = strip(sample.info["source"]["path"], sample.lr, made)
+                    run.log_picture(f"validation/{sample.key}", shown, step)
         torch.distributed.barrier()
         if not figures:
             return {}
