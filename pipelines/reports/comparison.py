@@ -162,7 +162,7 @@ def _write(client: "MlflowClient", out: str | Path, title: str, uri: str, sectio
     pictures_left = MAX_PICTURES
     shown = []
     for section in sections:
-        tones = {run["run_id"]: number for number, run in enumerate(section.runs)}
+        tones = {run["run_id"]: number for group in section.groups for number, run in enumerate(group.runs)}
         groups = []
         for group in section.groups:
             pictures = _pictures(client, group, pictures_left)
