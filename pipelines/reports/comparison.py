@@ -24,8 +24,7 @@ from pipelines.reports.tables import text_table
 from pipelines.storage.lock import scratch_folder
 from pipelines.tracking import masked_uri
 from pipelines.tracking import tracking_uri as resolve_uri
-from pipelines.tracking.description import BEST
-from pipelines.tracking.search import ancestors, artifacts_of, select
+from pipelines.tracking.search import BEST, ancestors, artifacts_of, select
 from pipelines.tracking.store import existing_store, sqlite_path
 
 if TYPE_CHECKING:

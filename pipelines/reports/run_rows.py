@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 from deedsr.errors import DeeDSRError
 from pipelines.tracking import EXPERIMENTS
-from pipelines.tracking.description import BEST, PLACES, active_seconds
+from pipelines.tracking.description import PLACES, active_seconds
 from pipelines.tracking.provenance import COMMIT_TAG, DIGEST_TAG, DIRTY_TAG
-from pipelines.tracking.search import SYSTEM_PREFIX, config_of, higher_is_better, parents, run_link, select
+from pipelines.tracking.search import SYSTEM_PREFIX, config_of, higher_is_better, parents, place_of, run_link, select
 from pipelines.tracking.store import artifact_text, tracking_uri
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ DEFINITION_PREFIX = "definitions."  # of the parameters that say how an evaluati
 DEFINED = ", definition"  # behind a metric's name: the definitions themselves are among the settings that differ
 DATA, COMMIT = "data", "commit"  # among what differs, beside the options
 THREADS = 8  # that ask the store
-# Metrics that come first; others follow by name.
-_FIRST = (BEST, "model.", "bicubic.", "validation/psnr", "validation/", "loss", "samples_per_second", "")
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -70,10 +68,6 @@ class RunRow(BareRow):
     against_best: dict[str, Interval]  # by metric; of evaluations, against the first one of its group
 
 
-def _place(metric: str) -> tuple[int, str]:
-    return next(number for number, start in enumerate(_FIRST) if metric.startswith(start)), metric
-
-
 @dataclass(frozen=True)
 class RunGroup:
     """Runs whose metrics may be compared. `ranked_by`: the metric that orders them, best first; "" = newest first."""
@@ -84,7 +78,7 @@ class RunGroup:
 
     def metric_names(self) -> list[str]:
         names = {name for run in self.runs for name in run["metrics"]}
-        return sorted(names, key=_place)
+        return sorted(names, key=place_of)
 
     def best(self, name: str) -> float | None:
         """The best value of a metric, where it has a direction and two runs differ in it."""
@@ -195,7 +189,7 @@ def row_of(experiment: str, run: "StoredRun", uri: str | None = None) -> BareRow
         seconds=active_seconds(run),
         dataset_digest=run.data.tags.get(DIGEST_TAG),
         commit=_commit(run),
-        metrics={name: run.data.metrics[name] for name in sorted(names, key=_place)},
+        metrics={name: run.data.metrics[name] for name in sorted(names, key=place_of)},
         link=run_link(tracking_uri(uri), run),
     )
 

@@ -17,9 +17,10 @@ from pipelines.tracking.mirror import Point
 from pipelines.tracking.nesting import children_of
 from pipelines.tracking.provenance import DatasetInput, HasDigest
 from pipelines.tracking.run import Run
+from pipelines.tracking.search import find_run
 from pipelines.tracking.session import open_run, start_run
 from pipelines.tracking.stale import Closed, close_stale
-from pipelines.tracking.store import EXPERIMENTS, connect, find_run, masked_uri, require_shared_store, tracking_uri
+from pipelines.tracking.store import EXPERIMENTS, connect, masked_uri, require_shared_store, tracking_uri
 
 __all__ = [
     "EXPERIMENTS",

@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from pipelines.tracking.provenance import COMMIT_TAG, DIRTY_TAG, PARENT_TAG
+from pipelines.tracking.search import BEST, place_of, run_place
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -22,7 +23,6 @@ COMMAND_TAG, SETTINGS_TAG, OWN_NOTE_TAG = "deedsr.command", "deedsr.settings", "
 FOLDER_TAG, PLAN_TAG, JOB_TAG = "deedsr.folder", "deedsr.plan", "deedsr.ray.job"
 HOSTS_TAG, GPUS_TAG = "deedsr.hosts", "deedsr.gpus"
 SECONDS_TAG, SESSION_TAG = "deedsr.seconds", "deedsr.session"  # of the earlier sessions; the present one's start, in ms
-BEST = "best/"  # before the name of a validation's metric: its best value, at its step
 # Options that say where something lies or is computed, not what is made: no part of a name or a comparison.
 PLACES = {"data", "out", "source", "pairs", "hr_from", "join", "learner", "experiment", "register_as", "tracking"}
 PLACES |= {"workers", "num_workers", "device", "metric_weights", "gc", "force", "cpus_per_worker", "gpus_per_worker"}
@@ -155,34 +155,33 @@ def link(client: "MlflowClient", run_id: str, text: str) -> str:
     from mlflow.exceptions import MlflowException
 
     try:
-        experiment = client.get_run(run_id).info.experiment_id
+        return f"[{text} {run_id[:8]}]({run_place(client.get_run(run_id))})"
     except MlflowException:
         return f"{text} {run_id[:8]}"
-    return f"[{text} {run_id[:8]}](#/experiments/{experiment}/runs/{run_id})"
 
 
 def describe(client: "MlflowClient", run: "StoredRun") -> str:
     """A run's description, in Markdown: what, on which data, from what, by which command, with which result."""
     tags, metrics = run.data.tags, run.data.metrics
     kind = tags.get("deedsr.kind", "")
-    lines = [tags[OWN_NOTE_TAG]] if OWN_NOTE_TAG in tags else []
-    lines.append(f"{KINDS.get(kind, kind)}.")
-    data = {given.dataset.name: given.dataset.digest for given in run.inputs.dataset_inputs}
-    lines += [f"**Data**: {name}, digest `{digest[:12]}`" for name, digest in data.items()]
+    lines = [tags[OWN_NOTE_TAG]] if OWN_NOTE_TAG in tags else []  # MLflow's pages show the first three at once
+    inputs = [given.dataset for given in run.inputs.dataset_inputs]
+    data = [f"{given.name} (digest `{given.digest[:12]}`)" for given in inputs]
     if not data and kind == "shards":
-        lines.append(f"**Data**: from {run.data.params.get('source') or run.data.params.get('hr_from')}")
+        data = [str(run.data.params.get("source") or run.data.params.get("hr_from"))]
+    lines.append(f"{KINDS.get(kind, kind)}." + (f" **Data**: {', '.join(data)}" if data else ""))
+    shown = [name for name in metrics if name.partition("/")[0] not in ("system", "memory", "loss_timestep")]
+    if shown:
+        steps = {
+            metric.key: f" at step {metric.step}" for metric in run.data._metric_objs if metric.key.startswith(BEST)
+        }
+        figures = [f"{name} {metrics[name]:.5g}{steps.get(name, '')}" for name in sorted(shown, key=place_of)[:12]]
+        lines.append(f"**Result**: {', '.join(figures)}")
     parents = {key.removeprefix(PARENT_TAG): value for key, value in tags.items() if key.startswith(PARENT_TAG)}
     if parents:
         lines.append("**Made from**: " + ", ".join(link(client, value, key) for key, value in parents.items()))
     if SETTINGS_TAG in tags:
         lines.append(f"**Settings that differ**: `{tags[SETTINGS_TAG]}`")
-    shown = [name for name in sorted(metrics) if name.partition("/")[0] not in ("system", "memory", "loss_timestep")]
-    if shown:
-        steps = {
-            metric.key: f" at step {metric.step}" for metric in run.data._metric_objs if metric.key.startswith(BEST)
-        }
-        figures = [f"{name} {metrics[name]:.5g}{steps.get(name, '')}" for name in shown[:12]]
-        lines.append(f"**Result** (last values): {', '.join(figures)}")
     if commit := tags.get(COMMIT_TAG):
         changed = ", with changes that are not committed" if tags.get(DIRTY_TAG) == "true" else ""
         lines.append(f"**Code**: commit `{commit[:12]}`{changed}")

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines.tracking.description import (
-    BEST,
     NOTE_TAG,
     SECONDS_TAG,
     describe,
@@ -29,7 +28,7 @@ from pipelines.tracking.provenance import (
     flatten,
     param_text,
 )
-from pipelines.tracking.search import higher_is_better
+from pipelines.tracking.search import BEST, higher_is_better
 from pipelines.tracking.store import cause, connect, how_to_restore, masked_uri
 
 if TYPE_CHECKING:

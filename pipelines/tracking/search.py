@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from deedsr.errors import UsageError
 from pipelines.tracking.provenance import CONFIG_TAG, PARENT_TAG
-from pipelines.tracking.store import cause, masked_uri, quoted, tracking_uri
+from pipelines.tracking.store import cause, connect, masked_uri, quoted, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 SYSTEM_PREFIX = "system/"
 _PAGE = 1000  # runs that a store gives at once
+BEST = "best/"  # before the name of a validation's metric: its best value, at its step
+_FIRST = (BEST, "model.", "bicubic.", "validation/psnr", "validation/", "loss", "samples_per_second", "")
 _HIGHER, _LOWER = ("psnr", "ssim", "top1", "top5", "samples_per_second"), ("loss",)
 
 
@@ -44,19 +46,19 @@ def select(
     found: list[StoredRun] = []
     for run in runs:
         parts = [f"attributes.run_id LIKE {quoted(f'{run}%')}", f"attributes.run_name = {quoted(run)}"]
-        named = next(filter(None, (_search(client, wanted, part) for part in parts)), [])
+        named = next(filter(None, (search(client, wanted, part) for part in parts)), [])
         if not named:
             raise UsageError(f"no run {run} in the MLflow store {where}: `deedsr runs list` shows those there are")
         found += named
     if not runs:
-        found = _search(client, wanted, condition or "", last)
+        found = search(client, wanted, condition or "", last)
     if not found:
         meant = f" that matches {condition}" if condition else " yet"
         raise UsageError(f"experiment {', '.join(names[i] for i in wanted)} in {where} holds no run{meant}")
     return {run.info.run_id: run for run in found}
 
 
-def _search(
+def search(
     client: "MlflowClient", experiments: list[str], condition: str, last: int | None = None
 ) -> "list[StoredRun]":
     from mlflow.exceptions import MlflowException
@@ -70,11 +72,22 @@ def _search(
                 experiments, condition, max_results=count, order_by=["attributes.start_time DESC"], page_token=token
             )
         except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
             raise UsageError(f"MLflow does not take the filter {condition!r}: {cause(error)}") from error
         runs, token = runs + list(page), page.token
         if not token:
             break
     return runs
+
+
+def find_run(experiment: str | None, tags: Mapping[str, str], uri: str | None = None) -> str | None:
+    """Id of the newest run with all these tags, in one experiment or (None) in all; None when there is none."""
+    client = connect(tracking_uri(uri))
+    experiments = [e.experiment_id for e in client.search_experiments() if experiment in (None, e.name)]
+    condition = " and ".join(f"tags.`{key}` = {quoted(value)}" for key, value in tags.items())
+    runs = search(client, experiments, condition, last=1) if experiments else []
+    return runs[0].info.run_id if runs else None
 
 
 def ancestors(client: "MlflowClient", runs: "Mapping[str, StoredRun]") -> "dict[str, StoredRun]":
@@ -86,7 +99,7 @@ def ancestors(client: "MlflowClient", runs: "Mapping[str, StoredRun]") -> "dict[
         level = []
         for start in range(0, len(missing), 200):
             ids = ", ".join(map(quoted, missing[start : start + 200]))
-            level = [*level, *_search(client, experiments, f"attributes.run_id IN ({ids})")]
+            level = [*level, *search(client, experiments, f"attributes.run_id IN ({ids})")]
         known_runs |= {run.info.run_id: run for run in level}
         if not level:
             break
@@ -119,7 +132,17 @@ def higher_is_better(metric: str) -> bool | None:
 def run_link(uri: str, run: "StoredRun") -> str:
     """Address of a run on MLflow's pages; of an SQLite store's at the address where `mlflow ui` serves it."""
     base = masked_uri(uri).replace("://***@", "://") if uri.startswith("http") else "http://127.0.0.1:5000"
-    return f"{base.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+    return f"{base.rstrip('/')}/{run_place(run)}"
+
+
+def run_place(run: "StoredRun") -> str:
+    """A run's place on MLflow's pages, which else would open as those for language models."""
+    return f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}?workflowType=machine_learning"
+
+
+def place_of(metric: str) -> tuple[int, str]:
+    """Order of metrics: results first."""
+    return next(number for number, start in enumerate(_FIRST) if metric.startswith(start)), metric
 
 
 def artifacts_of(client: "MlflowClient", run_id: str, folder: str | None = None) -> list[str]:

@@ -193,23 +193,6 @@ def artifact_text(place: str, client: "MlflowClient | None" = None) -> str:
         raise UsageError(f"{place} is not in the MLflow store {masked_uri(tracking_uri())} ({cause(error)})") from error
 
 
-def find_run(experiment: str | None, tags: Mapping[str, str], uri: str | None = None) -> str | None:
-    """Id of the newest run with all these tags, in one experiment or (None) in all; None when there is none."""
-    client = connect(tracking_uri(uri))
-    if experiment is None:
-        experiments = client.search_experiments()
-    else:
-        found = client.get_experiment_by_name(experiment)
-        experiments = [found] if found else []
-    if not experiments:
-        return None
-    condition = " and ".join(f"tags.`{key}` = {quoted(value)}" for key, value in tags.items())
-    runs = client.search_runs(
-        [e.experiment_id for e in experiments], condition, order_by=["attributes.start_time DESC"], max_results=1
-    )
-    return runs[0].info.run_id if runs else None
-
-
 def how_to_restore(client: "MlflowClient", uri: str, run_id: str) -> str | None:
     """The command that restores a run if somebody deleted it, or its experiment; else None."""
     from mlflow.exceptions import MlflowException
