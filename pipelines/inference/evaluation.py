@@ -34,7 +34,7 @@ from pipelines.distribution import each, network_plan
 from pipelines.inference.evaluator import METHODS, PICTURES, RESULTS, Evaluated, Evaluator, Measured, State
 from pipelines.models import Model
 from pipelines.placement import Device, place_networks
-from pipelines.reports.page import strip
+from pipelines.reports.page import picture_name, strip
 from pipelines.storage import Storage, open_storage
 from pipelines.storage.waiting import patiently
 from pipelines.tracking.registry import log_evaluation
@@ -229,7 +229,9 @@ class _Evaluation:
             )
             source = measured[key].record["source"]
             title = source["path"] if source else key
-            run.log_picture(key, strip(title, lr, {"bicubic": bicubic, "model": picture, "HR": hr}), step=0)
+            run.log_picture(
+                picture_name(title, key), strip(title, lr, {"bicubic": bicubic, "model": picture, "HR": hr}), step=0
+            )
 
     def _results(self, run: tracking.Run, measured: dict[str, Measured]) -> dict[str, Any]:
         """Content of `results.json`, also logged to MLflow."""

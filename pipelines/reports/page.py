@@ -1,6 +1,7 @@
 """Self-contained HTML pages: one file that opens without a network, with its styles, scripts and pictures inside."""
 
 import base64
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,12 @@ def duration_text(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def picture_name(source: str, key: str) -> str:
+    """Name of a sample's picture among those of a run: the photograph's, and what of the key tells its crops apart."""
+    stem = re.sub(r"[^A-Za-z0-9_-]", "_", Path(source).stem)
+    return f"{stem[:60]}-{key[:6]}{key[-3:]}"
 
 
 def strip(title: str, lr: np.ndarray, others: Mapping[str, np.ndarray]) -> np.ndarray:

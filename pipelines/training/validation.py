@@ -19,7 +19,7 @@ from torch import Tensor
 from deedsr.dataset.keys import generator
 from deedsr.metrics import psnr_y
 from pipelines.data.dataset import Dataset
-from pipelines.reports.page import strip
+from pipelines.reports.page import picture_name, strip
 from pipelines.training.engine import Engine
 from pipelines.training.stage import Stage
 
@@ -100,8 +100,9 @@ class Validation:
                 figures.append([psnr_y(p, sample.hr) for p in (picture, bicubic)])
                 if run is not None:
                     made = {"bicubic": bicubic, "model": picture, "HR": sample.hr}
-                    shown = strip(sample.info["source"]["path"], sample.lr, made)
-                    run.log_picture(f"validation/{sample.key}", shown, step)
+                    source = sample.info["source"]["path"]
+                    name = f"validation/{picture_name(source, sample.key)}"
+                    run.log_picture(name, strip(source, sample.lr, made), step)
         torch.distributed.barrier()
         if not figures:
             return {}
