@@ -168,7 +168,7 @@ def _run_tracked(options: ShardsOptions, recipe: "Recipe") -> dict[str, Any]:
 
 def _log(run: "Run", result: "ShardsResult", dataset: "Dataset") -> None:
     """Figures of the generation, the dataset's digest, and some pairs: the LR enlarged beside its HR."""
-    from pipelines.reports.page import strip
+    from pipelines.reports.page import picture_name, strip
 
     run.log_dataset(dataset, context="shards")
     numbers = {key: value for key, value in dataclasses.asdict(result).items() if isinstance(value, int | float)}
@@ -176,9 +176,9 @@ def _log(run: "Run", result: "ShardsResult", dataset: "Dataset") -> None:
     index = dataset.index("train")
     for row in range(0, index.num_rows, max(1, index.num_rows // PICTURES))[:PICTURES]:
         sample = dataset.read(index, row)
-        run.log_picture(
-            f"pair-{sample.key}", strip(sample.info["source"]["path"], sample.lr, {"HR": sample.hr}), step=0
-        )
+        source = sample.info["source"]["path"]
+        name = f"pair-{picture_name(source, sample.key)}"
+        run.log_picture(name, strip(source, sample.lr, {"HR": sample.hr}), step=0)
 
 
 COMMAND = Command(
