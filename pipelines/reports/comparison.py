@@ -30,7 +30,7 @@ from pipelines.tracking.store import existing_store, sqlite_path
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-MAX_CURVES = 40  # runs of a group that have curves
+MAX_CURVES = 24  # runs of a group that have curves
 MAX_PICTURES = 24  # in a page, over all runs
 _ONLY_ON_THE_PAGE = ("memory/", "loss_timestep/", "validation/loss_timestep", "validation/seconds")
 
@@ -135,7 +135,7 @@ def _section_text(section: Section, width: int | None) -> list[str]:
             if name == group.ranked_by and any(name in run["against_best"] for run in group.runs):
                 header.append(f"{name} against the best")
                 columns.append((name, True))
-        rows = []
+        rows, best = [], {name: group.best(name) for name in names}
         for run in group.runs:
             time = duration_text(run["seconds"]) if run["seconds"] is not None else "running"
             cells = [run["name"], run["run_id"][:8], run["status"].lower(), time]
@@ -144,7 +144,7 @@ def _section_text(section: Section, width: int | None) -> list[str]:
                     found = run["against_best"].get(name)
                     cells.append(interval_text(found, name) if found else "-")
                 else:
-                    mark = "*" if run["metrics"].get(name) == group.best(name) is not None else ""
+                    mark = "*" if run["metrics"].get(name) == best[name] is not None else ""
                     cells.append(figure_text(run, name) + mark)
             rows.append(cells)
         ranked = f", best first by {group.ranked_by}" if group.ranked_by else ""
