@@ -73,4 +73,7 @@ class Command:
             base = defaults | flatten(preset)
             different = {key: value for key, value in given.items() if value != base.get(key, {})}
             found.append((name, {k: v for k, v in different.items() if k.rpartition(".")[2] not in PLACES}))
-        return min(found, key=lambda item: len(item[1]))
+        name, settings = min(found, key=lambda item: len(item[1]))
+        return name, dict(
+            sorted(settings.items(), key=lambda item: item[0] != "model")
+        )  # what is evaluated comes first

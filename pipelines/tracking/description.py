@@ -26,7 +26,7 @@ SECONDS_TAG, SESSION_TAG = "deedsr.seconds", "deedsr.session"  # of the earlier 
 # Options that say where something lies or is computed, not what is made: no part of a name or a comparison.
 PLACES = {"data", "out", "source", "pairs", "hr_from", "join", "learner", "experiment", "register_as", "tracking"}
 PLACES |= {"workers", "num_workers", "device", "metric_weights", "gc", "force", "cpus_per_worker", "gpus_per_worker"}
-PLACES |= {"loader_threads", "compute_threads", "cache_gb", "schedule_steps"}
+PLACES |= {"metrics", "loader_threads", "compute_threads", "cache_gb", "schedule_steps"}
 MAX_TAG_CHARACTERS = 8000  # of MLflow's stores
 _NAMED, _CHARACTERS = 4, 24  # settings in a run's name, and characters of a value there
 
