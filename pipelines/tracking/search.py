@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 SYSTEM_PREFIX = "system/"
 _PAGE = 1000  # runs that a store gives at once
 BEST = "best/"  # before the name of a validation's metric: its best value, at its step
-_FIRST = (BEST, "model.", "bicubic.", "validation/psnr", "validation/", "loss", "samples_per_second", "")
+_FIRST = (f"{BEST}psnr", BEST, "model.", "bicubic.", "validation/psnr", "validation/", "loss", "samples_per_second", "")
 _HIGHER, _LOWER = ("psnr", "ssim", "top1", "top5", "samples_per_second"), ("loss",)
 
 
