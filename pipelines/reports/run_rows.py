@@ -16,7 +16,7 @@ from deedsr.errors import DeeDSRError
 from pipelines.tracking import EXPERIMENTS
 from pipelines.tracking.description import PLACES, active_seconds
 from pipelines.tracking.provenance import COMMIT_TAG, DIGEST_TAG, DIRTY_TAG
-from pipelines.tracking.search import SYSTEM_PREFIX, config_of, higher_is_better, parents, place_of, run_link, select
+from pipelines.tracking.search import config_of, higher_is_better, metrics_of, parents, place_of, run_link, select
 from pipelines.tracking.store import artifact_text, tracking_uri
 
 if TYPE_CHECKING:
@@ -179,7 +179,6 @@ def _data_of(kind: str, run: "StoredRun", config: Mapping[str, str]) -> tuple[st
 
 def row_of(experiment: str, run: "StoredRun", uri: str | None = None) -> BareRow:
     info = run.info
-    names = [name for name in run.data.metrics if not name.startswith(SYSTEM_PREFIX)]
     return BareRow(
         run_id=info.run_id,
         name=info.run_name,
@@ -189,7 +188,7 @@ def row_of(experiment: str, run: "StoredRun", uri: str | None = None) -> BareRow
         seconds=active_seconds(run),
         dataset_digest=run.data.tags.get(DIGEST_TAG),
         commit=_commit(run),
-        metrics={name: run.data.metrics[name] for name in sorted(names, key=place_of)},
+        metrics={name: value for name, (value, _) in metrics_of(run).items()},
         link=run_link(tracking_uri(uri), run),
     )
 
@@ -211,12 +210,12 @@ def _compared_row(
     options: Sequence[str],
 ) -> RunRow:
     in_columns = {name: columns[row["run_id"], name] for name in row["metrics"]}
-    steps = {metric.key: metric.step for metric in run.data._metric_objs if metric.step}
+    steps = {name: step for name, (_, step) in metrics_of(run).items() if step}
     return RunRow(
         **row | {"metrics": {in_columns[name]: value for name, value in row["metrics"].items()}},
         parents=parents(run),
         config={name: settings.get(name) for name in options},
-        steps={in_columns[name]: step for name, step in steps.items() if name in in_columns},
+        steps={in_columns[name]: step for name, step in steps.items()},
         samples_per_second=row["metrics"].get("samples_per_second"),
         against_best={},
     )
@@ -233,7 +232,7 @@ def _columns_of_metrics(
     """(run id, metric) -> the column that it stands in: its name, with a number where the runs' definitions differ."""
     definitions: dict[str, dict[str, str]] = {}  # metric -> run id -> definition, empty where none was recorded
     for run in runs:
-        for name in run.data.metrics:
+        for name in metrics_of(run):
             definition = configs[run.info.run_id].get(f"{DEFINITION_PREFIX}{name.rpartition('.')[2]}", "")
             definitions.setdefault(name, {})[run.info.run_id] = definition
     columns = {}

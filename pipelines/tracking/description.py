@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from pipelines.tracking.provenance import COMMIT_TAG, DIRTY_TAG, PARENT_TAG
-from pipelines.tracking.search import BEST, place_of, run_place
+from pipelines.tracking.search import BEST, metrics_of, run_place
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -162,7 +162,7 @@ def link(client: "MlflowClient", run_id: str, text: str) -> str:
 
 def describe(client: "MlflowClient", run: "StoredRun") -> str:
     """A run's description, in Markdown: what, on which data, from what, by which command, with which result."""
-    tags, metrics = run.data.tags, run.data.metrics
+    tags = run.data.tags
     kind = tags.get("deedsr.kind", "")
     lines = [tags[OWN_NOTE_TAG]] if OWN_NOTE_TAG in tags else []  # MLflow's pages show the first three at once
     inputs = [given.dataset for given in run.inputs.dataset_inputs]
@@ -170,12 +170,11 @@ def describe(client: "MlflowClient", run: "StoredRun") -> str:
     if not data and kind == "shards":
         data = [str(run.data.params.get("source") or run.data.params.get("hr_from"))]
     lines.append(f"{KINDS.get(kind, kind)}." + (f" **Data**: {', '.join(data)}" if data else ""))
-    shown = [name for name in metrics if name.partition("/")[0] not in ("system", "memory", "loss_timestep")]
+    metrics = metrics_of(run)
+    shown = [name for name in metrics if "loss_timestep" not in name and not name.startswith("memory/")]
     if shown:
-        steps = {
-            metric.key: f" at step {metric.step}" for metric in run.data._metric_objs if metric.key.startswith(BEST)
-        }
-        figures = [f"{name} {metrics[name]:.5g}{steps.get(name, '')}" for name in sorted(shown, key=place_of)[:12]]
+        steps = {name: f"{AT_STEP}{metrics[name][1]}" for name in shown if name.startswith(BEST)}
+        figures = [f"{name} {metrics[name][0]:.5g}{steps.get(name, '')}" for name in shown[:12]]
         lines.append(f"**Result**: {', '.join(figures)}")
     parents = {key.removeprefix(PARENT_TAG): value for key, value in tags.items() if key.startswith(PARENT_TAG)}
     if parents:

@@ -28,7 +28,7 @@ from pipelines.tracking.provenance import (
     flatten,
     param_text,
 )
-from pipelines.tracking.search import BEST, higher_is_better
+from pipelines.tracking.search import AT_STEP, BEST_TAG, higher_is_better
 from pipelines.tracking.store import cause, connect, how_to_restore, masked_uri
 
 if TYPE_CHECKING:
@@ -117,7 +117,8 @@ class Run:
         self._mirror.deliver()
 
     def log_picture(self, name: str, image_HWC: "np.ndarray", step: int | None = None) -> None:
-        """Store a uint8 RGB picture as artifact `pictures/{name}.png`; with a step also in MLflow's series of images.
+        """Store a uint8 RGB picture as artifact `pictures/{name}.png`; with a step also in MLflow's series of images,
+        below `examples/`, which MLflow's pages show before the curves.
 
         A fault-tolerant run returns at once and stores it later.
         """
@@ -126,7 +127,7 @@ class Run:
             with self._reaching_store():
                 self.client.log_image(self.id, image_HWC, artifact_file=f"pictures/{name}.png")
                 if step is not None:
-                    self.client.log_image(self.id, image_HWC, key=name, step=step)
+                    self.client.log_image(self.id, image_HWC, key=f"examples/{Path(name).name}", step=step)
 
         self.later(store) if self.fault_tolerant else store()
 
@@ -202,12 +203,14 @@ class Run:
         self.describe()
 
     def _log_best(self) -> None:
-        """Of each metric of the validation the best value, at its step: the last one stands beside it."""
+        """Tags with the best value of each metric of the validation; the last one is among the metrics."""
         for name in [name for name in self.client.get_run(self.id).data.metrics if name.startswith(VALIDATION)]:
-            if (higher := higher_is_better(name)) is not None:
+            higher = higher_is_better(name)
+            if higher is not None and name.count("/") == 1 and not name.endswith("_bicubic"):
                 history = self.client.get_metric_history(self.id, name)
                 best = (max if higher else min)(history, key=lambda point: point.value)
-                self.client.log_metric(self.id, f"{BEST}{name.removeprefix(VALIDATION)}", best.value, step=best.step)
+                text = f"{best.value:.6g}{AT_STEP}{best.step}"
+                self.client.set_tag(self.id, f"{BEST_TAG}{name.removeprefix(VALIDATION)}", text)
 
     def _close(self, to_the_end: bool = False) -> bool:
         self._stop_monitor()

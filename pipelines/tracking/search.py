@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 SYSTEM_PREFIX = "system/"
 _PAGE = 1000  # runs that a store gives at once
-BEST = "best/"  # before the name of a validation's metric: its best value, at its step
+BEST = "best/"  # before the name of a validation's metric: its best value, at its step, from these tags
+BEST_TAG, AT_STEP = "deedsr.best.", " at step "
 _FIRST = (f"{BEST}psnr", BEST, "model.", "bicubic.", "validation/psnr", "validation/", "loss", "samples_per_second", "")
 _HIGHER, _LOWER = ("psnr", "ssim", "top1", "top5", "samples_per_second"), ("loss",)
 
@@ -115,6 +116,16 @@ def config_of(run: "StoredRun") -> dict[str, str]:
     """Parameters in force: those that a resume has changed are recorded as tags."""
     changed = {k.removeprefix(CONFIG_TAG): v for k, v in run.data.tags.items() if k.startswith(CONFIG_TAG)}
     return run.data.params | changed
+
+
+def metrics_of(run: "StoredRun") -> dict[str, tuple[float, int]]:
+    """Last value and its step of each metric but the system's, and the best ones of a training's validation."""
+    found = {m.key: (m.value, m.step) for m in run.data._metric_objs if not m.key.startswith(SYSTEM_PREFIX)}
+    for key, text in run.data.tags.items():
+        if key.startswith(BEST_TAG):
+            value, _, step = text.partition(AT_STEP)
+            found[BEST + key.removeprefix(BEST_TAG)] = float(value), int(step)
+    return {name: found[name] for name in sorted(found, key=place_of)}
 
 
 def higher_is_better(metric: str) -> bool | None:
