@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from pipelines.tracking.provenance import COMMIT_TAG, DIRTY_TAG, PARENT_TAG
-from pipelines.tracking.search import BEST, metrics_of, run_place
+from pipelines.tracking.search import AT_STEP, BEST, metrics_of, run_place
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
