@@ -192,7 +192,10 @@ class Claim:
 
     def _superseded(self, found: dict[str, Any]) -> Superseded:
         if not found:
-            return Superseded(f"{self.out.uri}/{CLAIM} was removed: this command has no place there any more")
+            return Superseded(
+                f"{self.out.uri}/{CLAIM} is not there for {socket.gethostname()}: it was removed, or is on another "
+                "machine's disk; give an --out that all nodes share, or an s3:// location"
+            )
         return Superseded(f"{named(found)} works in {self.out.uri} in place of this command, which ends")
 
     def _change(self, changed: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines import cluster
 from pipelines.placement import NETWORK_WORKER, Device, WorkPlan, place_networks
+from pipelines.storage.errors import not_shared
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -149,7 +150,10 @@ def _results(work: Callable[[Any], Iterable[Any]], row: dict[str, bytes]) -> Ite
     try:
         for result in work(pickle.loads(row["item"])):
             yield {"result": pickle.dumps(result)}
-    except DeeDSRError as error:
+    except (DeeDSRError, FileNotFoundError) as error:
+        if isinstance(error, FileNotFoundError):  # local files have a `filename`
+            removed = DeeDSRError(f"{error} is missing: it was removed meanwhile; run the same command again")
+            error = not_shared(error.filename) if error.filename else removed
         kind = UsageError if isinstance(error, UsageError) else DeeDSRError  # others need not pickle
         text = str(error).encode(errors="backslashreplace").decode()  # names of files need not be Unicode
         yield {"result": pickle.dumps(kind(text))}

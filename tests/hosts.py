@@ -1,9 +1,9 @@
 """A cluster of several hosts on one machine, for tests of what happens between hosts.
 
-A host is a set of Linux namespaces (network, mounts, host name, processes) with an address, /etc/hosts, home folder and
-/tmp/ray of its own. A veth pair connects it to a bridge in another network namespace, so no interface, route or name
-appears outside, networks of several test runs exist side by side, and no packet leaves any of them. Namespaces end with
-their first process, which the kernel kills when the test process ends, however it ends.
+A host is a set of Linux namespaces (network, mounts, host name, processes) with an address, /etc/hosts, home folder,
+/tmp/ray and /mnt of its own. A veth pair connects it to a bridge in another network namespace, so no interface, route
+or name appears outside, networks of several test runs exist side by side, and no packet leaves any of them. Namespaces
+end with their first process, which the kernel kills when the test process ends, however it ends.
 """
 
 import contextlib
@@ -49,6 +49,7 @@ mount --bind "$2/resolv.conf" /etc/resolv.conf
 mkdir -p /tmp/ray
 mount --bind "$2/ray" /tmp/ray
 mount -t tmpfs tmpfs /dev/shm
+mount -t tmpfs tmpfs /mnt
 {_FIRST_PROCESS}"""
 
 

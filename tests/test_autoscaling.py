@@ -19,13 +19,19 @@ IDLE_SECONDS = 10
 JOBS = {path.stem: path for path in (ROOT / "jobs").glob("*.yaml") if not path.name.startswith("site")}
 
 # What makes the files' jobs small, and what does without GPUs.
+TRAIN = {"max_steps": 1, "num_workers": 1, "gpus_per_worker": 0}
 SMALL = {
-    "learner": {"preset": "tiny", "train": {"max_steps": 1, "num_workers": 2, "gpus_per_worker": 0}},
+    "chain": {
+        "preset": "tiny", "shards": {"recipe": "RECIPE"}, "learner": {"train": TRAIN}, "adapter": {"train": TRAIN},
+        "latents": {"precision": "fp32", "device": "cpu"},
+        "evaluate": {"limit": 2, "device": "cpu", "metrics": "psnr,ssim"},
+    },
+    "learner": {"preset": "tiny", "train": TRAIN | {"num_workers": 2}},
     "latents": {"precision": "fp32", "device": "cpu"},
-    "adapter": {"preset": "tiny", "train": {"max_steps": 1, "num_workers": 1, "gpus_per_worker": 0}},
+    "adapter": {"preset": "tiny", "train": TRAIN},
     "evaluate": {"limit": 2, "device": "cpu"},
     "upscale": {"device": "cpu"},
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +58,13 @@ def place(bucket, photos, small_dataset, tmp_path_factory) -> str:
     return place
 
 
+@pytest.fixture(scope="module")
+def recipe(head, small_recipe) -> str:
+    path = head.folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(small_recipe.model_dump(mode="json")))
+    return str(path)
+
+
 def job_of(name: str, place: str, head: Head, options: dict) -> dict:
     """A shipped job file with its places filled in and `options` over its own."""
     job = yaml.safe_load(JOBS[name].read_text().replace("s3://YOUR-BUCKET", place))
@@ -65,11 +78,9 @@ def job_of(name: str, place: str, head: Head, options: dict) -> dict:
 
 
 @pytest.mark.soak
-def test_a_shards_job_makes_nodes_start_and_end(head, place, small_recipe, small_dataset):
-    recipe = head.folder / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(small_recipe.model_dump(mode="json")))
+def test_a_shards_job_makes_nodes_start_and_end(head, place, recipe, small_dataset):
     assert head.nodes("ALIVE") == []
-    job = job_of("shards", place, head, {"recipe": str(recipe)})
+    job = job_of("shards", place, head, {"recipe": recipe})
     code, output, log = head.submit(job, "--wait")
     assert code == 0, log
     assert json.loads(output)["status"] == "SUCCEEDED"
@@ -85,13 +96,15 @@ def test_a_shards_job_makes_nodes_start_and_end(head, place, small_recipe, small
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", sorted(SMALL))
-def test_a_shipped_job_file_succeeds_on_a_cluster_without_gpus(head, place, name):
+def test_a_shipped_job_file_succeeds_on_a_cluster_without_gpus(head, place, recipe, name):
     assert {"shards", *SMALL} == set(JOBS)  # the shards job is submitted above
-    code, output, log = head.submit(job_of(name, place, head, SMALL[name]), "--wait")
+    job = job_of(name, place, head, json.loads(json.dumps(SMALL[name]).replace("RECIPE", recipe)))
+    code, output, log = head.submit(job, "--wait")
     assert code == 0, log
     assert json.loads(output)["status"] == "SUCCEEDED"
     assert re.search(r": \d workers? x [\d.]+ CPUs?, no GPU", log), log  # which the head has not
     assert "Traceback" not in log
+    assert {node.get("GPU") for node in head.nodes("ALIVE") + head.nodes("DEAD")} == {None}  # none was asked for
 
 
 @pytest.mark.soak

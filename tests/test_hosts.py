@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import threading
 import time
 import urllib.request
@@ -361,3 +362,34 @@ def test_shards_outlast_an_s3_that_refuses_for_a_minute_and_name_it_when_it_stay
     assert "no connection to the S3 endpoint" in error
     assert "cannot list" not in error
     assert "Traceback" not in process.log.read_text()
+
+
+def test_folders_that_the_nodes_do_not_share_are_one_error_that_says_so(network, local, photos):
+    head, learned, model = network["head"], f"{BUCKET}/local/learner", f"{BUCKET}/local/adapter"
+    data, cpu = f"--data={BUCKET}/local/shards", "--device=cpu"
+    training = ["--train.num_workers=2", "--train.gpus_per_worker=0"]
+    commands = {  # /mnt is a disk of its own on each host
+        "shards to": ["shards", f"--source={BUCKET}/photos", "--out=/mnt/new", "--recipe=recipe.yaml"],
+        "shards from": ["shards", "--source=/mnt/photos", f"--out={BUCKET}/new", "--recipe=recipe.yaml"],
+        "shards of HR": ["shards", "--hr-from=/mnt/shards", f"--out={BUCKET}/derived", "--recipe=light"],
+        "learner to": ["train", "learner", data, "--out=/mnt/learner", *LEARNER, *training],
+        "learner from": ["train", "learner", "--data=/mnt/shards", f"--out={BUCKET}/new/learner", *LEARNER, *training],
+        "adapter with": ["train", "adapter", data, "--learner=/mnt/model", f"--out={BUCKET}/new/adapter", *ADAPTER,
+                         *training],
+        "latents to": ["latents", data, "--base=tiny", f"--learner={learned}", "--out=/mnt/latents", cpu],
+        "latents from": ["latents", "--data=/mnt/shards", "--base=tiny", f"--out={BUCKET}/new/latents", cpu],
+        "upscale from": ["upscale", "/mnt/photos/validation", f"--model={model}", f"--out={BUCKET}/new", "--ray", cpu],
+    }  # fmt: skip
+    with cluster(network) as deedsr:
+        here = ["--source", "/mnt/photos", "--out", "/mnt/shards", "--recipe", "recipe.yaml"]
+        assert head.start("cp", "-r", photos, "/mnt/photos", log="copy").code() == 0
+        head.start(BIN / "deedsr", "shards", *here, "--json", log="here").result()
+        copy = "import shutil; from pipelines.storage import localize; shutil.copytree(localize(%r), '/mnt/model')"
+        assert head.start(BIN / "python", "-c", copy % learned, log="model").code() == 0
+        for name, words in commands.items():
+            process = deedsr(*words, log=name.replace(" ", "-"))
+            code, log = process.code(), process.log.read_text()
+            [error] = re.findall("^error: .*", log, re.MULTILINE)
+            assert re.match(r"error: on node[12]: .*/mnt/.*Workers read .*by themselves: give", error), log
+            assert (code, "Traceback" in log) == (2, False), log
+            assert "workers failed" not in log  # what a worker lacks would be missing again

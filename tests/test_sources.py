@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from deedsr.errors import UsageError
 from pipelines.data.dataset import Dataset
 from pipelines.reports.inspection import inspect
 from pipelines.shards import verify
+from pipelines.shards.listing import list_sources
 from pipelines.shards.source import Source, list_tar, read_source
 from pipelines.storage import open_storage
 
@@ -331,3 +333,14 @@ def test_a_dataset_of_a_table_on_s3_is_that_of_the_same_table_here(tmp_path, buc
     first = run([f"{here}/x.parquet"], tmp_path / "out", one_crop_recipe)
     assert (first.samples, first.rejected) == (8, 0)
     assert run([there], tmp_path / "again", one_crop_recipe, workers=1).digest == first.digest
+
+
+def test_a_folder_that_is_gone_is_an_error_and_a_file_that_is_gone_a_rejection(photos, tmp_path):
+    shutil.copytree(photos / "validation", tmp_path / "photos")
+    first, second = list(list_sources([str(tmp_path / "photos")]))[:2]
+    Path(first.uri).unlink()
+    with pytest.raises(FileNotFoundError):
+        read_source(first)
+    (tmp_path / "photos").rename(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match="photos is missing, or another folder than where the command was given"):
+        read_source(second)

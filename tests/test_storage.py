@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import shutil
+import socket
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import torch
 
-from deedsr.errors import DeeDSRError, UsageError
-from pipelines.storage import Conflict, localize, open_storage, publish
+from deedsr.errors import DatasetNotCommitted, DeeDSRError, UsageError
+from pipelines.inference.upscaler import TooLarge
+from pipelines.shards.garbage import HeldBack
+from pipelines.storage import Conflict, localize, open_storage, publish, require_here
+from pipelines.training.health import Ended, Moved
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -84,6 +89,26 @@ def test_a_write_that_fails_leaves_the_old_object_and_nothing_else(storage, tmp_
 def test_a_storage_travels_to_another_process(storage):
     storage.write("x", b"1")
     assert pickle.loads(pickle.dumps(storage)).read("x") == b"1"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UsageError("what is wrong"), DatasetNotCommitted("s3://b/shards"), Conflict("s3://b/a"), Moved(3), Ended(4),
+        HeldBack("s3://b/a", []), TooLarge(torch.zeros(3, 8, 6)),
+    ],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+def test_an_error_has_the_same_message_and_fields_in_another_process(error):
+    there = pickle.loads(pickle.dumps(error))
+    assert (type(there), str(there), there.__dict__) == (type(error), str(error), error.__dict__)
+
+
+def test_a_folder_that_a_worker_lacks_is_named_with_the_worker(tmp_path, bucket):
+    for place in (str(tmp_path), f"file://{tmp_path}", f"{bucket}/nothing"):  # what S3 has is the same for all
+        require_here(place)
+    with pytest.raises(UsageError, match=f"^on {socket.gethostname()}: {tmp_path}/none is missing, .* that all nodes"):
+        require_here(f"file://{tmp_path}/none")
 
 
 def test_file_uris_are_paths_and_other_schemes_are_refused(tmp_path):

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import socket
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from deedsr import __version__
-from deedsr.errors import DeeDSRError, UsageError
+from deedsr.errors import DeeDSRError
 from pipelines.inference.pictures import (
     LOSSY,
     Picture,
@@ -27,6 +26,7 @@ from pipelines.inference.pictures import (
 from pipelines.models import Model, Precision
 from pipelines.placement import Device
 from pipelines.storage import Storage
+from pipelines.storage.errors import not_shared
 from pipelines.storage.waiting import patiently
 
 if TYPE_CHECKING:
@@ -120,11 +120,7 @@ class Upscaler:
         for storage, path in ((self.out, self.sentinel), (source.storage, "")):
             place = storage.local_path(path)
             if place is not None and not place.exists():
-                raise UsageError(
-                    f"on {socket.gethostname()}: {storage.uri} is missing, or another folder than where the command is "
-                    "given. Workers read pictures and write results by themselves: give folders that all nodes share "
-                    "or s3:// locations, or leave out --ray"
-                )
+                raise not_shared(storage.uri)
 
     def _mark(self, data: bytes, format: str) -> str:
         """What a result depends on, 32 hexadecimal digits; device and `auto` precision affect only rounding."""

@@ -125,9 +125,6 @@ class HeldBack(DeeDSRError):
             "change, or delete them; `--gc --force` removes nevertheless what they are made of"
         )
 
-    def __reduce__(self) -> tuple[type["HeldBack"], tuple[str, list[Derived]]]:
-        return type(self), (self.uri, self.held_by)
-
 
 @dataclass
 class Garbage:

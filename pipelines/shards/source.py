@@ -15,7 +15,7 @@ import pyarrow.parquet
 
 from deedsr.dataset.pictures import RejectedImage
 from deedsr.errors import DeeDSRError, UsageError
-from pipelines.storage import is_hidden, object_at, open_storage
+from pipelines.storage import is_hidden, object_at, open_storage, require_here
 
 DECODED = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
 # Formats that are not read are listed all the same: what was given and left out is recorded, with the reason.
@@ -59,12 +59,12 @@ def read_source(source: Source) -> tuple[bytes, bytes | None]:
     """
     if source.problem:
         raise RejectedImage(source.problem)
-    with _permitted(known=bool(source.version)):
+    with _permitted(source.uri, known=bool(source.version)):
         data = _picture(source)
     if not source.lr:
         return data, None
     storage, name = object_at(source.lr)
-    with _permitted(known=not source.lr_version.endswith("-")):
+    with _permitted(source.lr, known=not source.lr_version.endswith("-")):
         try:
             return data, storage.read(name)
         except FileNotFoundError:
@@ -72,14 +72,17 @@ def read_source(source: Source) -> tuple[bytes, bytes | None]:
 
 
 @contextmanager
-def _permitted(known: bool) -> Iterator[None]:
+def _permitted(uri: str, known: bool) -> Iterator[None]:
     """Turns the error of a file that was unreadable when listed (no version) into its rejection.
 
-    Other errors end the work: a storage that fails for a moment must not change the dataset.
+    Other errors end the work: a storage that fails for a moment must not change the dataset, nor must a worker that
+    does not have the folder.
     """
     try:
         yield
     except FileNotFoundError:
+        if known:
+            require_here(object_at(uri)[0].uri)
         raise
     except DeeDSRError:
         if known:

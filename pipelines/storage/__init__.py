@@ -3,7 +3,7 @@
 from pipelines.storage.errors import Conflict
 from pipelines.storage.interface import ANYTHING, Entry, Storage, Upload, is_hidden, leads_out
 from pipelines.storage.local import LocalStorage
-from pipelines.storage.location import object_at, open_storage
+from pipelines.storage.location import object_at, open_storage, require_here
 from pipelines.storage.lock import scratch_folder
 from pipelines.storage.transfer import localize, publish
 
@@ -20,5 +20,6 @@ __all__ = [
     "object_at",
     "open_storage",
     "publish",
+    "require_here",
     "scratch_folder",
 ]

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -43,8 +44,13 @@ class Conflict(DeeDSRError):
         self.uri = uri
         super().__init__(f"{uri} was changed by another process meanwhile: run the same command again")
 
-    def __reduce__(self) -> tuple[type["Conflict"], tuple[str]]:
-        return type(self), (self.uri,)
+
+def not_shared(place: str) -> UsageError:
+    """The error of a worker that has no `place`, a file or folder of another machine's disk."""
+    return UsageError(
+        f"on {socket.gethostname()}: {place} is missing, or another folder than where the command was given. Workers "
+        "read and write by themselves: give folders that all nodes share, or s3:// locations"
+    )
 
 
 @contextmanager

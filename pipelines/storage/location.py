@@ -14,6 +14,7 @@ from urllib.parse import unquote
 from braceexpand import braceexpand
 
 from deedsr.errors import UsageError
+from pipelines.storage.errors import not_shared
 from pipelines.storage.interface import Entry, Storage
 from pipelines.storage.local import LocalStorage
 from pipelines.storage.s3 import S3Storage
@@ -47,6 +48,13 @@ def open_storage(uri: str | Path) -> Storage:
     raise UsageError(
         f"{re.sub('//[^/]*@', '//***@', text)}: locations are s3://bucket/prefix, file:///dir or a path, not {scheme[1]}://"
     )
+
+
+def require_here(uri: str) -> None:
+    """Raises UsageError on a worker that does not have a local folder `uri`."""
+    place = open_storage(uri).local_path("")
+    if place is not None and not place.exists():
+        raise not_shared(str(place))
 
 
 def object_at(uri: str) -> tuple[Storage, str]:

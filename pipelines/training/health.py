@@ -60,9 +60,6 @@ class Moved(DeeDSRError):
             f"at step {step}"
         )
 
-    def __reduce__(self) -> tuple[type["Moved"], tuple[int]]:
-        return type(self), (self.step,)
-
 
 class Ended(DeeDSRError):
     """Checkpointed because the user wants the run to end."""

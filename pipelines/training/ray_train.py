@@ -29,7 +29,7 @@ from deedsr.errors import DeeDSRError, UsageError
 from pipelines.claims import Superseded
 from pipelines.data.dataset import Dataset
 from pipelines.models import usable_device
-from pipelines.storage import Storage, open_storage
+from pipelines.storage import Storage, open_storage, require_here
 from pipelines.training.config import AdapterOptions, LearnerOptions, from_resolved
 from pipelines.training.health import Ended, Moved, Stop, Untrainable, Unwritable, listen, terminated
 from pipelines.training.identity import Claim
@@ -244,6 +244,8 @@ def train_worker(config: dict[str, Any]) -> str | None:
     torch.set_num_threads(config["threads"])
     kind = LearnerOptions if config["stage"] == "learner" else AdapterOptions
     options = from_resolved(kind, config["options"])
+    for place in (options.data, options.out):
+        require_here(place)
     dataset = Dataset.open(options.data)
     stage, out = make_stage(options, dataset), open_storage(options.out)
     stage.fetch()  # before the watchdog counts, and once for all workers of a node
