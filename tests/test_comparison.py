@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 
 from deedsr.errors import UsageError
+from jobs import cli
 from pipelines import tracking
 from pipelines.reports import charts
 from pipelines.reports.charts import TONES, Curve, draw
@@ -312,3 +313,20 @@ def test_where_no_store_is_none_is_made(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="no MLflow store at .*mlflow.db"):
         compare()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_terminal_lists_runs_and_shows_one(store, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    assert cli.main(["runs", "list", "--experiment", "deedsr-learner", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)["runs"]
+    assert [run["name"] for run in listed] == ["fast", "slow"]
+    assert cli.main(["runs", "list", "--last", "3"]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert (len(lines), "model.psnr 31.00" in lines[1]) == (4, True)
+    fast = listed[0]["run_id"]
+    assert cli.main(["runs", "show", fast[:10]]) == 0
+    text = capsys.readouterr().out
+    for expected in (fast, "loss 0.2", "train.lr: 0.1", "#/experiments/"):
+        assert expected in text
+    assert cli.main(["runs", "show", "nobody"]) == 2
+    assert "no run nobody" in capsys.readouterr().err
