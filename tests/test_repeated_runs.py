@@ -97,14 +97,18 @@ def test_a_configuration_that_no_run_has_is_an_error_that_names_it(things, capsy
 
 
 @pytest.mark.soak
-def test_shards_latents_and_trainings_are_made_again_from_their_runs(things, capsys, ray_cluster):
+def test_shards_and_latents_are_made_again_from_their_runs(things, capsys, ray_cluster):
     shards = run(capsys, "deedsr shards --source sources --recipe recipe.yaml --out shards")
     assert made_again(capsys, shards, "shards2")["digest"] == shards["digest"]
-    learner = run(capsys, "deedsr train learner --config learner.yaml --data shards --out l --train.max_steps 2")
-    made_again(capsys, learner, "l2")
-    latents = run(capsys, "deedsr latents --data shards --base base --learner l --out latents")
+    latents = run(capsys, "deedsr latents --data dataset --base base --learner learner --out latents")
     assert made_again(capsys, latents, "latents2")["digest"] == latents["digest"]
-    words = "--data shards --learner l --base base --init null --out m --train.max_steps 2"
+
+
+@pytest.mark.soak
+def test_trainings_are_made_again_from_their_runs(things, capsys, ray_cluster):
+    learner = run(capsys, "deedsr train learner --config learner.yaml --data dataset --out l --train.max_steps 2")
+    made_again(capsys, learner, "l2")
+    words = "--data dataset --learner l --base base --init null --out m --train.max_steps 2"
     adapter = run(capsys, f"deedsr train adapter --config model.yaml {words}")
     made_again(capsys, adapter, "m2")
     for one, two in (("l/learner", "l2/learner"), ("m/adapter", "m2/adapter")):
@@ -113,7 +117,7 @@ def test_shards_latents_and_trainings_are_made_again_from_their_runs(things, cap
         for name in weights:
             assert (things / one / name).read_bytes() == (things / two / name).read_bytes()
     name = stored_run(adapter["run_id"]).info.run_name
-    assert name.startswith("adapter · tiny · shards · ")
+    assert name.startswith("adapter · tiny · dataset · ")
     assert stored_run(adapter["run_id"]).data.tags["deedsr.plan"]
 
 
