@@ -5,7 +5,8 @@
 Without a GPU everything runs at a tiny size on the CPU, for form. With one, `training`, `learner`, `latents`,
 `sampling` and `profile` run at Stable Diffusion 2.1-base's size, with random weights that are written into `--work`
 first (5 GB, kept). Arms: numerics, training, sampling (the default set), more-training, trainer (with Ray), learner,
-latents, more-sampling, shards (with Ray), profile; or `all`. An arm begins no further measurement after `--minutes`,
+latents, more-sampling (in tiles, offloaded, compiled), shards (with Ray), profile (and three ways of the DA blocks'
+per-sample convolution); or `all`. An arm begins no further measurement after `--minutes`,
 and each measurement has a process of its own, so that one that fails says so and the others go on. What is measured is
 kept in `--work`/results.jsonl at once. Needs this checkout and its dependencies, and no network. Prints tables and,
 last, one JSON line.
@@ -100,7 +101,8 @@ def numerics(bench: Bench) -> None:
         run = lambda steps, stage=stage, micro=micro, **asked: (
             bench.task("losses", stage=stage, micro=micro, steps=steps, **small | asked) or {}
         ).get("losses")
-        cpu, threads, here = run(20, device="cpu"), run(20, device="cpu", threads=2), run(20)
+        cpu, threads = run(20, device="cpu"), run(20, device="cpu", threads=2)
+        here = run(20) if bench.device != "cpu" else cpu
         if cpu and threads and here:
             apart = lambda one, other: max(abs(a - b) / abs(b) for a, b in zip(one, other, strict=True))
             first, bound = apart(here[:1], cpu[:1]), max(2 * apart(threads, cpu), 1e-6)
@@ -174,11 +176,12 @@ def sampling(
     bench: Bench,
     cases: tuple[tuple[int, int, int], ...] = ((128, 1, 50),),
     precisions: tuple[str, ...] = ("fp16",),
+    **more: Any,
 ) -> None:
     """`cases`: (LR side, pictures, steps). A CPU is slow in half precision."""
     for precision in precisions if bench.device == "cuda" else ("fp32",):
         for side, pictures, steps in cases if bench.device == "cuda" else ((32, 1, 4),):
-            asked = {"side": side, "pictures": pictures, "steps": steps, "precision": precision}
+            asked = {"side": side, "pictures": pictures, "steps": steps, "precision": precision, **more}
             if answer := bench.task("sampling", **asked):
                 bench.keep(asked | answer | ({"goal": GOALS["seconds"]} if (side, pictures) == (128, 1) else {}))
 
@@ -187,12 +190,16 @@ def more_sampling(bench: Bench) -> None:
     cases = ((128, 1, 15), (128, 4, 50), (128, 16, 50), (512, 1, 50))
     sampling(bench, cases)
     sampling(bench, ((128, 1, 50),), ("fp32", "bf16"))
+    sampling(bench, ((128, 1, 50), (512, 1, 10)), offload=True)
+    sampling(bench, ((512, 1, 10),), tile=512)
+    sampling(bench, ((128, 1, 50), (128, 16, 50)), compile=True)
 
 
 def profile(bench: Bench) -> None:
-    asked = {"micro": 8 if bench.device == "cuda" else 2, "precision": "bf16"}
-    if answer := bench.task("profile", **asked):
-        bench.keep(asked | answer)
+    asked: Row = {"micro": 8 if bench.device == "cuda" else 2, "precision": "bf16"}
+    for task, more in (("profile", {}), ("depthwise", {"seconds": bench.measured})):
+        if answer := bench.task(task, **asked, **more):
+            bench.keep({"task": task} | asked | answer)
 
 
 def shards(bench: Bench) -> None:
@@ -206,23 +213,43 @@ def shards(bench: Bench) -> None:
 
 
 def trainer(bench: Bench) -> None:
-    """`deedsr train adapter` on latents of the shipped photographs: the command from its start to its end."""
+    """`deedsr train adapter` on latents of the shipped photographs, and a bare loop at its micro-batch."""
+    from pipelines import tracking
+
     photographs = Path(__file__).parent.parent / "deedsr" / "assets" / "photos" / "train"
     places = "--base tiny --learner tiny"
     preset, steps = "tiny", 20
     if bench.size == "full":
         places, preset, steps = f"--base {bench.work}/base --learner {bench.work}/learner", "fast", 100
-    device = "" if bench.device == "cuda" else "--train.gpus_per_worker 0"
+    device = "" if bench.device == "cuda" else "--train.gpus_per_worker 0 --train.num_workers 1"
     with tempfile.TemporaryDirectory(dir=bench.work) as folder:
         store = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
         made = command(bench, f"shards --source {photographs} --out {folder}/shards", **store)
         made = made and command(bench, f"latents --data {folder}/shards {places} --out {folder}/latents", **store)
-        if made:
-            command(bench, f"train adapter --preset {preset} --data {folder}/latents {places} --out {folder}/adapter "
-                    f"--train.max_steps {steps} --train.log_every 5 {device}", **store)  # fmt: skip
+        if made is None:
+            return
+        began = time.time()
+        line = f"train adapter --preset {preset} --data {folder}/latents {places} --out {folder}/adapter {device}"
+        trained = command(bench, f"{line} --train.max_steps {steps} --train.log_every 5", **store)
+        ended = time.time()
+        if trained is None:
+            return
+        client = tracking.connect(store["MLFLOW_TRACKING_URI"])
+        history = lambda name: client.get_metric_history(trained["run_id"], name)
+        rate = float(np.mean([m.value for m in history("samples_per_second") if m.step > 5]))
+        at = [m.timestamp / 1000 for m in history("loss")]
+        asked = client.get_run(trained["run_id"]).data.params
+    micro, precision = int(asked["train.micro_batch_size"]), asked["train.precision"]
+    row = {"micro": micro, "precision": precision, "samples_per_second": rate, "seconds_to_step_5": at[0] - began,
+           "seconds_from_last_step": ended - at[-1]}  # fmt: skip
+    if bare := bench.task("train", stage="adapter", loop="bare", micro=micro, precision=precision,
+                          seconds=bench.measured):  # fmt: skip
+        row |= {"share_of_bare_loop": rate / bare["samples_per_second"], "goal": GOALS["share"]}
+    bench.keep(row)
 
 
-def command(bench: Bench, line: str, **environment: str) -> bool:
+def command(bench: Bench, line: str, **environment: str) -> Row | None:
+    """The result of a command of `deedsr`; None, and a row that says why, where it failed."""
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "deedsr", *line.split(), "--json"],
@@ -234,9 +261,10 @@ def command(bench: Bench, line: str, **environment: str) -> bool:
     row: Row = {"command": " ".join(line.split()[:2]), "seconds_in_all": time.monotonic() - began}
     if done.returncode:
         bench.keep(row | {"failed": done.stderr.strip().splitlines()[-1][-300:]})
-    else:
-        bench.keep(row | {k: v for k, v in json.loads(done.stdout).items() if isinstance(v, int | float)})
-    return not done.returncode
+        return None
+    result = json.loads(done.stdout)
+    bench.keep(row | {k: v for k, v in result.items() if isinstance(v, int | float)})
+    return result
 
 
 ARMS: dict[str, Callable[[Bench], None]] = {

@@ -16,10 +16,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.full_size import HR, SCALE
 from deedsr.dataset.manifest import LatentsSource
+from deedsr.precision import set_tf32 as tf32
 from pipelines.training.adapter_stage import AdapterStage
 from pipelines.training.config import (
     AdapterModelOptions,
@@ -192,8 +194,6 @@ def bare_step(stage: Stage, module: nn.Module, trained: list[nn.Parameter], plan
         optimizer: torch.optim.Optimizer = torch.optim.SGD(trained, plan.lr, momentum=0.9, **fused)
     else:
         optimizer = torch.optim.AdamW(trained, plan.lr, **fused)
-    if plan.compile:
-        module.compile()
 
     def step(batch: dict[str, Tensor]) -> None:
         with torch.autocast(DEVICE, torch.bfloat16, enabled=plan.precision == "bf16"):
@@ -209,14 +209,13 @@ def bare_step(stage: Stage, module: nn.Module, trained: list[nn.Parameter], plan
 def engine_step(stage: Stage, module: nn.Module, plan: TrainOptions, micro: int) -> Callable[..., None]:
 
     engine = Engine(module, plan, micro=micro, accumulation=1)
-    ema: dict[str, Tensor] = {}
 
     def step(batch: dict[str, Tensor]) -> None:
         loss, _ = stage.loss(engine, batch)
         engine.backward(loss)
         engine.step(plan.lr)
         stage.end_step(engine)
-        engine.average(ema, 0.999)
+        engine.average(0.999)
 
     return step
 
@@ -242,8 +241,14 @@ def sampling(asked: dict[str, Any]) -> dict[str, Any]:
     tf32(asked.get("tf32", True))
     torch.set_num_threads(1)
     pipe = pipeline_of(asked["size"], asked["work"], asked["precision"])
+    if asked.get("offload"):
+        pipe.enable_model_cpu_offload(device=DEVICE)
+    if asked.get("compile"):
+        pipe.adapter.compile(mode="reduce-overhead")  # with CUDA graphs
     lrs = list(torch.rand(asked["pictures"], 3, asked["side"], asked["side"]))
-    sample = lambda steps: pipe(lrs, num_inference_steps=steps, noise_guidance=0.0, output_type="pt")
+    sample = lambda steps: pipe(
+        lrs, num_inference_steps=steps, noise_guidance=0.0, output_type="pt", tile=asked.get("tile")
+    )
     sample(2)
     synchronize()
     peak_reset()
@@ -252,6 +257,50 @@ def sampling(asked: dict[str, Any]) -> dict[str, Any]:
     synchronize()
     seconds = time.perf_counter() - began
     return {"seconds": seconds, "seconds_per_picture": seconds / asked["pictures"], "peak_gib": peak_gib()}
+
+
+def depthwise(asked: dict[str, Any]) -> dict[str, Any]:
+    """Milliseconds of forward and backward of the DA blocks' per-sample convolution at the finest level, in three ways:
+    as one group per sample and channel, as nine shifted products, as products of windows; how far apart they are."""
+    tf32(False)
+    torch.manual_seed(0)
+    channels, cells = (256, 64) if asked["size"] == "full" else (32, 16)
+    placed = {"device": DEVICE, "dtype": DTYPES[asked["precision"]], "requires_grad": True}
+    x = torch.randn(asked["micro"], channels, cells, cells, **placed)
+    kernels = torch.randn(asked["micro"], channels, 3, 3, **placed)
+    expected = DEPTHWISE["grouped"](x.float(), kernels.float()).detach()
+    answer = {}
+    for name, way in DEPTHWISE.items():
+        answer[f"{name}_off"] = float((way(x, kernels).float() - expected).detach().abs().max() / expected.abs().max())
+        rate = per_second(lambda _, way=way: way(x, kernels).sum().backward(), asked["seconds"])
+        answer[f"{name}_ms"] = 1000 / rate
+    return answer
+
+
+def _grouped(x: Tensor, kernels: Tensor) -> Tensor:
+    groups = len(x) * x.shape[1]
+    out = F.conv2d(x.reshape(1, groups, *x.shape[2:]), kernels.reshape(groups, 1, 3, 3), padding=1, groups=groups)
+    return out.view_as(x)
+
+
+def _shifted(x: Tensor, kernels: Tensor) -> Tensor:
+    (height, width), padded, total = x.shape[2:], F.pad(x, [1] * 4), torch.zeros_like(x)
+    for row, column in np.ndindex(3, 3):
+        part = padded[:, :, row : row + height, column : column + width]
+        total = torch.addcmul(total, part, kernels[:, :, row, column, None, None])
+    return total
+
+
+def _windows(x: Tensor, kernels: Tensor) -> Tensor:
+    windows = F.pad(x, [1] * 4).unfold(2, 3, 1).unfold(3, 3, 1).flatten(4).flatten(2, 3)
+    return (windows @ kernels.flatten(2)[..., None]).view_as(x)
+
+
+DEPTHWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "grouped": _grouped,
+    "shifted": _shifted,
+    "windows": _windows,
+}
 
 
 def matmul(asked: dict[str, Any]) -> dict[str, Any]:
@@ -305,10 +354,6 @@ def pipeline_of(size: Size, work: str, precision: str) -> Any:
         pipe = DeeDSRPipeline(vae, unet, ddim(scheduler), load_part(Path(work) / "learner", "learner"), adapter)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(DEVICE)
-
-
-def tf32(enabled: bool) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = enabled
 
 
 def synchronize() -> None:
@@ -375,7 +420,7 @@ def finite(value: Any) -> Iterator[bool]:
             yield math.isfinite(item)
 
 
-TASKS = {task.__name__: task for task in (losses, picture, train, latents, sampling, matmul, profile)}
+TASKS = {task.__name__: task for task in (losses, picture, train, latents, sampling, depthwise, matmul, profile)}
 
 if __name__ == "__main__":
     answer = TASKS[sys.argv[1]](json.loads(sys.argv[2]))

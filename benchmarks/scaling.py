@@ -22,7 +22,7 @@ from pathlib import Path
 from deedsr.dataset.recipe import Recipe, load_recipe
 from pipelines.shards.build import shard_draft
 from pipelines.shards.execute import PlanParts
-from pipelines.shards.generate import run_job
+from pipelines.shards.generate import Job, run_job
 from pipelines.shards.plan import ShardPlan, plan_shards
 from pipelines.shards.samples import Draft
 from pipelines.shards.shard import Inventory, ShardRecord
@@ -75,7 +75,7 @@ def plan(count: int, work: str) -> dict[str, float]:
 def drive(count: int, work: str) -> dict[str, float]:
     recipe = with_shards_of(load_recipe("deedsr"), 1)
     plans = lambda: plan_shards(listing(count), recipe)
-    result = run_job(plans, EmptySamples(), open_storage(f"{work}/out"), recipe, None, False)
+    result = run_job(Job(plans, EmptySamples(), open_storage(f"{work}/out"), recipe), None, False)
     assert (result.shards, result.samples) == (count, SAMPLES * count)
     return {"sources": count, "shards": result.shards, "start_up_seconds": result.start_up_seconds}
 

@@ -32,7 +32,7 @@ import psutil
 
 from benchmarks.sources_4k import make_sources
 from deedsr.dataset.recipe import Recipe, load_recipe
-from pipelines.shards import ShardsResult, generate, regenerate
+from pipelines.shards import ShardsResult, generate, hr_job, run_job
 from pipelines.shards.build import FromSources
 from pipelines.shards.listing import list_sources
 from pipelines.shards.plan import ShardPlan, plan_shards
@@ -105,7 +105,7 @@ def one_shard(workers: int, rounds: int) -> None:
         arms: dict[str, Callable[[str, int], ShardsResult]] = {
             f"{SOURCES} sources": lambda out, n: generate([f"{work}/sources"], out, recipe, n, progress=False),
             f"1 source, {SOURCES} variants": lambda out, n: generate([f"{work}/source"], out, many, n, progress=False),
-            "--hr-from": lambda out, n: regenerate(f"{work}/hr", out, load_recipe("heavy"), n, progress=False),
+            "--hr-from": lambda out, n: run_job(hr_job(f"{work}/hr", out, load_recipe("heavy")), n, progress=False),
         }
         [plan] = plan_shards(list_sources([f"{work}/sources"]), recipe)
         quarter = replace(plan, sources=plan.sources[: SOURCES // 4])

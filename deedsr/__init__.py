@@ -25,7 +25,7 @@ def _version() -> str:
 __version__ = _version()
 __all__ = ["DeeDSRPipeline", "DegradationAwareAdapter", "DegradationLearner", "__version__"]
 
-# Loaded when first asked for: torch and diffusers take seconds, which `deedsr --help` need not.
+# Loaded at first access: importing torch and diffusers takes seconds, and `deedsr --help` needs neither.
 _HOMES = {
     "DeeDSRPipeline": "deedsr.sampling.pipeline",
     "DegradationAwareAdapter": "deedsr.adapter.adapter",

@@ -1,7 +1,7 @@
 """The whole chain as one job: shards, learner, latents, adapter and evaluation, one after the other.
 
 The sections hold the options of the commands `shards`, `train learner`, `latents`, `train adapter` and `evaluate`; what
-a step takes from the steps before it, and where it writes, is filled in: `auto`. Each step asks for its own resources.
+a step takes from the steps before it, and where it writes, is filled in: `auto`. Each step requests its own resources.
 The same command again skips what is done with the same inputs, and continues the rest as the command of the step would.
 In MLflow the runs of the steps are children of one run.
 """
@@ -10,20 +10,20 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+from deedsr.dataset.manifest import MANIFEST
 from deedsr.errors import UsageError
 from jobs import evaluate, latents, shards, train_adapter, train_learner
 from jobs.command import Command, Outcome
 from jobs.evaluate import EvaluateOptions
 from jobs.latents import LatentsOptions
 from jobs.shards import ShardsOptions
+from pipelines import tracking
+from pipelines.claims import Claim, held
+from pipelines.storage import open_storage
 from pipelines.training.config import AdapterOptions, LearnerOptions
 from pipelines.training.schedules import PRESETS
-
-if TYPE_CHECKING:
-    from pipelines.claims import Claim
-    from pipelines.tracking import Run
 
 logger = logging.getLogger(__name__)
 AUTO = "auto"
@@ -76,8 +76,10 @@ class ChainOptions:
 
 
 class Step(NamedTuple):
-    """A step: its section, its command, and what tells its result if nothing is left to do. The commands of trainings
-    and of evaluations find that out themselves and start no run then."""
+    """A step: its section and command, and a function that returns its result if nothing is left to do.
+
+    The commands of trainings and evaluations find that out themselves and start no run then.
+    """
 
     name: str
     command: Command
@@ -114,8 +116,6 @@ def steps(options: ChainOptions) -> Iterator[tuple[Step, Any]]:
 
 def check(options: ChainOptions) -> None:
     """Refuses what any of the steps would refuse, and steps that would write into each other's places."""
-    from pipelines.storage import open_storage
-
     for name in ("plan", "gc"):
         if getattr(options.shards, name):
             raise UsageError(f"shards.{name} is not for a chain, which makes shards and removes none: leave it out")
@@ -134,9 +134,6 @@ def check(options: ChainOptions) -> None:
 
 
 def run(options: ChainOptions) -> Outcome:
-    from pipelines.claims import Claim, held
-    from pipelines.storage import open_storage
-
     check(options)
     out = open_storage(options.out)
     out.require_writable()
@@ -147,13 +144,11 @@ def run(options: ChainOptions) -> Outcome:
 class Chain:
     """The steps one after the other, and the run above theirs, which begins with the first step that does something."""
 
-    def __init__(self, options: ChainOptions, claim: "Claim"):
-        from pipelines import tracking
-
+    def __init__(self, options: ChainOptions, claim: Claim):
         self.options, self.claim = options, claim
         self.place = tracking.masked_uri(claim.out.uri)
         self.run_id = tracking.find_run(options.experiment, {"deedsr.kind": "chain", "deedsr.out": self.place})
-        self.parent: Run | None = None  # while it is written
+        self.parent: tracking.Run | None = None  # while it is written
         self.idle = True  # the step at work has begun no run
         self.stack = ExitStack()
 
@@ -169,7 +164,7 @@ class Chain:
                     skipped.append(step.name)
                     logger.info("chain: %s skipped: %s is done, of the same inputs and options", step.name, own.out)
                 if step.name == "shards":
-                    self._require_validation(own.out)
+                    self._require_validation(outcomes["shards"], own.out)
             if self._ended_early():
                 self._parent()
             if self.parent:
@@ -180,8 +175,6 @@ class Chain:
 
     def _done(self, step: Step, own: Any) -> Outcome:
         """A step's result, made now or there already."""
-        from pipelines import tracking
-
         self.idle = True
         if found := step.finished(own):
             return Outcome(found)
@@ -190,8 +183,6 @@ class Chain:
 
     def _parent(self) -> str:
         """Id of the run above, below which another one begins."""
-        from pipelines import tracking
-
         self.idle = False
         if self.parent is None:
             own = {step.name: dataclasses.asdict(options) for step, options in steps(self.options)}
@@ -211,53 +202,40 @@ class Chain:
 
     def _ended_early(self) -> bool:
         """Whether there is nothing left to do below a run that was killed, or that failed, after that."""
-        from pipelines import tracking
-
         if self.run_id is None or self.parent:
             return False
         return tracking.connect(tracking.tracking_uri()).get_run(self.run_id).info.status != "FINISHED"
 
-    def _require_validation(self, place: str) -> None:
+    def _require_validation(self, shards: Outcome, place: str) -> None:
         """Refuses, before the trainings, an evaluation on pairs that there are none of."""
-
         from pipelines.data.dataset import Dataset, no_validation
 
         evaluate = self.options.evaluate
-        if evaluate.data == AUTO and evaluate.split == "validation":
+        if evaluate.data == AUTO and evaluate.split == "validation" and not shards.values["validation"]:
             dataset = Dataset.open(place)
-            if not dataset.index("validation").num_rows:
-                raise UsageError(f"{no_validation(dataset.uri, dataset.recipe)}; or give evaluate.split train")
+            raise UsageError(f"{no_validation(dataset.uri, dataset.recipe)}; or give evaluate.split train")
 
-    def _log_results(self, run: "Run", outcomes: dict[str, Outcome]) -> None:
+    def _log_results(self, run: tracking.Run, outcomes: dict[str, Outcome]) -> None:
         """The dataset, and the figures at the adapter's step: a longer training is evaluated again. By both, `compare`
         shows chains side by side."""
-        from deedsr.dataset.manifest import MANIFEST
-        from pipelines import tracking
-
         made = outcomes["shards"].values
         dataset = tracking.DatasetInput(made["digest"], made["manifest"].removesuffix(f"/{MANIFEST}"))
         run.later(lambda: run.log_dataset(dataset, context="chain"))
         figures = {
-            f"{method}.{name}": value
+            f"{method}.{name}": figure["mean"]
             for method, found in outcomes["evaluate"].values["metrics"].items()
-            for name, value in found.items()
-            if value is not None
+            for name, figure in found.items()
+            if figure["mean"] is not None
         }
         run.log_metrics(figures, outcomes["adapter"].values["step"])
-
-
-def presets() -> dict[str, dict[str, Any]]:
-    """Those that both trainings have."""
-    return {
-        name: {"learner": PRESETS["learner"][name], "adapter": PRESETS["adapter"][name]} for name in PRESETS["learner"]
-    }
 
 
 COMMAND = Command(
     ChainOptions,
     run,
     tracked="chain",
-    presets=presets(),
+    # Those that both trainings have.
+    presets={name: {stage: PRESETS[stage][name] for stage in PRESETS} for name in PRESETS["learner"]},
     check=check,
     example="deedsr chain --shards.source photos --out chain --preset tiny",
 )

@@ -28,20 +28,8 @@ if TYPE_CHECKING:
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 # Modules that only `deedsr[pipeline]` installs.
-PIPELINE = {
-    "aiohttp",
-    "alembic",
-    "boto3",
-    "botocore",
-    "deepspeed",
-    "grpc",
-    "jinja2",
-    "markupsafe",
-    "mlflow",
-    "pyarrow",
-    "ray",
-}
-PIPELINE |= {"requests", "s3transfer", "sqlalchemy", "webdataset"}
+PIPELINE = {"aiohttp", "alembic", "boto3", "botocore", "deepspeed", "grpc", "jinja2", "markupsafe", "mlflow", "pyarrow"}
+PIPELINE |= {"ray", "requests", "s3transfer", "sqlalchemy", "webdataset"}
 
 COMMANDS = {
     "demo": ("jobs.demo", "the whole chain on the shipped photographs, on this machine"),
@@ -116,7 +104,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _json(values: Any) -> str:
-    """One line of strict JSON, which knows neither NaN nor infinity: they become null."""
+    """One line of strict JSON; NaN and infinity become null."""
     return json.dumps(json.loads(json.dumps(values), parse_constant=lambda name: None))
 
 
@@ -140,16 +128,7 @@ def load(name: str) -> tuple[Command, "CommandParser"]:
 
     module = importlib.import_module(COMMANDS[name][0])
     command: Command = module.COMMAND
-    parser = CommandParser(
-        command.options,
-        command=name,
-        description=f"{(module.__doc__ or '').strip()}\n\nexample:\n  {command.example}",
-        operand=command.operand,
-        presets=command.presets,
-        details=command.details,
-        tracked=bool(command.tracked),
-    )
-    return command, parser
+    return command, CommandParser(name, command, f"{(module.__doc__ or '').strip()}\n\nexample:\n  {command.example}")
 
 
 def overview() -> str:

@@ -46,7 +46,8 @@ class Command:
     example: str  # shown by --help
     details: Callable[[], str] | None = None  # shown by --help, last
     operand: str = ""  # the option that may be typed without its name
-    presets: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # the first is the default
+    # Name -> nested values that stand under everything else; the first is the default.
+    presets: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     check: Callable[[Any], None] = lambda options: None  # raises UsageError for options that are wrong for any data
     tracked: str = ""  # the words behind `deedsr` of a command that begins an MLflow run
 

@@ -18,6 +18,9 @@ from pydantic import PositiveInt
 
 from deedsr.errors import UsageError
 from jobs.command import Command, Outcome
+from pipelines import tracking
+from pipelines.storage import open_storage
+from pipelines.tracking.store import sqlite_uri
 
 RECIPE = "demo"
 SHOWN_SIDE = 512  # HR pixels per side of the pictures that are upscaled in the end
@@ -32,19 +35,9 @@ class DemoOptions:
     workers: Annotated[PositiveInt | None, "processes that make shards; null = one per CPU core"] = None
 
 
-@dataclasses.dataclass
-class Timed:
-    """One step of the chain: its command line, duration and result."""
-
-    name: str
-    command: str
-    seconds: float
-    result: str
-
-
 def run(options: DemoOptions) -> Outcome:
-    from pipelines.storage import open_storage
-    from pipelines.tracking.store import sqlite_uri
+    from jobs.cli import load
+    from pipelines.reports.report import Step
 
     place = open_storage(options.out).local_path("")
     if place is None:
@@ -56,17 +49,63 @@ def run(options: DemoOptions) -> Outcome:
     os.environ.setdefault("MLFLOW_TRACKING_URI", sqlite_uri(out / "mlflow.db"))
     os.environ.pop("RAY_ADDRESS", None)  # this machine alone: its files are here
     began = time.perf_counter()
-    chain = Chain(out, options)
-    shards = chain.shards()
-    learner = chain.learner()
-    adapter = chain.adapter()
-    evaluations = {name: chain.evaluation(name) for name in LABELS}
-    upscaled = {name: chain.upscaling(name) for name in LABELS}
+    steps: list[Step] = []
+    photos, shards = Path(str(files("deedsr") / "assets" / "photos")), out / "shards"
+
+    def step(name: str, result: Callable[[dict[str, Any]], str], *words: object) -> dict[str, Any]:
+        """Runs a command, given its command line; `result` summarises what came out."""
+        typed = list(map(str, words))
+        length = 2 if typed[0] == "train" else 1
+        command, parser = load(" ".join(typed[:length]))
+        before = time.perf_counter()
+        values = dict(command(parser.read(typed[length:]).options).values)
+        line = shlex.join(["deedsr", *(_short(word, out) for word in typed)])
+        steps.append(Step(name, line, time.perf_counter() - before, result(values)))
+        return values
+
+    made = step(
+        "Degradation shards",
+        lambda v: f"{v['samples']} pairs in {v['shards']} shards, {v['samples_per_second']:.0f} pairs/s",
+        *("shards", "--source", photos, "--out", shards, "--recipe", RECIPE),
+        *(("--workers", options.workers) if options.workers else ()),
+    )
+    trained = lambda v: f"{v['step']} steps, loss {v['loss']:.3f}"
+    learner = step(
+        "Degradation learner",
+        trained,
+        *("train", "learner", "--data", shards, "--out", out / "learner"),
+        *("--preset", "tiny", "--train.max_steps", options.learner_steps),
+    )
+    adapter = step(
+        "Degradation-aware adapter",
+        trained,
+        *("train", "adapter", "--data", shards, "--learner", out / "learner", "--base", "tiny"),
+        *("--out", out / "adapter", "--preset", "tiny", "--train.max_steps", options.adapter_steps),
+    )
+    models = {"demo": out / "adapter", "tiny": "tiny"}
+    evaluations = {
+        name: step(
+            f"Evaluation of {LABELS[name]}",
+            lambda v: f"PSNR-Y {v['metrics']['model']['psnr']['mean']:.2f} dB",
+            *("evaluate", "--model", model, "--data", shards, "--out", out / "evaluation" / name),
+            *("--limit", 18, "--metrics", "psnr,ssim,niqe_set"),
+        )
+        for name, model in models.items()
+    }
+    degraded = _degraded(photos, out)
+    upscaled = {
+        name: step(
+            f"Upscaling with {LABELS[name]}",
+            lambda v: f"{len(v['images'])} pictures",
+            *("upscale", degraded, "--out", out / "upscaled" / name, "--model", model),
+        )
+        for name, model in models.items()
+    }
     seconds = time.perf_counter() - began
-    report = chain.report(seconds, learner, adapter)
+    report = _report(out, steps, seconds, learner, adapter)
     values = {
         "report": str(report),
-        "shards": shards["manifest"],
+        "shards": made["manifest"],
         "learner": learner["checkpoint"],
         "adapter": adapter["checkpoint"],
         "evaluation": {name: found["metrics"] for name, found in evaluations.items()},
@@ -79,17 +118,15 @@ def run(options: DemoOptions) -> Outcome:
 
 
 def _farewell(values: dict[str, Any], evaluations: dict[str, Any]) -> str:
-    from pipelines.tracking import masked_uri
-
     bicubic = next(iter(evaluations.values()))["metrics"]["bicubic"]
     rows = {"bicubic": bicubic} | {LABELS[name]: found["metrics"]["model"] for name, found in evaluations.items()}
     names = list(bicubic)
     width = max(map(len, rows))
     table = [" " * width + "".join(f"{name:>10}" for name in names)]
     for label, row in rows.items():
-        figures = ("-" if row[name] is None else f"{row[name]:.3f}" for name in names)
+        figures = ("-" if (mean := row[name]["mean"]) is None else f"{mean:.3f}" for name in names)
         table.append(f"{label:<{width}}" + "".join(f"{figure:>10}" for figure in figures))
-    store = masked_uri(values["tracking"])
+    store = tracking.masked_uri(values["tracking"])
     return "\n".join(
         [
             *table,
@@ -102,184 +139,114 @@ def _farewell(values: dict[str, Any], evaluations: dict[str, Any]) -> str:
     )
 
 
-class Chain:
-    """Runs the commands one after the other, with options parsed as on the command line."""
+def _degraded(photos: Path, out: Path) -> Path:
+    """Crops of the validation photographs, degraded by the recipe; the HR beside them."""
+    from PIL import Image
 
-    def __init__(self, out: Path, options: DemoOptions):
-        self.out, self.options = out, options
-        self.photos = Path(str(files("deedsr") / "assets" / "photos"))
-        self.steps: list[Timed] = []
+    from deedsr.dataset.keys import generator
+    from deedsr.dataset.recipe import load_recipe
+    from deedsr.degradation import degrade, draw_degradation
 
-    def _timed(self, name: str, command: str, work: Callable[[], dict[str, Any]], said: Callable[[Any], str]) -> Any:
-        began = time.perf_counter()
-        values = work()
-        self.steps.append(Timed(name, command, time.perf_counter() - began, said(values)))
-        return values
+    recipe = load_recipe("deedsr")
+    low, high = out / "degraded", out / "hr"
+    for folder in (low, high):
+        folder.mkdir(exist_ok=True)
+    for path in sorted((photos / "validation").glob("*.jpg"))[::2]:
+        photo = _rgb(path)
+        top, left = ((side - SHOWN_SIDE) // 2 for side in photo.shape[:2])
+        hr = photo[top : top + SHOWN_SIDE, left : left + SHOWN_SIDE]
+        rng = generator("demo", path.stem)
+        lr = degrade(hr, draw_degradation(recipe.degradation, hr.shape[:2], recipe.scale, rng))
+        Image.fromarray(lr).save(low / f"{path.stem}.png")
+        Image.fromarray(hr).save(high / f"{path.stem}.png")
+    return low
 
-    def _run(self, name: str, words: list[str], said: Callable[[Any], str]) -> dict[str, Any]:
-        """Runs one command, given its command line."""
-        from jobs.cli import load
 
-        length = 2 if words[0] == "train" else 1
-        command, parser = load(" ".join(words[:length]))
-        options = parser.read(words[length:]).options
-        typed = shlex.join(["deedsr", *(_short(word, self.out) for word in words)])
-        return self._timed(name, typed, lambda: dict(command(options).values), said)
+def _report(out: Path, steps: list[Any], seconds: float, learner: dict[str, Any], adapter: dict[str, Any]) -> Path:
+    import platform
 
-    def shards(self) -> dict[str, Any]:
-        words = ["shards", "--source", str(self.photos), "--out", str(self.out / "shards"), "--recipe", RECIPE]
-        if self.options.workers:
-            words += ["--workers", str(self.options.workers)]
-        return self._run(
-            "Degradation shards",
-            words,
-            lambda v: f"{v['samples']} pairs in {v['shards']} shards, {v['samples_per_second']:.0f} pairs/s",
-        )
+    from pipelines.data.dataset import Dataset
+    from pipelines.machine import this_machine
+    from pipelines.reports import report
+    from pipelines.tracking.provenance import library_versions
 
-    def _training(self, max_steps: int) -> list[str]:
-        return ["--preset", "tiny", "--train.max_steps", str(max_steps)]
-
-    def learner(self) -> dict[str, Any]:
-        words = ["train", "learner", "--data", str(self.out / "shards"), "--out", str(self.out / "learner")]
-        return self._run(
-            "Degradation learner",
-            words + self._training(self.options.learner_steps),
-            lambda v: f"{v['step']} steps, loss {v['loss']:.3f}",
-        )
-
-    def adapter(self) -> dict[str, Any]:
-        words = ["train", "adapter", "--data", str(self.out / "shards"), "--learner", str(self.out / "learner")]
-        words += ["--base", "tiny", "--out", str(self.out / "adapter")]
-        return self._run(
-            "Degradation-aware adapter",
-            words + self._training(self.options.adapter_steps),
-            lambda v: f"{v['step']} steps, loss {v['loss']:.3f}",
-        )
-
-    def _model(self, name: str) -> str:
-        return "tiny" if name == "tiny" else str(self.out / "adapter")
-
-    def evaluation(self, name: str) -> dict[str, Any]:
-        words = ["evaluate", "--model", self._model(name), "--data", str(self.out / "shards")]
-        words += ["--out", str(self.out / "evaluation" / name), "--limit", "18", "--metrics", "psnr,ssim,niqe_set"]
-        return self._run(
-            f"Evaluation of {LABELS[name]}", words, lambda v: f"PSNR-Y {v['metrics']['model']['psnr']:.2f} dB"
-        )
-
-    def upscaling(self, name: str) -> dict[str, Any]:
-        degraded = self._degraded()
-        words = ["upscale", str(degraded), "--out", str(self.out / "upscaled" / name), "--model", self._model(name)]
-        return self._run(f"Upscaling with {LABELS[name]}", words, lambda v: f"{len(v['images'])} pictures")
-
-    def _degraded(self) -> Path:
-        """Crops of the validation photographs, degraded as the recipe says; the HR beside them."""
-        from PIL import Image
-
-        from deedsr.dataset.keys import generator
-        from deedsr.dataset.recipe import load_recipe
-        from deedsr.degradation import degrade, draw_degradation
-
-        recipe = load_recipe("deedsr")
-        low, high = self.out / "degraded", self.out / "hr"
-        for folder in (low, high):
-            folder.mkdir(exist_ok=True)
-        for path in sorted((self.photos / "validation").glob("*.jpg"))[::2]:
-            photo = _rgb(path)
-            top, left = ((side - SHOWN_SIDE) // 2 for side in photo.shape[:2])
-            hr = photo[top : top + SHOWN_SIDE, left : left + SHOWN_SIDE]
-            rng = generator("demo", path.stem)
-            lr = degrade(hr, draw_degradation(recipe.degradation, hr.shape[:2], recipe.scale, rng))
-            Image.fromarray(lr).save(low / f"{path.stem}.png")
-            Image.fromarray(hr).save(high / f"{path.stem}.png")
-        return low
-
-    def report(self, seconds: float, learner: dict[str, Any], adapter: dict[str, Any]) -> Path:
-        import platform
-
-        from pipelines import tracking
-        from pipelines.data.dataset import Dataset
-        from pipelines.machine import this_machine
-        from pipelines.reports import report
-        from pipelines.tracking.provenance import library_versions
-
-        dataset = Dataset.open(str(self.out / "shards"))
-        results = {
-            LABELS[name]: json.loads((self.out / "evaluation" / name / "results.json").read_text()) for name in LABELS
-        }
-        index = dataset.index("train")
-        rows = range(0, index.num_rows, max(1, index.num_rows // 6))
-        samples = [dataset.read(index, row) for row in list(rows)[:6]]
-        store = tracking.masked_uri(os.environ["MLFLOW_TRACKING_URI"])
-        return report.write_report(
-            self.out / "report.html",
-            report.DemoReport(
-                title="DeeDSR demo",
-                summary=(
-                    f"{dataset.manifest.samples} degraded pairs, a learner of {learner['step']} steps and an adapter "
-                    f"of {adapter['step']} steps, trained here and measured on photographs they never saw."
-                ),
-                seconds=seconds,
-                dataset_digest=dataset.digest,
-                steps=[report.Step(*dataclasses.astuple(step)) for step in self.steps],
-                evaluation=report.evaluation_of(
-                    results,
-                    note="Validation photographs only. This demo's model is as young as its steps say.",
-                ),
-                trainings=[
-                    self._training_record("Degradation learner", "learner", learner["run_id"], ("loss", "top1", "lr")),
-                    self._training_record("Degradation-aware adapter", "adapter", adapter["run_id"], ("loss", "lr")),
-                ],
-                samples=[report.ShardSample(s.key, s.lr, s.hr, s.info["degradation"]) for s in samples],
-                pictures=self._pictures(),
-                versions=library_versions(),
-                machine={"CPU cores": str(this_machine().cpus), "system": platform.platform(terse=True)},
-                links=[
-                    report.Link("Upscaled pictures", "upscaled/"),
-                    report.Link("Evaluated pairs", "evaluation/"),
-                ],
-                commands=[
-                    ("Browse the runs", f"mlflow ui --backend-store-uri {shlex.quote(store)}"),
-                    ("Compare the runs", "deedsr compare --out comparison.html"),
-                ],
+    dataset = Dataset.open(str(out / "shards"))
+    results = {LABELS[name]: json.loads((out / "evaluation" / name / "results.json").read_text()) for name in LABELS}
+    index = dataset.index("train")
+    rows = range(0, index.num_rows, max(1, index.num_rows // 6))
+    samples = [dataset.read(index, row) for row in list(rows)[:6]]
+    store = tracking.masked_uri(os.environ["MLFLOW_TRACKING_URI"])
+    return report.write_report(
+        out / "report.html",
+        report.DemoReport(
+            title="DeeDSR demo",
+            summary=(
+                f"{dataset.manifest.samples} degraded pairs, a learner of {learner['step']} steps and an adapter "
+                f"of {adapter['step']} steps, trained here and measured on photographs they never saw."
             ),
-        )
+            seconds=seconds,
+            dataset_digest=dataset.digest,
+            steps=steps,
+            evaluation=report.evaluation_of(
+                results,
+                note="Validation photographs only. This demo's model is as young as its steps say.",
+            ),
+            trainings=[
+                _training_record("Degradation learner", out / "learner", learner["run_id"], ("loss", "top1", "lr")),
+                _training_record("Degradation-aware adapter", out / "adapter", adapter["run_id"], ("loss", "lr")),
+            ],
+            samples=[report.ShardSample(s.key, s.lr, s.hr, s.info["degradation"]) for s in samples],
+            pictures=_pictures(out),
+            versions=library_versions(),
+            machine={"CPU cores": str(this_machine().cpus), "system": platform.platform(terse=True)},
+            links=[
+                report.Link("Upscaled pictures", "upscaled/"),
+                report.Link("Evaluated pairs", "evaluation/"),
+            ],
+            commands=[
+                ("Browse the runs", f"mlflow ui --backend-store-uri {shlex.quote(store)}"),
+                ("Compare the runs", "deedsr compare --out comparison.html"),
+            ],
+        ),
+    )
 
-    def _training_record(self, title: str, stage: str, run_id: str, names: tuple[str, ...]) -> Any:
-        from pipelines import tracking
-        from pipelines.reports import report
-        from pipelines.reports.charts import Curve
 
-        client = tracking.connect(tracking.tracking_uri())
-        record = json.loads((self.out / stage / "training.json").read_text())
-        histories = {name: client.get_metric_history(run_id, name) for name in names}
-        losses = histories["loss"]
-        first, last = losses[0], losses[-1]
-        seconds = (last.timestamp - first.timestamp) / 1000 / max(1, last.step - first.step)
-        return report.Training(
-            title,
-            [Curve(name, [(m.step, m.value) for m in history]) for name, history in histories.items()],
-            steps=last.step,
-            seconds_per_step=seconds,
-            config=record["config"],
-        )
+def _training_record(title: str, out: Path, run_id: str, names: tuple[str, ...]) -> Any:
+    from pipelines.reports import report
+    from pipelines.reports.charts import Curve
 
-    def _pictures(self) -> list[Any]:
-        import cv2
+    client = tracking.connect(tracking.tracking_uri())
+    record = json.loads((out / "training.json").read_text())
+    histories = {name: client.get_metric_history(run_id, name) for name in names}
+    losses = histories["loss"]
+    first, last = losses[0], losses[-1]
+    seconds = (last.timestamp - first.timestamp) / 1000 / max(1, last.step - first.step)
+    return report.Training(
+        title,
+        [Curve(name, [(m.step, m.value) for m in history]) for name, history in histories.items()],
+        steps=last.step,
+        seconds_per_step=seconds,
+        config=record["config"],
+    )
 
-        from pipelines.reports import report
 
-        sets = []
-        for low in sorted((self.out / "degraded").glob("*.png")):
-            lr = _rgb(low)
-            bicubic = cv2.resize(lr, None, fx=4, fy=4, interpolation=cv2.INTER_CUBIC)
-            versions: dict[str, Any] = {"LR": lr, "Bicubic": bicubic}
-            versions |= {label: self.out / "upscaled" / name / low.name for name, label in LABELS.items()}
-            versions["HR"] = self.out / "hr" / low.name
-            sets.append(report.PictureSet(low.stem.replace("-", " "), versions, shown=LABELS["tiny"]))
-        folders = {label: self.out / "evaluation" / name for name, label in LABELS.items()}
-        first = json.loads((next(iter(folders.values())) / "results.json").read_text())
-        keys = [sample["key"] for sample in first["samples"]]
-        return sets + report.evaluated_pictures(folders, keys[:: max(1, len(keys) // 4)][:4], shown=LABELS["tiny"])
+def _pictures(out: Path) -> list[Any]:
+    import cv2
+
+    from pipelines.reports import report
+
+    sets = []
+    for low in sorted((out / "degraded").glob("*.png")):
+        lr = _rgb(low)
+        bicubic = cv2.resize(lr, None, fx=4, fy=4, interpolation=cv2.INTER_CUBIC)
+        versions: dict[str, Any] = {"LR": lr, "Bicubic": bicubic}
+        versions |= {label: out / "upscaled" / name / low.name for name, label in LABELS.items()}
+        versions["HR"] = out / "hr" / low.name
+        sets.append(report.PictureSet(low.stem.replace("-", " "), versions, shown=LABELS["tiny"]))
+    folders = {label: out / "evaluation" / name for name, label in LABELS.items()}
+    first = json.loads((next(iter(folders.values())) / "results.json").read_text())
+    keys = [sample["key"] for sample in first["samples"]]
+    return sets + report.evaluated_pictures(folders, keys[:: max(1, len(keys) // 4)][:4], shown=LABELS["tiny"])
 
 
 def _rgb(path: Path) -> Any:

@@ -8,6 +8,7 @@ import dataclasses
 from typing import Annotated
 
 from jobs.command import Command, Outcome
+from pipelines.doctor import examine
 
 
 @dataclasses.dataclass
@@ -17,8 +18,6 @@ class DoctorOptions:
 
 
 def run(options: DoctorOptions) -> Outcome:
-    from pipelines.doctor import examine
-
     checks = examine(options.out, options.address)
     broken = [check.name for check in checks if not check.ok]
     text = "\n".join([*map(str, checks), "", f"broken: {', '.join(broken)}" if broken else "nothing is broken"])

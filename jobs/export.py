@@ -8,6 +8,7 @@ import dataclasses
 from typing import Annotated
 
 from jobs.command import Command, Outcome
+from pipelines.models import Model, export_pipeline
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -19,8 +20,6 @@ class ExportOptions:
 
 
 def run(options: ExportOptions) -> Outcome:
-    from pipelines.models import Model, export_pipeline
-
     return Outcome(export_pipeline(Model.find(options.model, options.base), options.out, half=options.half))
 
 

@@ -13,8 +13,6 @@ from typing import Any
 from deedsr.errors import DeeDSRError
 from pipelines.dashboard import Dashboard, Unreachable
 
-__all__ = ["GoesOn", "follow", "how_to", "stop"]
-
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
@@ -43,19 +41,19 @@ def follow(board: Dashboard, job_id: str) -> Any:
     """
     import aiohttp
 
-    log, contact, line, status, failures = _Log(), _Contact(board, job_id), _Line(), None, 0
+    log, watch, status, failures = _Log(), _Watch(board, job_id), None, 0
     with asyncio.Runner() as loop:
         # Made at once: Ctrl-C in the middle of that would leave half of one. What it interrupts later is no news.
         loop.get_loop().set_exception_handler(lambda *_: None)
         while True:
             try:
                 details = board.job(job_id)
-                contact.regain()
+                watch.regain()
                 if details.status != status and not details.status.is_terminal():
                     logger.info("%s %s", job_id, "is pending" if details.status == "PENDING" else "runs")
                 status = details.status
                 if status == "PENDING":
-                    line.say(f"{job_id} is pending, waiting", partial(_awaited, board, job_id))
+                    watch.log(f"{job_id} is pending, waiting", partial(_awaited, board, job_id))
                 else:
                     loop.run(log.copy(board.log(job_id)))
                 if status.is_terminal():
@@ -65,17 +63,17 @@ def follow(board: Dashboard, job_id: str) -> Any:
                 if status is not None and status.is_terminal() and failures >= LOG_TRIES:
                     logger.warning("the rest of the log of %s cannot be read: %s", job_id, error)
                     return details
-                contact.lose(error)
+                watch.lose(error)
             time.sleep(POLL_SECONDS)
 
 
 def stop(board: Dashboard, job_id: str) -> str:
     """Stops the job, running or pending, waits for its end and returns its status."""
-    contact, line, asked, remover = _Contact(board, job_id), _Line(), None, ""
+    watch, asked, remover = _Watch(board, job_id), None, ""
     while True:
         try:
             details = board.job(job_id)
-            contact.regain()
+            watch.regain()
             if details.status.is_terminal():
                 return "STOPPED" if asked == "PENDING" else str(details.status)
             if details.status != asked:
@@ -90,18 +88,19 @@ def stop(board: Dashboard, job_id: str) -> str:
                     f"{job_id} is pending and could not be ended: {how_to(remover, board.address)['follow']}"
                 )
             reason = "a job on the head removes it" if asked == "PENDING" else "a training checkpoints first"
-            line.say("waiting", partial(str, f"the end of {job_id}: {reason}"))
+            watch.log("waiting", partial(str, f"the end of {job_id}: {reason}"))
         except Unreachable as error:
-            contact.lose(error)
+            watch.lose(error)
         time.sleep(POLL_SECONDS)
 
 
-class _Contact:
-    """Whether the dashboard answers, and since when not."""
+class _Watch:
+    """Whether the dashboard answers, and since when not; a log line every half minute."""
 
     def __init__(self, board: Dashboard, job_id: str):
         self._board, self._job_id = board, job_id
         self._lost: float | None = None
+        self._began = self._logged = time.monotonic()
 
     def regain(self) -> None:
         if self._lost is not None:
@@ -120,18 +119,11 @@ class _Contact:
                 f"the job goes on; to follow it again: {again}"
             ) from error
 
-
-class _Line:
-    """A line every half minute."""
-
-    def __init__(self) -> None:
-        self._began = self._said = time.monotonic()
-
-    def say(self, waiting: str, reason: Callable[[], str]) -> None:
+    def log(self, waiting: str, reason: Callable[[], str]) -> None:
         """Logs `waiting` with its duration and reason, at most every LINE_SECONDS."""
         now = time.monotonic()
-        if now - self._said >= LINE_SECONDS:
-            self._said = now
+        if now - self._logged >= LINE_SECONDS:
+            self._logged = now
             logger.info("%s %.0f s for %s", waiting, now - self._began, reason())
 
 

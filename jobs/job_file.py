@@ -16,22 +16,26 @@
     entrypoint_num_gpus: 0              # the head; tasks, actors and training workers ask for their own
     entrypoint_memory: 0                # bytes
 
-Secrets have no place in it: AWS credentials come from the cluster's environment or instance role.
+Secrets have no place in it: AWS credentials come from the cluster's environment or instance role. A site's names
+replace YOUR-...: they come from `site.yaml` beside the job file, which git ignores (`jobs/site.example.yaml` is one to
+copy), or from the environment: YOUR-BUCKET from YOUR_BUCKET, which wins.
 """
 
+import copy
+import itertools
+import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from deedsr.errors import UsageError
-from jobs.credentials import suspicious
-from jobs.options import mapping_of, spelled
-from jobs.site import filled, overridden
+from jobs.options import mapping_of, spelled, word_of
 from jobs.upload import EXCLUDES
 from pipelines.tracking.provenance import git_commit
 from pipelines.tracking.stale import USER_VARIABLE, user
@@ -41,6 +45,10 @@ STORE = "MLFLOW_TRACKING_URI"
 WITH_STORE = ("chain", "shards", "latents", "train learner", "train adapter", "evaluate", "compare", "runs close-stale")
 # Between SIGTERM and SIGKILL of a job that is stopped, in which a training checkpoints. Ray's default is 3.
 STOP_SECONDS = {"RAY_JOB_STOP_WAIT_TIME_S": "120"}
+
+
+SITE = "site.yaml"
+PLACEHOLDER = re.compile(r"YOUR(?:-[A-Z0-9]+)+")
 
 
 class RuntimeEnvironment(BaseModel):
@@ -110,12 +118,6 @@ def load_job_files(path: Path, settings: Sequence[str] = ()) -> list[JobFile]:
         if twice := [value for value in values if value is not None and values.count(value) > 1]:
             raise UsageError(f"--set makes several jobs with {key} {twice[0]}: give values whose names differ")
     return jobs
-
-
-def load_job_file(path: Path) -> JobFile:
-    """The one job of a job file; see `load_job_files`."""
-    [job] = load_job_files(path)
-    return job
 
 
 def _load(path: Path, tree: dict[str, Any]) -> JobFile:
@@ -189,3 +191,132 @@ def _said(problem: Any) -> str:
     if problem["type"] == "value_error":  # of this file, which names the value
         return f"{key}: {problem['ctx']['error']}"
     return f"{key}: {problem['msg']}, got {problem['input']!r:.80}"
+
+
+# Values that look like credentials: the cluster stores and shows jobs, so they must not be sent
+
+# Words of a name, as in AWS_SECRET_ACCESS_KEY; names of files and folders that hold a credential are none.
+_SECRET_WORD = re.compile("secret|token|pass(wd|word|phrase)?|credentials?|(api)?key")
+_PLACE_WORDS = {"path", "file", "dir", "name"}
+_VALUES = re.compile(
+    "|".join(
+        [
+            r"://[^/@\s:]*:[^/@\s]+@",  # password of a URL
+            r"://[^/@\s:]{16,}@",  # token as user of a URL
+            r"[?&](?:[\w-]*[-_])?(?:token|key|signature|password|secret|sig)=",  # signed URL
+            r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",  # AWS
+            r"\bgh[pousr]_\w{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}",  # GitHub, GitLab
+            r"\bhf_[A-Za-z0-9]{20,}|\bsk-[\w-]{20,}|\bxox[abprs]-[\w-]{10,}|\bdapi[0-9a-f]{32}\b",
+            r"\bpypi-[\w-]{30,}|\bAIza[\w-]{30,}|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.",  # PyPI, Google, JSON web token
+            r"-----BEGIN [A-Z ]*PRIVATE KEY",
+        ]
+    ),
+    re.IGNORECASE,
+)
+
+
+def suspicious(tree: Any, key: str = "", name: str = "") -> Iterator[str]:
+    """Dotted keys of `tree` whose name or value looks like a credential."""
+    if isinstance(tree, dict):
+        for word, value in tree.items():
+            yield from suspicious(value, f"{key}.{word}" if key else str(word), str(word))
+    elif isinstance(tree, list):
+        for number, value in enumerate(tree):
+            yield from suspicious(value, f"{key}[{number}]", name)
+    elif _VALUES.search(f"{name} {tree}") or (_is_secret_name(name) and tree not in (None, "")):
+        yield key
+
+
+def _is_secret_name(name: str) -> bool:
+    words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)]
+    return bool(words) and words[-1] not in _PLACE_WORDS and any(map(_SECRET_WORD.fullmatch, words))
+
+
+# Values that job files leave open: a site's own names, and options that `--set` overrides
+
+
+def filled(tree: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A job file's content with the site's names in it. Raises UsageError where one is missing."""
+    names = _names(path.parent / SITE)
+    missing: dict[str, list[str]] = {}
+
+    def fill(value: Any, key: str) -> Any:
+        if isinstance(value, dict):
+            return {name: fill(item, f"{key}.{name}".lstrip(".")) for name, item in value.items()}
+        if isinstance(value, list):
+            return [fill(item, key) for item in value]
+        if not isinstance(value, str):
+            return value
+        for name in PLACEHOLDER.findall(value):
+            if name not in names:
+                missing.setdefault(name, []).append(key)
+        return PLACEHOLDER.sub(lambda found: names.get(found[0], found[0]), value)
+
+    content = fill(tree, "")
+    if missing:
+        where = "; ".join(f"{name} in {', '.join(dict.fromkeys(keys))}" for name, keys in missing.items())
+        name = next(iter(missing))
+        raise UsageError(
+            f"{path}: {where}: give your own names in {path.parent / SITE} (a line such as `{name}: ...`; "
+            f"site.example.yaml is one to copy) or in variables such as {name.replace('-', '_')}"
+        )
+    return content
+
+
+def _names(path: Path) -> dict[str, str]:
+    names = mapping_of(path) if path.exists() else {}
+    for name, value in names.items():
+        if not PLACEHOLDER.fullmatch(str(name)) or not isinstance(value, str | int):
+            raise UsageError(f"{path}: lines are such as `YOUR-BUCKET: photos`, got `{name}: {value}`")
+    variables = {key.replace("_", "-"): value for key, value in os.environ.items() if key.startswith("YOUR_") and value}
+    return {name: str(value) for name, value in names.items()} | variables
+
+
+def overridden(tree: dict[str, Any], settings: list[str], path: Path) -> Iterator[dict[str, Any]]:
+    """A job for each combination of the values in `settings`, such as `train.lr=1e-5,3e-5`.
+
+    Where there are several, `name` and `options.out` of each end in what it has of them: learner-lr-1e-5.
+    """
+    choices = [_choices(setting) for setting in settings]
+    for values in itertools.product(*(values for _, values in choices)):
+        job = copy.deepcopy(tree)
+        options = job.setdefault("options", {})
+        if not isinstance(options, dict):
+            raise UsageError(f"{path}: options must be a mapping, got {options!r:.60}")
+        labels = []
+        for (key, several), value in zip(choices, values, strict=True):
+            _put(options, key.split("."), value)
+            if len(several) > 1:
+                labels.append(_label(key, value))
+        if labels:
+            job["name"] = "-".join([str(job.get("name", "deedsr")), *labels])
+            if "out" in options and "out" not in [key for key, several in choices if len(several) > 1]:
+                options["out"] = "-".join([str(options["out"]).rstrip("/"), *labels])
+        yield job
+
+
+def _choices(setting: str) -> tuple[str, list[Any]]:
+    """The key, and the values as YAML reads them between brackets; one with a comma in it is quoted."""
+    key, equals, text = setting.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z][\w.-]*", key):
+        raise UsageError(f"--set takes KEY=VALUE of the job's options, such as train.lr=3e-5, got {setting!r}")
+    try:
+        values = yaml.safe_load(f"[{text}]")
+    except yaml.YAMLError:
+        raise UsageError(f"--set {setting}: put the value in quotes that YAML knows, such as {key}='\"...\"'") from None
+    if not values:
+        raise UsageError(f"--set {key}= needs a value; null stands for none")
+    return key.removeprefix("options.").replace("-", "_"), values
+
+
+def _put(options: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        if not isinstance(options.get(key), dict):
+            options[key] = {}
+        options = options[key]
+    options[keys[-1]] = value
+
+
+def _label(key: str, value: Any) -> str:
+    said = word_of(value).rstrip("/").rpartition("/")[2].lower()
+    return re.sub(r"[^a-z0-9]+", "-", f"{key.rpartition('.')[2]}-{said}").strip("-")

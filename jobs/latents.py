@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import PositiveInt
 
 from jobs.command import Command, Outcome
+from jobs.shards import recorded, tracked
+from pipelines import tracking
+from pipelines.models import Base, Learner
 
 if TYPE_CHECKING:
     from pipelines.shards import ShardsResult
@@ -31,63 +34,37 @@ class LatentsOptions:
 
 
 def run(options: LatentsOptions) -> Outcome:
-    if options.tracking:
-        return Outcome(_run_tracked(options))
-    return Outcome(dataclasses.asdict(_make(options)))
+    from pipelines.data.dataset import Dataset
+    from pipelines.shards.encode import make_latents
+
+    base, learner = _networks(options)
+
+    def make(run: tracking.Run | None) -> "ShardsResult":
+        if run:
+            run.log_dataset(pixels, context="pixels")
+        names = ("precision", "batch_size", "workers", "device")
+        chosen = {name: getattr(options, name) for name in names}
+        return make_latents(options.data, base, learner, options.out, **chosen)
+
+    if not options.tracking:
+        return Outcome(dataclasses.asdict(make(None)))
+    pixels = Dataset.open(options.data)
+    made_by = {"deedsr.kind": "shards", "deedsr.dataset.digest": pixels.digest}
+    parents = {"shards": tracking.find_run(None, made_by), "learner": learner.run_id if learner else None}
+    return Outcome(tracked(options, "latents", make, config=dataclasses.asdict(options), parents=parents))
 
 
 def finished(options: LatentsOptions) -> dict[str, Any] | None:
     """The result where no shard would be made and MLflow has the run of the latents, else None. Makes nothing."""
-    from pipelines import tracking
-    from pipelines.models import Base, Learner
-    from pipelines.shards.finished import finished_latents
+    from pipelines.shards.encode import latents_job
+    from pipelines.shards.generate import finished
 
-    learner = Learner.find(options.learner) if options.learner else None
-    found = finished_latents(options.data, Base.find(options.base), learner, options.out, options.precision)
-    run_id = found and tracking.find_run(None, {"deedsr.kind": "latents", "deedsr.dataset.digest": found.digest})
-    return dataclasses.asdict(found) | {"run_id": run_id} if found and run_id else None
+    job = latents_job(options.data, *_networks(options), options.out, options.precision)
+    return recorded(finished(job), "latents")
 
 
-def _make(options: LatentsOptions) -> "ShardsResult":
-    from pipelines.models import Base, Learner
-    from pipelines.shards.encode import make_latents
-
-    return make_latents(
-        options.data,
-        Base.find(options.base),
-        Learner.find(options.learner) if options.learner else None,
-        options.out,
-        precision=options.precision,
-        batch_size=options.batch_size,
-        workers=options.workers,
-        device=options.device,
-    )
-
-
-def _run_tracked(options: LatentsOptions) -> dict[str, Any]:
-    from pipelines import tracking
-    from pipelines.data.dataset import Dataset
-    from pipelines.models import Learner
-
-    pixels = Dataset.open(options.data)
-    made_by = {"deedsr.kind": "shards", "deedsr.dataset.digest": pixels.digest}
-    parents = {
-        "shards": tracking.find_run(None, made_by),
-        "learner": Learner.find(options.learner).run_id if options.learner else None,
-    }
-    with tracking.start_run(
-        options.experiment,
-        name=options.out.rstrip("/").rpartition("/")[2],
-        config=dataclasses.asdict(options),
-        parents=parents,
-        tags={"deedsr.kind": "latents"},
-        out=options.out,
-    ) as run:
-        run.log_dataset(pixels, context="pixels")
-        result = _make(options)
-        run.log_dataset(Dataset.open(options.out), context="latents")
-        run.log_metrics({k: v for k, v in dataclasses.asdict(result).items() if isinstance(v, int | float)})
-    return dataclasses.asdict(result) | {"run_id": run.id}
+def _networks(options: LatentsOptions) -> tuple[Base, Learner | None]:
+    return Base.find(options.base), Learner.find(options.learner) if options.learner else None
 
 
 COMMAND = Command(

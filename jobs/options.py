@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -127,34 +127,20 @@ class Request:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Parser of one command. A mistake is one `UsageError` that names the key, the value and what is accepted.
+    """Parser of a `jobs.command.Command`. A mistake is one `UsageError` that names key, value and what is accepted."""
 
-    `kind`: dataclass of the options. `operand`: the option that may be typed without its name. `presets`: name ->
-    nested values that stand under everything else; the first is the default. `details`: makes the end of the help.
-    """
-
-    def __init__(
-        self,
-        kind: type,
-        *,
-        command: str,
-        description: str,
-        operand: str = "",
-        presets: Mapping[str, Mapping[str, Any]] | None = None,
-        details: Callable[[], str] | None = None,
-        tracked: bool = False,
-    ):
-        self.command, self.operand, self.presets, self.details = command, operand, presets or {}, details
+    def __init__(self, name: str, command: Any, description: str = ""):
+        self.command, self.operand, self.presets, self.details = name, command.operand, command.presets, command.details
         # In a tuple, because pydantic takes no configuration beside a dataclass.
-        self.adapter = TypeAdapter(tuple[kind], config=ConfigDict(allow_inf_nan=False))  # type: ignore[valid-type]
-        self.options = {option.key: option for option in leaves(kind)}
+        self.adapter = TypeAdapter(tuple[command.options], config=ConfigDict(allow_inf_nan=False))
+        self.options = {option.key: option for option in leaves(command.options)}
+        self.about = {option.key: option for option in leaves(RunOptions)} if command.tracked else {}
         self.origins: dict[str, str] = {}  # key -> the file that gives it
-        self.about = {option.key: option for option in leaves(RunOptions)} if tracked else {}
-        required = sorted((o for o in self.options.values() if o.required), key=lambda o: o.key != operand)
-        words = [(o.flag + " ") * (o.key != operand) + o.metavar + "..." * o.takes("array") for o in required]
+        required = sorted((o for o in self.options.values() if o.required), key=lambda o: o.key != self.operand)
+        words = [(o.flag + " ") * (o.key != self.operand) + o.metavar + "..." * o.takes("array") for o in required]
         super().__init__(
-            prog=f"deedsr {command}",
-            usage=" ".join([f"deedsr {command}", *words, "[options]"]),
+            prog=f"deedsr {name}",
+            usage=" ".join([f"deedsr {name}", *words, "[options]"]),
             description=description,
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
             argument_default=argparse.SUPPRESS,
@@ -192,7 +178,7 @@ class CommandParser(argparse.ArgumentParser):
         last.add_argument("-h", "--help", action="help", help="show this text and exit")
 
     def read(self, argv: list[str]) -> Request:
-        """Options and wishes from the words behind the command; UsageError when they are wrong."""
+        """Options from the words behind the command; UsageError when they are wrong."""
         typed = self._typed(argv)
         as_json = typed.pop("json", False)
         given: dict[str, Any] = {}

@@ -9,18 +9,20 @@ unless other datasets depend on them; --gc --dry-run lists them.
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import NonNegativeFloat, PositiveInt
 
 from deedsr.errors import UsageError
 from jobs.command import Command, Outcome
+from pipelines import tracking
 
 if TYPE_CHECKING:
     from deedsr.dataset.recipe import Recipe
     from pipelines.data.dataset import Dataset
     from pipelines.shards import ShardsResult
-    from pipelines.tracking import Run
+    from pipelines.shards.generate import Job
 
 logger = logging.getLogger(__name__)
 PICTURES = 4  # pairs that the MLflow run shows
@@ -57,7 +59,12 @@ def run(options: ShardsOptions) -> Outcome:
     recipe = load_recipe(options.recipe)
     if options.plan:
         return _planned(options, recipe)
-    outcome = _run_tracked(options, recipe) if options.tracking else dataclasses.asdict(_make(options, recipe))
+    if options.tracking:
+        config = dataclasses.asdict(options) | ({} if options.join else {"recipe": recipe.model_dump(mode="json")})
+        tags = {"deedsr.recipe.digest": recipe.digest}
+        outcome = tracked(options, "shards", lambda run: _make(options, recipe), config=config, tags=tags)
+    else:
+        outcome = dataclasses.asdict(_make(options, recipe))
     if not options.gc:
         return Outcome(outcome)
     collected = _collected(options)
@@ -90,25 +97,27 @@ def check(options: ShardsOptions) -> None:
 def finished(options: ShardsOptions) -> dict[str, Any] | None:
     """The result where no shard would be made and MLflow has the run of the dataset, else None. Makes nothing."""
     from deedsr.dataset.recipe import load_recipe
-    from pipelines import tracking
-    from pipelines.shards.finished import finished_shards
+    from pipelines.shards.generate import finished
 
-    recipe = load_recipe(options.recipe)
-    found = finished_shards(
-        options.out, recipe, sources=options.source, pairs=options.pairs, hr_from=options.hr_from, join=options.join
-    )
-    run_id = found and tracking.find_run(None, {"deedsr.kind": "shards", "deedsr.dataset.digest": found.digest})
-    return dataclasses.asdict(found) | {"run_id": run_id} if found and run_id else None
+    return recorded(finished(_job(options, load_recipe(options.recipe))), "shards")
+
+
+def _job(options: ShardsOptions, recipe: "Recipe") -> "Job":
+    from pipelines.shards.generate import hr_job, join_job, source_job
+
+    if options.hr_from:
+        return hr_job(options.hr_from, options.out, recipe)
+    if options.join:
+        return join_job(options.join, options.out)
+    return source_job(options.source, options.out, recipe, options.pairs)
 
 
 def _make(options: ShardsOptions, recipe: "Recipe") -> "ShardsResult":
-    from pipelines.shards import export_pairs, generate, regenerate
+    from pipelines.shards import generate, run_job
 
-    if options.hr_from:
-        return regenerate(options.hr_from, options.out, recipe, options.workers)
-    if options.join:
-        return export_pairs(options.join, options.out, options.workers)
-    return generate(options.source, options.out, recipe, options.workers, pairs=options.pairs)
+    if options.source:
+        return generate(options.source, options.out, recipe, options.workers, pairs=options.pairs)
+    return run_job(_job(options, recipe), options.workers)
 
 
 def _planned(options: ShardsOptions, recipe: "Recipe") -> Outcome:
@@ -116,15 +125,8 @@ def _planned(options: ShardsOptions, recipe: "Recipe") -> Outcome:
 
     if not options.source:
         raise UsageError("--plan goes with --source")
-    planned = estimate(
-        options.source,
-        options.out,
-        recipe,
-        pairs=options.pairs,
-        nodes=options.nodes,
-        cores=options.cores,
-        price=options.price,
-    )
+    size = {name: getattr(options, name) for name in ("pairs", "nodes", "cores", "price")}
+    planned = estimate(options.source, options.out, recipe, **size)
     return Outcome(dataclasses.asdict(planned), text=planned.text())
 
 
@@ -150,29 +152,34 @@ def _collected(options: ShardsOptions) -> Outcome:
     return Outcome(values | {"removed_uploads": garbage.uploads})
 
 
-def _run_tracked(options: ShardsOptions, recipe: "Recipe") -> dict[str, Any]:
-    from pipelines import tracking
+def recorded(result: "ShardsResult | None", kind: str) -> dict[str, Any] | None:
+    """A result with the run of its dataset, None without one."""
+    run_id = result and tracking.find_run(None, {"deedsr.kind": kind, "deedsr.dataset.digest": result.digest})
+    return dataclasses.asdict(result) | {"run_id": run_id} if result and run_id else None
+
+
+def tracked(
+    options: Any, kind: str, make: Callable[[tracking.Run], "ShardsResult"], **run_options: Any
+) -> dict[str, Any]:
+    """The result of `make`, which writes the dataset `options.out`, and its run: dataset, figures, some pairs."""
     from pipelines.data.dataset import Dataset
 
-    with tracking.start_run(
-        options.experiment,
-        name=options.out.rstrip("/").rpartition("/")[2],
-        config=dataclasses.asdict(options) | ({} if options.join else {"recipe": recipe.model_dump(mode="json")}),
-        tags={"deedsr.kind": "shards", "deedsr.recipe.digest": recipe.digest},
-        out=options.out,
-    ) as run:
-        result = _make(options, recipe)
-        _log(run, result, Dataset.open(options.out))
+    name = options.out.rstrip("/").rpartition("/")[2]
+    tags = {"deedsr.kind": kind} | run_options.pop("tags", {})
+    with tracking.start_run(options.experiment, name=name, tags=tags, out=options.out, **run_options) as run:
+        result = make(run)
+        dataset = Dataset.open(options.out)
+        run.log_dataset(dataset, context=kind)
+        run.log_metrics({k: v for k, v in dataclasses.asdict(result).items() if isinstance(v, int | float)})
+        if dataset.manifest.latents is None:
+            _log_pairs(run, dataset)
     return dataclasses.asdict(result) | {"run_id": run.id}
 
 
-def _log(run: "Run", result: "ShardsResult", dataset: "Dataset") -> None:
-    """Figures of the generation, the dataset's digest, and some pairs: the LR enlarged beside its HR."""
+def _log_pairs(run: tracking.Run, dataset: "Dataset") -> None:
+    """Some pairs as pictures: the LR enlarged beside its HR."""
     from pipelines.reports.page import picture_name, strip
 
-    run.log_dataset(dataset, context="shards")
-    numbers = {key: value for key, value in dataclasses.asdict(result).items() if isinstance(value, int | float)}
-    run.log_metrics(numbers)
     index = dataset.index("train")
     for row in range(0, index.num_rows, max(1, index.num_rows // PICTURES))[:PICTURES]:
         sample = dataset.read(index, row)

@@ -75,15 +75,11 @@ def _submitted(board: Dashboard, jobs: list[JobFile]) -> list[str]:
                 f"{rival.submission_id} has not ended and has the same out, {_out(job)}, with other options, code or "
                 f"environment; end it first: {how_to(rival.submission_id, board.address)['stop']}"
             )
+    for job_id in [known[identity] for identity in identities if identity in known]:
+        logger.info("%s is the same job and has not ended", job_id)
     return [
-        _found(known[identity]) if identity in known else _submit(board, job, identity)
-        for job, identity in zip(jobs, identities, strict=True)
+        known.get(identity) or _submit(board, job, identity) for job, identity in zip(jobs, identities, strict=True)
     ]
-
-
-def _found(job_id: str) -> str:
-    logger.info("%s is the same job and has not ended", job_id)
-    return job_id
 
 
 def _submit(board: Dashboard, job: JobFile, identity: str) -> str:
@@ -137,10 +133,8 @@ def _require_room(board: Dashboard, job: JobFile) -> None:
 
 def _started(board: Dashboard, job_id: str) -> Outcome:
     """Result for a job that is not followed."""
-    return Outcome(
-        {"job_id": job_id, "status": str(board.job(job_id).status), "address": board.address}
-        | how_to(job_id, board.address)
-    )
+    status = {"job_id": job_id, "status": str(board.job(job_id).status), "address": board.address}
+    return Outcome(status | how_to(job_id, board.address))
 
 
 def _ended(board: Dashboard, job_id: str) -> Outcome:

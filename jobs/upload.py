@@ -7,8 +7,6 @@ from typing import Any
 
 from deedsr.errors import UsageError
 
-__all__ = ["EXCLUDES", "package"]
-
 # Anchored where a folder of the code has the same name: /shards is a dataset, pipelines/shards is code. Without a
 # slash at the end, so that a folder that appears or goes changes nothing either.
 CACHES = [".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", ".mypy_cache", "*.egg-info"]

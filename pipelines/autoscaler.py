@@ -1,7 +1,7 @@
-"""What the autoscaler of the connected cluster may add, as far as a driver can know.
+"""What the autoscaler of the connected cluster may add, as far as a driver can find out.
 
-Ray has no call that lists node types. Both of its autoscalers publish a status: version 2 (`ray up`, KubeRay) says
-which requests no node type can hold; version 1 (`ray start --head`) runs on every head, and names its nodes `node_ID`
+Ray has no call that lists node types. Both of its autoscalers publish a status: version 2 (`ray up`, KubeRay) lists
+requests that no node type can hold; version 1 (`ray start --head`) runs on every head, and names its nodes `node_ID`
 where it cannot start any. The file that `ray up` puts on the head holds the node types. What is read here is not part
 of Ray's documented interface: look here when Ray's pin changes.
 """
@@ -23,30 +23,25 @@ def growth() -> tuple[Nodes, ...] | None:
     types = _node_types(Path(BOOTSTRAP).expanduser())
     if types is not None:
         return types
-    if _is_v2():
+    if is_v2():
         return None
     names = (_v1_report() or {}).get("active_nodes")
     return () if names and all(name.startswith("node_") for name in names) else None
 
 
-def answers() -> bool:
-    """Whether the autoscaler reports requests that none of its node types holds."""
-    return _is_v2()
-
-
 def refuses(group: Any) -> bool:
     """Whether nothing that the autoscaler may add would hold a waiting placement group."""
-    if not _is_v2():
+    if not is_v2():
         return growth() == ()
-    waiting = _v2_state().infeasible_gang_resource_requests
+    waiting = _v2_reply().autoscaling_state.infeasible_gang_resource_requests
     return any(request.details.startswith(group.id.hex()) for request in waiting)
 
 
 def coming() -> str:
     """Nodes that are starting, as text; empty without any."""
     names: list[str] = []
-    if _is_v2():
-        state = _v2_state()
+    if is_v2():
+        state = _v2_reply().autoscaling_state
         names += [instance.ray_node_type_name for instance in state.pending_instances]
         names += [request.ray_node_type_name for request in state.pending_instance_requests]
     elif report := _v1_report():
@@ -62,8 +57,8 @@ def _node_types(path: Path) -> tuple[Nodes, ...] | None:
         return None
     if not isinstance(config, dict) or not isinstance(config.get("available_node_types"), dict):
         return None
-    there: dict[str, int] = (_v1_report() or {}).get("active_nodes", {}) if not _is_v2() else {}
-    if _is_v2():
+    there: dict[str, int] = (_v1_report() or {}).get("active_nodes", {}) if not is_v2() else {}
+    if is_v2():
         for node in _v2_reply().cluster_resource_state.node_states:
             there[node.ray_node_type_name] = there.get(node.ray_node_type_name, 0) + 1
     found = []
@@ -76,7 +71,8 @@ def _node_types(path: Path) -> tuple[Nodes, ...] | None:
     return tuple(found)
 
 
-def _is_v2() -> bool:
+def is_v2() -> bool:
+    """Whether the autoscaler reports requests that none of its node types holds."""
     from ray.autoscaler.v2.utils import is_autoscaler_v2
 
     return is_autoscaler_v2(gcs_client=_gcs())
@@ -101,7 +97,3 @@ def _v2_reply() -> Any:
     reply = GetClusterStatusReply()
     reply.ParseFromString(_gcs().get_cluster_status(timeout_s=10))
     return reply
-
-
-def _v2_state() -> Any:
-    return _v2_reply().autoscaling_state

@@ -24,22 +24,6 @@ from pipelines import machine
 from pipelines.storage import Conflict, Storage, waiting
 from pipelines.storage.errors import FAILURES
 
-__all__ = [
-    "CLAIM",
-    "DEAD_AFTER",
-    "RUNS",
-    "Claim",
-    "Superseded",
-    "found",
-    "heartbeat",
-    "held",
-    "is_alive",
-    "named",
-    "of_this_process",
-    "parsed",
-    "running",
-]
-
 logger = logging.getLogger(__name__)
 CLAIM = "claim.json"  # of a command that alone writes an output, in it
 RUNS = f"{STATE}/runs"  # folder with a claim of every other command that works on an output
@@ -79,15 +63,11 @@ def is_alive(claim: Mapping[str, Any]) -> bool:
     return machine.runs(claim["pid"], since=claim["alive"])
 
 
-def found(out: Storage) -> Iterator[dict[str, Any]]:
-    """The claims on `out`."""
+def found(out: Storage) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The claims on `out` with their locations; {} for one that is damaged."""
     for path in [CLAIM, *(entry.path for entry in out.list(RUNS) if entry.path.endswith(f"/{CLAIM}"))]:
-        try:
-            claim = parsed(out.read(path))
-        except FileNotFoundError:  # it ended meanwhile
-            continue
-        if claim:
-            yield claim
+        with suppress(FileNotFoundError):  # it ended meanwhile
+            yield f"{out.uri}/{path}", parsed(out.read(path))
 
 
 def named(claim: Mapping[str, Any]) -> str:
@@ -104,9 +84,9 @@ def heartbeat(beat: Callable[[], object]) -> Iterator[None]:
             while not over.wait(_HEARTBEAT):
                 try:
                     beat()
-                except FAILURES as error:  # workers meet the same storage, and nobody hears them
+                except FAILURES as error:  # logged here, because workers that meet the same failure do not log
                     logger.warning("%s; the work waits, for %.0f s at most", error, waiting.limit())
-                except DeeDSRError:  # the next beat tells again
+                except DeeDSRError:  # the next heartbeat is another attempt
                     continue
 
     heart = threading.Thread(target=regularly, daemon=True)
@@ -170,7 +150,7 @@ class Claim:
         self._change(lambda found: found | {"alive": time.time()})
 
     def end(self, refused: bool = False) -> None:
-        """Leave the place to whoever comes next. `refused`: nothing was done, so the first claim on it is removed."""
+        """Releases the place. `refused`: nothing was done, so a first claim is removed."""
         found, _ = self._read()
         if refused and self._is_own(found) and found["attempt"] == 1:
             self.out.delete(CLAIM)
@@ -208,7 +188,7 @@ class Claim:
                 return self._write(changed(found), version)
 
     def _read(self) -> tuple[dict[str, Any], str | None]:
-        """What is there and its version: {} and None for nothing; one that cannot be read is nobody's."""
+        """What is there and its version: {} and None for nothing; an unreadable one counts as free."""
         try:
             # Before the content, which may only be newer: then a write over this version fails.
             version = self.out.stat(CLAIM).version

@@ -29,7 +29,7 @@ _ANSWER_SECONDS = 10.0  # that a cluster is given to answer, in which a head can
 # Ray makes sockets below its temporary folder, and systems take at most 107 bytes for the path of one.
 _LONGEST_FOLDER = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 _SHORT_FOLDERS = ("/tmp", "/var/tmp")
-_REMARKS = ("Failed to apply UDF transform", "To change retry attempts")  # added by Ray Data to a task's message
+_ADDED_LINES = ("Failed to apply UDF transform", "To change retry attempts")  # added by Ray Data to a task's message
 _POLL_SECONDS = 1.0
 _kills = 0  # processes killed for want of memory before this one connected
 _LINE_SECONDS = 30.0  # between two lines on what is waited for
@@ -43,20 +43,24 @@ def connect() -> None:
     global _kills
     _kills = machine.memory_kills()
     require_docstrings()
-    # Read by Ray at import and by the processes it starts: no telemetry, and no remark on machines without GPU.
+    # Read by Ray at import and by the processes it starts: no telemetry, and no warning on machines without a GPU.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
     if ray.is_initialized():
         return
-    with _own_answer_to_sigterm():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
         _connect(os.environ.get("RAY_ADDRESS"))
+    finally:  # Ray's handler of SIGTERM ends in an abort of its C++ part, with another exit code than a signal's
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
-def last_words(error: BaseException, less: str) -> str:
-    """One line for a failure of Ray: its last line, or that memory ran out; `less`: what would need less of it."""
-    text = "\n".join(line for line in str(error).strip().splitlines() if not line.startswith(_REMARKS))
+def failure_message(error: BaseException, less: str) -> str:
+    """One line for a failure of Ray: its last line, or that memory ran out. `less`: what would need less memory."""
+    text = "\n".join(line for line in str(error).strip().splitlines() if not line.startswith(_ADDED_LINES))
     if "OutOfMemoryError" in f"{type(error).__name__} {text}" or machine.memory_kills() > _kills:
         limit = machine.this_machine().memory
         return f"a worker was killed, because the work needed more than the {limit / 1e9:.1f} GB of memory here: {less}"
@@ -69,17 +73,6 @@ def require_docstrings() -> None:
         raise UsageError(
             "Ray does not run without docstrings, which PYTHONOPTIMIZE=2 (python -OO) removes: unset it, or set it to 1"
         )
-
-
-@contextmanager
-def _own_answer_to_sigterm() -> Iterator[None]:
-    """Keeps this process's: Ray's ends in an abort of its C++ part, with another exit code than a signal's."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
 
 
 def _connect(address: str | None) -> None:
@@ -172,7 +165,7 @@ def offer() -> Offer:
         here = machine.this_machine()
         return Offer(there, local=True, memory=here.memory, shared_memory=here.shared_memory)
     growth = autoscaler.growth()
-    return Offer(there, growth, answers=growth is None and autoscaler.answers())
+    return Offer(there, growth, answers=growth is None and autoscaler.is_v2())
 
 
 def this_machine() -> Offer:
@@ -222,6 +215,16 @@ def wait_for(plan: Plan, without: str) -> None:
             waiting.say()
     finally:
         remove_placement_group(group)
+
+
+def gpu_memory(plan: Plan) -> int:
+    """Bytes of the smallest GPU among those that the first workers of `plan` may get; 0 = unknown."""
+    if offer().local:
+        return machine.gpu_memory()
+    import ray
+
+    asked = ray.remote(num_cpus=0, num_gpus=plan.gpus)(machine.gpu_memory)
+    return min(ray.get([asked.remote() for _ in range(plan.fewest)]))
 
 
 def _words(plan: Plan) -> str:
@@ -278,7 +281,7 @@ def arrow_filesystem(uri: str) -> tuple[str, Any]:
 
 
 def _unmarked(options: dict[str, Any]) -> Any:
-    """Pyarrow's S3 without the empty objects by which it shows folders, those above the one asked for included."""
+    """Pyarrow's S3 without the empty objects that mark folders, parents included."""
     from pyarrow import fs
 
     class Unmarked(fs.S3FileSystem):

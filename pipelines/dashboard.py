@@ -1,6 +1,6 @@
 """The dashboard of a Ray cluster: its Jobs API, and the nodes and waiting requests it reports.
 
-Every request carries the token that Ray's own tools would find, whatever `RAY_AUTH_MODE` says, has a timeout, and fails
+Every request carries the token that Ray's own tools would find, whatever `RAY_AUTH_MODE` is, has a timeout, and fails
 with an error of ours. The pages beside the Jobs API are not part of Ray's documented interface: look here when Ray's
 pin changes.
 """
@@ -8,7 +8,7 @@ pin changes.
 import os
 import re
 import shlex
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -173,24 +173,16 @@ def _authorization() -> tuple[dict[str, str], str]:
     if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
         return {}, "RAY_AUTH_MODE=disabled"
     loader = AuthenticationTokenLoader.instance()
-    if not _found(loader.has_token):
-        return {}, ""
-    source = "~/.ray/auth_token"
-    if os.environ.get("RAY_AUTH_TOKEN"):
-        source = "RAY_AUTH_TOKEN"
-    elif path := os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        source = path
-    return {"Authorization": f"Bearer {loader.get_raw_token(ignore_auth_mode=True)}"}, source
-
-
-def _found(has_token: Callable[..., bool]) -> bool:
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH", "")
     try:
-        return has_token(ignore_auth_mode=True)
+        if not loader.has_token(ignore_auth_mode=True):
+            return {}, ""
     except Exception as error:  # of Ray's C++ part: a RAY_AUTH_TOKEN_PATH that cannot be read
-        path = os.environ.get("RAY_AUTH_TOKEN_PATH", "")
         raise DeeDSRError(
             f"cannot read the token in RAY_AUTH_TOKEN_PATH={Path(path)}: put the cluster's there"
         ) from error
+    source = "RAY_AUTH_TOKEN" if os.environ.get("RAY_AUTH_TOKEN") else path or "~/.ray/auth_token"
+    return {"Authorization": f"Bearer {loader.get_raw_token(ignore_auth_mode=True)}"}, source
 
 
 def _refused(address: str, source: str) -> str:

@@ -20,7 +20,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _MOST_PER_ITEM = 8
-_ITEMS_PER_WORKER = 32  # enough that the last item does not keep one worker busy for long
+_ITEMS_PER_WORKER = 32  # so many that the last item is short
 
 
 def network_plan(command: str, device: Device, workers: int | None = None, parts: int | None = None) -> WorkPlan:
@@ -115,7 +115,7 @@ def distribute(
                 raise result
             yield result
     except RayError as error:
-        raise DeeDSRError(f"{failure}: {cluster.last_words(error, less)}; {again}") from error
+        raise DeeDSRError(f"{failure}: {cluster.failure_message(error, less)}; {again}") from error
 
 
 def _ray_data() -> Any:

@@ -7,7 +7,7 @@ import shutil
 import stat
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -20,6 +20,7 @@ from pipelines.placement import Nodes, Offer, place_networks, place_shards
 from pipelines.storage import open_storage
 from pipelines.storage.errors import Conflict
 from pipelines.storage.waiting import within
+from pipelines.tracking.store import connect, experiment_id, sqlite_path, tracking_uri
 from pipelines.training.config import ContrastOptions, TrainOptions
 from pipelines.training.placement import place_training
 from pipelines.training.schedules import PRESETS
@@ -53,20 +54,16 @@ def examine(out: str | None, address: str | None) -> list[Check]:
         address: of a Ray cluster's dashboard, http(s)://...; None = no cluster.
     """
     here = machine.this_machine()
-    looks: list[Callable[[], Iterator[Check]]] = [
-        _versions,
-        lambda: _machine(here),
-        _devices,
-        lambda: _plans(here),
-        lambda: _disks(out),
-        lambda: _storage(out or "."),
-        _tracking,
-        lambda: _cluster(address),
+    return [
+        *_versions(),
+        *_machine(here),
+        *_devices(),
+        *_plans(here),
+        *_disks(out),
+        *_storage(out or "."),
+        *_tracking(),
+        *_cluster(address),
     ]
-    found: list[Check] = []
-    for look in looks:
-        found += look()
-    return found
 
 
 def _versions() -> Iterator[Check]:
@@ -119,9 +116,10 @@ def _devices() -> Iterator[Check]:
 def _plans(here: machine.Machine) -> Iterator[Check]:
     """Where each command would run with default options."""
     try:
-        offer = Offer((Nodes(here.cpus, machine.gpus()),), (), True, here.memory, here.shared_memory)
-    except Exception:  # said by `_devices`
-        offer = Offer((Nodes(here.cpus),), (), True, here.memory, here.shared_memory)
+        gpus = machine.gpus()
+    except Exception:  # reported by `_devices`
+        gpus = 0
+    offer = Offer((Nodes(here.cpus, gpus),), (), True, here.memory, here.shared_memory)
     for stage, presets in PRESETS.items():
         for name, values in presets.items():
             unit = ContrastOptions(**values["contrast"]).batch_block if stage == "learner" else 1
@@ -186,14 +184,11 @@ def _storage(out: str) -> Iterator[Check]:
 def _tracking() -> Iterator[Check]:
     if find_spec("mlflow") is None:
         return
-    from pipelines.tracking.store import connect, experiment_id, sqlite_path, tracking_uri
-
     try:
         uri = tracking_uri()
         if (path := sqlite_path(uri)) and not path.exists():
             there = next(folder for folder in path.parents if folder.is_dir())
-            may = os.access(there, os.W_OK)
-            if may:
+            if os.access(there, os.W_OK):
                 yield Check("MLflow", f"{path} does not exist yet; the first run creates it")
             else:
                 yield Check("MLflow", f"{there} cannot be written", False, "set MLFLOW_TRACKING_URI to another store")

@@ -1,5 +1,5 @@
-"""What this machine lets a process use: CPUs, memory, shared memory, GPUs, locks, a cache. The only module that asks
-the system, and the only one that uses what some systems lack.
+"""What this machine lets a process use: CPUs, memory, shared memory, GPUs, locks, a cache. The only module
+that queries the system, and the only one that uses what some systems lack.
 
 A container, a batch system or `taskset` may allow less than the hardware has; what they allow is what counts.
 `DEEDSR_CPUS` sets the number of CPUs by hand: to leave some to other work, or to try out another machine.
@@ -48,6 +48,9 @@ def this_machine() -> Machine:
     """Raises UsageError if `DEEDSR_CPUS` is not a whole number above 0."""
     import psutil
 
+    wanted = os.environ.get(CPUS_VARIABLE)
+    if wanted and (not wanted.isdecimal() or int(wanted) < 1):
+        raise UsageError(f"{CPUS_VARIABLE} must be a whole number of CPUs, 1 or more, got {wanted!r}")
     limits = control_group_limits()
     cpus = len(allowed_cpus())
     if limits.cpus is not None:
@@ -55,7 +58,7 @@ def this_machine() -> Machine:
     memory = psutil.virtual_memory().total
     shared = Path("/dev/shm")
     return Machine(
-        cpus=_wanted_cpus() or cpus,
+        cpus=int(wanted) if wanted else cpus,
         memory=min(memory, limits.memory or memory),
         shared_memory=shutil.disk_usage(shared if shared.is_dir() else tempfile.gettempdir()).free,
     )
@@ -74,6 +77,13 @@ def gpus() -> int:
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def gpu_memory() -> int:
+    """Bytes of the smallest GPU that this process sees; 0 without one."""
+    import torch
+
+    return min((torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())), default=0)
 
 
 def lock(file: IO[Any], wait: bool = True, shared: bool = False) -> bool:
@@ -186,15 +196,6 @@ def environment_number(variable: str, default: float, unit: str) -> float:
     return number
 
 
-def _wanted_cpus() -> int | None:
-    text = os.environ.get(CPUS_VARIABLE)
-    if not text:
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"{CPUS_VARIABLE} must be a whole number of CPUs, 1 or more, got {text!r}")
-    return int(text)
-
-
 def control_group_limits(
     membership: Path = Path("/proc/self/cgroup"), hierarchies: Path = Path("/sys/fs/cgroup")
 ) -> Limits:
@@ -238,16 +239,11 @@ def _groups(membership: Path, hierarchies: Path) -> Iterator[tuple[list[str], Pa
             roots = [hierarchies, hierarchies / "unified"]
         else:
             known = [name for name in ("cpu", "memory") if name in controllers.split(",")]
-            roots = [_mount(hierarchies, controllers, known[0])] if known else []
+            together = hierarchies / controllers  # v1: named after all controllers, or after one of them by a link
+            roots = [together if together.is_dir() else hierarchies / known[0]] if known else []
         for root in roots:
             for group in _ancestry(root, path):
                 yield controllers.split(",") if controllers else [], group
-
-
-def _mount(hierarchies: Path, controllers: str, controller: str) -> Path:
-    """Mount point of a v1 hierarchy: named after all of its controllers, or after one of them by a link."""
-    together = hierarchies / controllers
-    return together if together.is_dir() else hierarchies / controller
 
 
 def _ancestry(root: Path, path: str) -> Iterator[Path]:

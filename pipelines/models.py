@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from deedsr.errors import DeeDSRError, UsageError
+from deedsr.hub.model_folder import PARTS, ModelFolder, find_base, find_folder, with_revision
+from deedsr.hub.weights import NAME, base_digest, part_digest
 from pipelines.machine import this_machine
 from pipelines.storage import localize, open_storage, publish
 from pipelines.storage.lock import scratch_folder
@@ -21,7 +23,6 @@ from pipelines.storage.lock import scratch_folder
 if TYPE_CHECKING:
     import torch
 
-    from deedsr.hub.model_folder import ModelFolder
     from deedsr.sampling.pipeline import DeeDSRPipeline
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -62,7 +63,7 @@ class Reference:
 
     @property
     def run_id(self) -> str | None:
-        """MLflow run that trained it, where its folder says so."""
+        """MLflow run that trained it, where its folder records it."""
         record = (self._folder or _find(self.name)[1]) / "training.json"
         return json.loads(record.read_bytes()).get("run_id") if record.is_file() else None
 
@@ -74,15 +75,11 @@ class Base(Reference):
     """A base: `path` holds its `vae/`, `unet/` and `scheduler/`. The name of a trained model means its base."""
 
     def _used(self, folder: Path) -> Path:
-        from deedsr.hub.model_folder import find_base
-
         return find_base(folder)
 
     @cached_property
     def digest(self) -> str:
         """See `deedsr.hub.weights.base_digest`."""
-        from deedsr.hub.weights import base_digest
-
         return base_digest(self.path)
 
 
@@ -100,8 +97,6 @@ class Learner(Reference):
     @cached_property
     def digest(self) -> str:
         """See `deedsr.hub.weights.part_digest`."""
-        from deedsr.hub.weights import part_digest
-
         return part_digest(self.path)
 
 
@@ -113,7 +108,7 @@ class Adapter(Reference):
 
 
 class Model(Reference):
-    """A DeeDSR model. `path` is its folder, `base` is given where its base is not where the model says.
+    """A DeeDSR model. `path` is its folder, `base` is set where the command gave another base than the model names.
 
     A worker that unpickles it refuses to load another model than the command was given.
     """
@@ -124,21 +119,17 @@ class Model(Reference):
 
     @classmethod
     def find(cls, name: str | Path, base: str | Path | None = None) -> Self:
-        """Raises UsageError where there is no such folder. `base`: name of its base, None = as the model says."""
+        """Raises UsageError where there is no such folder. `base`: name of its base, None = the one the model names."""
         return cls(*_find(str(name)), Base.find(base) if base else None)
 
     @cached_property
-    def description(self) -> "ModelFolder":
+    def description(self) -> ModelFolder:
         """Raises UsageError where the folder holds no DeeDSR model."""
-        from deedsr.hub.model_folder import ModelFolder
-
         return ModelFolder.read(self.path)
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 over everything of a model that a result depends on: networks, scheduler, scale, gate."""
-        from deedsr.hub.weights import part_digest
-
         model, base = self.description, self._base_path
         digest = hashlib.sha256(f"scale {model.scale}".encode())
         for part in (base / "vae", base / "unet", self.path / "learner", self.path / "adapter"):
@@ -164,16 +155,24 @@ class Model(Reference):
         """The pipeline on `device` (see `usable_device`), without progress bar.
 
         `precision`: that VAE, UNet and adapter compute in; `auto` = fp16 on a CUDA GPU, where it is nearer to fp32 than
-        bf16 and as fast, else fp32. Raises UsageError where the model or its base is missing, incomplete, or the base
-        another than it was trained on; DeeDSRError where a worker finds another model than the command was given.
+        bf16 and as fast, else fp32, which is without TF32. Raises UsageError where the model or its base is missing,
+        incomplete, or the base another than it was trained on; DeeDSRError where a worker finds another model than the
+        command was given.
         """
+        import torch
+
+        from deedsr.precision import set_tf32
         from deedsr.sampling.pipeline import DeeDSRPipeline
 
+        set_tf32(False)
         place, path, base = usable_device(device), self.path, self._given_base
+        if precision == "auto":
+            precision = "fp16" if place.type == "cuda" else "fp32"
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         with _on_a_worker() if self._expected else nullcontext():
             if self._expected not in (None, self.digest):
                 raise DeeDSRError(f"the model {self.name} is another one here than when the command was given")
-            pipeline = DeeDSRPipeline.from_pretrained(path, base=base, torch_dtype=_dtype(precision, place))
+            pipeline = DeeDSRPipeline.from_pretrained(path, base=base, torch_dtype=dtype)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline if place.type == "cpu" else pipeline.to(place)
 
@@ -195,8 +194,6 @@ def _on_a_worker() -> Iterator[None]:
 
 def _find(name: str) -> tuple[str, Path]:
     """The name that means the same on every machine, and the local folder that it means on this one."""
-    from deedsr.hub.model_folder import find_folder, with_revision
-
     if name.startswith("models:"):
         return _registered(name)
     if "://" in name:
@@ -224,20 +221,9 @@ def _registered(name: str) -> tuple[str, Path]:
 
 def _is_of_model(path: str) -> bool:
     """Whether an object belongs to a model or base, and not to the training that wrote it or to unused parts."""
-    from deedsr.hub.model_folder import PARTS
-    from deedsr.hub.weights import NAME
-
     folder, _, file = path.rpartition("/")
     is_weights = file.startswith(NAME) and file.endswith(".safetensors")
     return folder in ("", *PARTS) and (is_weights or file.endswith((".json", ".md")) or file.startswith("LICENSE"))
-
-
-def _dtype(precision: Precision, device: "torch.device") -> "torch.dtype":
-    import torch
-
-    if precision == "auto":
-        precision = "fp16" if device.type == "cuda" else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def export_pipeline(model: Model, out: str, *, half: bool = False) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Where work runs: from what a machine or a cluster offers and what a command asks for to workers, CPUs, GPUs, device.
+"""Where work runs: from what a machine or cluster offers and a command needs to workers, CPUs, GPUs and device.
 
-Pure functions; `pipelines.cluster.offer` asks the cluster, `pipelines.training.placement` places trainings. `str` of a
-plan is one line, which the commands log before they start. The default is a GPU for every worker: on one machine where
-it has GPUs, on a cluster always, because GPU nodes may only start once something waits for them.
+Pure functions; `pipelines.cluster.offer` queries the cluster, `pipelines.training.placement` places trainings. `str` of
+a plan is one line, which the commands log before they start. The default is a GPU for every worker: on one machine
+where it has GPUs, on a cluster always, because GPU nodes may only start once something waits for them.
 """
 
 import math

@@ -22,9 +22,20 @@ _SHARDS = {
 }
 _REMOVED = {"removed_objects": int, "removed_bytes": int, "removed_uploads": int}
 _TRAINING = {"run_id": str, "checkpoint": str, "step": int, "loss": float, "samples_seen": int}
-_FIGURES = {"psnr": float, "ssim": float, "niqe": (float, NULL)}
+_NUMBER = (float, NULL)
+_FIGURE = {"mean": _NUMBER, "low": _NUMBER, "high": _NUMBER}
+_FIGURES = {"psnr": _FIGURE, "ssim": _FIGURE, "niqe": _FIGURE}
 _METRICS = {"model": _FIGURES, "bicubic": _FIGURES}
-_EVALUATION = {"metrics": _METRICS, "run_id": str, "samples": int, "results": str, "dataset_digest": str}
+_DIFFERENCE = {"metric": str, "method": str, "other": str, "mean": float, "low": float, "high": float, "wins": float}
+_EVALUATION = {
+    "metrics": _METRICS,
+    "differences": [_DIFFERENCE],
+    "rejected": dict,
+    "run_id": str,
+    "samples": int,
+    "results": str,
+    "dataset_digest": str,
+}
 
 _RUN = {
     "run_id": str,

@@ -1,5 +1,6 @@
 """Real parts shared by the tests: shipped photographs, a small dataset of them, an S3 server, a local Ray cluster."""
 
+import json
 import os
 import shutil
 import socket
@@ -43,10 +44,12 @@ def photos() -> Path:
 @pytest.fixture(scope="module")
 def one_thread():
     """Small networks are faster on one thread than on threads that wait for each other."""
-    threads = torch.get_num_threads()
+    before = cv2.getNumThreads(), torch.get_num_threads()
+    cv2.setNumThreads(1)
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(threads)
+    cv2.setNumThreads(before[0])
+    torch.set_num_threads(before[1])
 
 
 @pytest.fixture(scope="module")
@@ -190,3 +193,148 @@ def one_crop_recipe(small_recipe) -> Recipe:
     fields["split"] = {"validation_patterns": ["nothing"], "validation_share": 0}
     fields |= {"variants": 1, "shard": {"min_sources": 1, "target_sources": 1, "max_sources": 2}}
     return Recipe.model_validate(fields | {"max_rejected_share": 0.9})
+
+
+@pytest.fixture
+def through(bucket, s3_server, monkeypatch, tmp_path):
+    """A function that puts a proxy with these faults between this process and the S3 server."""
+    from fault_proxy import FaultProxy
+
+    proxies = []
+
+    def start(*faults, **options):
+        proxies.append(FaultProxy(s3_server, *faults, **options).__enter__())
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxies[-1].endpoint)
+        return proxies[-1]
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield start
+    for proxy in proxies:
+        proxy.__exit__()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting is not permitted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A randomly initialised base in diffusers layout, smaller than `tiny`."""
+    from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+
+    from tools.tiny.base import SCHEDULER
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("base")
+    AutoencoderTiny(
+        encoder_block_out_channels=(16,) * 3, decoder_block_out_channels=(16,) * 3, latent_channels=4,
+        num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1),
+    ).save_pretrained(folder / "vae")  # fmt: skip
+    UNet2DConditionModel(
+        in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2, use_linear_projection=True, sample_size=8,
+    ).save_pretrained(folder / "unet")  # fmt: skip
+    DDIMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def learner_options(small_dataset):
+    """A training of the small dataset in six steps."""
+    from pipelines.training.config import ContrastOptions, LearnerModelOptions, LearnerOptions, TrainOptions
+
+    return LearnerOptions(
+        data=str(small_dataset),
+        model=LearnerModelOptions(preset="tiny", norm_group=2),
+        contrast=ContrastOptions(queue_size=24, momentum=0.9, temperature=0.1, batch_block=4, batch_negatives=True),
+        train=TrainOptions(lr=1e-3, global_batch_size=8, max_steps=6, checkpoint_every=3, log_every=1),
+    )
+
+
+@pytest.fixture(scope="module")
+def trained_learner() -> str:
+    """The shipped one, in `adapter_options`."""
+    return "tiny"
+
+
+@pytest.fixture(scope="module")
+def adapter_options(small_dataset, base, trained_learner):
+    """A training of the small dataset on a small random base in six steps."""
+    from pipelines.training.config import AdapterModelOptions, AdapterOptions, DiffusionOptions, TrainOptions
+
+    return AdapterOptions(
+        data=str(small_dataset),
+        learner=str(trained_learner),
+        base=str(base),
+        model=AdapterModelOptions(preset="tiny"),
+        diffusion=DiffusionOptions(lr_crop=16),
+        train=TrainOptions(lr=1e-3, global_batch_size=4, max_steps=6, checkpoint_every=3, log_every=1, ema_decay=0.9),
+    )
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory) -> Path:
+    """An empty SQLite store of MLflow, to be copied: making one takes seconds."""
+    from mlflow_stores import SqliteStore
+
+    from pipelines import tracking
+
+    store = SqliteStore(tmp_path_factory.mktemp("mlflow"))
+    tracking.connect(store.uri)
+    return store.path
+
+
+@pytest.fixture
+def store(empty_store, tmp_path):
+    """A new SQLite store of MLflow that can be taken away."""
+    from mlflow_stores import SqliteStore
+
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    return SqliteStore(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def own_store(tmp_path_factory):
+    """An MLflow store of this module's own."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db")
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A small model with random weights."""
+    from small_networks import make_pipeline
+
+    folder = tmp_path_factory.mktemp("models") / "small"
+    make_pipeline(num_inference_steps=2).save_pretrained(folder)
+    (folder / "training.json").write_text(json.dumps({"run_id": "run-of-the-adapter"}))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def evaluated(own_store, one_thread, model, small_dataset, tmp_path_factory):
+    """Place, result and `results.json` of an evaluation of `model`."""
+    from pipelines.inference.evaluation import evaluate
+
+    out = tmp_path_factory.mktemp("evaluated") / "out"
+    result = evaluate(model, small_dataset, str(out), limit=6, seed=3, progress=False)
+    return out, result, json.loads((out / "results.json").read_text())
+
+
+@pytest.fixture
+def on_cluster(ray_cluster, monkeypatch):
+    """The tests' cluster as one that `RAY_ADDRESS` names."""
+    import ray
+
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)

@@ -1,12 +1,14 @@
-"""A whole model of the real classes, small enough for tests, with random weights."""
+"""A whole model of the real classes, small enough for tests, with random weights; a UNet of `tiny`'s geometry."""
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from torch import nn
 
-from deedsr.adapter.adapter import DegradationAwareAdapter
+from deedsr.adapter.adapter import DegradationAwareAdapter, freeze
 from deedsr.learner.resnet import DegradationLearner
 from deedsr.presets import LEARNER_PRESETS
 from deedsr.sampling.pipeline import DeeDSRPipeline
+from tools.tiny.base import UNET
 
 # Stable Diffusion 2.1-base's noise schedule.
 SCHEDULE = {
@@ -60,3 +62,27 @@ def make_pipeline(kind: str = "tiny", prediction: str = "v_prediction", scale: i
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+SIDES = (16, 12)  # of the latents: not square
+
+
+def tiny_unet() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return freeze(UNet2DConditionModel(**UNET))
+
+
+def inputs(batch: int = 2) -> tuple[torch.Tensor, ...]:
+    """Noisy latents, diffusion time, LR latent, degradation vector."""
+    draw = torch.Generator().manual_seed(2)
+    normal = lambda *shape: torch.randn(*shape, generator=draw)
+    times = torch.tensor([3, 700, 41, 980])[:batch]
+    return normal(batch, 8, *SIDES), times, normal(batch, 8, *SIDES), normal(batch, 12).abs()
+
+
+def wake(adapter: DegradationAwareAdapter) -> None:
+    """Give every zero-initialised layer some weight, as training does."""
+    torch.manual_seed(3)
+    for parameter in adapter.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)

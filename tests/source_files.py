@@ -1,12 +1,16 @@
 """Sources for tests: written, listed, made into a dataset."""
 
+import hashlib
 import io
 import json
+import shutil
 import tarfile
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet
 
+from deedsr.dataset.manifest import MANIFEST, SAMPLES, kept_copy
 from deedsr.dataset.pictures import RejectedImage
 from deedsr.dataset.recipe import Recipe
 from pipelines.shards import generate
@@ -67,3 +71,18 @@ def rejected(out) -> dict[str, str]:
 
 def changed(recipe: Recipe, **fields) -> Recipe:
     return Recipe.model_validate(recipe.model_dump(mode="json") | fields)
+
+
+def rewritten(dataset: str | Path, target: Path, change, recipe: dict | None = None) -> Path:
+    """A copy of a dataset whose index is `change`d, and whose manifest says so."""
+    shutil.copytree(dataset, target)
+    table = change(pyarrow.parquet.read_table(target / SAMPLES))
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(table, buffer, row_group_size=20)
+    sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
+    (target / kept_copy(SAMPLES, sha256)).write_bytes(buffer.getvalue())
+    manifest = json.loads((target / MANIFEST).read_bytes())
+    manifest["files"][SAMPLES] = sha256
+    manifest["recipe"] |= recipe or {}
+    (target / MANIFEST).write_text(json.dumps(manifest))
+    return target

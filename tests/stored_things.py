@@ -194,7 +194,7 @@ def losses(group: Group) -> list[list[float]]:
 
 def expectations(folder: Path) -> dict[str, Any]:
     """What the things give here and now."""
-    from jobs.job_file import load_job_file
+    from jobs.job_file import load_job_files
 
     with running(folder, folder / "continued") as groups:
         curves = {name: losses(group) for name, group in groups.items()}
@@ -204,6 +204,8 @@ def expectations(folder: Path) -> dict[str, Any]:
         "where": where(),
         "digests": digests(folder),
         "samples": {name: samples_digest(Dataset.open(str(folder / name))) for name in datasets},
-        "entrypoints": {path.stem: load_job_file(path).entrypoint for path in sorted((folder / "jobs").glob("*.yaml"))},
+        "entrypoints": {
+            path.stem: load_job_files(path)[0].entrypoint for path in sorted((folder / "jobs").glob("*.yaml"))
+        },
         "losses": curves,
     }

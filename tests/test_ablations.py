@@ -7,13 +7,14 @@ from dataclasses import asdict
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from test_adapter_networks import inputs, tiny_unet, wake
+from small_networks import inputs, tiny_unet, wake
 from torch import nn
 
 from benchmarks.full_size import UNET
 from deedsr.adapter import ABLATIONS, DegradationAwareAdapter
 from deedsr.adapter.da_block import DegradationAwareGroup
 from deedsr.errors import UsageError
+from jobs.command import Command, Outcome
 from jobs.options import CommandParser
 from pipelines.training.config import AdapterModelOptions, AdapterOptions, check
 from pipelines.training.identity import TrainingRecord
@@ -169,7 +170,7 @@ def test_leaving_out_both_branches_or_something_unknown_is_refused(unet):
 
 def test_ablations_are_options_of_the_command():
     words = ["--data", "d", "--learner", "l", "--out", "o", "--model.ablate"]
-    read = lambda *names: CommandParser(AdapterOptions, command="train adapter", description="").read([*words, *names])
+    read = lambda *names: CommandParser("train adapter", Command(AdapterOptions, Outcome, "")).read([*words, *names])
     assert read("vector", "da").options.model.ablate == ["vector", "da"]
     with pytest.raises(UsageError, match=r"model\.ablate takes vector or global or local or da, got"):
         read("attention")

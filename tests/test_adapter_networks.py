@@ -5,9 +5,10 @@ import hashlib
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from small_networks import inputs, tiny_unet, wake
 from torch import nn
 
-from deedsr.adapter import DegradationAwareAdapter, freeze
+from deedsr.adapter import DegradationAwareAdapter
 from deedsr.adapter.adapter import cross_attentions, residual_blocks
 from deedsr.adapter.cross_attention import CrossAttentionProcessor
 from deedsr.adapter.da_block import DegradationAwareConv, DegradationAwareGroup
@@ -20,7 +21,6 @@ SD21_BASE = {  # Stable Diffusion 2.1-base; the rest is the class's defaults
     "cross_attention_dim": 1024,
     "use_linear_projection": True,
 }
-SIDES = (16, 12)  # of the latents: not square
 
 
 def count(module: nn.Module) -> int:
@@ -34,33 +34,12 @@ def digest(module: nn.Module) -> str:
     return sha.hexdigest()
 
 
-def tiny_unet() -> UNet2DConditionModel:
-    torch.manual_seed(0)
-    return freeze(UNet2DConditionModel(**UNET))
-
-
 def adapter_of(unet: UNet2DConditionModel, tokens: str = "new_kv") -> DegradationAwareAdapter:
     torch.manual_seed(1)
     adapter = DegradationAwareAdapter.for_unet(unet, "tiny", degradation_dim=12, tokens=tokens)
     adapter.initialize_from(unet)
     adapter.attach(unet)
     return adapter
-
-
-def inputs(batch: int = 2) -> tuple[torch.Tensor, ...]:
-    """Noisy latents, diffusion time, LR latent, degradation vector."""
-    draw = torch.Generator().manual_seed(2)
-    normal = lambda *shape: torch.randn(*shape, generator=draw)
-    times = torch.tensor([3, 700, 41, 980])[:batch]
-    return normal(batch, 8, *SIDES), times, normal(batch, 8, *SIDES), normal(batch, 12).abs()
-
-
-def wake(adapter: DegradationAwareAdapter) -> None:
-    """Give every zero-initialised layer some weight, as training does."""
-    torch.manual_seed(3)
-    for parameter in adapter.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.1)
 
 
 def train_one_step(adapter: DegradationAwareAdapter) -> None:
@@ -315,3 +294,25 @@ def test_saved_adapter_returns_exactly(tmp_path):
     adapter.detach()
     again.attach(unet)
     assert torch.equal(again(*inputs()), expected)
+
+
+def test_channels_last_of_the_base_is_kept_through_the_hooks_of_the_adapter():
+    unet = tiny_unet().to(memory_format=torch.channels_last)
+    adapter = adapter_of(unet)
+    wake(adapter)
+    seen = []
+    for _, _, block in residual_blocks(unet):
+        block.conv2.register_forward_hook(lambda conv, inputs, output: seen.append(output))
+    adapter(*inputs())
+    assert len(seen) == len(residual_blocks(unet))
+    assert all(output.is_contiguous(memory_format=torch.channels_last) for output in seen)
+
+
+def test_blocks_that_are_compiled_hold_most_parameters_once():
+    unet = tiny_unet()
+    adapter = adapter_of(unet)
+    blocks = list(adapter.blocks())
+    assert len({id(part) for block in blocks for part in block.modules()}) == sum(
+        1 for block in blocks for _ in block.modules()
+    )
+    assert sum(map(count, blocks)) > 0.6 * (count(unet) + count(adapter))

@@ -20,12 +20,13 @@ from deedsr.dataset.recipe import load_recipe
 from deedsr.errors import UsageError
 from jobs import cli
 from jobs.chain import STEPS, ChainOptions, check, steps
-from jobs.job_file import load_job_file
+from jobs.job_file import load_job_files
 from pipelines import tracking
 from pipelines.models import Base, Learner
 from pipelines.shards import generate
 from pipelines.shards.build import FromSources
-from pipelines.shards.finished import finished_latents, finished_shards
+from pipelines.shards.encode import latents_job
+from pipelines.shards.generate import finished, hr_job, join_job, source_job
 from pipelines.shards.listing import list_sources
 from pipelines.shards.plan import plan_shards
 from pipelines.storage import open_storage
@@ -87,13 +88,13 @@ def test_as_a_job_it_has_places_that_stay_and_a_store(tmp_path):
     job = {"command": "chain", "options": {"out": "s3://b/run", "shards": {"source": ["s3://b/p"]}}, "mlflow": "nodes"}
     path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump(job))
-    assert load_job_file(path).entrypoint == "python -m deedsr chain --out=s3://b/run --shards.source=s3://b/p"
+    assert load_job_files(path)[0].entrypoint == "python -m deedsr chain --out=s3://b/run --shards.source=s3://b/p"
     path.write_text(yaml.safe_dump(job | {"options": job["options"] | {"learner": {"out": "learner"}}}))
     with pytest.raises(UsageError, match=r"options.learner.out is 'learner', relative to a working directory"):
-        load_job_file(path)
+        load_job_files(path)
     path.write_text(yaml.safe_dump(job | {"mlflow": None}))
     with pytest.raises(UsageError, match="has no MLFLOW_TRACKING_URI"):
-        load_job_file(path)
+        load_job_files(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,7 +149,7 @@ def test_what_is_done_is_skipped_and_the_rest_is_made_below_one_run(things, caps
     assert (parent.info.run_id, parent.info.status) == (first["run_id"], "FINISHED")
     assert evaluation.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert parent.data.params["adapter.learner"] == "learner"
-    assert parent.data.metrics["model.psnr"] == pytest.approx(first["evaluate"]["metrics"]["model"]["psnr"])
+    assert parent.data.metrics["model.psnr"] == pytest.approx(first["evaluate"]["metrics"]["model"]["psnr"]["mean"])
     assert parent.data.tags["deedsr.dataset.digest"] == first["shards"]["digest"]
     assert "mlflow.parentRunId" not in made["learner"][0].data.tags  # of a single command
 
@@ -188,51 +189,54 @@ def test_an_evaluation_without_pairs_is_refused_before_the_trainings(things, cap
 
 def test_shards_are_done_while_sources_recipe_and_tars_are_the_same(things):
     recipe = load_recipe("recipe.yaml")
-    given = {"out": "dataset", "recipe": recipe, "sources": ["sources"]}
-    done = finished_shards(**given)
+    job = lambda out="dataset", **changes: source_job(["sources"], out, recipe.model_copy(update=changes))
+    done = finished(job())
     assert (done.written, done.reused, done.validation) == (0, done.shards, done.samples // done.shards)
     assert done.digest == json.loads(Path("dataset/manifest.json").read_text())["digest"]
-    assert finished_shards(**given | {"out": "nothing"}) is None
-    assert finished_shards(**given | {"out": "latents"}) is None
-    assert finished_shards(**given | {"recipe": recipe.model_copy(update={"seed": 1})}) is None
-    assert finished_shards(**given | {"recipe": recipe.model_copy(update={"duplicates": "reject"})}) is None
+    assert finished(job("nothing")) is None
+    assert finished(job("latents")) is None
+    assert finished(job(seed=1)) is None
+    assert finished(job(duplicates="reject")) is None
     [photo] = Path("sources/train").glob("Bamboo.jpg")
     shutil.copy2(photo, "sources/train/another.jpg")
-    assert finished_shards(**given) is None
+    assert finished(job()) is None
     Path("sources/train/another.jpg").unlink()
-    assert finished_shards(**given) == done
+    assert finished(job()) == done
     os.utime(photo)
-    assert finished_shards(**given) is None
+    assert finished(job()) is None
 
 
 def test_shards_with_a_tar_too_few_are_not_done(things):
-    given = {"out": "dataset", "recipe": load_recipe("recipe.yaml"), "sources": ["sources"]}
     next(Path("dataset").glob("train-*.tar")).unlink()
-    assert finished_shards(**given) is None
+    assert finished(source_job(["sources"], "dataset", load_recipe("recipe.yaml"))) is None
 
 
 def test_shards_of_another_dataset_are_done_while_that_is_the_same(things):
-    given = {"out": "hr_from", "recipe": load_recipe("light"), "hr_from": "dataset"}
-    assert finished_shards(**given).reused == 4
-    assert finished_shards(**given | {"recipe": load_recipe("heavy")}) is None
-    assert finished_shards(**given | {"out": "dataset"}) is None
-    assert finished_shards("dataset", load_recipe("light"), sources=["sources"]) is None
-    assert finished_shards("hr_from", load_recipe("recipe.yaml"), sources=["sources"]) is None
-    assert finished_shards("dataset", load_recipe("light"), join="hr_from") is None
+    light = load_recipe("light")
+    assert finished(hr_job("dataset", "hr_from", light)).reused == 4
+    assert finished(hr_job("dataset", "hr_from", load_recipe("heavy"))) is None
+    assert finished(source_job(["sources"], "dataset", light)) is None
+    assert finished(source_job(["sources"], "hr_from", load_recipe("recipe.yaml"))) is None
+    assert finished(join_job("hr_from", "latents")) is None
+    with pytest.raises(UsageError, match="choose another"):
+        hr_job("dataset", "dataset", light)
+    with pytest.raises(UsageError, match="choose another"):
+        join_job("hr_from", "dataset")
 
 
 def test_latents_are_done_while_pixels_and_networks_are_the_same(things):
     base, learner = Base.find("base"), Learner.find("learner")
     given = ("dataset", base, learner, "latents")
-    done = finished_latents(*given)
+    done = finished(latents_job(*given))
     assert (done.written, done.reused) == (0, done.shards)
-    assert finished_latents(*given, precision="bf16") is None
-    assert finished_latents("dataset", base, None, "latents") is None
-    assert finished_latents("dataset", Base.find("tiny"), learner, "latents") is None
-    assert finished_latents("dataset", base, learner, "dataset") is None
+    assert finished(latents_job(*given, precision="bf16")) is None
+    assert finished(latents_job("dataset", base, None, "latents")) is None
+    assert finished(latents_job("dataset", Base.find("tiny"), learner, "latents")) is None
+    with pytest.raises(UsageError, match="choose another"):
+        latents_job("dataset", base, learner, "dataset")
     config = Path("learner/learner/config.json")
     config.write_text(config.read_text().replace("}", ', "more": 1}'))
-    assert finished_latents("dataset", base, Learner.find("learner"), "latents") is None
+    assert finished(latents_job("dataset", base, Learner.find("learner"), "latents")) is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,17 +7,12 @@ import threading
 import time
 
 import pytest
-import torch
-from test_faults import small_disk, through  # noqa: F401
+from training_process import tensors
 
 from deedsr.errors import DeeDSRError
 from pipelines.storage import open_storage
 from pipelines.training import checkpoint
 from pipelines.training.checkpoint import Checkpoint, Keep, Writer
-
-
-def tensors(step: int, values: int = 1000) -> checkpoint.Tensors:
-    return {part: {"x": torch.full((values,), float(step))} for part in checkpoint.PARTS}
 
 
 def save(out, keep: Keep, *checkpoints: Checkpoint) -> list[int]:
@@ -63,7 +58,7 @@ def test_a_record_that_cannot_be_read_is_skipped_with_a_warning(tmp_path, caplog
     assert "step-00000002/checkpoint.json is damaged" in caplog.text
 
 
-def test_s3_that_is_away_delays_the_checkpoint_and_not_the_training(through, bucket, monkeypatch, tmp_path):  # noqa: F811
+def test_s3_that_is_away_delays_the_checkpoint_and_not_the_training(through, bucket, monkeypatch, tmp_path):
     away = threading.Event()
     proxy = through(lambda number: "reset" if away.is_set() else None)
     out = open_storage(f"{bucket}/{tmp_path.name}")
@@ -83,7 +78,7 @@ def test_s3_that_is_away_delays_the_checkpoint_and_not_the_training(through, buc
     assert [c.step for c in checkpoint.committed(out)] == [2, 3]
 
 
-def test_a_full_disk_is_one_clear_error_nothing_counts_and_space_ends_it(small_disk, monkeypatch):  # noqa: F811
+def test_a_full_disk_is_one_clear_error_nothing_counts_and_space_ends_it(small_disk, monkeypatch):
     out = open_storage(str(small_disk / "out"))
     save(out, Keep(2), Checkpoint(1, 8, 0.1))
     filler = small_disk / "filler"
@@ -105,7 +100,7 @@ def test_a_full_disk_is_one_clear_error_nothing_counts_and_space_ends_it(small_d
     assert [c.step for c in checkpoint.committed(out)] == [1, 2]
 
 
-def test_a_training_that_fails_does_not_wait_for_a_checkpoint_that_cannot_be_written(small_disk):  # noqa: F811
+def test_a_training_that_fails_does_not_wait_for_a_checkpoint_that_cannot_be_written(small_disk):
     out = open_storage(str(small_disk / "out"))
     (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - (100 << 10)))
     writer = Writer(out, Keep(2))
@@ -121,7 +116,7 @@ def test_a_training_that_fails_does_not_wait_for_a_checkpoint_that_cannot_be_wri
     assert not checkpoint.committed(out)
 
 
-def test_a_full_disk_is_said_at_once_and_given_up_when_the_run_is_to_end(small_disk):  # noqa: F811
+def test_a_full_disk_is_said_at_once_and_given_up_when_the_run_is_to_end(small_disk):
     out = open_storage(str(small_disk / "out"))
     (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - (100 << 10)))
     said: list[str] = []
@@ -139,7 +134,7 @@ def test_a_full_disk_is_said_at_once_and_given_up_when_the_run_is_to_end(small_d
             writer.wait()
 
 
-def test_a_right_that_comes_back_ends_the_wait_for_it(small_disk):  # noqa: F811
+def test_a_right_that_comes_back_ends_the_wait_for_it(small_disk):
     out = open_storage(str(small_disk / "out"))
     remount = lambda how: subprocess.run(["mount", "-o", f"remount,{how}", small_disk], check=True)
     remount("ro")

@@ -11,8 +11,8 @@ import time
 import numpy as np
 import pytest
 from mlflow import MlflowClient
-from test_checkpoints import tensors
-from test_outage import begin, empty_store, log, store  # noqa: F401
+from mlflow_stores import begin, log
+from training_process import tensors
 
 from deedsr.errors import UsageError
 from pipelines import tracking
@@ -134,7 +134,7 @@ def workers_of(claim: Claim) -> Claim:
     return theirs
 
 
-def test_a_group_of_workers_that_was_replaced_commits_nothing_and_sends_nothing(out, store):  # noqa: F811
+def test_a_group_of_workers_that_was_replaced_commits_nothing_and_sends_nothing(out, store):
     run = begin(store)
     run.close()
     with held(Claim(out)) as claim:
@@ -172,7 +172,7 @@ def test_a_group_of_workers_that_was_replaced_commits_nothing_and_sends_nothing(
         assert [step for _, _, _, step in recorded(out)] == [6, 7, 8]
 
 
-def test_a_command_that_was_replaced_leaves_the_status_of_the_run_to_the_other(out, store):  # noqa: F811
+def test_a_command_that_was_replaced_leaves_the_status_of_the_run_to_the_other(out, store):
     claim = Claim(out, "first")
     claim.take()
     run = begin(store, permit=claim.holds)

@@ -14,7 +14,7 @@ import yaml
 from deedsr.errors import DeeDSRError, UsageError
 from jobs import cli
 from jobs.command import Command, Outcome
-from jobs.job_file import load_job_file
+from jobs.job_file import load_job_files
 from jobs.options import CommandParser, leaves
 
 COMMANDS = list(cli.COMMANDS)
@@ -55,7 +55,7 @@ class Outer:
 
 def parser() -> CommandParser:
     presets = {"small": {"inner": {"rate": 0.1}}, "large": {"inner": {"rate": 0.9, "level": 2}}}
-    return CommandParser(Outer, command="try", description="", operand="place", presets=presets)
+    return CommandParser("try", Command(Outer, Outcome, "", operand="place", presets=presets))
 
 
 # --- options -----------------------------------------------------------------------------------------------------
@@ -378,7 +378,7 @@ def test_a_wrong_job_file_is_refused_with_its_name_and_key(tmp_path, changes, me
     path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump(JOB | changes))
     with pytest.raises(UsageError) as error:
-        load_job_file(path)
+        load_job_files(path)
     assert str(error.value).startswith(f"{path}: ")
     assert message in str(error.value)
     assert "pw@host" not in str(error.value)
@@ -389,7 +389,7 @@ def test_a_job_file_becomes_the_command_that_one_would_type(tmp_path):
     options = {"preset": "tiny", "data": "s3://b/my shards", "out": "s3://b/o", "train": {"lr": 1e-4, "num_workers": 2}}
     job = {"command": "train learner", "options": options, "mlflow": "nodes"}
     path.write_text(yaml.safe_dump(job, sort_keys=False))
-    assert load_job_file(path).entrypoint == (
+    assert load_job_files(path)[0].entrypoint == (
         "python -m deedsr train learner --preset=tiny '--data=s3://b/my shards' --out=s3://b/o "
         "--train.lr=0.0001 --train.num_workers=2"
     )

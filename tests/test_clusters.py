@@ -20,7 +20,7 @@ import yaml
 from ray_head import BIN, free_ports
 
 from jobs.cli import load
-from jobs.job_file import load_job_file
+from jobs.job_file import load_job_files
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -124,7 +124,7 @@ def test_the_documents_start_a_head_that_listens_on_this_machine_alone_and_asks_
 def test_shipped_job_files_are_valid_with_the_names_of_a_site_and_named_after_themselves(path, monkeypatch):
     for name, value in yaml.safe_load((ROOT / "jobs" / "site.example.yaml").read_text()).items():
         monkeypatch.setenv(name.replace("-", "_"), value)
-    job = load_job_file(path)
+    job = load_job_files(path)[0]
     assert "YOUR-" not in job.model_dump_json()
     assert job.name == path.stem
     assert job.entrypoint_num_cpus == job.entrypoint_num_gpus == 0  # on the head, which offers nothing to reserve

@@ -10,6 +10,7 @@ import yaml
 from deedsr.dataset.recipe import builtin_recipes, load_recipe
 from deedsr.errors import UsageError
 from jobs import cli
+from jobs.command import Command, Outcome
 from jobs.options import CommandParser
 from pipelines.training.config import AdapterOptions, TrainOptions
 
@@ -82,7 +83,7 @@ class Sections:
 
 def test_options_may_be_nested_at_any_depth(tmp_path):
     (tmp_path / "c.yaml").write_text("first: {step: {data: d, learner: l, train: {lr: 1e-3, seed: 2}}}")
-    parser = CommandParser(Sections, command="try", description="")
+    parser = CommandParser("try", Command(Sections, Outcome, ""))
     words = ["--config", str(tmp_path / "c.yaml"), "--first.step.train.seed", "3", "--first.step.out", "o"]
     train = TrainOptions(lr=1e-3, seed=3)
     assert parser.read(words).options == Sections(Section(AdapterOptions("d", "l", out="o", train=train)))

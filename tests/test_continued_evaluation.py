@@ -1,7 +1,5 @@
 """Claims on evaluations that are interrupted, repeated, changed, or started twice into one place."""
 
-# ruff: noqa: F811 (fixtures of test_evaluation)
-
 import json
 import logging
 import os
@@ -14,14 +12,16 @@ import time
 from pathlib import Path
 
 import pytest
+from evaluations import actors, assert_same
 from small_networks import make_pipeline
-from test_evaluation import actors, assert_same, evaluated, model, on_cluster, surroundings  # noqa: F401
 
 from deedsr.errors import UsageError
 from jobs.cli import main
 from pipelines.claims import Claim, Superseded, held
 from pipelines.inference.evaluation import evaluate
 from pipelines.storage import open_storage
+
+pytestmark = pytest.mark.usefixtures("own_store", "one_thread")
 
 
 def measured(out: Path) -> list[Path]:
@@ -97,7 +97,13 @@ def test_only_what_is_the_same_is_continued(model, small_dataset, tmp_path, capl
 
     def reused(alone: bool = False, **changes) -> int:
         caplog.clear()
-        options = {"model": model, "data": small_dataset, "limit": 2, "metrics": ["psnr"], "progress": False} | changes
+        options = {
+            "model": model,
+            "data": small_dataset,
+            "limit": 2,
+            "metrics": ["psnr"],
+            "progress": False,
+        } | changes
         result = evaluate(out=str(out), **options)
         assert status_of(out) == (result.run_id, "FINISHED")
         runs.add(result.run_id)

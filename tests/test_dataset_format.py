@@ -7,23 +7,28 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 from pydantic import ValidationError
+from source_files import rewritten
 
 from deedsr.dataset.crops import choose_crops, cut
-from deedsr.dataset.manifest import Manifest
+from deedsr.dataset.manifest import SAMPLES, Manifest, kept_copy
 from deedsr.dataset.members import decode_stored, encode
 from deedsr.dataset.pictures import RejectedImage, decode
 from deedsr.dataset.recipe import Crop
 from deedsr.degradation.chain import degrade
 from deedsr.errors import DatasetNotCommitted, DeeDSRError
 from pipelines.data.dataset import Dataset
+from pipelines.data.index import SampleIndex
+from pipelines.reports.inspection import inspect
 from pipelines.shards.build import FromSources
 from pipelines.shards.listing import list_sources
 from pipelines.shards.plan import plan_shards
 from pipelines.shards.shard import ShardTar
-from pipelines.storage import open_storage
+from pipelines.storage import open_storage, publish
+from pipelines.storage.s3 import _ObjectFile
 
 
 @pytest.fixture(scope="module")
@@ -215,3 +220,33 @@ def test_crops_anywhere_are_as_many_as_asked_for_each_once_and_where_an_lr_has_w
     assert chosen != choose_crops(image, crop, np.random.default_rng(2))[0]
     one, _ = choose_crops(image[:64, :64], crop, np.random.default_rng(1))
     assert one == [(0, 0, 64)]
+
+
+def test_columns_that_nobody_asked_for_are_not_read(small_dataset, bucket, tmp_path, monkeypatch):
+    # Text that does not compress, as much as the rest of the index a hundred times.
+    def pad(table: pa.Table) -> pa.Table:
+        rng = np.random.default_rng(0)
+        noise = [rng.bytes(20_000).hex() for _ in range(table.num_rows)]
+        return table.append_column("source_note", pa.array(noise))
+
+    padded = rewritten(small_dataset, tmp_path / "padded", pad)
+    assert (padded / kept_copy(SAMPLES, Dataset.open(str(padded)).manifest.files[SAMPLES])).stat().st_size > 2e6
+    read: list[int] = []
+    readinto = _ObjectFile.readinto
+    monkeypatch.setattr(_ObjectFile, "readinto", lambda file, buffer: read.append(n := readinto(file, buffer)) or n)
+    publish(padded, f"{bucket}/padded")
+    inspect(f"{bucket}/padded", tmp_path / "p.html", 2, progress=False)
+    assert 0 < sum(read) < 1e6
+
+
+def test_parts_and_batches_of_an_index_join_without_a_seam(small_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.data.index._BATCH", 7)
+    parted = Dataset.open(str(rewritten(small_dataset, tmp_path / "parted", lambda table: table)))
+    index, table = SampleIndex(parted), parted.index()
+    assert [len(part) for part in index.parts] == [20] * 6 + [16]
+    rows = [0, 19, 20, 77, 135]
+    found = index.rows(rows)
+    assert found["key"].to_pylist() == [table["key"][row].as_py() for row in rows]
+    assert np.array_equal(parted.read(found, 3).lr, parted.read(table, 77).lr)
+    quality = table["deg_jpeg2_quality"].drop_null().to_pylist()
+    assert index.extremes("deg_jpeg2_quality") == (min(quality), max(quality))

@@ -8,7 +8,6 @@ import cv2
 import numpy as np
 import plain_degradation as plain
 import pytest
-import torch
 from scipy import stats
 
 from deedsr.dataset.keys import generator
@@ -19,14 +18,7 @@ DEEDSR = load_recipe("deedsr").degradation
 SIGNIFICANCE = 1e-4  # of each statistical test; the draws are fixed, so that a test that passes keeps passing
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = cv2.getNumThreads(), torch.get_num_threads()
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
-    yield
-    cv2.setNumThreads(before[0])
-    torch.set_num_threads(before[1])
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from jobs import cli
 from pipelines.claims import running
 from pipelines.data.dataset import Dataset
 from pipelines.reports.inspection import inspect
-from pipelines.shards import HeldBack, collect_garbage, export_pairs, generate, regenerate, verify
+from pipelines.shards import HeldBack, collect_garbage, generate, hr_job, join_job, run_job, verify
 from pipelines.storage import open_storage, publish
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -33,7 +33,7 @@ def heavy(small_recipe) -> Recipe:
 def heavy_lr(small_dataset, heavy, tmp_path_factory) -> str:
     """New degradations of the small dataset's HR, read only."""
     out = str(tmp_path_factory.mktemp("derived") / "heavy")
-    regenerate(small_dataset, out, heavy, workers=2, progress=False)
+    run_job(hr_job(small_dataset, out, heavy), workers=2, progress=False)
     return out
 
 
@@ -66,17 +66,17 @@ def test_readers_join_the_hr_without_being_told(small_dataset, heavy_lr):
 
 
 def test_a_joined_dataset_is_the_one_that_the_sources_give(photos, small_dataset, heavy_lr, tmp_path):
-    joined = export_pairs(heavy_lr, str(tmp_path / "joined"), workers=2, progress=False)
+    joined = run_job(join_job(heavy_lr, str(tmp_path / "joined")), workers=2, progress=False)
     direct = generate([str(photos)], str(tmp_path / "direct"), Dataset.open(heavy_lr).recipe, 2, progress=False)
     assert joined.digest == direct.digest
     assert joined.samples == direct.samples
     assert verify(str(tmp_path / "joined"), replay=3, progress=False).ok
-    assert export_pairs(heavy_lr, str(tmp_path / "joined"), progress=False).written == 0
+    assert run_job(join_job(heavy_lr, str(tmp_path / "joined")), progress=False).written == 0
 
 
 def test_both_may_move_together_and_hr_that_moved_alone_is_named_anew(small_dataset, heavy_lr, heavy, tmp_path):
     shutil.copytree(small_dataset, tmp_path / "there" / "hr")
-    moved = regenerate(str(tmp_path / "there" / "hr"), str(tmp_path / "there" / "lr"), heavy, 2, progress=False)
+    moved = run_job(hr_job(str(tmp_path / "there" / "hr"), str(tmp_path / "there" / "lr"), heavy), 2, progress=False)
     (tmp_path / "there").rename(tmp_path / "here")
     dataset = Dataset.open(str(tmp_path / "here" / "lr"))
     assert dataset.digest == moved.digest == Dataset.open(heavy_lr).digest
@@ -85,21 +85,21 @@ def test_both_may_move_together_and_hr_that_moved_alone_is_named_anew(small_data
     (tmp_path / "here" / "hr").rename(tmp_path / "away")
     with pytest.raises(DeeDSRError, match="which is not there: put it there, or name its place"):
         Dataset.open(str(tmp_path / "here" / "lr")).read(dataset.index(), 0)
-    again = regenerate(str(tmp_path / "away"), str(tmp_path / "here" / "lr"), heavy, 2, progress=False)
+    again = run_job(hr_job(str(tmp_path / "away"), str(tmp_path / "here" / "lr"), heavy), 2, progress=False)
     assert (again.written, again.digest) == (0, moved.digest)
     assert Dataset.open(str(tmp_path / "here" / "lr")).read(dataset.index(), 0).hr.shape == (128, 128, 3)
 
 
 def test_degradations_of_degradations_take_the_hr_from_where_it_is(small_dataset, heavy_lr, small_recipe, tmp_path):
     light = Recipe.model_validate(load_recipe("light").model_dump(mode="json"))
-    regenerate(heavy_lr, str(tmp_path / "light"), light, 2, progress=False)
+    run_job(hr_job(heavy_lr, str(tmp_path / "light"), light), 2, progress=False)
     assert Dataset.open(str(tmp_path / "light")).hr_dataset().uri == Dataset.open(small_dataset).uri
 
 
 def test_the_same_digest_on_s3_beside_its_hr(small_dataset, heavy_lr, heavy, bucket, tmp_path):
     place = f"{bucket}/{tmp_path.name}"
     publish(Path(small_dataset), f"{place}/hr")
-    result = regenerate(f"{place}/hr", f"{place}/lr", heavy, 2, progress=False)
+    result = run_job(hr_job(f"{place}/hr", f"{place}/lr", heavy), 2, progress=False)
     assert result.digest == Dataset.open(heavy_lr).digest
     dataset = Dataset.open(f"{place}/lr")
     assert dataset.manifest.hr_from.uri == "../hr"
@@ -119,7 +119,7 @@ def regenerated(small_dataset, heavy, tmp_path) -> tuple[Path, Path]:
     hr, lr = tmp_path / "hr", tmp_path / "lr"
     shutil.copytree(small_dataset, hr)
     shutil.rmtree(hr / "_state" / "derived", ignore_errors=True)  # of what other tests made of the small dataset
-    regenerate(str(hr), str(lr), heavy, 2, progress=False)
+    run_job(hr_job(str(hr), str(lr), heavy), 2, progress=False)
     manifest = json.loads((hr / "manifest.json").read_bytes())
     kept = manifest["shards"][1:]
     manifest |= {"shards": kept, "samples": sum(shard["samples"] for shard in kept)}
@@ -205,11 +205,11 @@ def test_where_the_hr_was_collected_every_reader_names_the_cause(regenerated, tm
 
 def test_wrong_wishes_are_refused(small_dataset, heavy_lr, heavy, tmp_path):
     with pytest.raises(UsageError, match="is the dataset that the HR comes from"):
-        regenerate(small_dataset, small_dataset, heavy, progress=False)
+        run_job(hr_job(small_dataset, small_dataset, heavy), progress=False)
     with pytest.raises(UsageError, match="holds its HR images itself"):
-        export_pairs(small_dataset, str(tmp_path), progress=False)
+        run_job(join_job(small_dataset, str(tmp_path)), progress=False)
     with pytest.raises(UsageError, match="one of the datasets to join"):
-        export_pairs(heavy_lr, small_dataset, progress=False)
+        run_job(join_job(heavy_lr, small_dataset), progress=False)
 
 
 def test_a_replay_finds_an_lr_that_its_hr_and_draws_do_not_give(small_dataset, heavy_lr, tmp_path):

@@ -7,7 +7,6 @@ import cv2
 import numpy as np
 import plain_degradation as plain
 import pytest
-import torch
 from scipy import stats
 
 from deedsr.dataset.keys import generator
@@ -21,14 +20,7 @@ RANGES = load_recipe("deedsr").degradation
 COUNTS = [pytest.param(250, id="250"), pytest.param(2000, id="2000", marks=pytest.mark.soak)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = cv2.getNumThreads(), torch.get_num_threads()
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
-    yield
-    cv2.setNumThreads(before[0])
-    torch.set_num_threads(before[1])
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

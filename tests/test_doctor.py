@@ -9,7 +9,6 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from test_faults import small_disk  # noqa: F401
 
 from jobs import cli
 from pipelines import doctor, machine
@@ -122,7 +121,7 @@ def test_a_token_file_that_is_empty_or_missing_is_named(healthy, capsys, monkeyp
     assert said.startswith(f"{healthy}/token: No such file or directory -> copy the cluster's token")
 
 
-def test_a_full_disk_is_named(healthy, capsys, small_disk):  # noqa: F811
+def test_a_full_disk_is_named(healthy, capsys, small_disk):
     (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free))
     code, result = examined(capsys, "--out", str(small_disk / "runs"))
     assert (code, result["broken"]) == (1, ["results", "storage"])

@@ -4,14 +4,18 @@ import json
 
 from training_process import run_script
 
-SCRIPT = """
+HEAD = """
 import json, math, sys
 import torch, torch.distributed as dist
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 from pipelines.training.config import TrainOptions
 from pipelines.training.engine import Engine
+"""
 
+SCRIPT = (
+    HEAD
+    + """
 def engine(zero, precision, clip, optimizer):
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
@@ -72,6 +76,42 @@ if dist.get_rank() == 0:
     print("FOUND" + json.dumps(found))
 dist.destroy_process_group()
 """
+)
+
+# Which collectives each part of an optimizer step makes, and whether the averages are those of the whole weights.
+COLLECTIVES = (
+    HEAD
+    + """
+from torch.profiler import ProfilerActivity, profile
+
+def collectives(work):
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        work()
+    return sorted(event.name for event in found.events() if event.name.startswith(("gloo:", "c10d::")))
+
+found = {}
+for zero, exact in json.loads(sys.argv[1]):
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    options = TrainOptions(zero_stage=zero, exact_sums=exact, ema_decay=0.9)
+    engine = Engine(module, options, micro=2, accumulation=1)
+    expected, made = {}, {}
+    for step in range(3):
+        rng = torch.Generator().manual_seed(10 * step + dist.get_rank())
+        loss = engine(torch.randn(2, 6, generator=rng)).square().mean()
+        made["backward"] = collectives(lambda: engine.backward(loss))
+        engine.step(0.1)
+        made["average"] = collectives(lambda: engine.average(0.9))
+        with engine.full_parameters() as parameters:
+            for name, value in parameters:
+                expected[name] = torch.lerp(expected[name], value, 0.1) if name in expected else value.clone()
+    made["equal"] = all(torch.allclose(value, expected[name]) for name, value in engine.averages())
+    found[f"{zero} {exact}"] = made
+if dist.get_rank() == 0:
+    print("FOUND" + json.dumps(found))
+dist.destroy_process_group()
+"""
+)
 
 
 def test_without_exact_sums_no_step_that_is_not_finite_or_objected_to_is_taken_in_any_stage_and_precision(tmp_path):
@@ -83,3 +123,12 @@ def test_without_exact_sums_no_step_that_is_not_finite_or_objected_to_is_taken_i
     found = json.loads(line.removeprefix("FOUND"))
     assert len(found) == len(cases)
     assert {case: wrong for case, wrong in found.items() if wrong} == {}
+
+
+def test_exact_sums_replace_the_reduction_and_averages_need_no_collective(tmp_path):
+    cases = [(0, True), (1, True), (2, True), (2, False), (3, False)]
+    output = run_script(COLLECTIVES, 2, [json.dumps(cases)], tmp_path)
+    found = json.loads(next(line for line in output.splitlines() if line.startswith("FOUND")).removeprefix("FOUND"))
+    assert [case for case, made in found.items() if made["average"] or not made["equal"]] == []
+    assert [case for case, made in found.items() if case.endswith("True") and made["backward"]] == []
+    assert found["2 False"]["backward"]  # what the others leave out

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import psutil
 import pytest
-import torch
+from evaluations import actors, assert_same
 from metric_weights import write_weights
 from small_networks import make_pipeline
 
@@ -22,32 +21,12 @@ from pipelines.data.dataset import Dataset
 from pipelines.inference.evaluation import evaluate
 from pipelines.storage import open_storage, publish
 
-
-@pytest.fixture(scope="module", autouse=True)
-def surroundings(tmp_path_factory):
-    """One thread, and an MLflow store of this module's own."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    patch.undo()
+pytestmark = pytest.mark.usefixtures("own_store", "one_thread")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("models") / "small"
-    make_pipeline(num_inference_steps=2).save_pretrained(folder)
-    (folder / "training.json").write_text(json.dumps({"run_id": "run-of-the-adapter"}))
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def evaluated(model, small_dataset, tmp_path_factory):
-    out = tmp_path_factory.mktemp("evaluated") / "out"
-    result = evaluate(model, small_dataset, str(out), limit=6, seed=3, progress=False)
-    return out, result, json.loads((out / "results.json").read_text())
+def mean_of(found: dict) -> dict[str, float | None]:
+    """Means of a method's metrics."""
+    return {name: figure["mean"] for name, figure in found.items()}
 
 
 def read(path: Path) -> np.ndarray:
@@ -59,7 +38,7 @@ def test_the_result_names_its_figures_its_dataset_and_its_run(evaluated, small_d
     assert result.samples == len(results["samples"]) == 6
     assert set(result.metrics) == {"model", "bicubic"}
     assert set(result.metrics["model"]) == {"psnr", "ssim", "niqe", "niqe_set"}
-    assert result.metrics["model"]["niqe"] is None  # crops of 128 px
+    assert result.metrics["model"]["niqe"]["mean"] is None  # crops of 128 px
     assert results["definitions"] == {name: registry.find(name).statement() for name in result.metrics["model"]}
     assert result.metrics == results["metrics"]
     assert results["dataset"]["digest"] == result.dataset_digest == Dataset.open(small_dataset).digest
@@ -81,7 +60,7 @@ def test_every_figure_can_be_told_again_from_the_pictures(evaluated):
             for measure in (psnr_y, ssim_y)
         )
         assert [sample["metrics"][method]["psnr"] for sample in results["samples"]] == pytest.approx(psnr)
-        assert result.metrics[method] == pytest.approx(
+        assert mean_of(result.metrics[method]) == pytest.approx(
             {"psnr": np.mean(psnr), "ssim": np.mean(ssim), "niqe": None, "niqe_set": niqe_set(pictures[method])}
         )
 
@@ -126,7 +105,7 @@ def test_learned_metrics_and_a_border_go_through_an_evaluation(model, small_data
     result = evaluate(model, small_dataset, str(tmp_path / "out"), **options, progress=False)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     lpips = registry.find("lpips", Setting(weights=weights))
-    for method, values in result.metrics.items():
+    for method, values in ((method, mean_of(found)) for method, found in result.metrics.items()):
         pairs = [
             [read(tmp_path / "out" / sample["pictures"][name]) for name in (method, "hr")]
             for sample in results["samples"]
@@ -153,13 +132,14 @@ def test_the_mlflow_run_holds_configuration_dataset_parent_figures_and_pictures(
     assert run.inputs.dataset_inputs[0].dataset.digest == result.dataset_digest[:36]
     assert run.data.params["steps"] == "2"
     assert run.data.params["definitions.psnr"] == registry.find("psnr").statement()
-    for method, values in result.metrics.items():
-        for name, value in values.items():
+    for method, found in result.metrics.items():
+        for name, value in mean_of(found).items():
             if value is None:
                 continue
             assert run.data.metrics[f"{method}.{name}"] == pytest.approx(value)
     assert len(client.list_artifacts(result.run_id, "pictures")) == 6
-    assert "results.json" in [artifact.path for artifact in client.list_artifacts(result.run_id)]
+    artifacts = {artifact.path for artifact in client.list_artifacts(result.run_id)}
+    assert {"results.json", "rows.parquet", "table.txt", "table.md", "table.tex"} <= artifacts
 
 
 def test_model_dataset_and_output_may_lie_in_s3(evaluated, model, small_dataset, bucket, tmp_path, monkeypatch):
@@ -226,29 +206,6 @@ def test_progress_goes_to_stderr_only(model, small_dataset, tmp_path, capsys):
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "evaluate" in printed.err
-
-
-@pytest.fixture
-def on_cluster(ray_cluster, monkeypatch):
-    """The tests' cluster as one that `RAY_ADDRESS` names."""
-    import ray
-
-    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
-
-
-def actors() -> list[psutil.Process]:
-    """Processes of the tests' cluster that evaluate."""
-    below = psutil.Process().children(recursive=True)
-    return [process for process in below if "_Actor" in process.name() + "".join(process.cmdline())]
-
-
-def assert_same(one: Path, other: Path) -> None:
-    one_results, other_results = (json.loads((out / "results.json").read_text()) for out in (one, other))
-    assert one_results["samples"] == other_results["samples"]
-    assert one_results["metrics"] == other_results["metrics"]
-    for sample in one_results["samples"]:
-        for name in sample["pictures"].values():
-            assert (one / name).read_bytes() == (other / name).read_bytes()
 
 
 def test_a_cluster_computes_the_same_where_paths_are_relative_to_the_command(

@@ -13,25 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from fault_proxy import FaultProxy
-from test_faults import small_disk  # noqa: F401
-from test_training import adapter_options, base, learner_options, variants  # noqa: F401
-from training_process import Group, kill, run, run_script
+from training_process import Group, final, kill, run, run_script, variants
 
 from pipelines.data.dataset import Dataset
 from pipelines.data.order import SampleOrder
 from pipelines.storage import open_storage, publish
 from pipelines.training import checkpoint
 from pipelines.training.health import WINDOW, LossWindow, Records
-
-
-@pytest.fixture(scope="module")
-def trained_learner() -> str:
-    """The shipped one, in `adapter_options`."""
-    return "tiny"
-
-
-def final(out: Path) -> checkpoint.Checkpoint:
-    return checkpoint.committed(open_storage(str(out)))[-1]
 
 
 def model(out: Path) -> bytes:
@@ -69,7 +57,7 @@ def test_a_run_killed_five_times_ends_as_an_undisturbed_one_bit_for_bit(
     assert model(tmp_path / "killed") == model(tmp_path / "undisturbed")
 
 
-def test_every_key_comes_once_per_epoch_over_kills_and_other_numbers_of_workers(learner_options, tmp_path):  # noqa: F811
+def test_every_key_comes_once_per_epoch_over_kills_and_other_numbers_of_workers(learner_options, tmp_path):
     """Batch k is the same for 1, 2 and 3 workers; 88 samples in batches of 12: a batch ends an epoch and begins one."""
     options = variants(learner_options, tmp_path, global_batch_size=12, micro_batch_size=2, max_steps=15,
                        checkpoint_every=2)  # fmt: skip
@@ -94,7 +82,7 @@ def test_every_key_comes_once_per_epoch_over_kills_and_other_numbers_of_workers(
 
 
 @pytest.fixture(scope="module")
-def first_rows(learner_options):  # noqa: F811
+def first_rows(learner_options):
     """The rows of the learner's first global batches, as its order gives them."""
     dataset = Dataset.open(learner_options.data)
     order = SampleOrder(dataset.index("train"), dataset.digest, learner_options.train.seed, together=True)
@@ -108,7 +96,7 @@ def first_rows(learner_options):  # noqa: F811
      pytest.param(2, "gradient", False, marks=pytest.mark.soak), pytest.param(3, "nan", False, marks=pytest.mark.soak)],
 )  # fmt: skip
 def test_a_step_without_a_finite_loss_or_gradient_changes_nothing_and_is_written_down(
-    zero_stage, kind, exact_sums, learner_options, first_rows, tmp_path  # noqa: F811
+    zero_stage, kind, exact_sums, learner_options, first_rows, tmp_path
 ):  # fmt: skip
     options = variants(learner_options, tmp_path, max_steps=3, checkpoint_every=1, keep_checkpoints=9,
                        zero_stage=zero_stage, ema_decay=0.9, exact_sums=exact_sums)  # fmt: skip
@@ -135,7 +123,7 @@ def test_a_step_without_a_finite_loss_or_gradient_changes_nothing_and_is_written
 
 
 def test_a_bad_step_while_storage_is_away_stops_nothing_and_its_record_follows(
-    learner_options, first_rows, bucket, s3_server, monkeypatch, tmp_path  # noqa: F811
+    learner_options, first_rows, bucket, s3_server, monkeypatch, tmp_path
 ):  # fmt: skip
     """The record of step 10 cannot be written; the steps after it are made meanwhile."""
     away = threading.Event()
@@ -166,7 +154,7 @@ def test_a_record_that_can_never_be_written_is_left_out_with_a_warning(tmp_path,
 
 @pytest.mark.parametrize("damaged", [0, 1])
 def test_workers_continue_from_the_checkpoint_that_worker_0_chose_or_not_at_all(
-    damaged, learner_options, tmp_path  # noqa: F811
+    damaged, learner_options, tmp_path
 ):  # fmt: skip
     """Each sees a storage of its own; the newest checkpoint of one cannot be read."""
     options = variants(learner_options, tmp_path / "run", max_steps=4, checkpoint_every=2)
@@ -187,7 +175,7 @@ def test_workers_continue_from_the_checkpoint_that_worker_0_chose_or_not_at_all(
         assert final(tmp_path / "seen-by-0").step == 4
 
 
-def test_a_bad_step_ends_the_run_where_that_is_asked(learner_options, first_rows, tmp_path):  # noqa: F811
+def test_a_bad_step_ends_the_run_where_that_is_asked(learner_options, first_rows, tmp_path):
     options = variants(learner_options, tmp_path, max_steps=6, checkpoint_every=1, on_spike="stop")
     group = Group(options, 2, {first_rows(3)[0]: "nan"})
     assert group.join() == [1, 1]
@@ -212,7 +200,7 @@ def test_a_loss_far_above_the_last_ones_is_a_spike_and_a_continued_window_judges
     assert "nan" in LossWindow(0.0).anomaly(float("nan"))
 
 
-def test_sigterm_to_one_worker_checkpoints_the_same_step_on_all(learner_options, tmp_path):  # noqa: F811
+def test_sigterm_to_one_worker_checkpoints_the_same_step_on_all(learner_options, tmp_path):
     options = variants(learner_options, tmp_path, max_steps=10_000, checkpoint_every=10_000)
     group = Group(options, 2)
     group.wait_for_step(2)
@@ -223,7 +211,7 @@ def test_sigterm_to_one_worker_checkpoints_the_same_step_on_all(learner_options,
     assert group.log().count(f"checkpointed at step {step}") >= 2
 
 
-def test_a_worker_without_progress_says_where_it_is_and_dies(learner_options, first_rows, tmp_path):  # noqa: F811
+def test_a_worker_without_progress_says_where_it_is_and_dies(learner_options, first_rows, tmp_path):
     """The one that hangs, and those that wait for it; `test_restarts` stops one."""
     options = variants(learner_options, tmp_path, max_steps=99, hang_seconds=4.0)
     group = Group(options, 2, {first_rows(3)[-1]: "sleep"})
@@ -271,7 +259,7 @@ def test_any_zero_stage_and_number_of_workers_goes_on_from_a_checkpoint_bit_for_
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("cache_gb", [1.0, 0.0])
 def test_a_training_whose_storage_is_away_for_a_minute_ends_as_an_undisturbed_one(
-    cache_gb, learner_options, bucket, s3_server, monkeypatch, tmp_path  # noqa: F811
+    cache_gb, learner_options, bucket, s3_server, monkeypatch, tmp_path
 ):  # fmt: skip
     """Shards and checkpoints are on S3. With copies of the shards it trains on meanwhile and waits with its checkpoint;
     without, all workers wait for the one whose read waits, far beyond the time after which a step counts as hung."""
@@ -322,8 +310,8 @@ torch.distributed.destroy_process_group()
 
 
 def test_a_training_says_that_the_disk_is_full_and_ends_on_all_workers_when_it_is_asked_to(
-    learner_options,  # noqa: F811
-    small_disk,  # noqa: F811
+    learner_options,
+    small_disk,
     tmp_path,
 ):
     (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - (100 << 10)))

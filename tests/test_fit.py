@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -15,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_training import base  # noqa: F401  (a randomly initialised base)
 
 from deedsr.errors import DatasetNotCommitted, UsageError
 from pipelines import tracking
@@ -73,7 +73,7 @@ def learner(ray_cluster, shards_run, learner_options):
 
 
 @pytest.fixture(scope="module")
-def adapter_options(learner, learner_options, base, tmp_path_factory) -> AdapterOptions:  # noqa: F811
+def adapter_options(learner, learner_options, base, tmp_path_factory) -> AdapterOptions:
     return AdapterOptions(
         data=learner_options.data,
         learner=learner_options.out,
@@ -110,6 +110,8 @@ def test_the_result_names_run_checkpoint_and_progress(learner, learner_options):
     assert json.loads((Path(learner.checkpoint) / "checkpoint.json").read_text())["step"] == 4
     assert (Path(learner_options.out) / "learner" / "config.json").is_file()
     assert not list(Path(learner_options.out).glob("_ray*"))
+    recorded = json.loads((Path(learner_options.out) / "training.json").read_text())["config"]["train"]
+    assert (recorded["exact_sums"], recorded["tf32"]) == (True, False)  # as chosen for CPUs at the first start
 
 
 def test_the_run_knows_its_dataset_and_the_run_that_made_it(learner, shards_run, small_dataset):
@@ -334,3 +336,17 @@ def test_what_a_command_was_given_means_the_same_to_workers_elsewhere(tmp_path, 
     names = {name: Reference.find(name).name for name in ("runs/learner", "~/init", "tiny")}
     assert names == {"runs/learner": f"{tmp_path}/runs/learner", "~/init": f"{tmp_path}/home/init", "tiny": "tiny"}
     assert _located(LearnerOptions(data="s3://bucket/a", out="file:///b")).data == "s3://bucket/a"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch can use no GPU here")
+def test_a_training_takes_a_gpu_for_each_worker_and_none_when_told_so(learner, adapter_options, caplog):
+    caplog.set_level(logging.INFO)
+    assert train_adapter(adapter_options, progress=False).step == 3
+    assert "x 1 GPU" in caplog.text
+    assert "nccl" in caplog.text
+    caplog.clear()
+    train = dataclasses.replace(adapter_options.train, gpus_per_worker=0)
+    without = dataclasses.replace(adapter_options, out=f"{adapter_options.out}-cpu", train=train)
+    assert train_adapter(without, progress=False).step == 3
+    assert "no GPU, gloo" in caplog.text

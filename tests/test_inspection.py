@@ -1,29 +1,27 @@
 """Claims on `deedsr inspect`: what its page says of a real dataset, and that nothing in a dataset can take it over."""
 
 import hashlib
-import io
 import json
 import math
 import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from browser import Loads
+from source_files import rewritten
 
 from deedsr.dataset.manifest import MANIFEST, REJECTED, SAMPLES, kept_copy
 from deedsr.dataset.recipe import Recipe, load_recipe
 from deedsr.errors import DatasetNotCommitted, DeeDSRError, UsageError
 from jobs import cli
 from pipelines.data.dataset import Dataset
-from pipelines.data.index import SampleIndex, left_out
+from pipelines.data.index import left_out
 from pipelines.reports.inspection import inspect
 from pipelines.shards import generate
 from pipelines.storage import open_storage, publish
-from pipelines.storage.s3 import _ObjectFile
 
 SCRIPT = "<script>document.title='taken'<img src=x onerror=alert(1)>.jpg"
 NOT_UTF8 = "caf\udce9.jpg"  # the byte 0xe9
@@ -57,21 +55,6 @@ def text_of(page: Path) -> str:
 
 def cards(page: Path) -> list[str]:
     return page.read_text().split('<article class="card pair')[1:]
-
-
-def rewritten(dataset: str | Path, target: Path, change, recipe: dict | None = None) -> Path:
-    """A copy of a dataset whose index is `change`d, and whose manifest says so."""
-    shutil.copytree(dataset, target)
-    table = change(pyarrow.parquet.read_table(target / SAMPLES))
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(table, buffer, row_group_size=20)
-    sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
-    (target / kept_copy(SAMPLES, sha256)).write_bytes(buffer.getvalue())
-    manifest = json.loads((target / MANIFEST).read_bytes())
-    manifest["files"][SAMPLES] = sha256
-    manifest["recipe"] |= recipe or {}
-    (target / MANIFEST).write_text(json.dumps(manifest))
-    return target
 
 
 # What the page says
@@ -268,36 +251,6 @@ def test_a_remote_dataset_gives_the_same_page_and_only_what_is_shown_is_read(
     index = Dataset.open(uri).index()
     sizes = {sum(index[f"{name}_size"][row].as_py() for name in ("hr", "lr", "json")) for row in range(len(index))}
     assert all(size <= max(sizes) + 3 * 1024 for _, size in shards)  # the members and the tar headers between them
-
-
-def test_columns_that_nobody_asked_for_are_not_read(small_dataset, bucket, tmp_path, monkeypatch):
-    # Text that does not compress, as much as the rest of the index a hundred times.
-    def pad(table: pa.Table) -> pa.Table:
-        rng = np.random.default_rng(0)
-        noise = [rng.bytes(20_000).hex() for _ in range(table.num_rows)]
-        return table.append_column("source_note", pa.array(noise))
-
-    padded = rewritten(small_dataset, tmp_path / "padded", pad)
-    assert (padded / kept_copy(SAMPLES, Dataset.open(str(padded)).manifest.files[SAMPLES])).stat().st_size > 2e6
-    read: list[int] = []
-    readinto = _ObjectFile.readinto
-    monkeypatch.setattr(_ObjectFile, "readinto", lambda file, buffer: read.append(n := readinto(file, buffer)) or n)
-    publish(padded, f"{bucket}/padded")
-    inspect(f"{bucket}/padded", tmp_path / "p.html", 2, progress=False)
-    assert 0 < sum(read) < 1e6
-
-
-def test_parts_and_batches_of_an_index_join_without_a_seam(small_dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipelines.data.index._BATCH", 7)
-    parted = Dataset.open(str(rewritten(small_dataset, tmp_path / "parted", lambda table: table)))
-    index, table = SampleIndex(parted), parted.index()
-    assert [len(part) for part in index.parts] == [20] * 6 + [16]
-    rows = [0, 19, 20, 77, 135]
-    found = index.rows(rows)
-    assert found["key"].to_pylist() == [table["key"][row].as_py() for row in rows]
-    assert np.array_equal(parted.read(found, 3).lr, parted.read(table, 77).lr)
-    quality = table["deg_jpeg2_quality"].drop_null().to_pylist()
-    assert index.extremes("deg_jpeg2_quality") == (min(quality), max(quality))
 
 
 @pytest.mark.parametrize("wanted", [100, 137])

@@ -9,8 +9,7 @@ import pytest
 import yaml
 
 from deedsr.errors import UsageError
-from jobs.credentials import suspicious
-from jobs.job_file import load_job_file, load_job_files
+from jobs.job_file import load_job_files, suspicious
 from jobs.upload import EXCLUDES, package
 
 ROOT = Path(__file__).parent.parent
@@ -94,10 +93,10 @@ def test_a_file_that_the_job_reads_and_the_upload_lacks_is_named(copy):
 
 
 def test_a_job_has_time_to_checkpoint_when_it_is_stopped(tmp_path):
-    job = load_job_file(write(tmp_path / "job.yaml", LEARNER))
+    job = load_job_files(write(tmp_path / "job.yaml", LEARNER))[0]
     assert job.ray_runtime_env()["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] == "120"
     longer = LEARNER | {"mlflow": "nodes", "runtime_env": {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "600"}}}
-    job = load_job_file(write(tmp_path / "job.yaml", longer))
+    job = load_job_files(write(tmp_path / "job.yaml", longer))[0]
     assert job.ray_runtime_env()["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] == "600"
 
 
@@ -105,14 +104,14 @@ def test_placeholders_are_refused_and_filled_from_the_site_file_or_the_environme
     for path in (ROOT / "jobs").glob("*.yaml"):
         shutil.copy(path, tmp_path)
     with pytest.raises(UsageError) as error:
-        load_job_file(tmp_path / "learner.yaml")
+        load_job_files(tmp_path / "learner.yaml")
     assert "YOUR-BUCKET in options.data, options.out; YOUR-MLFLOW-HOST in runtime_env.env_vars.MLFLOW_TRACKING_URI" in (
         str(error.value)
     )
     assert f"{tmp_path}/site.yaml" in str(error.value)
     (tmp_path / "site.example.yaml").rename(tmp_path / "site.yaml")
     monkeypatch.setenv("YOUR_BUCKET", "mine")
-    job = load_job_file(tmp_path / "learner.yaml")
+    job = load_job_files(tmp_path / "learner.yaml")[0]
     assert job.options["data"] == "s3://mine/shards/deedsr"
     assert job.runtime_env.env_vars == {"MLFLOW_TRACKING_URI": "http://mlflow.internal:5000"}
 
@@ -122,10 +121,10 @@ def test_a_run_that_would_vanish_with_the_job_is_refused_unless_the_job_says_so(
     job = LEARNER | {"runtime_env": {"env_vars": variables}}
     assert "a working directory that vanishes with the job; name the MLflow server" in refusal(tmp_path / "j.yaml", job)
     for said in ("nodes", "none"):
-        load_job_file(write(tmp_path / "job.yaml", job | {"mlflow": said}))
+        load_job_files(write(tmp_path / "job.yaml", job | {"mlflow": said}))
     options = {"source": ["s3://b/p"], "out": "s3://b/o", "tracking": False}
-    load_job_file(write(tmp_path / "job.yaml", {"command": "shards", "options": options}))
-    load_job_file(write(tmp_path / "job.yaml", {"command": "verify", "options": {"uri": "s3://b/o"}}))
+    load_job_files(write(tmp_path / "job.yaml", {"command": "shards", "options": options}))
+    load_job_files(write(tmp_path / "job.yaml", {"command": "verify", "options": {"uri": "s3://b/o"}}))
 
 
 SECRET = "ghp_" + "a1B2" * 9

@@ -12,7 +12,7 @@ from command_results import differences
 from diffusers import AutoencoderTiny
 from safetensors.torch import load_file
 from small_networks import make_pipeline
-from test_training import run_processes
+from training_process import run_processes
 
 from deedsr.errors import DeeDSRError, UsageError
 from jobs import cli

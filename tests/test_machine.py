@@ -117,7 +117,7 @@ def test_a_task_of_ray_data_is_quoted_without_ray_data_s_advice():
         "ray::FlatMap()\n  File 'x', line 1\nAway: cannot read x\nFailed to apply UDF transform after 1/1 attempts.\n"
     )
     said += "To change retry attempts, backoff, or which errors are retried, configure it"
-    assert cluster.last_words(RuntimeError(said), "less") == "Away: cannot read x"
+    assert cluster.failure_message(RuntimeError(said), "less") == "Away: cannot read x"
 
 
 def test_a_worker_that_memory_killed_is_explained_by_the_limit_and_an_option(monkeypatch):
@@ -127,8 +127,8 @@ def test_a_worker_that_memory_killed_is_explained_by_the_limit_and_an_option(mon
 
     less = "fewer --workers need less"
     monkeypatch.setattr(machine, "this_machine", lambda: Machine(2, 1_500_000_000, 1 << 30))
-    assert cluster.last_words(ActorDiedError(), less) == str(ActorDiedError()).splitlines()[-1]
+    assert cluster.failure_message(ActorDiedError(), less) == str(ActorDiedError()).splitlines()[-1]
     expected = f"a worker was killed, because the work needed more than the 1.5 GB of memory here: {less}"
-    assert cluster.last_words(OutOfMemoryError("Task was killed due to the node running low"), less) == expected
+    assert cluster.failure_message(OutOfMemoryError("Task was killed due to the node running low"), less) == expected
     monkeypatch.setattr(cluster, "_kills", machine.memory_kills() - 1)  # one since this process connected
-    assert cluster.last_words(ActorDiedError(), less) == expected
+    assert cluster.failure_message(ActorDiedError(), less) == expected

@@ -12,7 +12,6 @@ import boto3
 import numpy as np
 import pytest
 from PIL import Image
-from small_networks import make_pipeline
 from source_files import listed, problems, put, table_of, tar_of
 
 from deedsr.dataset.manifest import Manifest, ShardEntry, dataset_digest
@@ -37,13 +36,6 @@ NAMES = [
 def names_of(place: str) -> list[str]:
     """Names for a place: the S3 server of the tests has none with control characters."""
     return [name for name in NAMES if name.isprintable() or name == "\u202eltr"] if "://" in place else NAMES
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("models") / "small"
-    make_pipeline(num_inference_steps=1).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

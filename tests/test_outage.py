@@ -5,12 +5,10 @@ import os
 import shutil
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from importlib.resources import files
@@ -19,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mlflow import MlflowClient
-from test_training import WORKER, learner_options, variants  # noqa: F401
+from mlflow_stores import begin, log
+from training_process import WORKER, variants
 
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines import tracking
@@ -30,52 +29,6 @@ from pipelines.training import checkpoint
 from pipelines.training.checkpoint import Checkpoint
 from pipelines.training.launch import finish_run
 from pipelines.training.metrics import record_part, recorded
-
-
-class SqliteStore:
-    """A store that can be taken away: its file becomes none of a database."""
-
-    def __init__(self, folder: Path):
-        self.path = folder / "mlflow.db"
-        self.uri = f"sqlite:///{self.path}"
-
-    def leave(self) -> None:
-        with closing(sqlite3.connect(self.path)) as database:
-            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # what was written last may lie beside the file
-        self.kept = self.path.read_bytes()
-        self.path.write_bytes(b"no database")
-
-    def come_back(self) -> None:
-        whole = self.path.with_suffix(".kept")
-        whole.write_bytes(self.kept)
-        whole.replace(self.path)
-
-    def steps(self, run_id: str, name: str = "loss") -> list[int]:
-        return [metric.step for metric in MlflowClient(self.uri).get_metric_history(run_id, name)]
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory) -> Path:
-    """Making one takes seconds."""
-    store = SqliteStore(tmp_path_factory.mktemp("mlflow"))
-    tracking.connect(store.uri)
-    return store.path
-
-
-@pytest.fixture
-def store(empty_store, tmp_path) -> SqliteStore:
-    shutil.copy(empty_store, tmp_path / "mlflow.db")
-    return SqliteStore(tmp_path)
-
-
-def begin(store, **options) -> tracking.Run:
-    options = {"name": "run", "config": {"seed": 1}, "system_metrics": False, "fault_tolerant": True} | options
-    return tracking.start_run("deedsr-learner", tracking_uri=store.uri, **options)
-
-
-def log(run, first: int, last: int) -> None:
-    for step in range(first, last + 1):
-        run.log_metrics({"loss": float(step)}, step)
 
 
 def test_what_is_logged_while_the_store_is_away_is_sent_once_when_it_is_back(store, caplog):
@@ -310,7 +263,7 @@ claim.next_attempt()
 @pytest.mark.timeout(900)
 def test_a_training_outlives_its_tracking_server_and_its_own_death_without_a_gap_or_a_double(
     server,
-    learner_options,  # noqa: F811
+    learner_options,
     tmp_path,
 ):
     out = tmp_path / "out"

@@ -1,10 +1,12 @@
 """Claims on shards whose pieces are made on several CPUs at a time: the same bytes, all CPUs, one source's death."""
 
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -14,12 +16,11 @@ import pytest
 from deedsr.dataset.recipe import Recipe, load_recipe
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines.data.dataset import Dataset
-from pipelines.shards import generate, regenerate
+from pipelines.shards import generate, hr_job, run_job
 from pipelines.shards.build import FromSources, _cuts
-from pipelines.shards.execute import _shares
-from pipelines.shards.generate import run_job
+from pipelines.shards.execute import _shares, in_order
+from pipelines.shards.generate import Job
 from pipelines.shards.listing import list_sources
-from pipelines.shards.pieces import in_order
 from pipelines.shards.plan import plan_shards
 from pipelines.shards.samples import samples_of
 from pipelines.shards.shard import Inventory, read_record
@@ -83,7 +84,7 @@ def test_new_degradations_of_one_shard_have_the_same_bytes_for_any_number_of_wor
     generate([str(mixed)], str(tmp_path / "hr"), one_shard, 1, progress=False)
     heavy = Recipe.model_validate(load_recipe("heavy").model_dump(mode="json") | {"variants": 3})
     for workers in (1, 2, 4):
-        regenerate(str(tmp_path / "hr"), str(tmp_path / f"lr{workers}"), heavy, workers, progress=False)
+        run_job(hr_job(str(tmp_path / "hr"), str(tmp_path / f"lr{workers}"), heavy), workers, progress=False)
         assert contents(tmp_path / f"lr{workers}") == contents(tmp_path / "lr1")
 
 
@@ -119,7 +120,7 @@ def test_a_shard_of_few_sources_is_made_by_several_processes_at_a_time(photos, o
         shutil.copy(path, folder)
     plans = lambda: plan_shards(list_sources([str(folder)]), one_shard)
     work = FromSources(one_shard, partial(meeting, folder=tmp_path / "here"))
-    result = run_job(plans, work, open_storage(tmp_path / "out"), one_shard, 2, False)
+    result = run_job(Job(plans, work, open_storage(tmp_path / "out"), one_shard), 2, False)
     assert (result.shards, result.samples) == (1, count * 8)
 
 
@@ -145,7 +146,7 @@ def sixteen(folder: str, recipe_json: str) -> None:
     recipe, place = Recipe.model_validate_json(recipe_json), Path(folder)
     plans = lambda: plan_shards(list_sources([str(place / "photos")]), recipe)
     work = FromSources(recipe, partial(meeting, folder=place / "here", count=16))
-    result = run_job(plans, work, open_storage(place / "out"), recipe, None, False)
+    result = run_job(Job(plans, work, open_storage(place / "out"), recipe), None, False)
     (place / "made").write_text(f"{result.shards} {result.samples}")
 
 
@@ -172,11 +173,11 @@ def test_only_a_source_that_kills_every_worker_is_left_out(photos, one_shard, tm
     plans = lambda: plan_shards(list_sources([str(tmp_path / "photos")]), one_shard)
     work = FromSources(one_shard, partial(deadly, kills=tmp_path / "kills", times=times))
     if others or times == 2:
-        result = run_job(plans, work, open_storage(tmp_path / "out"), one_shard, 2, False)
+        result = run_job(Job(plans, work, open_storage(tmp_path / "out"), one_shard), 2, False)
         assert result.samples == 8 * (others + (times == 2))
     else:
         with pytest.raises(DeeDSRError, match="1 of 1 sources were rejected"):
-            run_job(plans, work, open_storage(tmp_path / "out"), one_shard, 2, False)
+            run_job(Job(plans, work, open_storage(tmp_path / "out"), one_shard), 2, False)
     out, [plan] = open_storage(tmp_path / "out"), plans()
     record = read_record(Inventory.of(out).record(plan), out)
     rejected = [(row["source"], row["reason"]) for row in record.rejected if row["kind"] == "source"]
@@ -207,6 +208,17 @@ def last_of_three(piece):
 def test_an_error_of_a_piece_is_raised_as_it_is():
     with pytest.raises(UsageError, match="^number 2 is wrong$"):
         list(in_order(refuse_two, range(5), 2))
+
+
+def test_a_piece_that_cannot_be_read_is_an_error_whoever_reads_it():
+    def pieces():
+        for number in itertools.count():
+            if threading.current_thread() is not threading.main_thread():
+                raise UsageError("that one cannot be read")
+            yield number
+
+    with pytest.raises(UsageError, match="^that one cannot be read$"):
+        list(in_order(refuse_two, pieces(), 2, here=lambda number: time.sleep(0.01)))
 
 
 def refuse_two(number):

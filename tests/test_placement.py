@@ -8,8 +8,8 @@ import pytest
 
 from deedsr.errors import UsageError
 from pipelines.placement import Nodes, Offer, place_networks, place_shards
-from pipelines.training.config import ContrastOptions, TrainOptions, check, micro_batch
-from pipelines.training.placement import place_training
+from pipelines.training.config import ContrastOptions, TrainOptions, asked_micro_batch, check, micro_batch
+from pipelines.training.placement import arithmetic, decided, place_training
 from pipelines.training.schedules import PRESETS
 
 CORES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -40,7 +40,7 @@ def require_valid(plan, offer, train, unit):
     assert plan.micro_batch % unit == 0
     assert offer.growth is None or offer.holds(plan.cpus, plan.gpus) >= fewest
     assert (plan.device, plan.backend) == (("cuda", "nccl") if plan.gpus else ("cpu", "gloo"))
-    assert plan.threads == (1 if not plan.gpus and train.exact_sums else max(1, int(plan.cpus)))
+    assert plan.threads == (1 if not plan.gpus and train.exact_sums is not False else max(1, int(plan.cpus)))
     assert plan.loader_threads >= 2
     assert plan.cpus > 0
 
@@ -53,7 +53,7 @@ def test_every_preset_has_a_plan_on_every_machine_with_default_options(stage, na
         require_valid(plan, machine(cores, gpus), train, unit)
         assert plan.gpus == bool(gpus)
         assert plan.workers[0] == plan.workers[1] <= (gpus or cores)
-        assert plan.micro_batch == train.micro_batch_size  # whole, so that rounding is the same on every machine
+        assert plan.micro_batch == asked_micro_batch(train, unit)  # whole: rounding is the same everywhere
 
 
 @pytest.mark.parametrize(("stage", "name"), NAMES)
@@ -223,3 +223,38 @@ def test_little_shared_memory_between_gpus_is_said_with_the_remedy():
     ):
         assert "shm" not in str(place_training(offer, TrainOptions()))
     assert "shm" not in str(place_training(docker, TrainOptions(gpus_per_worker=0)))
+
+
+def test_a_run_begins_with_the_arithmetic_of_its_device_and_keeps_it():
+    paper = TrainOptions(**PRESETS["adapter"]["paper"]["train"])
+    on_gpu, on_cpu = decided(paper, True), decided(paper, False)
+    assert (on_gpu.exact_sums, on_gpu.tf32) == (False, True)
+    assert (on_cpu.exact_sums, on_cpu.tf32) == (True, False)
+    assert arithmetic(on_gpu) == "fp32 with TF32"
+    assert arithmetic(decided(dataclasses.replace(paper, exact_sums=True), True)) == "fp32 without TF32, exact sums"
+    assert decided(paper, True, dataclasses.asdict(on_cpu)) == on_cpu
+    assert decided(paper, False, dataclasses.asdict(on_gpu)) == on_gpu
+    asked = dataclasses.replace(paper, tf32=False)
+    assert decided(asked, True, dataclasses.asdict(on_gpu)).tf32 is False
+
+
+def test_a_run_of_an_earlier_version_keeps_exact_sums_and_pytorchs_tf32():
+    paper = TrainOptions(**PRESETS["adapter"]["paper"]["train"])
+    began = dataclasses.asdict(paper) | {"exact_sums": True}
+    del began["tf32"]
+    continued = decided(paper, True, began)
+    assert (continued.exact_sums, continued.tf32) == (True, None)
+
+
+@pytest.mark.parametrize(("stage", "sizes"), [("adapter", [8, 8, 16, 32]), ("learner", [48, 48, 96, 192])])
+def test_fast_takes_its_micro_batch_from_the_card_once(stage, sizes):
+    train, unit = preset(stage, "fast")
+    cards = [0, 24 * GIB, 40 * GIB, 80 * GIB]
+    begun = [decided(train, True, memory=card, unit=unit) for card in cards]
+    assert [one.micro_batch_size for one in begun] == sizes
+    for card in cards:
+        assert decided(train, True, dataclasses.asdict(begun[3]), memory=card, unit=unit) == begun[3]
+    # No GPU stays idle for it.
+    for gpus in (1, 2, 4, 8):
+        one = decided(train, True, memory=80 * GIB, workers=gpus, unit=unit)
+        assert place_training(machine(64, gpus), one, unit).workers == (gpus, gpus)

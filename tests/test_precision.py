@@ -4,9 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_failures import final, trained_learner  # noqa: F401
-from test_training import adapter_options, base, learner_options, variants  # noqa: F401
-from training_process import Group, run
+from training_process import Group, final, run, variants
 
 from deedsr.learner.resnet import DegradationLearner
 from pipelines.storage import open_storage

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from test_outage import empty_store  # noqa: F401
 
 from deedsr.errors import UsageError
 from pipelines import tracking
@@ -20,7 +19,7 @@ TINY = Path(str(files("deedsr") / "assets" / "tiny"))
 
 
 @pytest.fixture
-def run(empty_store, tmp_path, monkeypatch):  # noqa: F811
+def run(empty_store, tmp_path, monkeypatch):
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     with tracking.start_run("deedsr-adapter", name="adapter", config={}, system_metrics=False) as run:
@@ -125,11 +124,12 @@ def test_a_name_with_quotes_is_registered_and_found_and_an_impossible_one_is_ref
 def evaluation(model: Path, run, psnr: float, digest: str = "d" * 64, **changed) -> str:
     """An evaluation of the model in a folder; returns the version that `best` is."""
     results = {
-        "metrics": {"model": {"psnr": psnr, "niqe": None}, "bicubic": {"psnr": 20.0}},
+        "metrics": {"model": {"psnr": {"mean": psnr}, "niqe": {"mean": None}}},
         "dataset": {"digest": digest, "split": "validation"},
         "samples": [{"key": "a"}, {"key": "b"}],
         "sampling": {"num_inference_steps": 20},
         "seed": 0,
+        "precision": "fp32",
         "definitions": {"psnr": "of Y"},
     } | changed
     with tracking.start_run("deedsr-evaluation", name="e", config={}, system_metrics=False) as evaluated:

@@ -70,7 +70,7 @@ def test_an_evaluation_is_made_again_from_its_run_and_says_what_it_was(things, c
     assert data.tags["mlflow.source.name"] == "deedsr evaluate"
     assert data.tags["mlflow.source.type"] == "LOCAL"
     description = data.tags["mlflow.note.content"]
-    psnr = first["metrics"]["model"]["psnr"]
+    psnr = first["metrics"]["model"]["psnr"]["mean"]
     adapter = data.tags["deedsr.parent.adapter"]
     experiment = stored_run(adapter).info.experiment_id
     for expected in ("after the holidays", f"model.psnr {psnr:.5g}", f"#/experiments/{experiment}/runs/{adapter}"):

@@ -185,7 +185,7 @@ def evaluation(folder, pairs, digest, psnr):
         samples.append({"key": key, "source": {"path": f"a/{key}.jpg"}, "metrics": metrics, "pictures": pictures})
     result = {
         "dataset": {"digest": digest, "split": "validation"},
-        "metrics": {"model": {"psnr": psnr}, "bicubic": {"psnr": 20.0}},
+        "metrics": {"model": {"psnr": {"mean": psnr}}, "bicubic": {"psnr": {"mean": 20.0}}},
         "samples": samples,
     }
     (folder / "results.json").write_text(json.dumps(result))

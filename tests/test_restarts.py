@@ -14,7 +14,6 @@ from pathlib import Path
 import psutil
 import pytest
 from fault_proxy import FaultProxy
-from test_training import learner_options  # noqa: F401
 from training_process import run
 
 from pipelines import tracking
@@ -82,7 +81,7 @@ def newest(out: Path) -> int:
 
 
 def test_of_two_commands_with_one_out_one_is_refused_and_the_other_s_result_is_its_own(
-    learner_options, store, tmp_path  # noqa: F811
+    learner_options, store, tmp_path
 ):  # fmt: skip
     """Two seeds, started together."""
     tracking.connect(store)
@@ -113,7 +112,7 @@ def test_of_two_commands_with_one_out_one_is_refused_and_the_other_s_result_is_i
 @pytest.mark.soak
 @pytest.mark.timeout(1500)
 def test_a_training_that_loses_workers_and_its_driver_ends_as_an_undisturbed_one(
-    learner_options, store, tmp_path  # noqa: F811
+    learner_options, store, tmp_path
 ):  # fmt: skip
     """SIGKILL, SIGTERM and SIGSTOP to a worker, two failures and a move: it goes on by itself. SIGTERM and SIGKILL to
     the driver: by the same command. In the end weights and curve are those of two workers that nothing happened to,
@@ -169,7 +168,7 @@ def three_nodes():
 
 @pytest.mark.soak
 @pytest.mark.timeout(1500)
-def test_a_lost_node_costs_its_worker_until_it_returns(learner_options, store, three_nodes, tmp_path):  # noqa: F811
+def test_a_lost_node_costs_its_worker_until_it_returns(learner_options, store, three_nodes, tmp_path):
     """One that returns, and one that Ray is told to drain, cost no step: the workers checkpoint the one at hand before
     there are others. A command that was interrupted at once is followed by the next one without a wait."""
     cluster, nodes = three_nodes
@@ -222,7 +221,7 @@ def test_a_lost_node_costs_its_worker_until_it_returns(learner_options, store, t
 @pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_a_training_whose_shards_are_away_says_so_waits_and_ends_when_it_is_told_to(
-    learner_options, store, bucket, s3_server, tmp_path  # noqa: F811
+    learner_options, store, bucket, s3_server, tmp_path
 ):  # fmt: skip
     away = threading.Event()
     data = f"{bucket}/{tmp_path.name}"
@@ -249,7 +248,7 @@ def test_a_training_whose_shards_are_away_says_so_waits_and_ends_when_it_is_told
 @pytest.mark.soak
 @pytest.mark.timeout(1500)
 def test_a_training_that_waits_for_a_node_or_hangs_says_so_and_ends_when_it_is_told_to(
-    learner_options, store, tmp_path  # noqa: F811
+    learner_options, store, tmp_path
 ):  # fmt: skip
     from ray.cluster_utils import Cluster
 

@@ -50,6 +50,18 @@ def test_a_second_call_with_the_same_generator_draws_anew(pipe, lr):
     assert not np.array_equal(pixels(pipe(lr, generator=generator)), pixels(pipe(lr, generator=generator)))
 
 
+def test_networks_are_offloaded_in_the_order_of_their_use_and_the_picture_stays(lr):
+    """On a GPU only the network at work is there, and the adapter, which calls the UNet while it computes."""
+    pipe = make_pipeline("kl")
+    expected = pipe(lr, generator=seeded(0), num_inference_steps=2).images[0]
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert [hook.model for hook in pipe._all_hooks] == [pipe.learner, pipe.unet, pipe.vae]
+    assert not hasattr(pipe.adapter, "_hf_hook")
+    again = pipe(lr, generator=seeded(0), num_inference_steps=2).images[0]
+    assert np.array_equal(np.asarray(again), np.asarray(expected))
+    assert [hook.model for hook in pipe._all_hooks] == [pipe.learner, pipe.unet, pipe.vae]  # for the next call
+
+
 def test_manual_seed_of_torch_is_followed_without_a_generator(pipe, lr):
     pictures = []
     for _ in range(2):

@@ -21,7 +21,7 @@ from pipelines.shards import Estimate, collect_garbage, estimate, garbage, gener
 from pipelines.shards.build import FromSources
 from pipelines.shards.estimate import _Count
 from pipelines.shards.execute import _Building, _Item
-from pipelines.shards.generate import run_job
+from pipelines.shards.generate import Job, run_job
 from pipelines.shards.listing import list_sources
 from pipelines.shards.plan import plan_shards
 from pipelines.shards.samples import samples_of
@@ -129,7 +129,7 @@ def test_of_two_runs_with_different_recipes_the_second_to_end_stops_and_leaves_t
         yield from planned[1:]
 
     with pytest.raises(DeeDSRError, match="another run replaced .*/manifest.json meanwhile .*that one stands"):
-        run_job(plans, FromSources(few), open_storage(out), few, 1, False)
+        run_job(Job(plans, FromSources(few), open_storage(out), few), 1, False)
     assert Dataset.open(out).recipe.seed == 1
     assert verify(out, progress=False).ok
     first = generate(source, str(tmp_path / "alone"), few, 1, progress=False)
@@ -149,7 +149,7 @@ def test_a_source_that_kills_its_worker_is_left_out_and_the_rest_goes_on(photos,
     shutil.copytree(photos / "validation", folder)
     shutil.copy(folder / "Picture_0B.jpg", folder / "deadly.jpg")
     plans = lambda: plan_shards(list_sources([str(folder)]), few)
-    result = run_job(plans, FromSources(few, deadly), open_storage(out), few, 2, False)
+    result = run_job(Job(plans, FromSources(few, deadly), open_storage(out), few), 2, False)
     assert result.rejected == 1
     manifest = Dataset.open(str(out)).manifest
     assert (manifest.given, manifest.used, manifest.rejected) == (7, 6, 1)

@@ -12,7 +12,6 @@ from alembic import command
 from alembic.script import ScriptDirectory
 from mlflow import MlflowClient
 from mlflow.store.db.utils import _get_alembic_config, create_sqlalchemy_engine
-from test_outage import empty_store  # noqa: F401
 
 from deedsr.errors import UsageError
 from pipelines import tracking
@@ -87,7 +86,7 @@ def test_a_store_that_was_left_half_made_is_made_again_where_it_holds_nothing(tm
     assert run_names(path) == []
 
 
-def test_a_half_made_store_a_newer_one_and_a_missing_right_are_told_apart(empty_store, tmp_path):  # noqa: F811
+def test_a_half_made_store_a_newer_one_and_a_missing_right_are_told_apart(empty_store, tmp_path):
     def connect_to(revision: str, *statements: str) -> str:
         path = tmp_path / revision / "mlflow.db"
         path.parent.mkdir()

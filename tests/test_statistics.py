@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.overrides import TorchFunctionMode
 
 from deedsr.errors import UsageError
 from deedsr.learner import DegradationLearner
@@ -16,6 +17,7 @@ from deedsr.learner.statistics import (
     dct_basis,
     quantisation_tables,
 )
+from deedsr.precision import set_tf32
 from deedsr.presets import LEARNER_PRESETS
 from pipelines.training.config import LearnerModelOptions, LearnerOptions, check
 from pipelines.training.stage import learner_config
@@ -131,3 +133,25 @@ def test_statistics_are_an_option_of_stage_1():
     for preset, widths in (("tiny", []), ("paper", [0])):
         with pytest.raises(UsageError, match="model.statistics"):
             check(LearnerOptions(model=LearnerModelOptions(preset, statistics=widths)))
+
+
+def test_statistics_are_computed_without_tf32(photo):
+    """Whatever a training has set, which stays set."""
+
+    class Products(TorchFunctionMode):
+        seen: list[tuple[bool, bool]] = []
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function in (torch.conv2d, torch.nn.functional.conv2d, torch.einsum):
+                self.seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+            return function(*args, **(kwargs or {}))
+
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        set_tf32(True)
+        with Products() as products:
+            statistics(photo)
+        assert set(products.seen) == {(False, False)}
+        assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (True, True)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

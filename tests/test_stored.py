@@ -13,7 +13,7 @@ from stored_things import CONTINUED, TRAININGS, digests, losses, restore_store, 
 import deedsr
 from deedsr import DeeDSRPipeline
 from jobs import cli
-from jobs.job_file import load_job_file
+from jobs.job_file import load_job_files
 from pipelines.data.dataset import Dataset
 from pipelines.models import Learner, Model
 from pipelines.shards import verify
@@ -187,7 +187,9 @@ def test_job_files_still_mean_the_same_commands(stored, monkeypatch):
     for path in sorted((stored.folder / "jobs").glob("*.yaml")):
         # Up to four workers were accepted then, and three of them refused by the command: the batch does not divide.
         path.write_text(path.read_text().replace("1..4", "1..2"))
-        found[path.stem] = load_job_file(path).entrypoint.replace("your-bucket", "YOUR-BUCKET").replace("1..2", "1..4")
+        found[path.stem] = (
+            load_job_files(path)[0].entrypoint.replace("your-bucket", "YOUR-BUCKET").replace("1..2", "1..4")
+        )
     assert found == stored.expected["entrypoints"]
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from training_process import run_script
+from training_process import run_processes, variants
 
 from deedsr.errors import DeeDSRError, UsageError
 from deedsr.learner.moco import UNGROUPED
@@ -19,11 +18,8 @@ from pipelines.data.order import SampleOrder
 from pipelines.storage import open_storage
 from pipelines.training import checkpoint
 from pipelines.training.config import (
-    AdapterModelOptions,
     AdapterOptions,
-    ContrastOptions,
     DiffusionOptions,
-    LearnerModelOptions,
     LearnerOptions,
     TrainOptions,
     check,
@@ -33,6 +29,7 @@ from pipelines.training.config import (
 )
 from pipelines.training.learner_stage import LearnerStage
 from pipelines.training.schedules import PRESETS
+from pipelines.training.stage import unit
 
 
 @pytest.fixture(scope="module")
@@ -152,107 +149,11 @@ def test_a_checkpoint_without_its_record_does_not_count(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    """A randomly initialised base in diffusers layout, smaller than `tiny`."""
-    from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
-
-    from tools.tiny.base import SCHEDULER
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("base")
-    AutoencoderTiny(
-        encoder_block_out_channels=(16,) * 3, decoder_block_out_channels=(16,) * 3, latent_channels=4,
-        num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1),
-    ).save_pretrained(folder / "vae")  # fmt: skip
-    UNet2DConditionModel(
-        in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=2, use_linear_projection=True, sample_size=8,
-    ).save_pretrained(folder / "unet")  # fmt: skip
-    DDIMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def learner_options(small_dataset) -> LearnerOptions:
-    return LearnerOptions(
-        data=str(small_dataset),
-        model=LearnerModelOptions(preset="tiny", norm_group=2),
-        contrast=ContrastOptions(queue_size=24, momentum=0.9, temperature=0.1, batch_block=4, batch_negatives=True),
-        train=TrainOptions(lr=1e-3, global_batch_size=8, max_steps=6, checkpoint_every=3, log_every=1),
-    )
-
-
-@pytest.fixture(scope="module")
 def trained_learner(learner_options, tmp_path_factory) -> Path:
     """Exported learner of a few steps, made by the ZeRO test's processes."""
     out = tmp_path_factory.mktemp("learner")
     run_processes(1, [dataclasses.replace(learner_options, out=str(out))])
     return out
-
-
-@pytest.fixture(scope="module")
-def adapter_options(small_dataset, base, trained_learner) -> AdapterOptions:
-    return AdapterOptions(
-        data=str(small_dataset),
-        learner=str(trained_learner),
-        base=str(base),
-        model=AdapterModelOptions(preset="tiny"),
-        diffusion=DiffusionOptions(lr_crop=16),
-        train=TrainOptions(lr=1e-3, global_batch_size=4, max_steps=6, checkpoint_every=3, log_every=1, ema_decay=0.9),
-    )
-
-
-WORKER = """
-import json, os, sys
-import torch, torch.distributed as dist
-torch.set_num_threads(1)
-if os.environ.get("FLOAT64"):  # all that the project computes in fp32
-    torch.set_default_dtype(torch.float64)
-    torch.Tensor.float = torch.Tensor.double
-    from deepspeed.accelerator import get_accelerator
-    get_accelerator().supported_dtypes = lambda: [torch.float64]
-dist.init_process_group("gloo")
-from pipelines.data.dataset import Dataset
-from pipelines.training.config import AdapterOptions, LearnerOptions, from_resolved
-from pipelines.training.loop import make_stage, train
-
-class Curve(list):
-    def log_metrics(self, values, step):
-        if "loss" in values: self.append([step, values["loss"]])
-    def logged(self): return []
-
-curves = []
-for kind, tree in json.loads(sys.argv[1]):
-    options = from_resolved({"learner": LearnerOptions, "adapter": AdapterOptions}[kind], tree)
-    dataset = Dataset.open(options.data)
-    stage = make_stage(options, dataset)
-    def loss(model, batch, loss=stage.loss):
-        return loss(model, {name: t.to(wide) if t.is_floating_point() else t for name, t in batch.items()})
-
-    wide = torch.get_default_dtype()
-    stage.loss = loss
-    stage.build = lambda device, dtype, build=stage.build: build(device, wide)
-    curve = Curve()
-    train(stage, options, dataset, torch.device("cpu"), curve)
-    curves.append(curve)
-if dist.get_rank() == 0:
-    print("CURVES" + json.dumps(curves))
-dist.destroy_process_group()
-"""
-
-
-def run_processes(world_size: int, many_options: list, **environment: str) -> list[list[list[float]]]:
-    """Loss curves `[[step, loss], ...]` of the trainings, one after the other in the same processes."""
-    jobs = json.dumps([["learner" if isinstance(o, LearnerOptions) else "adapter", asdict(o)] for o in many_options])
-    with tempfile.TemporaryDirectory() as folder:
-        output = run_script(WORKER, world_size, [jobs], Path(folder), **environment)
-    line = next(line for line in output.splitlines() if line.startswith("CURVES"))
-    return json.loads(line.removeprefix("CURVES"))
-
-
-def variants(options, out: Path, **changes):
-    return dataclasses.replace(options, out=str(out), train=dataclasses.replace(options.train, **changes))
 
 
 def test_a_sample_knows_its_degradation_group_and_validation_counts_no_other_of_it_as_a_negative(learner_options):
@@ -267,7 +168,7 @@ def test_a_sample_knows_its_degradation_group_and_validation_counts_no_other_of_
     assert batch["group"].tolist() == [3, UNGROUPED, 3, 2**30]
     with torch.no_grad():
         rows = stage.validation_step(learner, batch)
-        query, key = (learner(batch[part], embedding=True) for part in ("query", "key"))
+        query, key = (learner(unit(batch[part]), embedding=True) for part in ("query", "key"))
     scores = query @ key.T / learner_options.contrast.temperature
     scores[0, 2] = scores[2, 0] = -torch.inf
     torch.testing.assert_close(
@@ -309,7 +210,7 @@ def test_a_noisy_latent_pulled_to_the_lr_still_has_the_hr_as_its_answer(adapter_
     assert max(strengths) == 1
     assert min(strengths) < 1
     batch = {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in samples[0]}
-    z_hr = encode_latents(stage.vae, 2 * batch["hr_crop"] - 1)
+    z_hr = encode_latents(stage.vae, 2 * unit(batch["hr_crop"]) - 1)
 
     def oracle(noisy, t, z_lr, degradation):
         abar = torch.stack([alpha_bar(stage.scheduler, one) for one in t.float()]).view(-1, 1, 1, 1)

@@ -282,9 +282,9 @@ def test_transparency_is_enlarged_bicubically_and_jpeg_refuses_it():
 
 def test_what_a_format_is_too_small_for_is_said_before_the_work():
     wide = Picture(np.zeros((1, 4096, 3), np.uint8), ColourSpace(), Image.Exif())
-    require_fit(wide, "png", 4)
+    require_fit(wide, "png", 16384)
     with pytest.raises(DeeDSRError, match="16384 pixels a side, and webp at most 16383"):
-        require_fit(wide, "webp", 4)
+        require_fit(wide, "webp", 16384)
 
 
 def camera_exif() -> Image.Exif:

@@ -31,13 +31,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("models") / "small"
-    make_pipeline(num_inference_steps=2).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def picture(photos) -> Image.Image:
     """A shipped photograph reduced to 24 x 16 pixels."""
     return Image.open(photos / "validation" / "Green-Maple.jpg").resize((24, 16), Image.Resampling.BOX)

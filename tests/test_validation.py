@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_training
-from test_training import base, learner_options, run_processes, variants  # noqa: F401
+import training_process
+from training_process import run_processes, variants
 
 from pipelines.training.checks import logged_metrics
 from pipelines.training.config import AdapterModelOptions, AdapterOptions, DiffusionOptions, TrainOptions
@@ -32,7 +32,7 @@ SEEN = """
 
 
 @pytest.fixture
-def adapter_options(small_dataset, base) -> AdapterOptions:  # noqa: F811
+def adapter_options(small_dataset, base) -> AdapterOptions:
     return AdapterOptions(
         data=str(small_dataset),
         learner="tiny",
@@ -50,13 +50,13 @@ def _lines(out: Path, name: str) -> list:
 
 @pytest.fixture
 def told(monkeypatch) -> None:
-    worker = test_training.WORKER
+    worker = training_process.WORKER
     start, end = worker.index("    def log_metrics"), worker.index("    def logged")
-    monkeypatch.setattr(test_training, "WORKER", worker[:start] + SEEN.lstrip(chr(10)) + worker[end:])
+    monkeypatch.setattr(training_process, "WORKER", worker[:start] + SEEN.lstrip(chr(10)) + worker[end:])
 
 
 @pytest.fixture
-def arms(learner_options, adapter_options, tmp_path, told):  # noqa: F811
+def arms(learner_options, adapter_options, tmp_path, told):
     """A function that gives the options of the three trainings, by name, for a number of workers."""
     # Over two samples, as in the other tests, batch normalisation makes much of rounding.
     model = dataclasses.replace(learner_options.model, norm_group=4)

@@ -9,12 +9,15 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
+from pipelines.storage import open_storage
+from pipelines.training import checkpoint
 from pipelines.training.config import AdapterOptions, LearnerOptions
 
 _context = multiprocessing.get_context("forkserver")
@@ -240,3 +243,63 @@ def kill(group: Group, rank: int) -> None:
     """SIGKILL to one worker; the others would wait for it or fail, and are killed too, as Ray Train does."""
     group.send(rank, signal.SIGKILL)
     group.kill()
+
+
+WORKER = """
+import json, os, sys
+import torch, torch.distributed as dist
+torch.set_num_threads(1)
+if os.environ.get("FLOAT64"):  # all that the project computes in fp32
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double
+    from deepspeed.accelerator import get_accelerator
+    get_accelerator().supported_dtypes = lambda: [torch.float64]
+dist.init_process_group("gloo")
+from pipelines.data.dataset import Dataset
+from pipelines.training.config import AdapterOptions, LearnerOptions, from_resolved
+from pipelines.training.loop import make_stage, train
+
+class Curve(list):
+    def log_metrics(self, values, step):
+        if "loss" in values: self.append([step, values["loss"]])
+    def logged(self): return []
+
+curves = []
+for kind, tree in json.loads(sys.argv[1]):
+    options = from_resolved({"learner": LearnerOptions, "adapter": AdapterOptions}[kind], tree)
+    dataset = Dataset.open(options.data)
+    stage = make_stage(options, dataset)
+    def loss(model, batch, loss=stage.loss):
+        return loss(model, {name: t.to(wide) if t.is_floating_point() else t for name, t in batch.items()})
+
+    wide = torch.get_default_dtype()
+    stage.loss = loss
+    stage.build = lambda device, dtype, build=stage.build: build(device, wide)
+    curve = Curve()
+    train(stage, options, dataset, torch.device("cpu"), curve)
+    curves.append(curve)
+if dist.get_rank() == 0:
+    print("CURVES" + json.dumps(curves))
+dist.destroy_process_group()
+"""
+
+
+def run_processes(world_size: int, many_options: list, **environment: str) -> list[list[list[float]]]:
+    """Loss curves `[[step, loss], ...]` of the trainings, one after the other in the same processes."""
+    jobs = json.dumps([["learner" if isinstance(o, LearnerOptions) else "adapter", asdict(o)] for o in many_options])
+    with tempfile.TemporaryDirectory() as folder:
+        output = run_script(WORKER, world_size, [jobs], Path(folder), **environment)
+    line = next(line for line in output.splitlines() if line.startswith("CURVES"))
+    return json.loads(line.removeprefix("CURVES"))
+
+
+def variants(options, out: Path, **changes):
+    return replace(options, out=str(out), train=replace(options.train, **changes))
+
+
+def final(out: Path) -> checkpoint.Checkpoint:
+    return checkpoint.committed(open_storage(str(out)))[-1]
+
+
+def tensors(step: int, values: int = 1000) -> checkpoint.Tensors:
+    return {part: {"x": torch.full((values,), float(step))} for part in checkpoint.PARTS}

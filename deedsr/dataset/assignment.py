@@ -3,8 +3,6 @@
 A pure function of the recipe and of what the sample is, so that a dataset may be made in any order and in parts.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from numpy.random import Generator
@@ -13,8 +11,6 @@ from deedsr.dataset.keys import generator, sample_key
 from deedsr.dataset.recipe import Recipe
 from deedsr.degradation.draws import draw_degradation
 from deedsr.degradation.ranges import DegradationRanges
-
-__all__ = ["Assignment", "assign_degradation"]
 
 GROUPS_PER_VARIANT = 100  # largest number of variants in a recipe
 

@@ -7,15 +7,13 @@ AVIF. Numbers are turned into a profile, so that there is one conversion, and ev
 import io
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
-
-__all__ = ["PNG_CHUNKS", "ColourSpace", "shallow", "space_of", "to_srgb"]
 
 # Where a JPEG 2000 has its profile, with the size of the box, and an AVIF its code points: primaries and transfer.
 _COLR, _NCLX = (re.compile(p, re.DOTALL) for p in (rb"(....)colr\x02..", rb"colrnclx\0(.)\0(.)"))
@@ -153,19 +151,19 @@ def _profile(
     """`numbers`: x and y of white, red, green and blue. `exponent`: None for sRGB's curve. None where it is sRGB."""
     if len(numbers) != 8 or (exponent is not None and not _EXPONENTS[0] <= exponent <= _EXPONENTS[1]):
         raise ValueError("not the numbers of a colour space")
-    curve = SRGB_CURVE if exponent is None else gamma_curve(exponent)
-    curves = [curve] * 3
+    # light = value ** exponent
+    curves = [_SRGB_CURVE if exponent is None else b"para" + bytes(8) + _fixed([exponent])] * 3
     if table:
         parts = 3 if len(table) % 3 == 0 else 1
-        size = len(table) // parts
-        curves = [table_curve(table[part * size : (part + 1) * size]) for part in range(parts)] * (3 // parts)
+        size = len(table) // parts  # light / 65535 at so many evenly spaced values
+        packed = [struct.pack(f">I{size}H", size, *table[part * size : (part + 1) * size]) for part in range(parts)]
+        curves = [b"curv\0\0\0\0" + light for light in packed] * (3 // parts)
     plain = not table and (exponent is None or _alike(exponent, Fraction("2.2")))
     if plain and (model == "GRAY" or all(map(_alike, numbers, _SRGB))):
         return None
     if model == "GRAY":
-        return grey_profile(curves[0])
-    points = [(numbers[i], numbers[i + 1]) for i in range(0, 8, 2)]
-    return rgb_profile(points[0], points[1:], curves)
+        return _icc(b"GRAY", {b"wtpt": _xyz(_D50), b"kTRC": curves[0]})
+    return rgb_profile(numbers, curves)
 
 
 def _alike(number: Fraction, other: Fraction) -> bool:
@@ -241,7 +239,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         return None
     if mode == "CMYK":
         return transform
-    # The profiles named sRGB differ by a level; most pictures have one, and must not pay for a conversion to nothing.
+    # The profiles named sRGB differ by a level; most pictures have one, and should not be converted without effect.
     levels = np.append(np.arange(0, 255, 8), 255).astype(np.uint8)
     lattice = levels[None] if mode == "L" else np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 33, 3)
     before = Image.fromarray(lattice, mode)
@@ -252,59 +250,40 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 # ICC profiles of white point, primaries and transfer curve. They are computed in exact fractions up to the last
 # rounding, so that equal numbers give equal bytes on every processor.
 
-Chromaticity = tuple[Fraction, Fraction]  # x and y of CIE 1931
-Vector = tuple[Fraction, Fraction, Fraction]
-Matrix = tuple[Vector, Vector, Vector]  # rows
-
-_D50: Vector = (Fraction(0xF6D6, 65536), Fraction(1), Fraction(0xD32D, 65536))  # as ICC rounds it
-_BRADFORD: Matrix = (
-    (Fraction("0.8951"), Fraction("0.2664"), Fraction("-0.1614")),
-    (Fraction("-0.7502"), Fraction("1.7135"), Fraction("0.0367")),
-    (Fraction("0.0389"), Fraction("-0.0685"), Fraction("1.0296")),
+_D50 = np.array([Fraction(0xF6D6, 65536), Fraction(1), Fraction(0xD32D, 65536)])  # as ICC rounds it
+_BRADFORD = np.array(
+    [
+        [Fraction("0.8951"), Fraction("0.2664"), Fraction("-0.1614")],
+        [Fraction("-0.7502"), Fraction("1.7135"), Fraction("0.0367")],
+        [Fraction("0.0389"), Fraction("-0.0685"), Fraction("1.0296")],
+    ]
 )
 
 
-def gamma_curve(exponent: Fraction) -> bytes:
-    """light = value ** exponent"""
-    return b"para" + bytes(8) + _fixed([exponent])
-
-
 # IEC 61966-2-1: ((value + 0.055) / 1.055) ** 2.4 above 0.04045, else value / 12.92
-SRGB_CURVE = (
+_SRGB_CURVE = (
     b"para\0\0\0\0\0\3\0\0"
     + struct.pack(">i", round(Fraction("2.4") * 65536))
     + struct.pack(">4i", *(round(Fraction(n) * 65536) for n in ("1000/1055", "55/1055", "100/1292", "0.04045")))
 )
 
 
-def table_curve(light: Sequence[int]) -> bytes:
-    """light / 65535 at evenly spaced values"""
-    return b"curv\0\0\0\0" + struct.pack(f">I{len(light)}H", len(light), *light)
-
-
-def grey_profile(curve: bytes) -> bytes:
-    """A grey scale, black to white."""
-    return _icc(b"GRAY", {b"wtpt": _xyz(_D50), b"kTRC": curve})
-
-
-def rgb_profile(white: Chromaticity, primaries: Sequence[Chromaticity], curves: Sequence[bytes]) -> bytes:
-    """`primaries`, `curves`: of red, green and blue. Raises ValueError for numbers that span no colours."""
-    if not white[1] or not all(y for _, y in primaries):
+def rgb_profile(numbers: Sequence[Fraction], curves: Sequence[bytes]) -> bytes:
+    """`numbers`: x and y of white, red, green and blue. Raises ValueError for numbers that span no colours."""
+    x, y = np.array(numbers).reshape(4, 2).T
+    if not all(y):
         raise ValueError("a chromaticity without luminance")
-    light = _of_chromaticity(white)
-    columns = _transposed(tuple(map(_of_chromaticity, primaries)))  # type: ignore[arg-type]
-    amounts = _times(_inverse(columns), light)
-    cones, cones_d50 = _times(_BRADFORD, light), _times(_BRADFORD, _D50)
+    light, *primaries = np.stack([x / y, y / y, (1 - x - y) / y], axis=1)  # XYZ of luminance 1
+    columns = np.stack(primaries, axis=1)
+    amounts = _inverse(columns) @ light
+    cones, cones_d50 = _BRADFORD @ light, _BRADFORD @ _D50
     if not all(cones) or not all(amounts):
         raise ValueError("no white of these primaries")
-    scaled = tuple(
-        tuple(x * after / before for x in row) for row, before, after in zip(_BRADFORD, cones, cones_d50, strict=True)
-    )
-    adaptation = _product(_inverse(_BRADFORD), scaled)  # type: ignore[arg-type]
-    colorants = _transposed(_product(adaptation, columns))
-    tags = {b"wtpt": _xyz(_D50), b"chad": b"sf32\0\0\0\0" + _fixed([x for row in adaptation for x in row])}
-    for name, colorant, amount, curve in zip(b"rgb", colorants, amounts, curves, strict=True):
-        tags[bytes([name]) + b"XYZ"] = _xyz(tuple(amount * x for x in colorant))
+    adaptation = _inverse(_BRADFORD) @ (_BRADFORD * (cones_d50 / cones)[:, None])
+    colorants = (adaptation @ columns * amounts).T
+    tags = {b"wtpt": _xyz(_D50), b"chad": b"sf32\0\0\0\0" + _fixed(adaptation.ravel())}
+    for name, colorant, curve in zip(b"rgb", colorants, curves, strict=True):
+        tags[bytes([name]) + b"XYZ"] = _xyz(colorant)
         tags[bytes([name]) + b"TRC"] = curve
     return _icc(b"RGB ", tags)
 
@@ -328,47 +307,22 @@ def _text(text: str) -> bytes:
     return b"mluc\0\0\0\0" + struct.pack(">II4sII", 1, 12, b"enUS", len(encoded), 28) + encoded
 
 
-def _xyz(vector: Sequence[Fraction]) -> bytes:
+def _xyz(vector: Iterable[Fraction]) -> bytes:
     return b"XYZ \0\0\0\0" + _fixed(vector)
 
 
-def _fixed(numbers: Sequence[Fraction]) -> bytes:
+def _fixed(numbers: Iterable[Fraction]) -> bytes:
+    rounded = [round(number * 65536) for number in numbers]
     try:
-        return struct.pack(f">{len(numbers)}i", *(round(number * 65536) for number in numbers))
+        return struct.pack(f">{len(rounded)}i", *rounded)
     except struct.error:
         raise ValueError("numbers too large for a profile") from None
 
 
-def _of_chromaticity(place: Chromaticity) -> Vector:
-    """XYZ of luminance 1"""
-    x, y = place
-    return x / y, Fraction(1), (1 - x - y) / y
-
-
-def _times(matrix: Matrix, vector: Vector) -> Vector:
-    a, b, c = (sum((x * y for x, y in zip(row, vector, strict=True)), Fraction(0)) for row in matrix)
-    return a, b, c
-
-
-def _product(left: Matrix, right: Matrix) -> Matrix:
-    a, b, c = (_times(left, column) for column in _transposed(right))
-    return _transposed((a, b, c))
-
-
-def _transposed(matrix: Matrix) -> Matrix:
-    a, b, c = zip(*matrix, strict=True)
-    return a, b, c
-
-
-def _inverse(matrix: Matrix) -> Matrix:
-    (a, b, c), (d, e, f), (g, h, i) = matrix
-    determinant = a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)
-    if not determinant:
+def _inverse(matrix: np.ndarray) -> np.ndarray:
+    """Of three rows of fractions, by their cross products."""
+    a, b, c = matrix
+    volume = a @ np.cross(b, c)
+    if not volume:
         raise ValueError("primaries on one line")
-    rows = (
-        (e * i - f * h, c * h - b * i, b * f - c * e),
-        (f * g - d * i, a * i - c * g, c * d - a * f),
-        (d * h - e * g, b * g - a * h, a * e - b * d),
-    )
-    p, q, r = (tuple(x / determinant for x in row) for row in rows)
-    return p, q, r  # type: ignore[return-value]
+    return np.stack([np.cross(b, c), np.cross(c, a), np.cross(a, b)], axis=1) / volume

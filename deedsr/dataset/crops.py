@@ -9,8 +9,6 @@ import numpy as np
 from deedsr.dataset.pictures import RejectedImage
 from deedsr.dataset.recipe import Crop
 
-__all__ = ["CropPlace", "choose_crops", "cut"]
-
 _TRIES = 4  # for each crop that may overlap others, until that many smooth or equal ones were drawn
 _STEP = 12  # pixels between the places of such crops: a multiple of every scale, as real LR partners need
 
@@ -38,7 +36,10 @@ def choose_crops(image: np.ndarray, crop: Crop, rng: np.random.Generator) -> tup
     chosen: list[CropPlace] = []
     smooth: list[CropPlace] = []
     for place in _places(height, width, crop, rng):
-        (chosen if _has_texture(cut(image, place), crop) else smooth).append(place)
+        # This decides what is in a dataset, so in integers: sums of floats depend on how a processor groups them.
+        grey = cv2.cvtColor(cut(image, place), cv2.COLOR_RGB2GRAY)
+        textured = _varies(grey, crop.min_std**2) and _varies(cv2.Laplacian(grey, cv2.CV_16S), crop.min_laplacian)
+        (chosen if textured else smooth).append(place)
         if len(chosen) == crop.per_source:
             break
     if not chosen:
@@ -68,12 +69,6 @@ def _places(height: int, width: int, crop: Crop, rng: np.random.Generator) -> It
 def cut(image: np.ndarray, place: CropPlace) -> np.ndarray:
     """The pixels of a crop, a view."""
     return image[place.top : place.top + place.size, place.left : place.left + place.size]
-
-
-def _has_texture(pixels: np.ndarray, crop: Crop) -> bool:
-    """Decides what is in a dataset, so in integers: sums of floats depend on how a processor groups them."""
-    grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
-    return _varies(grey, crop.min_std**2) and _varies(cv2.Laplacian(grey, cv2.CV_16S), crop.min_laplacian)
 
 
 def _varies(values: np.ndarray, least: float) -> bool:

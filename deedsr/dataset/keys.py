@@ -4,13 +4,9 @@ Everything random about a sample follows from what the sample *is* (its source's
 the recipe's seed), never from the order of work, so that equal inputs give equal bytes on any machine.
 """
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np
-
-__all__ = ["content_key", "generator", "sample_key"]
 
 
 def content_key(root: int, path: str, top: int, left: int) -> str:

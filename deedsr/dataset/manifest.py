@@ -2,42 +2,32 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, StrictInt, TypeAdapter, ValidationError
 
 from deedsr.errors import DeeDSRError
-
-__all__ = [
-    "FORMAT_VERSION",
-    "MANIFEST",
-    "REJECTED",
-    "SAMPLES",
-    "STATE",
-    "HRSource",
-    "LatentsSource",
-    "Manifest",
-    "ShardEntry",
-    "kept_copy",
-]
 
 MANIFEST = "manifest.json"
 SAMPLES = "samples.parquet"
 REJECTED = "rejected.jsonl"
 STATE = "_state"  # folder of what only generation needs
 FORMAT_VERSION = 2
-_NAME, _SHA256 = re.compile(r"\w[\w.-]*"), re.compile("[0-9a-f]{64}")
+# Readers make paths of names and hashes: none may lead out of the dataset's folder.
+FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+SHA256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True)
 class ShardEntry:
     """One tar file: its name, number of samples, size in bytes and SHA-256."""
 
-    name: str
-    samples: int
-    bytes: int
-    sha256: str
+    name: FileName
+    samples: StrictInt
+    bytes: StrictInt
+    sha256: SHA256
 
 
 @dataclass(frozen=True)
@@ -73,12 +63,11 @@ class LatentsSource:
 class Manifest:
     """The content of `manifest.json`.
 
-    `given` = `used` + `rejected` counts sources; crops that were left out of used sources are in `rejected.jsonl` only.
-    `hr_from`: the dataset that holds the HR images, None if this one does. `latents`: None for a dataset of pixels.
-    `shards` are in the order of (root, split,
-    hash of their first source), and come last in the file: there may be many. `files` maps `samples.parquet` and
-    `rejected.jsonl` to their SHA-256. Only `digest`, `recipe_digest` and `source_digest` are promised to be equal for
-    equal recipe and sources; `files` also cover where the sources lay.
+    `given` = `used` + `rejected` counts sources; crops that were left out of used sources are in `rejected.jsonl`
+    only. `hr_from`: the dataset that holds the HR images, None if this one does. `latents`: None for a dataset of
+    pixels. `shards` are in the order of (root, split, hash of their first source), and come last in the file. `files`
+    maps `samples.parquet` and `rejected.jsonl` to their SHA-256. Only `digest`, `recipe_digest` and `source_digest`
+    are promised to be equal for equal recipe and sources; `files` also cover where the sources lay.
     """
 
     format_version: int
@@ -92,10 +81,10 @@ class Manifest:
     samples: int
     digest: str
     libraries: dict[str, str]
-    files: dict[str, str]
+    files: dict[FileName, SHA256]
     hr_from: HRSource | None
-    latents: LatentsSource | None
-    shards: tuple[ShardEntry, ...]
+    latents: LatentsSource | None = None  # missing in manifests of earlier releases
+    shards: tuple[ShardEntry, ...] = ()
 
     def to_json(self) -> bytes:
         return b"".join(self.json_lines(json.dumps(asdict(shard)) for shard in self.shards))
@@ -121,29 +110,16 @@ class Manifest:
                     f"{uri} has format version {version}, this deedsr reads {FORMAT_VERSION}: "
                     "use the release that wrote it, or generate the dataset again"
                 )
-            content["shards"] = tuple(ShardEntry(**shard) for shard in content["shards"])
-            content["hr_from"] = content["hr_from"] and HRSource(**content["hr_from"])
-            latents = content.setdefault("latents", None)  # missing in manifests of earlier releases
-            content["latents"] = latents and LatentsSource(**latents)
-            manifest = cls(**{field.name: content[field.name] for field in fields(cls)})
-            _require_plain(manifest)
+            manifest = TypeAdapter(cls).validate_python(content)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            place = ".".join(map(str, problem["loc"]))
+            raise DeeDSRError(f"{uri} is not a manifest of a dataset ({place}: {problem['msg']})") from error
         except (ValueError, KeyError, TypeError) as error:
             raise DeeDSRError(f"{uri} is not a manifest of a dataset ({type(error).__name__}: {error})") from error
         if manifest.digest != dataset_digest(shard.sha256 for shard in manifest.shards):
             raise DeeDSRError(f"{uri} was altered: its digest does not follow from its shards; generate it again")
         return manifest
-
-
-def _require_plain(manifest: Manifest) -> None:
-    """Readers make paths of names and hashes: raises ValueError for one that leads out of the dataset's folder."""
-    for name in (*(shard.name for shard in manifest.shards), *manifest.files):
-        if not _NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is no name of a file beside it")
-    if not all(isinstance(number, int) for shard in manifest.shards for number in (shard.samples, shard.bytes)):
-        raise ValueError("a shard's samples or bytes are no number")
-    for sha256 in (*(shard.sha256 for shard in manifest.shards), *manifest.files.values()):
-        if not _SHA256.fullmatch(sha256):
-            raise ValueError(f"{sha256!r} is no SHA-256")
 
 
 def dataset_digest(shard_hashes: Iterable[str]) -> str:

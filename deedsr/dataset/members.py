@@ -15,8 +15,6 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-__all__ = ["EXTENSIONS", "LATENTS_EXTENSION", "Latents", "decode_stored", "encode", "pack", "unpack"]
-
 LATENTS_EXTENSION = "safetensors"
 EXTENSIONS = {"png": "png", "webp": "webp", "jpeg": "jpg"}
 # The fewest bytes among the settings that need no more time than OpenCV's own: photographs rarely repeat themselves,

@@ -22,8 +22,6 @@ from PIL.TiffImagePlugin import PLANAR_CONFIGURATION, TiffImageFile
 
 from deedsr.dataset.colour import PNG_CHUNKS, ColourSpace, shallow, space_of, to_srgb
 
-__all__ = ["MAX_PIXELS", "RejectedImage", "Stored", "decode", "read_stored", "upright"]
-
 MAX_PIXELS = 2**29 // 3  # 179 megapixels: 512 MiB as RGB; read from the header, before memory is allocated
 MAX_SCANS = 200  # of a JPEG; a progressive one has about ten. Each pass over an empty scan costs as much as a full one
 
@@ -34,16 +32,8 @@ _SIGNATURES = {
     "TIFF": re.compile(rb"II[*+]\0|MM\0[*+]"),
 }
 _OTHERS = ("BMP", "GIF", "PPM", "JPEG2000", "AVIF")  # of Pillow; none that calls another program, as EPS does
-_EXTENSIONS = {
-    "jpg": "JPEG",
-    "jpeg": "JPEG",
-    "jpe": "JPEG",
-    "jfif": "JPEG",
-    "png": "PNG",
-    "webp": "WEBP",
-    "tif": "TIFF",
-    "tiff": "TIFF",
-}
+_EXTENSIONS = dict.fromkeys(("jpg", "jpeg", "jpe", "jfif"), "JPEG") | dict.fromkeys(("tif", "tiff"), "TIFF")
+_EXTENSIONS |= {"png": "PNG", "webp": "WEBP"}
 _SUBFILE_TYPE, _BITS, _PHOTOMETRIC, _EXTRA_SAMPLES = 254, 258, 262, 338  # TIFF's tags
 _MARKER = re.compile(rb"\xff([^\0\xd0-\xd7\xff])")  # of JPEG; in a scan, 0 is a stuffed byte and the others restarts
 
@@ -107,7 +97,7 @@ def _rejecting() -> Iterator[None]:
     """Translates exceptions of the libraries into RejectedImage."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks on large pictures and odd metadata
+            warnings.simplefilter("ignore")  # Pillow's warnings about large pictures and odd metadata
             yield
     except (RejectedImage, MemoryError):
         raise
@@ -166,7 +156,7 @@ def _opened(data: bytes, format: str | None) -> ImageFile.ImageFile:
 
 
 def _is_unknown_tiff(data: bytes) -> bool:
-    """Whether Pillow reads the header and knows no such pixels: 16-bit grey with alpha, a mask, five channels."""
+    """Whether Pillow reads the header but lacks the pixel mode: 16-bit grey with alpha, a mask, five channels."""
     try:
         TiffImageFile(io.BytesIO(data))
     except SyntaxError as error:
@@ -218,7 +208,7 @@ def _depth(data: bytes, image: ImageFile.ImageFile) -> int:
         planar = len(bits) > 1 and image.tag_v2.get(PLANAR_CONFIGURATION, 1) != 1  # both decoders scramble it
         if set(bits) != {16} or image.mode in ("I", "F") or planar:
             raise RejectedImage(_UNSUPPORTED)
-        return 8 if image.mode == "CMYK" else 16  # which OpenCV does not know: there the upper 8 bits must do
+        return 8 if image.mode == "CMYK" else 16  # OpenCV cannot read it: the upper 8 bits are used
     if image.format == "PNG":
         return data[24]  # of the header chunk, always the first
     if image.format in ("PPM", "JPEG2000") and image.mode == "RGB":
@@ -236,7 +226,7 @@ def _highest(data: bytes, image: ImageFile.ImageFile) -> int:
 
 
 def _jpeg(data: bytes, image: ImageFile.ImageFile) -> np.ndarray:
-    """The hot path, the same pixels as Pillow's and OpenCV's.
+    """Decodes a JPEG by simplejpeg, to the same pixels as Pillow and OpenCV.
 
     Those two accept a JPEG that ends early or is damaged in the middle as long as an end marker follows, and fill the
     rest with grey; simplejpeg reports it.

@@ -1,7 +1,5 @@
 """Recipes: everything but the sources that fixes a dataset, as data files with typed, checked fields."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping
@@ -11,12 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
-from deedsr.degradation.ranges import DegradationRanges, Probability
+from deedsr.degradation.ranges import DegradationRanges, Probability, Strict
 from deedsr.errors import UsageError
-
-__all__ = ["ALGORITHM_VERSION", "Recipe", "builtin_recipes", "load_recipe"]
 
 # Increased whenever the same recipe and sources would give other bytes than before. Not for
 # corrections in reading a few kinds of sources (docs/data.md lists them): every dataset would be made anew.
@@ -25,11 +21,7 @@ ALGORITHM_VERSION = 2
 Count = Annotated[int, Field(ge=1)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Crop(_Part):
+class Crop(Strict):
     """Which crops of a source become HR images."""
 
     size: Annotated[int, Field(ge=32)]  # side of a crop, pixels
@@ -45,15 +37,15 @@ class Crop(_Part):
         return self
 
 
-class Formats(_Part):
-    """How images are stored. PNG and WebP are lossless, JPEG is for HR alone."""
+class Formats(Strict):
+    """How images are stored. PNG and WebP are lossless, JPEG is for HR only."""
 
     hr: Literal["png", "webp", "jpeg"]
     hr_quality: Annotated[int, Field(ge=1, le=100)]  # JPEG only
     lr: Literal["png", "webp"]
 
 
-class Shard(_Part):
+class Shard(Strict):
     """How many sources a shard holds; where it ends follows from the hashes of its sources."""
 
     min_sources: Count
@@ -70,21 +62,21 @@ class Shard(_Part):
         return self
 
 
-class Split(_Part):
+class Split(Strict):
     """Which sources are for validation: those whose relative path matches a pattern; without patterns, a share."""
 
     validation_patterns: tuple[str, ...]  # fnmatch patterns
     validation_share: Probability
 
 
-class Weight(_Part):
+class Weight(Strict):
     """Sources that count for more, or less, than the others: the first pattern that matches decides."""
 
     pattern: str  # fnmatch, on the relative path
     variants: Annotated[int, Field(ge=1, le=100)]  # in place of the recipe's
 
 
-class Stratum(_Part):
+class Stratum(Strict):
     """One severity of degradation and how often it is drawn."""
 
     share: Annotated[float, Field(gt=0, le=1)]  # of the samples, in expectation
@@ -97,7 +89,7 @@ def _named(name: str) -> str:
     return name
 
 
-class Recipe(_Part):
+class Recipe(Strict):
     """Everything but the sources that fixes a dataset. `model_dump(mode="json")` and `model_validate` are inverse."""
 
     name: Annotated[str, AfterValidator(_named)]
@@ -135,7 +127,7 @@ class Recipe(_Part):
     def digest(self) -> str:
         """SHA-256, hexadecimal, of the canonical JSON of every field and the algorithm's version.
 
-        `crop.place: grid` is left out: before there were other places, recipes did not say it.
+        `crop.place: grid` is left out, so that recipes from before the key existed keep their digest.
         """
         recipe = self.model_dump(mode="json")
         if self.crop.place == "grid":
@@ -147,7 +139,7 @@ class Recipe(_Part):
         """How many degradations each crop of the source at this relative path gets."""
         return next((w.variants for w in self.weights if fnmatchcase(path, w.pattern)), self.variants)
 
-    def degrading(self, other: Recipe) -> Recipe:
+    def degrading(self, other: Self) -> Self:
         """This recipe with the degradations of `other`, to make new LR images for its HR images.
 
         Settings of the HR images and shards stay; name, seed, variants, weights, strata, degradation and the

@@ -5,8 +5,6 @@ every processor; compression is the real codec (YCbCr 4:2:0), not a differentiab
 `prepare_worker`.
 """
 
-from __future__ import annotations
-
 import math
 import platform
 from collections.abc import Callable
@@ -19,8 +17,6 @@ from deedsr.degradation import noise
 from deedsr.degradation.fixed_point import BLACK, WHITE, largest, operand, symmetric_weights, to_levels, to_pixels
 from deedsr.degradation.kernels import blur_kernel, profile
 from deedsr.degradation.resizing import resample
-
-__all__ = ["degrade", "prepare_worker"]
 
 _JPEG_LIMIT = 65_500  # pixels a side
 _DIRECT = 130 if platform.machine() in ("x86_64", "AMD64") else 50  # OpenCV transforms kernels of so many elements

@@ -4,8 +4,6 @@ The reference draws resize, noise family, second blur, order of the last step an
 everything is drawn per sample, so that the samples of a batch share nothing.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -15,18 +13,6 @@ import numpy as np
 from deedsr.degradation.kernels import KERNELS
 from deedsr.degradation.ranges import BlurRanges, DegradationRanges, NoiseRanges, ResizeRanges
 from deedsr.degradation.resizing import RESIZE_MODES
-
-__all__ = [
-    "NOISE_FAMILIES",
-    "RESIZE_MODES",
-    "SCALAR_COLUMNS",
-    "draw_degradation",
-    "parameter_limits",
-    "parameter_names",
-    "parameter_shares",
-    "parameter_step",
-    "scalar_parameters",
-]
 
 NOISE_FAMILIES = ("gaussian", "poisson")
 _LEAST_SIDE = 16
@@ -203,30 +189,17 @@ def parameter_limits(ranges: DegradationRanges) -> dict[str, tuple[float, float]
     final = ranges.final
     limits: dict[str, tuple[float, float]] = {}
     for step, blur in (("blur1", ranges.blur1), ("blur2", ranges.blur2)):
-        limits |= {f"deg_{step}_{name}": pair for name, pair in _blur_limits(blur).items()}
+        shapes = (*blur.beta_generalized, *blur.beta_plateau)
+        limits |= {f"deg_{step}_size": blur.kernel_size, f"deg_{step}_theta": (-math.pi, math.pi)}
+        limits |= {f"deg_{step}_sigma_x": blur.sigma, f"deg_{step}_sigma_y": blur.sigma}
+        limits |= {f"deg_{step}_beta": (min(shapes), max(shapes)), f"deg_{step}_cutoff": (math.pi / 5, math.pi)}
     for step, resize in (("resize1", ranges.resize1), ("resize2", ranges.resize2)):
-        limits[f"deg_{step}_factor"] = _factor_limits(resize)
+        low, high = resize.factor
+        limits[f"deg_{step}_factor"] = (low if resize.shares.down else 1.0, high if resize.shares.up else 1.0)
     for step, noise in (("noise1", ranges.noise1), ("noise2", ranges.noise2)):
         limits[f"deg_{step}_sigma"], limits[f"deg_{step}_scale"] = noise.gaussian_sigma, noise.poisson_scale
     limits |= {"deg_sinc_size": final.kernel_size, "deg_sinc_cutoff": final.cutoff}
     return limits | {"deg_jpeg1_quality": ranges.jpeg1_quality, "deg_jpeg2_quality": final.jpeg_quality}
-
-
-def _blur_limits(blur: BlurRanges) -> dict[str, tuple[float, float]]:
-    shapes = (*blur.beta_generalized, *blur.beta_plateau)
-    return {
-        "size": blur.kernel_size,
-        "sigma_x": blur.sigma,
-        "sigma_y": blur.sigma,
-        "theta": (-math.pi, math.pi),
-        "beta": (min(shapes), max(shapes)),
-        "cutoff": (math.pi / 5, math.pi),
-    }
-
-
-def _factor_limits(resize: ResizeRanges) -> tuple[float, float]:
-    low, high = resize.factor
-    return (low if resize.shares.down else 1.0, high if resize.shares.up else 1.0)
 
 
 def parameter_shares(ranges: DegradationRanges) -> dict[str, dict[str, float]]:
@@ -246,7 +219,9 @@ def parameter_shares(ranges: DegradationRanges) -> dict[str, dict[str, float]]:
         "deg_resize3_mode": last,
     }
     for step, noise in (("noise1", ranges.noise1), ("noise2", ranges.noise2)):
-        shares |= {f"deg_{step}_{name}": pair for name, pair in _noise_shares(noise).items()}
+        gaussian = noise.gaussian_probability
+        shares[f"deg_{step}_family"] = dict(zip(NOISE_FAMILIES, (gaussian, 1 - gaussian), strict=True))
+        shares[f"deg_{step}_gray"] = _two_shares("gray", noise.gray_probability)
     return shares
 
 
@@ -256,11 +231,3 @@ def _two_shares(column: str, second: float) -> dict[str, float]:
 
 def _kernel_shares(blur: BlurRanges) -> dict[str, float]:
     return {name: (1 - blur.sinc_probability) * share for name, share in blur.mix} | {"sinc": blur.sinc_probability}
-
-
-def _noise_shares(noise: NoiseRanges) -> dict[str, dict[str, float]]:
-    gaussian, gray = noise.gaussian_probability, noise.gray_probability
-    return {
-        "family": dict(zip(NOISE_FAMILIES, (gaussian, 1 - gaussian), strict=True)),
-        "gray": _two_shares("gray", gray),
-    }

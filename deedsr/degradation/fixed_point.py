@@ -7,25 +7,10 @@ and instruction sets, fused multiply-adds, the order of summation and the number
 library does the sum. The sums are rounded to whole numbers again.
 """
 
-from __future__ import annotations
-
 import math
 
 import cv2
 import numpy as np
-
-__all__ = [
-    "BLACK",
-    "PER_LEVEL",
-    "WHITE",
-    "exact_bits",
-    "largest",
-    "operand",
-    "symmetric_weights",
-    "to_levels",
-    "to_pixels",
-    "weight_rows",
-]
 
 PER_LEVEL = 64
 MID = 128

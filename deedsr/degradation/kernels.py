@@ -5,26 +5,10 @@ centre; the same bits on every processor. The reference pads every kernel to 21x
 the cost. Widths are in pixels, angles in radians.
 """
 
-from __future__ import annotations
-
 import math
 from functools import lru_cache, reduce
 
 import numpy as np
-
-__all__ = [
-    "KERNELS",
-    "bessel_j1",
-    "blur_kernel",
-    "exp",
-    "gaussian",
-    "generalized_gaussian",
-    "log",
-    "plateau",
-    "profile",
-    "sinc",
-    "sine",
-]
 
 # Every kernel a draw can name; `scalar_parameters` gives the index.
 KERNELS = (

@@ -6,8 +6,6 @@ samplers, which are exact where this is exact to 1e-3 in probability for Poisson
 8-bit levels.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import cv2
@@ -15,8 +13,6 @@ import numpy as np
 from scipy.special import ndtri, pdtr
 
 from deedsr.degradation.fixed_point import BLACK, PER_LEVEL, WHITE, to_levels
-
-__all__ = ["add_gaussian", "add_poisson", "poisson_counts"]
 
 _PROBABILITIES = (np.arange(65536) + 0.5) / 65536
 _GRAY = np.array([[233, 1202, 613]], np.float32) / 2048  # of BGR; for pixels in range, exact sums

@@ -4,14 +4,10 @@ Every range is `[low, high]`, drawn uniformly. Blur widths are in pixels, noise 
 pixel.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
-
-__all__ = ["BlurRanges", "DegradationRanges", "FinalRanges", "NoiseRanges", "Probability", "ResizeRanges"]
 
 
 def _probability(value: float) -> float:
@@ -38,40 +34,39 @@ def _around_one(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
-def _factors(pair: tuple[float, float]) -> tuple[float, float]:
-    if not 0.1 <= pair[0] <= 1 <= pair[1] <= 4:
-        raise ValueError(f"must be a range [low, high] with 0.1 <= low <= 1 <= high <= 4, got {list(pair)}")
-    return pair
-
-
 def _odd(pair: tuple[int, int]) -> tuple[int, int]:
     if pair[0] % 2 == 0 or pair[1] % 2 == 0:
         raise ValueError(f"must be odd kernel sizes [low, high], got {list(pair)}")
     return pair
 
 
-def _sums_to_one(shares: BaseModel) -> None:
-    total = sum(value for _, value in shares)
-    if abs(total - 1) > 1e-6:
-        raise ValueError(f"must sum to 1, got {total:g} from {', '.join(f'{k} {v:g}' for k, v in shares)}")
-
-
 Probability = Annotated[float, AfterValidator(_probability)]
 Sigma = Annotated[tuple[float, float], _range(0.01, 50)]
 Level = Annotated[tuple[float, float], _range(0, 255)]
 Shape = Annotated[tuple[float, float], AfterValidator(_around_one)]
-Factor = Annotated[tuple[float, float], AfterValidator(_factors)]
+Factor = Annotated[tuple[float, float], _range(0.1, 4), AfterValidator(_around_one)]
 KernelSizes = Annotated[tuple[int, int], _range(3, 51), AfterValidator(_odd)]
 Cutoff = Annotated[tuple[float, float], _range(0.1, math.pi)]
 Quality = Annotated[tuple[int, int], _range(1, 100)]
 ResizeMode = Literal["area", "bilinear", "bicubic"]
 
 
-class _Ranges(BaseModel):
+class Strict(BaseModel):
+    """Frozen; unknown keys and numbers that are not finite are refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class KernelMix(_Ranges):
+class _Shares(Strict):
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        total = sum(value for _, value in self)
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"must sum to 1, got {total:g} from {', '.join(f'{k} {v:g}' for k, v in self)}")
+        return self
+
+
+class KernelMix(_Shares):
     """Shares of the blur kernels that are not sinc."""
 
     isotropic: Probability
@@ -81,13 +76,8 @@ class KernelMix(_Ranges):
     plateau_isotropic: Probability
     plateau_anisotropic: Probability
 
-    @model_validator(mode="after")
-    def _complete(self) -> Self:
-        _sums_to_one(self)
-        return self
 
-
-class BlurRanges(_Ranges):
+class BlurRanges(Strict):
     probability: Probability
     kernel_size: KernelSizes  # odd sizes, each as likely
     sinc_probability: Probability
@@ -97,30 +87,25 @@ class BlurRanges(_Ranges):
     beta_plateau: Shape  # likewise
 
 
-class ResizeShares(_Ranges):
+class ResizeShares(_Shares):
     up: Probability
     down: Probability
     keep: Probability
 
-    @model_validator(mode="after")
-    def _complete(self) -> Self:
-        _sums_to_one(self)
-        return self
 
-
-class ResizeRanges(_Ranges):
+class ResizeRanges(Strict):
     shares: ResizeShares
     factor: Factor  # down: low to 1, up: 1 to high
 
 
-class NoiseRanges(_Ranges):
+class NoiseRanges(Strict):
     gaussian_probability: Probability  # else Poisson
     gaussian_sigma: Level
     poisson_scale: Annotated[tuple[float, float], _range(0, 20)]
     gray_probability: Probability  # the same noise in all three channels
 
 
-class FinalRanges(_Ranges):
+class FinalRanges(Strict):
     """The last step: resize to the LR size and sinc filter, before or after the second JPEG."""
 
     resize_first_probability: Probability  # resize, sinc, JPEG; else JPEG, resize, sinc
@@ -130,7 +115,7 @@ class FinalRanges(_Ranges):
     jpeg_quality: Quality
 
 
-class DegradationRanges(_Ranges):
+class DegradationRanges(Strict):
     """All ranges of the chain blur, resize, noise, JPEG, blur, resize, noise, final step."""
 
     clean_probability: Probability  # LR is the bicubic reduction and nothing else

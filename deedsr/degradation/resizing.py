@@ -1,7 +1,5 @@
 """Bilinear, bicubic and area resizing as torch's `F.interpolate` defines them, without antialiasing, exactly summed."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import cv2
@@ -9,8 +7,6 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from deedsr.degradation.fixed_point import exact_bits, largest, operand, weight_rows
-
-__all__ = ["RESIZE_MODES", "resample"]
 
 RESIZE_MODES = ("area", "bilinear", "bicubic")
 _GAIN = {"area": 1.0, "bilinear": 1.0, "bicubic": 1.376}  # largest sum of the magnitudes of a pixel's weights

@@ -38,6 +38,7 @@ def model_card(scale: int, sampling: Mapping[str, Any], lineage: Mapping[str, An
     }
     if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base):
         head["base_model"] = base
+    figures = {f"`{name}`": f"{value:.4g}" for name, value in sorted((training.get("metrics") or {}).items())}
     sections = [
         "---\n" + "".join(f"{name}: {value}\n" for name, value in head.items()) + "---",
         f"# DeeDSR model, x{scale}",
@@ -47,8 +48,8 @@ def model_card(scale: int, sampling: Mapping[str, Any], lineage: Mapping[str, An
         "```python\nfrom deedsr import DeeDSRPipeline\n\n"
         'pipe = DeeDSRPipeline.from_pretrained("THIS FOLDER")\nimage = pipe(lr_image).images[0]\n```',
         "## Training\n" + _table(_training_rows(training), "Not recorded."),
-        "## Figures\n" + _table(_figures(training), "Not recorded."),
-        "## Sampling defaults\n" + _table(_given(sampling), "The package's own."),
+        "## Figures\n" + _table(figures, "Not recorded."),
+        "## Sampling defaults\n" + _table(sampling, "The package's own."),
         "## Licence\n" + _licence(lineage),
     ]
     return "\n\n".join(sections).rstrip() + "\n"
@@ -61,7 +62,7 @@ def _named(base: str | None) -> str | None:
 
 def _training_rows(training: Mapping[str, Any]) -> dict[str, Any]:
     dataset, configuration = training.get("dataset") or {}, training.get("configuration") or {}
-    rows = {
+    return {
         "steps": training.get("step"),
         "samples seen": training.get("samples_seen"),
         "dataset, SHA-256": dataset.get("digest"),
@@ -72,19 +73,10 @@ def _training_rows(training: Mapping[str, Any]) -> dict[str, Any]:
         "left out": ", ".join((configuration.get("model") or {}).get("ablate") or []) or None,
         "written by": training.get("created_by"),
     }
-    return {name: value for name, value in rows.items() if value is not None}
-
-
-def _given(sampling: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in sampling.items() if value is not None}
-
-
-def _figures(training: Mapping[str, Any]) -> dict[str, str]:
-    metrics = training.get("metrics") or {}
-    return {f"`{name}`": f"{value:.4g}" for name, value in sorted(metrics.items())}
 
 
 def _table(rows: Mapping[str, Any], otherwise: str) -> str:
+    rows = {name: value for name, value in rows.items() if value is not None}
     if not rows:
         return otherwise
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())

@@ -66,7 +66,13 @@ class ModelFolder:
             base, digest, lineage = None, None, description.get("lineage") or {}
         elif (path / "deedsr.json").is_file():
             description = _read_json(path / "deedsr.json")
-            _require_format(path / "deedsr.json", description.get("format_version"))
+            version = description.get("format_version")
+            if version != FORMAT_VERSION:
+                newer = isinstance(version, int) and version > FORMAT_VERSION
+                raise UsageError(
+                    f"{path / 'deedsr.json'} has format {version}, this version of deedsr reads {FORMAT_VERSION}: "
+                    + ("install a newer one" if newer else "train or save the model again")
+                )
             base, digest = description.get("base"), description.get("base_digest")
             if not isinstance(base, str):
                 raise UsageError(f"{path}/deedsr.json names no base")
@@ -109,15 +115,6 @@ class ModelFolder:
                 f"{self.base_digest:.12}. Give that one: --base"
             )
         return path
-
-
-def _require_format(file: Path, version: object) -> None:
-    if version != FORMAT_VERSION:
-        newer = isinstance(version, int) and version > FORMAT_VERSION
-        raise UsageError(
-            f"{file} has format {version}, this version of deedsr reads {FORMAT_VERSION}: "
-            + ("install a newer one" if newer else "train or save the model again")
-        )
 
 
 def find_folder(name: str | Path) -> Path:
@@ -169,8 +166,9 @@ def _download(hub_id: str, revision: str | None) -> Path:
 
     try:
         folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=HUB_FILES))
-        lacking = [part for part in PARTS if _lacks_weights(folder / part)]
-        if lacking:  # there is only the half-precision variant
+        there = [part for part in PARTS if (folder / part / "config.json").is_file()]
+        if lacking := [part for part in there if not any((folder / part).glob("[!.]*.safetensors"))]:
+            # There is only the half-precision variant.
             variants = [f"{part}/{NAME}.fp16*.safetensors" for part in lacking]
             snapshot_download(hub_id, revision=revision, allow_patterns=variants)
         return folder
@@ -179,10 +177,6 @@ def _download(hub_id: str, revision: str | None) -> Path:
             f"{hub_id} is no local folder, and the model hub did not give it ({type(error).__name__}): "
             "check the name, the network and, for a private model, the login"
         ) from error
-
-
-def _lacks_weights(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and not any(folder.glob("[!.]*.safetensors"))
 
 
 def read_config(path: Path, part: str) -> dict[str, Any]:

@@ -21,9 +21,9 @@ class SamplingSettings:
     color_fix: str = "adain"  # none, adain or wavelet
     solver: str = "ddim"  # ddim = the pipeline's scheduler, dpm = DPM-Solver++ in its place
     tile: int = 1024  # pixels of the output a side; larger pictures are sampled in tiles; 0 = always as a whole
-    degradation_per_tile: bool = False  # the learner looks at each tile by itself instead of at the whole LR
-    # Share of the sampled picture in the result, 0 to 1, the rest is the bicubic enlargement; None = as the model's
-    # gate says, 1 without a gate.
+    degradation_per_tile: bool = False  # one degradation vector per tile instead of one for the whole LR
+    # Weight of the sampled picture in the result, 0 to 1; the rest is the bicubic enlargement. None = the model's gate
+    # decides, 1 without a gate.
     restoration: float | None = None
 
     def __post_init__(self) -> None:

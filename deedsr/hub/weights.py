@@ -54,7 +54,7 @@ def weight_files(folder: Path, variant: str | None) -> list[Path]:
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of all weights in `folder` by name, from the heads of its files alone.
+    """Shapes of all weights in `folder` by name, from the headers of its files only.
 
     Raises UsageError where a file is no safetensors file, or is cut off.
     """

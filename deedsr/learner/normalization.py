@@ -93,10 +93,10 @@ def commit_statistics(module: nn.Module, reduced: torch.Tensor) -> None:
     norms = normalizations(module)
     for norm, sums in zip(norms, reduced.split([len(n.sums()) for n in norms]), strict=True):
         groups = sums[-1]
-        if groups > 0:
-            mean, var = (sums[:-1] / groups).chunk(2)
-            norm.running_mean.lerp_(mean.to(norm.running_mean), MOMENTUM)
-            norm.running_var.lerp_(var.to(norm.running_var), MOMENTUM)
+        mean, var = (sums[:-1] / groups.clamp(min=1)).chunk(2)
+        share = (MOMENTUM * (groups > 0)).to(norm.running_mean)  # not asked on the host, which would wait for the GPU
+        norm.running_mean.lerp_(mean.to(norm.running_mean), share)
+        norm.running_var.lerp_(var.to(norm.running_var), share)
         norm.pending = None
 
 

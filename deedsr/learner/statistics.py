@@ -1,8 +1,8 @@
-"""Statistics of a picture in which blur, noise and compression show and content hardly does.
+"""Image statistics that depend on blur, noise and compression and little on content.
 
-Trained on a few dozen photographs, a small network learns to recognise contents instead of degradations. The traces of
-degradations are known: JPEG leaves multiples of its quantisation steps in the coefficients of 8x8 blocks, and blur and
-noise shape the spectrum. They are computed here as the input of the network.
+Trained on a few dozen photographs, a small network on pixels learns to recognise content instead of degradations. These
+statistics are its input instead: DCT coefficients of 8x8 blocks, which JPEG rounds to multiples of its quantisation
+steps, and the power spectrum, which blur and noise shape.
 
 Shape suffixes: B batch, C channels, H W space, N blocks, Q qualities, S statistics.
 """
@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deedsr.learner.normalization import FullPrecisionBuffers
+from deedsr.precision import exact_products
 
 BLOCK, PATCH = 8, 32  # pixels a side: of JPEG's blocks, of the windows of the spectrum
 QUALITIES = range(28, 97, 2)  # of JPEG, tested for traces
-FLOOR = 0.1  # levels that are added before a logarithm: a tenth of what 8 bits resolve
+FLOOR = 0.1  # added before a logarithm, in levels of 8-bit pixels
 RANGE = 1.0, 255.0  # of an entry of a quantisation table
 
-# ITU-T T.81, Annex K: the tables that every JPEG encoder scales by its quality.
+# Quantisation tables of ITU-T T.81, Annex K, which JPEG encoders scale by their quality.
 LUMA_TABLE = (
     16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56, 14, 17, 22, 29, 51,
     87, 80, 62, 18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92, 49, 64, 78, 87, 103, 121, 120, 101,
@@ -30,7 +31,7 @@ CHROMA_TABLE = (
     17, 18, 24, 47, 99, 99, 99, 99, 18, 21, 26, 66, 99, 99, 99, 99, 24, 26, 56, 99, 99, 99, 99, 99, 47, 66, 99, 99, 99,
     99, 99, 99, *(99,) * 32,
 )  # fmt: skip
-# Levels of Y, Cb, Cr (JFIF) from those of R, G, B; offsets do not matter here.
+# RGB to YCbCr (JFIF), without the offsets, which the statistics do not depend on.
 YCBCR = (
     (0.299, 0.587, 0.114),
     (-0.168736, -0.331264, 0.5),
@@ -39,7 +40,7 @@ YCBCR = (
 
 
 def dct_basis() -> Tensor:
-    """Orthonormal two-dimensional cosines (64, 1, 8, 8), by rows of JPEG's tables."""
+    """Basis functions of the orthonormal 8x8 DCT (64, 1, 8, 8), in the row-major order of JPEG's tables."""
     place = torch.arange(BLOCK, dtype=torch.float64)
     rows = torch.cos(math.pi * (2 * place + 1) * place[:, None] / (2 * BLOCK)) * (2 / BLOCK) ** 0.5
     rows[0] /= 2**0.5
@@ -47,22 +48,22 @@ def dct_basis() -> Tensor:
 
 
 def quantisation_tables(base: tuple[int, ...]) -> Tensor:
-    """A table of JPEG at each of QUALITIES, (Q, 64)."""
+    """JPEG's quantisation table at each of QUALITIES, (Q, 64)."""
     scale = torch.tensor([5000 // q if q < 50 else 200 - 2 * q for q in QUALITIES])
     return ((torch.tensor(base) * scale[:, None] + 50) // 100).float().clamp(*RANGE)
 
 
 class PictureStatistics(FullPrecisionBuffers):
-    """RGB in [0, 1] of any size (B, 3, H, W) to `size` numbers per picture (B, S), fp32, without parameters.
+    """RGB in [0, 1] of any size (B, 3, H, W) to `size` statistics per picture (B, S), fp32. No parameters.
 
-    - of the coefficients of 8x8 blocks, for Y, Cb, Cr and for Cb and Cr at half resolution: means of the logarithm,
-      logarithm of the mean, share near zero;
-    - how well they fall on the multiples of the quantisation steps of each of QUALITIES, for luma and chroma: the mean
-      of cos(2 pi c / step) over the coefficients that are more than half a step;
-    - the logarithm of the mean power spectrum of Y in windows of 32 px.
+    - For each DCT coefficient c of 8x8 blocks, of Y, Cb, Cr and of Cb, Cr at half resolution: mean of log |c|, log of
+      mean |c|, mean of exp(-|c|).
+    - For luma and chroma and each of QUALITIES: mean of cos(2 pi c / step) over the coefficients above half a
+      quantisation step, 1 where all are multiples of the step.
+    - Logarithm of the mean power spectrum of Y in windows of 32 px.
 
-    What lies beyond the last whole 16 px, right and below, is left out; a side of less than 32 px is continued by its
-    last row. The blocks are those of a picture whose upper left corner was the corner of a JPEG file.
+    Rows and columns beyond the last multiple of 16 px are ignored; sides below 32 px are padded by replication. Blocks
+    start at the upper left corner.
     """
 
     basis: Tensor
@@ -87,7 +88,7 @@ class PictureStatistics(FullPrecisionBuffers):
 
     @torch.no_grad()
     def forward(self, rgb_BCHW: Tensor) -> Tensor:
-        with torch.autocast(rgb_BCHW.device.type, enabled=False):
+        with exact_products(rgb_BCHW.device):
             return self._statistics(rgb_BCHW.float())
 
     def _statistics(self, rgb_BCHW: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ class PictureStatistics(FullPrecisionBuffers):
         return torch.cat(statistics, 1)
 
     def _coefficients(self, planes_BCHW: Tensor) -> Tensor:
-        """Of all blocks, (B, C, 64, N)."""
+        """DCT coefficients of all blocks (B, C, 64, N)."""
         batch, channels, height, width = planes_BCHW.shape
         blocks = F.conv2d(planes_BCHW.reshape(-1, 1, height, width), self.basis, stride=BLOCK)
         return blocks.view(batch, channels, BLOCK**2, -1)
@@ -124,8 +125,7 @@ def _moments(coefficients_BCKN: Tensor) -> Tensor:
 
 
 def _fit(coefficients_BKN: Tensor, steps_QK: Tensor) -> Tensor:
-    """How well the coefficients fall on the multiples of the steps, -1 to 1 (B, Q). DC coefficients are left
-    out: JPEG shifts their levels."""
+    """Mean of cos(2 pi c / step) of each quality, -1 to 1 (B, Q). DC coefficients are left out: JPEG subtracts 128."""
     coefficients_BKN, fits = coefficients_BKN[:, 1:], []
     for step_K1 in steps_QK[:, 1:, None]:
         counted = (coefficients_BKN.abs() > step_K1 / 2).float()

@@ -66,6 +66,10 @@ class DeeDSRPipeline(DiffusionPipeline):
     learner: DegradationLearner
     adapter: DegradationAwareAdapter
     _base_path: Path | None = None
+    # For `enable_model_cpu_offload`: the order in which networks are first used. The adapter calls the UNet while it
+    # computes, so it stays on the GPU.
+    model_cpu_offload_seq = "learner->unet->vae"
+    _exclude_from_cpu_offload = ["adapter"]
 
     def __init__(
         self,
@@ -180,6 +184,7 @@ class DeeDSRPipeline(DiffusionPipeline):
 
         if isinstance(generator, torch.Generator):
             generator.set_state(generators[0].get_state())  # a second call with it draws something new, as in diffusers
+        self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=from_tensors([pictures[n] for n in range(len(lrs))], output_type))
 
     def _super_resolve(
@@ -204,7 +209,7 @@ class DeeDSRPipeline(DiffusionPipeline):
         # 4. From noise to a clean latent, kept in float32 at any precision of the networks.
         require_prediction(self.scheduler, self.adapter.config.get("prediction_type"))
         scheduler = solver_for(settings.solver, self.scheduler, settings.eta)
-        scheduler.set_timesteps(settings.num_inference_steps, device=lr_BCHW.device)
+        scheduler.set_timesteps(settings.num_inference_steps)  # on the CPU, where schedulers compare them
         require_signal(scheduler)
         x_BChw = self._noise(latent_shape, generators) * scheduler.init_noise_sigma
         x_BChw = self._denoise(scheduler, x_BChw, z_lr_BChw, degradation, mosaic, generators, settings)
@@ -293,9 +298,10 @@ class DeeDSRPipeline(DiffusionPipeline):
         step_options = {name: value for name, value in step_options.items() if name in accepted}
 
         timesteps = scheduler.timesteps
+        placed = timesteps.to(x_BChw.device)  # once: the host waits for the GPU at each copy
         strengths = guidance_strengths(settings.noise_guidance, settings.noise_guidance_share, len(timesteps))
         before = strengths[0]
-        for t, strength in zip(self.progress_bar(timesteps), strengths, strict=True):
+        for t, t_placed, strength in zip(self.progress_bar(timesteps), placed, strengths, strict=True):
             if strength != before and hasattr(scheduler, "lower_order_nums"):
                 scheduler.lower_order_nums = 0  # restart a multistep solver where guidance ends
             before = strength
@@ -303,7 +309,7 @@ class DeeDSRPipeline(DiffusionPipeline):
             x_0, output = z_lr_BChw, None
             if strength < 1:  # at 1 the UNet's output would be replaced
                 with self._mixed_precision():
-                    output = self._predict(x_t, t, z_lr_BChw, degradation, mosaic)
+                    output = self._predict(x_t, t_placed, z_lr_BChw, degradation, mosaic)
             if strength > 0:
                 abar = alpha_bar(scheduler, t)
                 if output is not None:

@@ -1,8 +1,8 @@
 """Builds the sampling scheduler of a base and rejects incompatible noise schedules.
 
 A noisy latent is x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps. A schedule rescaled to zero terminal SNR (Lin et al. 2023,
-arXiv 2305.08891) ends at abar = 0. There a v prediction is -x_0 and a sample prediction x_0, but eps is x_t itself:
-its prediction says nothing of x_0.
+arXiv 2305.08891) ends at abar = 0. There a v prediction is -x_0 and a sample prediction is x_0, but eps is x_t: an
+epsilon prediction contains no information about x_0.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from deedsr.errors import UsageError
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
-# Share of signal power that counts as none. Stable Diffusion's schedule ends at 0.0047; where one ends at zero, some
-# schedulers of diffusers put 2^-24 in its place.
+# An abar below this counts as zero. Stable Diffusion's schedule ends at 0.0047; some schedulers of diffusers replace a
+# final 0 by 2^-24.
 NO_SIGNAL = 1e-6
 
 
 def ddim(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """A base's own DDIM scheduler, or its noise schedule under DDIM as the paper samples.
+    """The base's DDIM scheduler, or a DDIM scheduler with the base's noise schedule, as in the paper.
 
-    A schedule that ends without signal is sampled from its very end ("trailing"), which it was rescaled for.
+    A schedule with zero terminal SNR is sampled from its last timestep ("trailing" spacing).
     """
     from diffusers import DDIMScheduler
 
@@ -35,19 +35,19 @@ def ddim(scheduler: SchedulerMixin) -> SchedulerMixin:
 
 
 def usable_eta(scheduler: SchedulerMixin, eta: float) -> float:
-    """`eta`, or a little less than 1 where the schedule ends without signal.
+    """`eta`, at most 0.9999 where the schedule has zero terminal SNR.
 
-    There fresh noise of eta 1 is all the noise of the next latent, and diffusers' DDIM takes the root of what is left
-    of it: zero, which rounding makes negative.
+    With eta 1 the first step of such a schedule replaces all noise. diffusers' DDIM then takes the square root of the
+    remaining noise power, which is zero and may be rounded to a negative number.
     """
     abars = getattr(scheduler, "alphas_cumprod", None)
     return eta if abars is None or abars[-1] > NO_SIGNAL else min(eta, 0.9999)
 
 
 def require_prediction(scheduler: SchedulerMixin, trained: str | None) -> None:
-    """UsageError where an adapter was trained for another prediction type than the scheduler's.
+    """Raises UsageError where the adapter was trained with another prediction type than the scheduler's.
 
-    `trained`: as the adapter's configuration has it; None, of older adapters, fits all.
+    `trained`: the prediction type in the adapter's configuration; None (adapters of earlier versions) is accepted.
     """
     given = scheduler.config.get("prediction_type", "epsilon")
     if trained is not None and given != trained:
@@ -58,7 +58,7 @@ def require_prediction(scheduler: SchedulerMixin, trained: str | None) -> None:
 
 
 def require_signal(scheduler: SchedulerMixin) -> None:
-    """UsageError where a sampling step asks for eps at a timestep without signal. Call after `set_timesteps`."""
+    """Raises UsageError for an epsilon prediction at a timestep with abar 0. Call after `set_timesteps`."""
     abars = getattr(scheduler, "alphas_cumprod", None)
     if abars is None or scheduler.config.get("prediction_type", "epsilon") != "epsilon":
         return
@@ -71,11 +71,14 @@ def require_signal(scheduler: SchedulerMixin) -> None:
 
 
 def solver_for(name: str, scheduler: SchedulerMixin, eta: float) -> SchedulerMixin:
-    """`ddim`: the pipeline's own scheduler. `dpm`: DPM-Solver++ of second order (Lu et al.
-    2022, arXiv 2211.01095) on the same timesteps and noise schedule, with fresh noise in every step unless eta is 0."""
+    """The scheduler of a sampling run.
+
+    `ddim`: `scheduler` itself. `dpm`: second-order DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095) with the same
+    timesteps and noise schedule; stochastic unless eta is 0.
+    """
     if name == "ddim":
         return scheduler
-    from diffusers import DPMSolverMultistepScheduler  # takes seconds to load, which names alone need not
+    from diffusers import DPMSolverMultistepScheduler  # takes seconds to import
 
     kind = "sde-dpmsolver++" if eta else "dpmsolver++"
     return DPMSolverMultistepScheduler.from_config(scheduler.config, algorithm_type=kind, solver_order=2)

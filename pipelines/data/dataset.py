@@ -89,6 +89,34 @@ class Shards(Protocol):
         """`size` bytes from `offset`, fewer at the end. Raises FileNotFoundError if there is no such shard."""
 
 
+class MissingShard(DeeDSRError):
+    """A shard that the manifest names is not there."""
+
+
+def read_member(shards: Shards, shard: str, offset: int, size: int) -> bytes:
+    """Part of a shard. Raises MissingShard if there is none, DeeDSRError if it ends before."""
+    remedy = f"run `deedsr verify {shards.uri}`"
+    try:
+        data = shards.read_range(shard, offset, size)
+    except FileNotFoundError:
+        raise MissingShard(f"{shards.uri}/{shard} is missing: {remedy}") from None
+    if len(data) != size:
+        raise DeeDSRError(f"{shards.uri}/{shard} is cut off: {remedy}")
+    return data
+
+
+def decode_member(data: bytes, key: str, uri: str) -> np.ndarray:
+    """The image in a member of sample `key`. Raises DeeDSRError for a damaged one."""
+    try:
+        return decode_stored(data)
+    except ValueError:
+        raise DeeDSRError(_damaged(key, uri)) from None
+
+
+def _damaged(key: str, uri: str) -> str:
+    return f"{uri}: sample {key} is damaged: run `deedsr verify {uri}`"
+
+
 def _directly(storage: Storage, manifest: Manifest) -> Shards:
     return storage
 
@@ -127,12 +155,12 @@ class Dataset:
         """Digest that the order of samples in training follows from: latents come in the order of their pixels."""
         return self.manifest.latents.dataset if self.manifest.latents else self.digest
 
-    def require_pixels(self, wish: str = "this") -> Self:
-        """The dataset itself. Raises UsageError if it holds latents; `wish` names what wants pixels."""
+    def require_pixels(self, option: str = "this") -> Self:
+        """The dataset itself. Raises UsageError if it holds latents; `option` names what needs pixels."""
         if self.manifest.latents is None:
             return self
         raise UsageError(
-            f"{self.uri} holds latents, and {wish} needs pixels: give the dataset that they were made of, "
+            f"{self.uri} holds latents, and {option} needs pixels: give the dataset that they were made of, "
             f"{self.located(self.manifest.latents.uri)}"
         )
 
@@ -224,13 +252,14 @@ class Dataset:
         else:
             key, (hr,) = self._members(table, row, ("hr",), self._hr_shards, hr_shard)
             key, (lr, info) = self._members(table, row, ("lr", "json"))
-        return Sample(key, self._decode(hr, key), self._decode(lr, key), json.loads(info))
+        hr_pixels, lr_pixels = (decode_member(data, key, self.uri) for data in (hr, lr))
+        return Sample(key, hr_pixels, lr_pixels, json.loads(info))
 
     def read_lr(self, table: pa.Table, row: int) -> LRSample:
         """The same without the HR, which is neither read nor decoded."""
         self.require_pixels()
         key, (lr, info) = self._members(table, row, ("lr", "json"))
-        return LRSample(key, self._decode(lr, key), json.loads(info))
+        return LRSample(key, decode_member(lr, key, self.uri), json.loads(info))
 
     def read_latents(self, table: pa.Table, row: int) -> LatentSample:
         """The sample in row `row` of the index of a dataset of latents."""
@@ -241,17 +270,8 @@ class Dataset:
         try:
             latents = unpack(packed)
         except ValueError:
-            raise self._damaged(key) from None
-        return LatentSample(key, latents, self._decode(lr[0], key) if lr else None)
-
-    def _decode(self, data: bytes, key: str) -> np.ndarray:
-        try:
-            return decode_stored(data)
-        except ValueError:
-            raise self._damaged(key) from None
-
-    def _damaged(self, key: str) -> DeeDSRError:
-        return DeeDSRError(f"{self.uri}: sample {key} is damaged: run `deedsr verify {self.uri}`")
+            raise DeeDSRError(_damaged(key, self.uri)) from None
+        return LatentSample(key, latents, decode_member(lr[0], key, self.uri) if lr else None)
 
     def _members(
         self,
@@ -265,16 +285,13 @@ class Dataset:
         key = table["key"][row].as_py()
         spans = [(table[f"{name}_offset"][row].as_py(), table[f"{name}_size"][row].as_py()) for name in members]
         (start, _), (last, size) = spans[0], spans[-1]  # a sample's members lie one after the other
-        length = last + size - start
         try:
-            data = shards.read_range(shard, start, length)
-        except FileNotFoundError:
+            data = read_member(shards, shard, start, last + size - start)
+        except MissingShard:
             source = self.manifest.hr_from
             if source and shards.uri != self.uri and self.hr_dataset().digest != source.digest:
                 raise DeeDSRError(self.hr_is_gone(f"{shard} with the HR of sample {key} is gone")) from None
-            raise DeeDSRError(f"{shards.uri}/{shard} is missing: run `deedsr verify {shards.uri}`") from None
-        if len(data) != length:
-            raise DeeDSRError(f"{shards.uri}/{shard} ends before sample {key}: run `deedsr verify {shards.uri}`")
+            raise
         return key, [data[offset - start : offset - start + size] for offset, size in spans]
 
 

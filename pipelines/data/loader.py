@@ -40,7 +40,7 @@ def micro_batches(
     """The micro-batches of this rank for optimizer steps [first_step, last_step), in order.
 
     `sample(epoch, row)` gives one sample's arrays; those of a micro-batch are stacked, in page-locked memory where
-    `pinned`. `ahead` micro-batches are in preparation while one is used. `at` hears the position of each global batch
+    `pinned`. `ahead` micro-batches are in preparation while one is used. `at` gets the position of each global batch
     before it is read.
     """
     share = global_batch // world_size
@@ -67,7 +67,7 @@ def micro_batches(
 
 
 def follow(cache: ShardCache, order: SampleOrder, index: pa.Table) -> Callable[[int], None]:
-    """Tells a cache which shards are needed at a position of the sequence: those of its window and of the next."""
+    """Callback that requests the shards of a position's window and of the next one from a cache."""
     columns = [name for name in ("shard", "hr_shard") if name in index.column_names]
     last = (-1, -1)
 
@@ -87,13 +87,11 @@ def follow(cache: ShardCache, order: SampleOrder, index: pa.Table) -> Callable[[
 
 
 def _stack(samples: list[Future[Arrays]], pinned: bool) -> Batch:
-    arrays = [sample.result() for sample in samples]
-    return {name: _aligned([a[name] for a in arrays], pinned) for name in arrays[0]}
-
-
-def _aligned(parts: list[Any], pinned: bool) -> torch.Tensor:
     """Stacked where torch allocates: how numpy's memory is aligned differs from run to run, and MKL's sums with it."""
-    like = torch.as_tensor(parts[0])
-    stacked = torch.empty((len(parts), *like.shape), dtype=like.dtype, pin_memory=pinned)
-    np.stack(parts, out=stacked.numpy())
-    return stacked
+    arrays = [sample.result() for sample in samples]
+    batch: Batch = {}
+    for name, first in arrays[0].items():
+        like = torch.as_tensor(first)
+        batch[name] = torch.empty((len(arrays), *like.shape), dtype=like.dtype, pin_memory=pinned)
+        np.stack([sample[name] for sample in arrays], out=batch[name].numpy())
+    return batch

@@ -1,8 +1,8 @@
-"""Shards at hand: files of local shards kept open, and copies of remote ones on each node, fetched ahead of need.
+"""Keeps files of local shards open and fetches remote shards ahead of need, once per node.
 
 Remote shards are fetched whole, once for all workers of a node, into a folder that holds at most so many bytes; those
-unused for longest make room. A copy has its final name only when its size and SHA-256 are the manifest's, so whatever
-a dead process left half-written never counts. Nothing waits for a copy: what is not here yet, does not fit, or could
+unused for longest make room. A copy has its final name only when its size and SHA-256 are the manifest's, so a
+partial file is never used. Nothing waits for a copy: what is not here yet, does not fit, or could
 not be fetched because the disk is full, is read from the storage by range.
 """
 
@@ -11,9 +11,9 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -24,8 +24,7 @@ from pipelines import machine
 from pipelines.data.dataset import Shards
 from pipelines.storage import Storage
 from pipelines.storage.errors import explained
-
-__all__ = ["ShardCache", "default_folder"]
+from pipelines.storage.lock import locked
 
 logger = logging.getLogger(__name__)
 _OPEN_FILES = 64
@@ -55,7 +54,7 @@ class _Remote(NamedTuple):
 
 
 class ShardCache:
-    """`open` is a `Dataset`'s `through`; `need` says which shards will be read next. A context manager.
+    """`open` is a `Dataset`'s `through`; `need` sets which shards will be read next. A context manager.
 
     `limit`: bytes that the copies in `folder` take at most; 0 turns copies off.
     """
@@ -76,7 +75,7 @@ class ShardCache:
         self._over.set()
         self._changed.set()
         if self._thread.is_alive():
-            self._thread.join(timeout=1)  # a download under way dies with the process: its partial file never counts
+            self._thread.join(timeout=1)  # a download under way ends with the process: a partial file is never used
 
     def open(self, storage: Storage, manifest: Manifest) -> Shards:
         """How the shards of a dataset are read."""
@@ -102,16 +101,12 @@ class ShardCache:
     def _fetch_ahead(self) -> None:
         while not self._over.is_set():
             self._changed.clear()
-            wait = self._fetch_needed()
-            self._changed.wait(wait)
-
-    def _fetch_needed(self) -> float | None:
-        """One pass over what is needed; seconds until the next one, None if there is nothing to look at again."""
-        with ThreadPoolExecutor(_FETCHES) as threads:
-            waits = [*threads.map(self._fetch_one, self._needed)]
-        return min((wait for wait in waits if wait is not None), default=None)
+            with ThreadPoolExecutor(_FETCHES) as threads:
+                waits = [*threads.map(self._fetch_one, self._needed)]
+            self._changed.wait(min((wait for wait in waits if wait is not None), default=None))
 
     def _fetch_one(self, name: str) -> float | None:
+        """Seconds until the shard is to be looked at again, None for never."""
         remote = self._known.get(name)
         if remote is None or name in self._too_big:
             return None
@@ -130,11 +125,11 @@ class ShardCache:
         with suppress(FileNotFoundError):
             os.utime(copy)  # the copies unused for longest go first
             return True
-        with _locked(self._lock(remote.copy), wait=False) as mine:
+        with locked(self._lock(remote.copy), wait=False) as mine:
             if not mine:
                 return False
             partial = self.folder / remote.partial
-            with _locked(self.folder / "room.lock"):
+            with locked(self.folder / "room.lock"):
                 if copy.exists():
                     return True
                 if not self._make_room(remote.entry.bytes):
@@ -171,8 +166,8 @@ class ShardCache:
         return taken + size <= self.limit
 
     def _abandoned(self, partial: Path) -> bool:
-        """Removes what a dead process left: nobody holds the lock under which it is written."""
-        with _locked(self._lock(partial.name), wait=False) as mine:
+        """Removes the partial file of a dead process, whose lock is free."""
+        with locked(self._lock(partial.name), wait=False) as mine:
             if mine:
                 partial.unlink(missing_ok=True)
             return mine
@@ -224,10 +219,3 @@ def _require_whole(file: Path, entry: ShardEntry) -> None:
         sha256 = hashlib.file_digest(stored, "sha256").hexdigest()
     if (file.stat().st_size, sha256) != (entry.bytes, entry.sha256):
         raise DeeDSRError(f"{entry.name} did not arrive as the manifest has it")
-
-
-@contextmanager
-def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Whether this thread has the lock now, which its process loses at the latest with its life."""
-    with path.open("ab") as file:
-        yield machine.lock(file, wait)

@@ -1,7 +1,10 @@
-"""Evaluation: a model and bicubic interpolation measured on the same pairs of a dataset, here or on a cluster.
+"""Evaluation: a model, bicubic interpolation and given pictures measured side by side, here or on a cluster.
 
-OUT/results.json                     figures of the set and of every sample, settings, lineage; written last
-OUT/pictures/KEY.{lr,bicubic,model,hr}.png
+OUT/results.json                     figures of the set and of every picture, settings, lineage; written last
+OUT/rows.parquet                     a row for each picture, method and metric
+OUT/table.{txt,md,tex}               means, intervals, differences, win rates
+OUT/evaluation.html                  the tables, and the best, median and worst pictures
+OUT/pictures/KEY.{lr,bicubic,model,hr}.png    what was made here, and what a dataset holds
 OUT/_state/                          what is measured so far, see `evaluator`
 OUT/claim.json                       one command at a time, see `pipelines.claims`
 """
@@ -9,7 +12,7 @@ OUT/claim.json                       one command at a time, see `pipelines.claim
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +20,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-import pyarrow as pa
 from tqdm import tqdm
 
 import deedsr
@@ -25,29 +27,38 @@ from deedsr.errors import UsageError
 from deedsr.metrics.fidelity import WINDOW
 from deedsr.metrics.metric import Metric
 from deedsr.metrics.niqe import BLOCK
-from deedsr.metrics.registry import WITHOUT_WEIGHTS
+from deedsr.metrics.registry import WITHOUT_WEIGHTS, known
 from pipelines import cluster, tracking
 from pipelines.claims import Claim, held
-from pipelines.data.dataset import Dataset, no_validation
+from pipelines.data.dataset import Dataset
 from pipelines.data.index import require_hr
 from pipelines.distribution import each, network_plan
-from pipelines.inference.evaluator import METHODS, PICTURES, RESULTS, Evaluated, Evaluator, Measured, State
-from pipelines.models import Model
+from pipelines.inference.evaluator import RESULTS, Evaluated, Evaluator, Measured, State, place_in, read_pixels
+from pipelines.inference.figures import ROWS, Figures, rows_file, table_files
+from pipelines.inference.parts import Given, Part, dataset_given, evenly, files_given, samples_given
+from pipelines.models import Model, Precision
 from pipelines.placement import Device, place_networks
+from pipelines.reports.evaluation import write_evaluation
 from pipelines.reports.page import picture_name, strip
-from pipelines.storage import Storage, open_storage
+from pipelines.storage import Storage, open_storage, scratch_folder
 from pipelines.storage.waiting import patiently
 from pipelines.tracking.registry import log_evaluation
 
 logger = logging.getLogger(__name__)
+PAGE = "evaluation.html"
 LOGGED_PICTURES = 8  # comparisons among the artifacts of the MLflow run
+
+
+Means = dict[str, dict[str, float | None]]
 
 
 @dataclass
 class EvaluationResult:
-    """`metrics`: `{model: {psnr: ...}, bicubic: {...}}`; None for an undefined value."""
+    """`metrics`: `{method: {metric: {mean, low, high}}}`, `differences`: see `deedsr.metrics.intervals.Difference`."""
 
-    metrics: dict[str, dict[str, float | None]]
+    metrics: dict[str, Means]
+    differences: list[dict[str, Any]]
+    rejected: dict[str, str]  # pictures without figures, and why
     run_id: str
     samples: int
     results: str  # location of results.json
@@ -55,107 +66,136 @@ class EvaluationResult:
 
 
 def evaluate(
-    model: str,
-    data: str,
+    model: str | None,
+    data: str | None,
     out: str,
     *,
+    reference: str | None = None,
+    pictures: Sequence[str] = (),
     base: str | None = None,
-    metrics: Sequence[str] = WITHOUT_WEIGHTS,
+    metrics: Sequence[str] | None = None,
     metric_weights: str | None = None,
     border: int = 0,
     split: str = "validation",
     limit: int | None = None,
     seed: int = 0,
     device: Device = "auto",
+    precision: Precision = "fp32",
     experiment: str = "deedsr-evaluation",
     progress: bool = True,
     steps: int | None = None,
     **sampling: object,
 ) -> EvaluationResult:
-    """Measure a model beside bicubic interpolation; figures and pictures go to `out`, and into an MLflow run.
+    """Measure a model, bicubic interpolation and given pictures side by side; figures go to `out` and an MLflow run.
 
-    Computed in this process, or in actors of the cluster that `RAY_ADDRESS` names. Each sample is kept in `out` as it
+    Computed in this process, or in actors of the cluster that `RAY_ADDRESS` names. Each picture is kept in `out` as it
     is measured: the same call continues with what is missing and the MLflow run that it began, and does nothing when
     all is done. One with another model, dataset or setting begins anew in `out`.
 
     Args:
-        model: `tiny`, or a model's folder, URI, hub id or `models:/NAME/VERSION`.
-        data: a finished dataset of the model's scale.
+        model: `tiny`, or a model's folder, URI, hub id or `models:/NAME/VERSION`; None = only `pictures`.
+        data: a finished dataset of the model's scale, or a folder of LR pictures.
         out: folder or S3 prefix.
+        reference: folder of HR pictures for LR pictures of a folder and for `pictures`.
+        pictures: folders of enlarged pictures, each as `NAME=FOLDER`, matched by names.
         base: where the model's base lies: folder, URI or hub id; None = where the model says.
-        metrics: names that `deedsr.metrics.registry` knows.
+        metrics: names that `deedsr.metrics.registry` knows; None = those of `WITHOUT_WEIGHTS` that need no reference
+            where there is none.
         metric_weights: folder or S3 prefix with weights files of LPIPS, DISTS and FID; None = only the cache of
             torch's hub is searched.
         border: pixels that PSNR and SSIM leave out on each side.
-        split: `train` or `validation`.
-        limit: measure at most so many samples, evenly spread over the split.
-        seed: with a sample's key it decides that sample's noise, whatever else is measured.
-        device: `auto` = a CUDA GPU where this machine has one, and on a cluster always; `cpu`; `cuda`; `mps`.
+        split: `train` or `validation`, of a dataset.
+        limit: measure at most so many pictures, evenly spread.
+        seed: with a picture's key it decides that picture's noise, whatever else is measured.
+        device: `auto` = a CUDA GPU where this machine has one, and on a cluster always; without a model the CPU; `cpu`;
+            `cuda`; `mps`.
+        precision: of the model's networks, see `pipelines.models.Model.load`.
         experiment: of MLflow.
         progress: show a progress bar on stderr.
         steps: sampling steps.
         sampling: other settings of `SamplingSettings`; what is None or missing is the model's own.
 
-    Raises UsageError before any work for unknown metrics, an empty split, scales that differ, or an `out` that another
-    command writes.
+    Raises UsageError before any work for unknown metrics, no pictures, names that do not fit, scales that differ, or an
+    `out` that another command writes. Files that cannot be measured are in `rejected`, for all methods.
     """
-    dataset = Dataset.open(data).require_pixels("evaluation")
-    require_hr(dataset)
-    rows = _rows(dataset, split, limit)
-    if border < 0 or dataset.recipe.crop.size - 2 * border < WINDOW:
-        raise UsageError(f"border must leave {WINDOW} pixels of HR crops of {dataset.recipe.crop.size}, got {border}")
-    found = Model.find(model, base)
-    if found.description.scale != dataset.scale:
-        raise UsageError(
-            f"{model} enlarges by {found.description.scale}, the pairs of {data} differ by {dataset.scale}: "
-            "evaluate on a dataset of the model's scale"
-        )
-    settings = found.description.sampling.chosen(num_inference_steps=steps, **sampling)
-    table = dataset.index(split)
-    pairs = {pair["key"][0].as_py(): pair for pair in (table.take([row]) for row in rows)}
+    _require_inputs(model, data, pictures, limit)
+    found = Model.find(model, base) if model else None
+    dataset = dataset_given(data) if data else None
+    if dataset is not None:
+        given = _samples(dataset, found, border, split, limit, bool(reference or pictures))
+    elif data and not (found or reference):
+        raise UsageError(f"--data {data} holds LR pictures: give --model to enlarge them, or --reference")
+    else:
+        given = files_given(data, reference, pictures, found.description.scale if found else None, limit)
+    if found is None and device == "auto":
+        device = "cpu"  # nothing but metrics
+    settings = found.description.sampling.chosen(num_inference_steps=steps, **sampling) if found else None
     storage = open_storage(out)
     storage.require_writable()
     # Workers need nothing of the index, which the dataset keeps and its copy does not.
     work = Evaluator(
-        found,
-        replace(dataset),
-        tuple(metrics),
-        settings,
+        (*(("model",) if found else ()), *(("bicubic",) if given.has_lr else ()), *given.named),
+        _usual(given.has_hr) if metrics is None else tuple(metrics),
         seed,
         device,
-        border=border,
-        metric_weights=metric_weights,
+        precision,
+        found,
+        settings,
+        dataset and replace(dataset),
+        border,
+        metric_weights,
     )
-    measures = _prepared(work)
-    definitions = {name: metric.statement() for name, metric in measures.items()}
-    both = {"model": model, "sampling": settings.as_dict(), "seed": seed, "definitions": definitions}
-    chosen = {"steps" if key == "num_inference_steps" else key: value for key, value in settings.as_dict().items()}
-    # As `deedsr evaluate --config` takes it.
-    config = {
-        "model": found.name,
-        "base": base,
-        "data": data,
-        "out": out,
-        "metrics": ",".join(metrics),
-        "metric_weights": metric_weights,
-        "border": border,
-        "split": split,
-        "limit": limit,
-        "seed": seed,
-        "device": device,
-        "experiment": experiment,
-        **chosen,
-        "definitions": definitions,
-    }
-    about = {
-        "format_version": 1,
+    measures = _prepared(work, given)
+    about: dict[str, Any] = {
+        "format_version": 2,
         "created_by": f"deedsr {deedsr.__version__}",
         "model": model,
-        "scale": dataset.scale,
-        "dataset": {"uri": dataset.uri, "digest": dataset.digest, "split": split},
-        **both,
+        "scale": found and found.description.scale,
+        "dataset": {"uri": given.uri, "digest": given.digest, "split": split if dataset else None},
+        "reference": reference,
+        "pictures": list(pictures),
+        "sampling": settings and settings.as_dict(),
+        "precision": precision if found else None,
+        "seed": seed,
+        "definitions": {name: metric.statement() for name, metric in measures.items()},
     }
-    return _Evaluation(work, measures, pairs, storage, experiment, config, about, progress).run()
+    chosen = settings.as_dict() if settings else {}
+    config = {  # as `deedsr evaluate --config` takes it
+        **{"model": found and found.name, "base": base, "data": data, "reference": reference, "out": out},
+        **{"pictures": list(pictures), "metrics": ",".join(work.metrics), "metric_weights": metric_weights},
+        **{"border": border, "split": split, "limit": limit, "seed": seed, "device": device, "precision": precision},
+        **{"steps" if name == "num_inference_steps" else name: value for name, value in chosen.items()},
+        **{"experiment": experiment, "definitions": about["definitions"]},
+    }
+    return _Evaluation(work, measures, given, storage, experiment, config, about, progress).run()
+
+
+def _require_inputs(model: str | None, data: str | None, pictures: Sequence[str], limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise UsageError(f"limit must be 1 or more, got {limit}")
+    if model and not data:
+        raise UsageError(f"--model {model} needs --data: shards, or a folder of LR pictures")
+    if not data and not pictures:
+        raise UsageError("nothing to evaluate: give --model and --data, or --pictures FOLDER")
+
+
+def _samples(dataset: Dataset, model: Model | None, border: int, split: str, limit: int | None, folders: bool) -> Given:
+    """Parts of a dataset, which is fit for this model."""
+    dataset.require_pixels("evaluation")
+    require_hr(dataset)
+    if folders:
+        raise UsageError(f"--reference and --pictures go with folders, and {dataset.uri} is a dataset: leave one out")
+    if model is None:
+        raise UsageError(f"{dataset.uri} is a dataset, and nothing enlarges it: give --model")
+    given = samples_given(dataset, split, limit)
+    if border < 0 or dataset.recipe.crop.size - 2 * border < WINDOW:
+        raise UsageError(f"border must leave {WINDOW} pixels of HR crops of {dataset.recipe.crop.size}, got {border}")
+    if model.description.scale != dataset.scale:
+        raise UsageError(
+            f"{model.name} enlarges by {model.description.scale}, the pairs of {dataset.uri} differ by "
+            f"{dataset.scale}: evaluate on a dataset of the model's scale"
+        )
+    return given
 
 
 @dataclass(frozen=True)
@@ -164,7 +204,7 @@ class _Evaluation:
 
     work: Evaluator
     measures: dict[str, Metric]
-    pairs: dict[str, pa.Table]  # by key, in the order of the results
+    given: Given
     out: Storage
     experiment: str
     config: dict[str, Any]
@@ -172,143 +212,139 @@ class _Evaluation:
     progress: bool
 
     def run(self) -> EvaluationResult:
-        state = self._state()
+        state, parts = self._state(), self.given.parts
         with held(Claim(self.out)) as claim:
-            samples = state.measured(self.pairs)
+            samples = state.measured(parts)
             run_id = state.run_id()
-            if run_id and len(samples) == len(self.pairs) and (results := state.results(run_id)):
+            if run_id and len(samples) == len(parts) and (results := state.results(run_id)):
                 return self._result(results)
             if samples:
-                logger.info("evaluate: %d of %d samples are measured already", len(samples), len(self.pairs))
-            missing = [pair for key, pair in self.pairs.items() if key not in samples]
-            compute = _computing(self.work, len(missing)) if missing else iter
+                logger.info("evaluate: %d of %d samples are measured already", len(samples), len(parts))
+            missing = [part for part in parts if part.key not in samples]
+            compute = _computing(self.work, len(missing)) if missing else lambda none: iter(())
             with self._started(run_id, claim) as run:
                 state.begin(run.id)
                 with tqdm(
-                    compute(missing), "evaluate", len(self.pairs), initial=len(samples), unit="sample",
+                    compute(missing), "evaluate", len(parts), initial=len(samples), unit="picture",
                     disable=not self.progress,
                 ) as computed:  # fmt: skip
                     for sample, pictures in computed:
                         claim.check()
-                        for name, path in sample.record["pictures"].items():
-                            patiently(self.out.write, path, _png(pictures[name]))
+                        for name, picture in pictures.items():
+                            patiently(self.out.write, sample.record["pictures"][name], _png(picture))
                         state.add(sample)  # its pictures are whole
                         samples[sample.record["key"]] = sample
-                self._log_pictures(run, samples)
-                results = self._results(run, samples)
-                if training := self.work.model.run_id:
-                    log_evaluation(run, training, self.work.model.path, results)
+                results = self._results(run, [samples[part.key] for part in parts])
+                model = self.work.model
+                if model and (training := model.run_id):
+                    log_evaluation(run, training, model.path, results)
             claim.check()
             patiently(self.out.write, RESULTS, _text(results).encode())
         return self._result(results)
 
     def _state(self) -> State:
         samples = self.work.made_of() | {"definitions": self.about["definitions"]}
-        whole = {"samples": samples, "keys": [*self.pairs], "experiment": self.experiment}
+        whole = {
+            "samples": samples,
+            "parts": [(part.key, *part.versions) for part in self.given.parts],
+            "experiment": self.experiment,
+        }
+        whole["format_version"] = self.about["format_version"]
+        whole["rejected"] = self.given.rejected
         whole["store"] = tracking.masked_uri(tracking.tracking_uri())
         return State(self.out, _digest(samples), _digest(whole))
 
     def _started(self, run_id: str | None, claim: Claim) -> tracking.Run:
         return tracking.start_run(
             self.experiment,
-            name=Path(str(self.config["model"]).rstrip("/")).name,
+            name=self.label("model") if self.work.model else ", ".join(self.work.methods),
             config=self.config,
-            dataset=self.work.dataset,
-            parents={"adapter": self.work.model.run_id},
+            dataset=tracking.DatasetInput(self.given.digest, self.given.uri),
+            parents={"adapter": self.work.model.run_id if self.work.model else None},
             run_id=run_id,
             tags={"deedsr.kind": "evaluation"},
             permit=claim.holds,
             out=self.out.uri,
         )
 
-    def _log_pictures(self, run: tracking.Run, measured: dict[str, Measured]) -> None:
-        keys = [*self.pairs]
-        for key in (keys[i] for i in _evenly(len(keys), LOGGED_PICTURES)):
-            lr, bicubic, picture, hr = (
-                _pixels(self.out.read(f"{PICTURES}/{key}.{name}.png")) for name in ("lr", "bicubic", "model", "hr")
-            )
-            source = measured[key].record["source"]
-            title = source["path"] if source else key
-            run.log_picture(
-                picture_name(title, key), strip(title, lr, {"bicubic": bicubic, "model": picture, "HR": hr}), step=0
-            )
+    def label(self, method: str) -> str:
+        """What a method is called in tables."""
+        return Path(str(self.config["model"]).rstrip("/")).name if method == "model" else method
 
-    def _results(self, run: tracking.Run, measured: dict[str, Measured]) -> dict[str, Any]:
-        """Content of `results.json`, also logged to MLflow."""
-        samples = [measured[key] for key in self.pairs]
-        summary = {
-            method: {
-                name: metric.summary(_values(name, metric, method, samples)) for name, metric in self.measures.items()
-            }
-            for method in METHODS
-        }
-        results = self.about | {"run_id": run.id, "metrics": summary, "samples": [sample.record for sample in samples]}
-        run.log_metrics(
-            {
-                f"{method}.{name}": value
-                for method, values in summary.items()
-                for name, value in values.items()
-                if value is not None
-            }
-        )
+    def _results(self, run: tracking.Run, measured: list[Measured]) -> dict[str, Any]:
+        """Content of `results.json`, logged to MLflow with rows, tables, the page and some pictures."""
+        rejected = self.given.rejected | {one.record["key"]: one.rejected for one in measured if one.rejected}
+        samples = [one for one in measured if not one.rejected]
+        reason = ": ".join(next(iter(rejected.items()), ()))
+        if not samples:
+            raise UsageError(f"no picture of {self.given.uri} could be measured, such as {reason}")
+        if rejected:
+            logger.warning("evaluate: %d pictures are left out for all methods, such as %s", len(rejected), reason)
+        figures = Figures.of(samples, self.work.methods, self.measures)
+        records = [sample.record for sample in samples]
+        results = self.about | {"run_id": run.id} | figures.as_dict() | {"rejected": rejected, "samples": records}
+        run.log_metrics(figures.means())
+        for record in (records[number] for number in evenly(len(records), LOGGED_PICTURES)):
+            pictures = self._versions(record)
+            title = record["source"]["path"] if record["source"] else record["key"]
+            shown = {"HR" if name == "hr" else name: pixels for name, pixels in pictures.items() if name != "lr"}
+            run.log_picture(picture_name(title, record["key"]), strip(title, pictures.get("lr"), shown), step=0)
+        labels = {method: self.label(method) for method in self.work.methods}
+        tables = figures.tables(self.measures, labels)
+        about = {"Pictures": str(len(samples)), "From": self.given.uri, "Digest": self.given.digest}
+        with scratch_folder() as folder:
+            for name, content in ({ROWS: rows_file(samples)} | table_files(tables)).items():
+                (folder / name).write_bytes(content)
+            write_evaluation(folder / PAGE, labels, about, tables, self.measures, records, rejected, self._versions)
+            for path in folder.iterdir():
+                patiently(self.out.write, path.name, path.read_bytes())
+                run.log_artifact(path)
         run.log_text(_text(results), RESULTS)
         return results
 
+    def _versions(self, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Pixels of a record's pictures by name: LR, the methods, the first one last, HR."""
+        pictures = record["pictures"]
+        names = [name for name in ("lr", *reversed(self.work.methods), "hr") if name in pictures]
+        return {name: read_pixels(place_in(self.out, pictures[name])) for name in names}
+
     def _result(self, results: dict[str, Any]) -> EvaluationResult:
         place = f"{self.out.uri}/{RESULTS}"
-        return EvaluationResult(results["metrics"], results["run_id"], len(self.pairs), place, self.work.dataset.digest)
+        return EvaluationResult(
+            results["metrics"], results["differences"], results["rejected"], results["run_id"],
+            len(results["samples"]), place, self.given.digest,
+        )  # fmt: skip
 
 
-def _computing(work: Evaluator, pairs: int) -> Callable[[list[pa.Table]], Iterator[Evaluated]]:
+def _computing(work: Evaluator, parts: int) -> Callable[[list[Part]], Iterator[Evaluated]]:
     """`work` in this process, or in actors of the cluster that `RAY_ADDRESS` names, once one can start there."""
     if cluster.is_named():
-        plan = network_plan("evaluate", work.device, parts=pairs)
+        plan = network_plan("evaluate", work.device, parts=parts)
         return partial(each, replace(work, device=plan.device), plan=plan, command="evaluate")
     place_networks(cluster.this_machine(), work.device, 1, "evaluate")
-    _ = work.pipeline  # one that cannot be loaded leaves no run behind
+    if work.model is not None:
+        _ = work.sampler.pipeline  # one that cannot be loaded leaves no run behind
     return partial(map, work)
 
 
-def _rows(dataset: Dataset, split: str, limit: int | None) -> list[int]:
-    """Rows of the split's index that are measured."""
-    if split not in ("train", "validation"):
-        raise UsageError(f"split must be train or validation, got {split!r}")
-    if limit is not None and limit < 1:
-        raise UsageError(f"limit must be 1 or more, got {limit}")
-    count = dataset.index(split).num_rows
-    if not count:
-        raise UsageError(
-            f"{no_validation(dataset.uri, dataset.recipe)}; or evaluate on --split train"
-            if split == "validation"
-            else f"{dataset.uri} has no sample in its train split: take --split validation"
-        )
-    return _evenly(count, count if limit is None else limit)
+def _usual(has_reference: bool) -> tuple[str, ...]:
+    """Metrics that need no download, and no reference where there is none."""
+    return tuple(name for name in WITHOUT_WEIGHTS if has_reference or not known()[name].needs_reference)
 
 
-def _evenly(count: int, wanted: int) -> list[int]:
-    """At most `wanted` of the numbers below `count`, evenly spread."""
-    return [number * count // wanted for number in range(wanted)] if wanted < count else list(range(count))
-
-
-def _prepared(work: Evaluator) -> dict[str, Metric]:
+def _prepared(work: Evaluator, given: Given) -> dict[str, Metric]:
     """The metrics with their weights, loaded before any work; on the CPU, since this process may have no GPU."""
     measures = replace(work, device="cpu").measures
-    side = work.dataset.recipe.crop.size
-    if "niqe_set" in measures and side < BLOCK:
+    if work.dataset and "niqe_set" in measures and (side := work.dataset.recipe.crop.size) < BLOCK:
         raise UsageError(
             f"niqe_set needs HR crops of {BLOCK} pixels or more, those of {work.dataset.uri} have {side}: "
             "leave it out of the metrics"
         )
-    for metric in measures.values():
+    for name, metric in measures.items():
+        if metric.needs_reference and not given.has_hr:
+            raise UsageError(f"{name} needs references: give --reference FOLDER, or leave it out of --metrics")
         metric.prepare()
     return measures
-
-
-def _values(name: str, metric: Metric, method: str, samples: Sequence[Measured]) -> list[Any]:
-    """Values of a metric for the pictures of a method."""
-    if metric.of_pictures:
-        return [sample.record["metrics"][method][name] for sample in samples]
-    return [sample.features[method][name] for sample in samples]
 
 
 def _digest(value: Any) -> str:
@@ -317,10 +353,6 @@ def _digest(value: Any) -> str:
 
 def _text(results: dict[str, Any]) -> str:
     return json.dumps(results, indent=1, allow_nan=False)
-
-
-def _pixels(png: bytes) -> np.ndarray:
-    return cv2.cvtColor(cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
 
 
 def _png(picture: np.ndarray) -> bytes:

@@ -1,8 +1,8 @@
-"""The work on one pair of an evaluation, and what is measured so far, kept so that the same command continues there.
+"""The work on one picture of an evaluation, and what is measured so far, kept so that the same command continues there.
 
 OUT/_state/evaluation.json                what is evaluated, and the MLflow run of it
-OUT/_state/evaluation/DIGEST/KEY.json     figures of one sample, written after its pictures; DIGEST: of what they
-                                          follow from
+OUT/_state/evaluation/DIGEST/KEY.json     figures of one picture, or why it has none, written after the files of
+                                          its versions; DIGEST: of what they follow from
 """
 
 import json
@@ -15,27 +15,27 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar
 
 import cv2
 import numpy as np
-import pyarrow as pa
 
 from deedsr import __version__
 from deedsr.dataset.keys import generator
 from deedsr.dataset.manifest import STATE
+from deedsr.dataset.pictures import RejectedImage, read_stored, upright
 from deedsr.metrics.metric import Metric, Setting
 from deedsr.metrics.registry import selected
 from pipelines.data.dataset import Dataset, SourceInfo
-from pipelines.models import Model, usable_device
+from pipelines.inference.parts import MADE, Part
+from pipelines.inference.sampler import Sampler
+from pipelines.models import Model, Precision, usable_device
 from pipelines.placement import Device
-from pipelines.storage import Storage, localize
+from pipelines.storage import Storage, localize, object_at, require_here
 from pipelines.storage.waiting import patiently
 
 if TYPE_CHECKING:
     from deedsr.hub.settings import SamplingSettings
-    from deedsr.sampling.pipeline import DeeDSRPipeline
 
 Old = TypeVar("Old")
 New = TypeVar("New")
 
-METHODS = ("model", "bicubic")
 RESULTS = "results.json"
 PICTURES = "pictures"
 _RUN = f"{STATE}/evaluation.json"
@@ -44,23 +44,26 @@ _THREADS = 16  # records read at a time
 
 
 class Record(TypedDict):
-    """A sample's part of `results.json`."""
+    """A picture's part of `results.json`."""
 
     key: str
-    source: SourceInfo | None
+    source: SourceInfo | None  # in a dataset
     metrics: dict[str, dict[str, float | None]]  # by method: the metrics that single pictures have
-    pictures: dict[str, str]  # paths in the output: lr, METHODS, hr
+    pictures: dict[str, str]  # `lr`, `hr` and the methods: paths in the output, or locations of what was given
 
 
 class Measured(NamedTuple):
-    """One sample. `features`: by method, what metrics of a set take of this picture."""
+    """One picture. `features`: by method, what metrics of a set take of it; `rejected`: why it has no figures;
+    `versions`: of its files."""
 
     record: Record
     features: dict[str, dict[str, np.ndarray]]
+    rejected: str = ""
+    versions: tuple[str, ...] = ()
 
 
 class Evaluated(NamedTuple):
-    """Result of one pair. `pictures`: lr, METHODS, hr; uint8 RGB (height, width, 3)."""
+    """Result of one part. `pictures`: those for the output; uint8 RGB (height, width, 3)."""
 
     sample: Measured
     pictures: dict[str, np.ndarray]
@@ -68,41 +71,68 @@ class Evaluated(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Samples and measures pairs of `dataset`. Pickles; each process loads the model when the first pair needs it.
+    """Measures pictures of `methods`. Pickles; each process loads the model when the first part needs it.
 
-    `device`: see `pipelines.models.usable_device`. `border`, `metric_weights`: see `deedsr.metrics.metric.Setting`; the
-    weights may lie in object storage.
+    `model`, `sampling`: of the method `model`; `dataset`: whose rows the parts are. `device`: see
+    `pipelines.models.usable_device`; `precision`: of the networks. `border`, `metric_weights`: see
+    `deedsr.metrics.metric.Setting`; the weights may lie in object storage.
     """
 
-    model: Model
-    dataset: Dataset
+    methods: tuple[str, ...]
     metrics: tuple[str, ...]
-    sampling: "SamplingSettings"
     seed: int
     device: Device
+    precision: Precision = "fp32"
+    model: Model | None = None
+    sampling: "SamplingSettings | None" = None
+    dataset: Dataset | None = None
     border: int = 0
     metric_weights: str | None = None
 
-    def __call__(self, pair: pa.Table) -> Evaluated:
-        """`pair`: one row of the dataset's index."""
-        key, hr, lr, info = self.dataset.read(pair, 0)
-        enlarged = {
-            "model": self._sample(key, lr),
-            "bicubic": cv2.resize(lr, hr.shape[1::-1], interpolation=cv2.INTER_CUBIC),
-        }
-        figures: dict[str, dict[str, float | None]] = {method: {} for method in enlarged}
-        features: dict[str, dict[str, np.ndarray]] = {method: {} for method in enlarged}
-        for method, picture in enlarged.items():
+    def __call__(self, part: Part) -> Evaluated:
+        try:
+            return self._evaluated(part)
+        except RejectedImage as reason:
+            record = Record(key=part.key, source=None, metrics={}, pictures={})
+            return Evaluated(Measured(record, {}, str(reason), part.versions), {})
+
+    def _evaluated(self, part: Part) -> Evaluated:
+        pictures, source = self._given(part)
+        made = [name for name in pictures if name not in part.files]
+        lr, hr = pictures.get("lr"), pictures.get("hr")
+        if lr is not None:
+            height, width = _size(hr, lr, self.model)
+            if self.model is not None:
+                pictures["model"] = self._sample(part.key, lr)
+            pictures["bicubic"] = cv2.resize(lr, (width, height), interpolation=cv2.INTER_CUBIC)
+            made += [name for name in MADE if name in pictures]
+        figures: dict[str, dict[str, float | None]] = {method: {} for method in self.methods}
+        features: dict[str, dict[str, np.ndarray]] = {method: {} for method in self.methods}
+        for method in self.methods:
+            if hr is not None and pictures[method].shape != hr.shape:
+                raise RejectedImage(f"{method} is {_told(pictures[method])}, the reference {_told(hr)}")
             for name, metric in self.measures.items():
-                value = metric.measure(picture, hr)
+                try:
+                    value = metric.measure(pictures[method], hr)
+                except ValueError as error:
+                    raise RejectedImage(f"{name} of {method}: {error}") from error
                 if metric.of_pictures:
                     figures[method][name] = _finite(value)
                 else:
                     features[method][name] = value
-        pictures = {"lr": lr, **enlarged, "hr": hr}
-        files = {name: f"{PICTURES}/{key}.{name}.png" for name in pictures}
-        record = Record(key=key, source=info.get("source"), metrics=figures, pictures=files)
-        return Evaluated(Measured(record, features), pictures)
+        places = {**part.files, **{name: f"{PICTURES}/{part.key}.{name}.png" for name in made}}
+        record = Record(
+            key=part.key, source=source, metrics=figures, pictures={name: places[name] for name in pictures}
+        )
+        return Evaluated(Measured(record, features, "", part.versions), {name: pictures[name] for name in made})
+
+    def _given(self, part: Part) -> tuple[dict[str, np.ndarray], SourceInfo | None]:
+        """The pictures of a part by name, and where they come from."""
+        if part.row is not None:
+            assert self.dataset is not None
+            _, hr, lr, info = self.dataset.read(part.row, 0)
+            return {"lr": lr, "hr": hr}, info.get("source")
+        return {name: read_pixels(uri) for name, uri in part.files.items()}, None
 
     @cached_property
     def measures(self) -> dict[str, Metric]:
@@ -111,28 +141,73 @@ class Evaluator:
         return selected(self.metrics, Setting(self.border, weights, str(usable_device(self.device))))
 
     def made_of(self) -> dict[str, Any]:
-        """What the metrics of a pair depend on."""
+        """What the metrics of a part depend on, but its files."""
         return {
             "version": __version__,
-            "model": self.model.digest,
-            "dataset": self.dataset.digest,
+            "methods": self.methods,
+            "model": self.model and self.model.digest,
+            "dataset": self.dataset and self.dataset.digest,
             "metrics": self.metrics,
-            "sampling": self.sampling.as_dict(),
+            "sampling": self.sampling and self.sampling.as_dict(),
             "seed": self.seed,
             "device": self.device,
+            "precision": self.precision,
         }
 
     @cached_property
-    def pipeline(self) -> "DeeDSRPipeline":
-        return self.model.load(self.device)
+    def sampler(self) -> Sampler:
+        assert self.model is not None
+        assert self.sampling is not None
+        return Sampler(self.model, self.sampling, self.device, self.precision)
 
     def _sample(self, key: str, lr: np.ndarray) -> np.ndarray:
         """The model's picture. Its noise follows from the seed and the key, whatever else is evaluated."""
         import torch
 
+        from deedsr.sampling.images import to_tensors, to_uint8
+
         number = int(generator("evaluation", self.seed, key).integers(2**62))
-        noise = torch.Generator().manual_seed(number)
-        return np.asarray(self.pipeline(lr, generator=noise, **self.sampling.as_dict()).images[0])
+        return to_uint8(self.sampler(to_tensors(lr)[0], torch.Generator().manual_seed(number), key))
+
+
+def read_pixels(uri: str) -> np.ndarray:
+    """A picture file's pixels as stored, upright, uint8 RGB (H, W, 3): no colour profile is applied, as in the field's
+    tools. Raises RejectedImage for what metrics are not defined for, UsageError on a worker without the folder."""
+    storage, name = object_at(uri)
+    try:
+        data = storage.read(name)
+    except FileNotFoundError:
+        require_here(storage.uri)
+        raise RejectedImage(f"{name} is gone") from None
+    try:
+        stored = read_stored(data, others=True)
+        if stored.colour.dtype != np.uint8:
+            raise RejectedImage("16 bits a channel, and metrics are defined for 8: convert it first")
+        if stored.alpha is not None and stored.alpha.min() < 255:
+            raise RejectedImage("has transparency")
+        if stored.colour.ndim == 3 and stored.colour.shape[2] != 3:
+            raise RejectedImage("not RGB or grey")
+    except RejectedImage as reason:
+        raise RejectedImage(f"{name}: {reason}") from None
+    colour = stored.colour if stored.colour.ndim == 3 else np.repeat(stored.colour[..., None], 3, 2)
+    return upright(np.ascontiguousarray(colour), stored.orientation)
+
+
+def _size(hr: np.ndarray | None, lr: np.ndarray, model: Model | None) -> tuple[int, int]:
+    """Height and width of the enlarged LR."""
+    scale = model.description.scale if model else None
+    if hr is None:
+        assert scale is not None
+        return lr.shape[0] * scale, lr.shape[1] * scale
+    factor = scale or max(hr.shape[0] // lr.shape[0], 1)
+    if hr.shape != (lr.shape[0] * factor, lr.shape[1] * factor, 3):
+        times = f"{factor} times" if scale else "a whole multiple of"
+        raise RejectedImage(f"the reference is {_told(hr)}, not {times} the LR of {_told(lr)}")
+    return hr.shape[0], hr.shape[1]
+
+
+def _told(picture: np.ndarray) -> str:
+    return f"{picture.shape[1]}x{picture.shape[0]}"
 
 
 def _finite(value: float | None) -> float | None:
@@ -172,23 +247,27 @@ class State:
         )
         self._write(_RUN, {"evaluation": self.evaluation, "run_id": run_id})
 
-    def measured(self, keys: Iterable[str]) -> dict[str, Measured]:
-        """Those of the samples that an earlier command measured, with their pictures still there."""
+    def measured(self, parts: Iterable[Part]) -> dict[str, Measured]:
+        """Those of the parts that an earlier command measured, of the same files, whose pictures are still there."""
         there = {entry.path for entry in self.out.list(self._folder)}
-        known = [key for key in keys if self._place(key) in there]
+        known = [part for part in parts if self._place(part.key) in there]
         if not known:
             return {}
         pictures = {entry.path for entry in self.out.list(PICTURES)}
         with ThreadPoolExecutor(_THREADS) as threads:
-            found = dict(zip(known, threads.map(self._read, map(self._place, known)), strict=True))
+            found = threads.map(self._read, [self._place(part.key) for part in known])
         return {
-            key: Measured(stored["record"], _each(_restored, stored["features"]))
-            for key, stored in found.items()
-            if stored and pictures.issuperset(stored["record"]["pictures"].values())
+            part.key: Measured(
+                stored["record"], _each(_restored, stored["features"]), stored.get("rejected", ""), part.versions
+            )
+            for part, stored in zip(known, found, strict=True)
+            if stored
+            and tuple(stored.get("versions", ())) == part.versions
+            and pictures.issuperset(_own(stored["record"]["pictures"]).values())
         }
 
     def add(self, sample: Measured) -> None:
-        stored = {"record": sample.record, "features": _each(_plain, sample.features)}
+        stored = sample._asdict() | {"features": _each(_plain, sample.features)}
         self._write(self._place(sample.record["key"]), stored)
 
     def _place(self, key: str) -> str:
@@ -204,6 +283,16 @@ class State:
 
     def _write(self, path: str, value: Mapping[str, Any]) -> None:
         patiently(self.out.write, path, json.dumps(value).encode())
+
+
+def place_in(out: Storage, place: str) -> str:
+    """Location of a picture of a record."""
+    return f"{out.uri}/{place}" if place.startswith(f"{PICTURES}/") else place
+
+
+def _own(pictures: Mapping[str, str]) -> dict[str, str]:
+    """Those of a record's pictures that lie in the output."""
+    return {name: place for name, place in pictures.items() if place.startswith(f"{PICTURES}/")}
 
 
 def _each(change: Callable[[Old], New], features: Mapping[str, Mapping[str, Old]]) -> dict[str, dict[str, New]]:

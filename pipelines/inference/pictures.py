@@ -147,13 +147,12 @@ def holds_deep(format: str) -> bool:
     return format == "png"
 
 
-def require_fit(picture: Picture, format: str, scale: int) -> None:
-    """Raises DeeDSRError before the work where the format could not hold the result."""
+def require_fit(picture: Picture, format: str, side: int) -> None:
+    """Raises DeeDSRError before the work where the format could not hold the result, `side` pixels on the longer."""
     if format == "jpeg" and not picture.opaque:
         raise DeeDSRError("it has transparency, which JPEG cannot keep: choose --format png or webp")
     if format != "png" and not picture.space.known:
         raise DeeDSRError(f"no ICC profile describes its colours, and {format} stores only those: choose --format png")
-    side = scale * max(picture.pixels_HWC.shape[:2])
     if side > _LARGEST_SIDE[format]:
         raise DeeDSRError(
             f"its result has {side} pixels a side, and {format} at most {_LARGEST_SIDE[format]}: choose --format png"

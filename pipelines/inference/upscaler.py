@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
+import cv2
 import numpy as np
 
 from deedsr import __version__
@@ -23,6 +24,7 @@ from pipelines.inference.pictures import (
     read_picture,
     require_fit,
 )
+from pipelines.inference.sampler import Sampler, TooLarge
 from pipelines.models import Model, Precision
 from pipelines.placement import Device
 from pipelines.storage import Storage
@@ -30,12 +32,7 @@ from pipelines.storage.errors import not_shared
 from pipelines.storage.waiting import patiently
 
 if TYPE_CHECKING:
-    import torch
-
     from deedsr.hub.settings import SamplingSettings
-    from deedsr.sampling.pipeline import DeeDSRPipeline
-
-logger = logging.getLogger(__name__)
 
 
 class Input(NamedTuple):
@@ -50,12 +47,17 @@ class Input(NamedTuple):
         return f"{self.storage.uri.rstrip('/')}/{self.path}"
 
 
-class TooLarge(DeeDSRError):
-    """A picture does not fit into the memory of this machine."""
+class Resize(NamedTuple):
+    """Size of a result that is not the model's factor: `factor` times the input's, or the largest inside of `box`
+    (width, height) of its aspect ratio."""
 
-    def __init__(self, rgb_CHW: "torch.Tensor"):
-        height, width = rgb_CHW.shape[1:]
-        super().__init__(f"not enough memory to enlarge {width}x{height} pixels: cut it into parts, or lower --tile")
+    factor: float | None = None
+    box: tuple[int, int] | None = None
+
+    def of(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the result."""
+        factor = min(self.box[0] / width, self.box[1] / height) if self.box else self.factor or 1
+        return max(round(height * factor), 1), max(round(width * factor), 1)
 
 
 class Done(NamedTuple):
@@ -80,6 +82,7 @@ class Upscaler:
     out: Storage
     device: Device = "auto"  # see `pipelines.models.usable_device`
     precision: Precision = "auto"  # see `pipelines.models.Model.load`
+    resize: Resize | None = None  # None: the model's factor
     sentinel: str = ""  # a file that is in a local `out` meanwhile: a worker that does not see it has other disks
 
     def __call__(self, source: Input) -> Done:
@@ -96,11 +99,11 @@ class Upscaler:
             if not self.overwrite and self._is_there(source.target, format, mark, output):
                 return done(reused=True)
             picture = read_picture(data)
-            require_fit(picture, format, self._scale)
+            require_fit(picture, format, max(self._size(picture)))
         except DeeDSRError as error:
             return done(reason=str(error))
         waited = time.monotonic()
-        _ = self._pipeline  # loaded before the clock of the first picture goes on
+        _ = self._sampler.pipeline  # loaded before the clock of the first picture goes on
         began += time.monotonic() - waited
         try:
             enlarged = picture.enlarged(self._enlarge(picture, source.uri), deep=holds_deep(format) and picture.deep)
@@ -135,6 +138,8 @@ class Upscaler:
         }
         if self.precision != "auto":
             made_of["precision"] = self.precision
+        if self.resize:
+            made_of["resize"] = self.resize
         return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
 
     def _is_there(self, target: str, format: str, mark: str, output: str) -> bool:
@@ -148,47 +153,38 @@ class Upscaler:
             raise DeeDSRError(f"{output} exists and is no result of this command: choose another --out, or --overwrite")
         return found == mark
 
-    @cached_property
-    def _scale(self) -> int:
-        return self.model.description.scale
+    def _size(self, picture: Picture) -> tuple[int, int]:
+        """Height and width of the result."""
+        return (self.resize or Resize(self.model.description.scale)).of(*picture.pixels_HWC.shape[:2])
 
     @cached_property
-    def _pipeline(self) -> "DeeDSRPipeline":
-        return self.model.load(self.device, self.precision)
-
-    @cached_property
-    def _fp32_pipeline(self) -> "DeeDSRPipeline":
-        return self.model.load(self.device, "fp32")
+    def _sampler(self) -> Sampler:
+        return Sampler(self.model, self.sampling, self.device, self.precision)
 
     def _enlarge(self, picture: Picture, name: str) -> np.ndarray:
-        """float32 (3, scale H, scale W) in [0, 1]; anew in fp32 where half precision spoilt it."""
+        """float32 (3, H, W) in [0, 1], of the result's size: the model's result reduced by averaging areas.
+
+        The model's input is enlarged bicubically first where its factor is not enough, and reduced to the result's
+        size where that is smaller.
+        """
         import torch
 
-        rgb = torch.from_numpy(picture.rgb())
-        result = self._sampled(self._pipeline, rgb)
-        if self._pipeline.unet.dtype != torch.float32 and _is_spoilt(result, rgb):
-            logger.warning("%s: black or not finite in half precision, made again in fp32", name)
-            result = self._sampled(self._fp32_pipeline, rgb)
-        return result.numpy()
-
-    def _sampled(self, pipeline: "DeeDSRPipeline", rgb: "torch.Tensor") -> "torch.Tensor":
-        import torch
-
+        scale, sizes = self.model.description.scale, self._size(picture)
+        rgb_CHW = picture.rgb()
+        fitting = [min(max(have, -(-side // scale)), side) for have, side in zip(rgb_CHW.shape[1:], sizes, strict=True)]
         generator = torch.Generator().manual_seed(self.seed)
-        try:
-            result = pipeline(rgb, generator=generator, output_type="pt", **self.sampling.as_dict())
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise TooLarge(rgb) from error
-        except RuntimeError as error:  # what torch raises when the CPU's memory is short
-            if "not enough memory" in str(error) or "allocate memory" in str(error):
-                raise TooLarge(rgb) from error
-            raise
-        return result.images[0].cpu()
+        enlarged = self._sampler(torch.from_numpy(_resized(rgb_CHW, fitting)), generator, name)
+        return _resized(enlarged.numpy(), sizes)
 
 
-def _is_spoilt(result: "torch.Tensor", rgb: "torch.Tensor") -> bool:
-    """Whether half precision overflowed: a value is not finite, or all of it is black and the picture was not."""
-    return not bool(result.isfinite().all()) or bool(result.max() < 1 / 255 < rgb.max())
+def _resized(rgb_CHW: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """Reduced by areas or enlarged bicubically to (height, width), in [0, 1]; as it is where it has that size."""
+    height, width = sizes
+    if rgb_CHW.shape[1:] == (height, width):
+        return rgb_CHW
+    way = cv2.INTER_AREA if height * width < rgb_CHW[0].size else cv2.INTER_CUBIC
+    resized_HWC = cv2.resize(np.ascontiguousarray(rgb_CHW.transpose(1, 2, 0)), (width, height), interpolation=way)
+    return np.ascontiguousarray(resized_HWC.transpose(2, 0, 1)).clip(0, 1)
 
 
 def _read(source: Input) -> bytes:

@@ -1,6 +1,7 @@
 """Upscaling of pictures from anywhere to anywhere, here or on a cluster; a bad one does not stop the others."""
 
 import posixpath
+import re
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from deedsr.errors import UsageError
 from pipelines import cluster
 from pipelines.distribution import each, network_plan
 from pipelines.inference.pictures import EXTENSIONS, Format
-from pipelines.inference.upscaler import Done, Input, Upscaler
+from pipelines.inference.upscaler import Done, Input, Resize, Upscaler
 from pipelines.models import Model, Precision
 from pipelines.placement import Device, place_networks
 from pipelines.storage import Storage, is_hidden, leads_out, object_at, open_storage, waiting
@@ -51,6 +52,8 @@ def upscale(
     base: str | None = None,
     format: Format = "png",
     quality: int = 95,
+    factor: float | None = None,
+    size: str | None = None,
     overwrite: bool = False,
     ray: bool = False,
     workers: int | None = None,
@@ -70,6 +73,8 @@ def upscale(
         base: where the model's base lies: folder, URI or hub id; None = where the model says.
         format: of the results; `same` = the input's own if that is PNG, JPEG or WebP, else PNG.
         quality: of JPEG and WebP, 1 to 100.
+        factor: how much larger results are than their inputs, 1 or more; None = the model's factor.
+        size: `WIDTHxHEIGHT`: results are as large as fits into it, with the aspect ratio of their inputs.
         overwrite: make every result anew and replace whatever lies in its place, inputs excepted. Otherwise a result
             of the same picture, model and settings is reused, another result of this command is replaced, and a
             picture whose place is taken by anything else is in `failed`.
@@ -94,10 +99,11 @@ def upscale(
     pictures = find_inputs(inputs, target, format)
     found = Model.find(model, base)
     settings = found.description.sampling.chosen(num_inference_steps=steps, **sampling)
+    resize = None if factor == found.description.scale else resized(factor, size)
     if not ray:
         place_networks(cluster.this_machine(), device, 1, "upscale")
     _ = found.digest  # an error of the model or its base is one of the command, not of every picture
-    work = Upscaler(found, settings, seed, quality, overwrite, target, device, precision)
+    work = Upscaler(found, settings, seed, quality, overwrite, target, device, precision, resize)
     target.require_writable()
 
     reasons = conflicts(pictures, target)
@@ -118,6 +124,20 @@ def upscale(
         result.images.append(Upscaled(input=done.input, output=done.output, seconds=done.seconds, reused=done.reused))
         result.reused += done.reused
     return result
+
+
+def resized(factor: float | None, size: str | None) -> Resize | None:
+    """What `--factor` and `--size` ask for. Raises UsageError for both, and for a size that is none."""
+    if factor is not None and size is not None:
+        raise UsageError("--factor and --size: give one of them")
+    if factor is not None and factor < 1:
+        raise UsageError(f"--factor must be 1 or more, got {factor:g}")
+    if size is None:
+        return Resize(factor) if factor is not None else None
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size)
+    if match is None:
+        raise UsageError(f"--size must be WIDTHxHEIGHT in pixels, such as 2048x1536, got {size}")
+    return Resize(box=(int(match[1]), int(match[2])))
 
 
 def _on_cluster(work: Upscaler, pictures: list[Input], workers: int | None) -> Iterator[Done]:

@@ -122,10 +122,11 @@ def picture_name(source: str, key: str) -> str:
     return f"{stem[:60]}-{key[:6]}{key[-3:]}"
 
 
-def strip(title: str, lr: np.ndarray, others: Mapping[str, np.ndarray]) -> np.ndarray:
+def strip(title: str, lr: np.ndarray | None, others: Mapping[str, np.ndarray]) -> np.ndarray:
     """One labelled picture: the LR with its pixels as squares beside the others, which have one size; a title above."""
     height, width = next(iter(others.values())).shape[:2]
-    columns = {"LR": cv2.resize(lr, (width, height), interpolation=cv2.INTER_NEAREST)} | dict(others)
+    squares = {} if lr is None else {"LR": cv2.resize(lr, (width, height), interpolation=cv2.INTER_NEAREST)}
+    columns = squares | dict(others)
     labelled = [np.concatenate([_caption(name, width), picture]) for name, picture in columns.items()]
     return np.concatenate([_caption(title, width * len(columns)), np.concatenate(labelled, axis=1)])
 

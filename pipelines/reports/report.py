@@ -20,17 +20,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import cv2
+import numpy as np
 
 from deedsr.errors import DeeDSRError
 from deedsr.metrics.registry import known
 from pipelines.reports.charts import Curve, draw
 from pipelines.reports.page import data_uri, read_picture, write_page
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    Picture = np.ndarray | str | Path  # uint8 HWC RGB, or a file
+Picture = np.ndarray | str | Path  # uint8 HWC RGB, or a file
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,9 @@ def evaluation_of(results: Mapping[str, Mapping[str, Any]], note: str = "") -> E
             raise DeeDSRError(
                 f"figures of different definitions of {name} cannot share a table ({told}): evaluate again"
             )
-    metrics = {"Bicubic": next(iter(results.values()))["metrics"]["bicubic"]}
-    metrics |= {label: found["metrics"]["model"] for label, found in results.items()}
+    figures = {"Bicubic": next(iter(results.values()))["metrics"]["bicubic"]}
+    figures |= {label: found["metrics"]["model"] for label, found in results.items()}
+    metrics = {label: {name: one["mean"] for name, one in found.items()} for label, found in figures.items()}
     return Evaluation(digest, len(keys), metrics, note)
 
 
@@ -102,8 +103,8 @@ class ShardSample:
     """A training pair and `degradation`: the values drawn for it, as in `KEY.json`."""
 
     key: str
-    lr: "Picture"
-    hr: "Picture"
+    lr: Picture
+    hr: Picture
     degradation: Mapping[str, Any]
 
 
@@ -111,14 +112,16 @@ class ShardSample:
 class PictureSet:
     """One scene in several versions, by label, from worst to best; all of one aspect ratio.
 
-    The slider first shows the second version (bicubic) against `shown`, by default the last one that is not HR.
+    The slider first shows `against`, by default the second version (bicubic), against `shown`, by default the last one
+    that is not HR.
     `figures[label]` is one line under a version, such as `24.1 dB`.
     """
 
     title: str
-    versions: Mapping[str, "Picture"]
+    versions: Mapping[str, Picture]
     note: str = ""
     shown: str = ""
+    against: str = ""
     figures: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -213,7 +216,7 @@ def picture_view(picture: PictureSet) -> dict[str, Any]:
         "width": width,
         "height": height,
         "focus": busiest_spot(arrays[labels[-1]]),
-        "left": labels[1] if len(labels) > 2 else labels[0],
+        "left": picture.against or (labels[1] if len(labels) > 2 else labels[0]),
         "right": picture.shown or candidates[-1],
         "versions": [
             {
@@ -227,11 +230,8 @@ def picture_view(picture: PictureSet) -> dict[str, Any]:
     }
 
 
-def busiest_spot(image_HWC: "np.ndarray") -> tuple[float, float]:
+def busiest_spot(image_HWC: np.ndarray) -> tuple[float, float]:
     """Centre (x, y as shares of the sides) of the window, a third of the picture wide, with the most fine detail."""
-    import cv2
-    import numpy as np
-
     gray = cv2.cvtColor(image_HWC, cv2.COLOR_RGB2GRAY).astype(np.float32)
     height, width = gray.shape
     window = (max(1, width // 3), max(1, height // 3))

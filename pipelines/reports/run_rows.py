@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 from deedsr.errors import DeeDSRError
+from deedsr.metrics.intervals import differences
 from pipelines.tracking import EXPERIMENTS
 from pipelines.tracking.description import PLACES, active_seconds
 from pipelines.tracking.provenance import COMMIT_TAG, DIGEST_TAG, DIRTY_TAG
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from mlflow.entities import Run as StoredRun
 
 MAX_PAIRED = 8  # runs of a group whose samples are compared one by one
-CONFIDENCE = 0.95
 DEFINITION_PREFIX = "definitions."  # of the parameters that say how an evaluation's metrics are defined
 DEFINED = ", definition"  # behind a metric's name: the definitions themselves are among the settings that differ
 DATA, COMMIT = "data", "commit"  # among what differs, beside the options
@@ -35,7 +35,7 @@ Result = TypeVar("Result")
 
 
 class Interval(TypedDict):
-    """Mean difference to the first run of the group over the samples that both measured, and its 95 % interval."""
+    """Mean difference to the first run of the group over the samples that both measured, with its 95 % interval."""
 
     difference: float
     low: float
@@ -272,23 +272,15 @@ def _add_intervals(client: "MlflowClient", rows: list[RunRow]) -> None:
     first, *others = in_threads(lambda run: samples_of(client, run["run_id"]), rows[:MAX_PAIRED])
     for row, samples in zip(rows[1:], others, strict=False):
         for name in rows[0]["metrics"].keys() & row["metrics"].keys():
-            if not name.startswith("model.") or DEFINED in name:
-                continue
             metric = name.removeprefix("model.")
             pairs = [(samples[key].get(metric), first[key].get(metric)) for key in samples.keys() & first.keys()]
-            differences = [ours - best for ours, best in pairs if ours is not None and best is not None]
-            if len(differences) > 1:
-                row["against_best"][name] = interval(differences)
-
-
-def interval(differences: Sequence[float]) -> Interval:
-    """Mean of paired differences with Student's interval."""
-    import numpy as np
-    from scipy.special import stdtrit  # quantile of Student's t; scipy.stats takes a second to import
-
-    mean, count = float(np.mean(differences)), len(differences)
-    reach = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2) * np.std(differences, ddof=1) / np.sqrt(count))
-    return Interval(difference=mean, low=mean - reach, high=mean + reach, samples=count)
+            known = [pair for pair in pairs if None not in pair]
+            if len(known) > 1 and name.startswith("model.") and DEFINED not in name:
+                ours, best = zip(*known, strict=True)
+                (found,) = differences(metric, {"ours": ours, "best": best}, bool(higher_is_better(name)))
+                row["against_best"][name] = Interval(
+                    difference=found.mean, low=found.low, high=found.high, samples=len(known)
+                )
 
 
 def samples_of(client: "MlflowClient", run_id: str) -> dict[str, dict[str, float | None]]:
@@ -297,4 +289,4 @@ def samples_of(client: "MlflowClient", run_id: str) -> dict[str, dict[str, float
         results = json.loads(artifact_text(f"runs:/{run_id}/results.json", client))
     except (DeeDSRError, ValueError):
         return {}
-    return {sample["key"]: sample["metrics"]["model"] for sample in results["samples"]}
+    return {sample["key"]: sample["metrics"].get("model", {}) for sample in results["samples"]}

@@ -2,7 +2,7 @@
 
 from pipelines.shards.estimate import Estimate, estimate
 from pipelines.shards.garbage import Garbage, HeldBack, collect_garbage
-from pipelines.shards.generate import ShardsResult, export_pairs, generate, regenerate
+from pipelines.shards.generate import ShardsResult, generate, hr_job, join_job, run_job
 from pipelines.shards.verify import VerifyResult, verify
 
 __all__ = [
@@ -13,8 +13,9 @@ __all__ = [
     "VerifyResult",
     "collect_garbage",
     "estimate",
-    "export_pairs",
     "generate",
-    "regenerate",
+    "hr_job",
+    "join_job",
+    "run_job",
     "verify",
 ]

@@ -94,7 +94,6 @@ def assemble(
             files=hashes,
             hr_from=hr_from,
             latents=latents,
-            shards=(),
         )
         with whole.open("wb") as file, entries.open() as shards:
             file.writelines(manifest.json_lines(line.rstrip("\n") for line in shards))

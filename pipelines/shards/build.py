@@ -1,6 +1,7 @@
 """One shard from its plan: of sources, or of the samples of another dataset. A pure function of the plan."""
 
 import hashlib
+import io
 import logging
 import math
 import multiprocessing
@@ -12,16 +13,15 @@ from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import BinaryIO, NamedTuple
 
-import numpy as np
 import pyarrow.parquet
 
 from deedsr.dataset.manifest import STATE
-from deedsr.dataset.members import decode_stored
 from deedsr.dataset.pictures import RejectedImage
 from deedsr.dataset.recipe import Recipe
 from deedsr.degradation.chain import prepare_worker
 from deedsr.errors import DeeDSRError
-from pipelines.shards.pieces import in_order
+from pipelines.data.dataset import decode_member, read_member
+from pipelines.shards.execute import in_order
 from pipelines.shards.plan import ShardPlan
 from pipelines.shards.samples import Crop, Draft, Drafts, Row, Share, degraded, rejection, samples_of
 from pipelines.shards.shard import ShardRecord, shard_draft
@@ -30,7 +30,7 @@ from pipelines.storage import Storage
 
 logger = logging.getLogger(__name__)
 ATTEMPTS = f"{STATE}/attempts"
-_LIVES = 2  # processes that a source may kill before it is left out
+_ATTEMPTS = 2  # processes that a source may kill before it is left out
 _DECODING = 2  # cost of reading and decoding a source, in samples; each piece of a source does it again
 
 
@@ -107,7 +107,7 @@ def _cuts(sources: tuple[Source, ...], recipe: Recipe, cpus: int) -> list[int]:
 
 @contextmanager
 def _guarded(samples: MakeSamples) -> Iterator[MakeSamples]:
-    """`samples` in a separate process, for a shard one of whose sources may have killed a worker.
+    """Runs `samples` in a separate process, for a shard that may have killed its worker before.
 
     A source is left out only if that process dies, so that workers killed from outside lose no source.
     """
@@ -115,7 +115,7 @@ def _guarded(samples: MakeSamples) -> Iterator[MakeSamples]:
 
     def make(source: Source, data: bytes, lr_data: bytes | None, recipe: Recipe, share: Share) -> Drafts:
         nonlocal pool
-        for _ in range(_LIVES):
+        for _ in range(_ATTEMPTS):
             pool = pool or ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=prepare_worker)
             try:
                 return pool.submit(samples, source, data, lr_data, recipe, share).result()
@@ -186,38 +186,30 @@ class FromHR:
         for row in rows_of(plan.origin, self.hr, self.index):
             rows.setdefault(row["content"], row)  # its variants hold the same HR
         wanted = [(row, variant) for row in rows.values() for variant in range(self.recipe.variants_of(row["source"]))]
-        with shard_draft(plan) as draft, Tars(self.hr) as tars:
-            here = lambda some: list(self._samples(some, tars))
-            for samples in in_order(self._make, _pieces(wanted, cpus), cpus, here=here):
+        size = -(-len(wanted) // (cpus * _PIECES_PER_CPU))
+        pieces = (wanted[start : start + size] for start in range(0, len(wanted), size))
+        with shard_draft(plan) as draft:
+            for samples in in_order(self._make, pieces, cpus):
                 for sample, uri in samples:
                     draft.add(sample, uri)
             return draft.commit(out)
 
-    def _make(self, wanted: list["Wanted"]) -> list[tuple[Draft, str]]:
+    def _make(self, wanted: list[tuple[Row, int]]) -> list[tuple[Draft, str]]:
+        """Samples, each with where its source lies. `wanted`: rows with the HR, and a variant of each."""
+        made = []
         with Tars(self.hr) as tars:
-            return list(self._samples(wanted, tars))
-
-    def _samples(self, wanted: list["Wanted"], tars: "Tars") -> Iterator[tuple[Draft, str]]:
-        """Each with where its source lies."""
-        for _, group in groupby(wanted, key=lambda sample: sample[0]["content"]):
-            variants = list(group)
-            row = variants[0][0]
-            place = [row[name] for name in ("top", "left", "height", "width")]
-            crop = Crop(
-                row["content"], row["root"], row["source"], row["source_sha256"], place, row["flip"], row["rotate"]
-            )
-            hr = decoded(tars.read(row["hr_shard"], row["hr_offset"], row["hr_size"]), row, self.hr)
-            where = {name: row[name] for name in ("hr_shard", "hr_ext", "hr_offset", "hr_size")}
-            for sample in degraded(crop, hr, self.recipe, (variant for _, variant in variants)):
-                yield Draft(sample.members, sample.row | where), row["source_uri"]
-
-
-Wanted = tuple[Row, int]  # a row with the HR, and one of its variants
-
-
-def _pieces(wanted: list[Wanted], cpus: int) -> Iterator[list[Wanted]]:
-    size = -(-len(wanted) // (cpus * _PIECES_PER_CPU))
-    return (wanted[start : start + size] for start in range(0, len(wanted), size))
+            for _, group in groupby(wanted, key=lambda sample: sample[0]["content"]):
+                variants = list(group)
+                row = variants[0][0]
+                place = [row[name] for name in ("top", "left", "height", "width")]
+                crop = Crop(
+                    row["content"], row["root"], row["source"], row["source_sha256"], place, row["flip"], row["rotate"]
+                )
+                hr = decode_member(member_of(tars, row, "hr"), row["key"], self.hr.uri)
+                where = {name: row[name] for name in ("hr_shard", "hr_ext", "hr_offset", "hr_size")}
+                for sample in degraded(crop, hr, self.recipe, (variant for _, variant in variants)):
+                    made.append((Draft(sample.members, sample.row | where), row["source_uri"]))
+        return made
 
 
 @dataclass(frozen=True)
@@ -231,9 +223,7 @@ class Joined:
     def build(self, plan: ShardPlan, out: Storage, cpus: int = 1) -> ShardRecord:
         with shard_draft(plan) as draft, Tars(self.hr) as hrs, Tars(self.lr) as lrs:
             for row in rows_of(plan.origin, self.lr, self.index):
-                members = {"hr": hrs.read(row["hr_shard"], row["hr_offset"], row["hr_size"])}
-                for name in ("lr", "json"):
-                    members[name] = lrs.read(row["shard"], row[f"{name}_offset"], row[f"{name}_size"])
+                members = {name: member_of(hrs if name == "hr" else lrs, row, name) for name in ("hr", "lr", "json")}
                 draft.add(Draft(members, {k: v for k, v in row.items() if k not in PLACES}), row["source_uri"])
             return draft.commit(out)
 
@@ -245,41 +235,28 @@ def rows_of(shard: str, storage: Storage, index: str) -> Iterator[Row]:
 
 
 class Tars:
-    """Reads members of tars, which stay open: those of a shard lie in few tars, one after the other."""
+    """Reads parts of tars, which stay open: those of a shard lie in few tars, one after the other."""
 
     def __init__(self, storage: Storage):
-        self._storage = storage
-        self._name = ""
-        self._file: BinaryIO | None = None
+        self.uri = storage.uri
+        self._storage, self._name = storage, ""
+        self._file: BinaryIO = io.BytesIO()
 
     def __enter__(self) -> "Tars":
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._file:
+        self._file.close()
+
+    def read_range(self, path: str, offset: int, size: int) -> bytes:
+        if path != self._name:
+            file = self._storage.open(path)
             self._file.close()
-
-    def read(self, name: str, offset: int, size: int) -> bytes:
-        """Raises DeeDSRError if the tar is gone or ends before."""
-        if name != self._name or self._file is None:
-            if self._file:
-                self._file.close()
-            try:
-                self._name, self._file = name, self._storage.open(name)
-            except FileNotFoundError:
-                raise DeeDSRError(
-                    f"{self._storage.uri}/{name} is missing: run `deedsr verify {self._storage.uri}`"
-                ) from None
+            self._file, self._name = file, path
         self._file.seek(offset)
-        data = self._file.read(size)
-        if len(data) != size:
-            raise DeeDSRError(f"{self._storage.uri}/{name} is cut off: run `deedsr verify {self._storage.uri}`")
-        return data
+        return self._file.read(size)
 
 
-def decoded(data: bytes, row: Row, storage: Storage) -> np.ndarray:
-    """The image in a member of a sample. Raises DeeDSRError for a damaged one."""
-    try:
-        return decode_stored(data)
-    except ValueError:
-        raise DeeDSRError(f"{storage.uri}: sample {row['key']} is damaged: run `deedsr verify {storage.uri}`") from None
+def member_of(tars: Tars, row: Row, name: str) -> bytes:
+    """A member of a sample: `hr`, `lr` or `json`."""
+    return read_member(tars, row["hr_shard" if name == "hr" else "shard"], row[f"{name}_offset"], row[f"{name}_size"])

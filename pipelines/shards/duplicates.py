@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, groupby, islice
-from typing import IO, NamedTuple
+from typing import IO
 
 import numpy as np
 from tqdm import tqdm
@@ -26,9 +26,9 @@ def mark_duplicates(sources: Iterable[Source], workers: int | None, progress: bo
     """The same sources in the same order; of those with equal content, all but the first by (root, path) are marked.
 
     Content is the bytes of the file, and for a real pair those of its LR partner as well. What cannot be read is no
-    duplicate. `workers`: tasks at a time, None for every CPU of the cluster; a few sources are read right here. Held
-    are 16 bytes for each source, and one name for each content that there is twice. Raises what listing and reading
-    raise, DeeDSRError if the cluster fails.
+    duplicate. `workers`: tasks at a time, None for every CPU of the cluster; a few sources are read right here. Memory:
+    16 bytes per source and a name per duplicated content. Raises what listing and reading raise, DeeDSRError if the
+    cluster fails.
     """
     with tempfile.TemporaryFile(prefix="deedsr-sources-") as listing:
         count = 0
@@ -37,61 +37,42 @@ def mark_duplicates(sources: Iterable[Source], workers: int | None, progress: bo
             count += 1
         contents = _contents(listing, count, workers, progress)
         first: dict[int, tuple[int, str, int]] = {}
-        for number, source in enumerate(_sources(listing)):
+        for number, source in enumerate(_sources(_lines(listing))):
             if (content := int(contents[number])) >= 0:
                 here = (source.root, source.path, number)
                 first[content] = min(first.get(content, here), here)
-        for number, source in enumerate(_sources(listing)):
+        for number, source in enumerate(_sources(_lines(listing))):
             content = int(contents[number])
             yield source._replace(duplicate=content >= 0 and first[content][2] != number)
 
 
-def _sources(listing: IO[bytes]) -> Iterator[Source]:
+def _lines(listing: IO[bytes]) -> IO[bytes]:
     listing.seek(0)
-    return (Source(*json.loads(line)) for line in listing)
+    return listing
+
+
+def _sources(lines: Iterable[bytes]) -> Iterator[Source]:
+    return (Source(*json.loads(line)) for line in lines)
 
 
 def _contents(listing: IO[bytes], count: int, workers: int | None, progress: bool) -> np.ndarray:
     """For each source the number of its content, int64; -1 for what no other source holds, or cannot be read."""
-    hashes = np.zeros((count, _HASH), np.uint8)
-    read = np.zeros(count, bool)
-    chunks = _chunks(listing)
+    hashes = np.zeros(count, f"S{_HASH}")
+    lines = _lines(listing)
+    chunks = ((start, list(islice(lines, _CHUNK))) for start in range(0, count, _CHUNK))
+    few = count <= _FEW
     with tqdm(total=count, unit="source", desc="duplicates", disable=not progress, leave=False) as bar:
-        for start, found in chain.from_iterable(map(_hashed, chunks)) if count <= _FEW else _on_ray(chunks, workers):
-            for source, hash in enumerate(found, start):
-                if hash is not None:
-                    read[source], hashes[source] = True, np.frombuffer(hash, np.uint8)
+        for start, found in chain.from_iterable(map(_hashed, chunks)) if few else _on_ray(chunks, workers):
+            hashes[start : start + len(found)] = found
             bar.update(len(found))
-    contents = np.full(count, -1, np.int64)
-    if read.any():
-        _, number, occurrences = np.unique(hashes[read], axis=0, return_inverse=True, return_counts=True)
-        contents[read] = np.where(occurrences[number] > 1, number, -1)
-    return contents
+    _, number, occurrences = np.unique(hashes, return_inverse=True, return_counts=True)
+    return np.where((hashes != b"") & (occurrences[number] > 1), number, -1)
 
 
-class _Chunk(NamedTuple):
-    """A part of the listing, with the number of its first source."""
-
-    start: int
-    lines: list[bytes]
+Chunk = tuple[int, list[bytes]]  # number of its first source; the lines of some sources, or their hashes
 
 
-class _Hashes(NamedTuple):
-    """Those of the sources of a chunk; None for what cannot be read."""
-
-    start: int
-    found: list[bytes | None]
-
-
-def _chunks(listing: IO[bytes]) -> Iterator[_Chunk]:
-    listing.seek(0)
-    start = 0
-    while lines := list(islice(listing, _CHUNK)):
-        yield _Chunk(start, lines)
-        start += len(lines)
-
-
-def _on_ray(chunks: Iterator[_Chunk], workers: int | None) -> Iterator[_Hashes]:
+def _on_ray(chunks: Iterator[Chunk], workers: int | None) -> Iterator[Chunk]:
     while window := list(islice(chunks, _WINDOW)):
         yield from distribute(
             _hashed,
@@ -102,20 +83,21 @@ def _on_ray(chunks: Iterator[_Chunk], workers: int | None) -> Iterator[_Hashes]:
         )
 
 
-def _hashed(chunk: _Chunk) -> Iterator[_Hashes]:
-    sources = [Source(*json.loads(line)) for line in chunk.lines]
+def _hashed(chunk: Chunk) -> Iterator[Chunk]:
+    start, lines = chunk
     # What lies in one container is read in its order, by one thread.
-    runs = [list(run) for _, run in groupby(sources, key=lambda source: (source.root, source.container or source.path))]
+    container = lambda source: (source.root, source.container or source.path)
+    runs = [list(run) for _, run in groupby(_sources(lines), key=container)]
     with ThreadPoolExecutor(_THREADS) as threads:
-        yield _Hashes(chunk.start, [hash for run in threads.map(lambda run: [*map(_hash, run)], runs) for hash in run])
+        yield start, [hash for run in threads.map(lambda run: [*map(_hash, run)], runs) for hash in run]
 
 
-def _hash(source: Source) -> bytes | None:
-    """None for what cannot be read."""
+def _hash(source: Source) -> bytes:
+    """Empty for what cannot be read."""
     try:
         data, lr_data = read_source(source)
     except (FileNotFoundError, RejectedImage):
-        return None
+        return b""
     hash = hashlib.sha256(data)
     if lr_data is not None:
         hash.update(hashlib.sha256(lr_data).digest())

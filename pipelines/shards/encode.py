@@ -11,31 +11,26 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from deedsr.dataset.manifest import LatentsSource
 from deedsr.dataset.members import LATENTS_EXTENSION, Latents, pack
 from deedsr.errors import DeeDSRError, UsageError
+from deedsr.hub.model_folder import load_part
 from deedsr.hub.weights import part_digest
-from pipelines.data.dataset import Dataset, relative_place
+from pipelines.data.dataset import Dataset, decode_member, relative_place
 from pipelines.data.index import require_hr
 from pipelines.distribution import network_plan
 from pipelines.models import Base, Learner, usable_device
 from pipelines.placement import Device
-from pipelines.shards.build import PLACES, Tars, decoded, rows_of, shard_draft
-from pipelines.shards.generate import ShardsResult, index_of, run_job
-from pipelines.shards.plan import ShardPlan, derived_plan
+from pipelines.shards.build import PLACES, Tars, member_of, rows_of, shard_draft
+from pipelines.shards.generate import Job, ShardsResult, derived_plans, index_of, run_job
+from pipelines.shards.plan import ShardPlan
 from pipelines.shards.samples import Draft, Row
 from pipelines.shards.shard import LATENTS_COLUMNS, ShardRecord
 from pipelines.storage import Storage, open_storage
-
-if TYPE_CHECKING:
-    import torch
-    from diffusers import AutoencoderKL
-
-    from deedsr.learner.resnet import DegradationLearner
 
 Precision = Literal["fp32", "bf16"]
 _VERSION = 1  # of what a shard of latents holds: another one is other work
@@ -53,13 +48,24 @@ def make_latents(
     device: Device = "auto",
     progress: bool = True,
 ) -> ShardsResult:
-    """Makes or completes the dataset `out`: latents of the dataset `data` by the VAE of `base`, and the vectors of
-    `learner`; without one the LR images are kept instead.
+    """Makes or completes the dataset `out` of `latents_job`.
 
     `workers`: actors at a time, None = on every GPU, or every CPU where the device is the CPU. `device`: see
     `pipelines.placement.place_networks`. Shards of the same pixels and networks are reused. Raises UsageError for what
     cannot be used, DeeDSRError if the work failed; what was committed stays, and the same call continues from there.
     """
+    job = latents_job(data, base, learner, out, precision, batch_size)
+    assert isinstance(job.work, FromPixels)
+    job.out.require_writable()
+    plan = network_plan("latents", device, workers)
+    return run_job(replace(job, work=replace(job.work, device=plan.device)), plan.workers, progress, actors=plan)
+
+
+def latents_job(
+    data: str, base: Base, learner: Learner | None, out: str, precision: Precision = "fp32", batch_size: int = 8
+) -> Job:
+    """Latents of the dataset `data` by the VAE of `base`, and the vectors of `learner`; without one the LR images are
+    kept instead."""
     dataset = Dataset.open(data).require_pixels("--data")
     storage = open_storage(out)
     if storage.uri == dataset.uri:
@@ -70,25 +76,12 @@ def make_latents(
         replace(source, dataset="", uri=""), dataset.storage, index_of(dataset), dataset.hr_dataset().storage, base,
         learner, dataset.scale, batch_size,
     )  # fmt: skip
-    storage.require_writable()
-    plan = network_plan("latents", device, workers)
-    work = replace(work, device=plan.device)
-    return run_job(
-        lambda: (derived_plan(shard, work.name) for shard in dataset.manifest.shards),
-        work,
-        storage,
-        dataset.recipe,
-        plan.workers,
-        progress,
-        made_of=dataset,
-        latents=replace(source, uri=relative_place(dataset.uri, storage.uri)),
-        actors=plan,
-    )
+    latents = replace(source, uri=relative_place(dataset.uri, storage.uri))
+    return Job(derived_plans(dataset, work.name), work, storage, dataset.recipe, dataset, latents=latents)
 
 
 def latents_source(dataset: Dataset, base: Base, learner: Learner | None, precision: Precision) -> LatentsSource:
     """What the latents of a dataset would be made of. Raises UsageError where the VAE cannot take the HR images."""
-    from deedsr.hub.model_folder import load_part
     from deedsr.sampling.autoencoder import downsampling_factor
 
     vae = load_part(base.path, "vae")
@@ -121,7 +114,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class FromPixels:
-    """Shard work. `source` without what says which dataset; `hr`: where the HR images lie; `index`: path of the
+    """Shard work. `source` without digest and place of the dataset; `hr`: where the HR images lie; `index`: path of the
     `samples.parquet` of `pixels`."""
 
     source: LatentsSource
@@ -141,7 +134,7 @@ class FromPixels:
 
     @cached_property
     def _networks(self) -> "Networks":
-        return Networks.load(self.base, self.learner, self.source, self.device)
+        return Networks(self.base, self.learner, self.source, self.device)
 
     def build(self, plan: ShardPlan, out: Storage, cpus: int = 1) -> ShardRecord:
         with shard_draft(plan, LATENTS_COLUMNS) as draft, ThreadPoolExecutor(1) as reader:
@@ -159,9 +152,9 @@ class FromPixels:
             lrs = stack.enter_context(Tars(self.pixels))
             hrs = lrs if self.hr.uri == self.pixels.uri else stack.enter_context(Tars(self.hr))
             for row in rows_of(plan.origin, self.pixels, self.index):
-                hr = hrs.read(row["hr_shard"], row["hr_offset"], row["hr_size"])
-                lr, info = (lrs.read(row["shard"], row[f"{m}_offset"], row[f"{m}_size"]) for m in ("lr", "json"))
-                yield Pair(row, lr, info, decoded(hr, row, self.pixels), decoded(lr, row, self.pixels))
+                lr = member_of(lrs, row, "lr")
+                hr, pixels = (decode_member(data, row["key"], lrs.uri) for data in (member_of(hrs, row, "hr"), lr))
+                yield Pair(row, lr, member_of(lrs, row, "json"), hr, pixels)
 
     def _draft(self, pair: Pair, latents: Latents) -> Draft:
         try:
@@ -173,32 +166,25 @@ class FromPixels:
         return Draft({"latents": packed, **kept, "json": pair.info}, row | {"latents_ext": LATENTS_EXTENSION})
 
 
-@dataclass(frozen=True)
 class Networks:
-    """Frozen networks on one device."""
+    """Frozen networks on one device. Raises DeeDSRError if those found on this node are not those of `source`."""
 
-    vae: "AutoencoderKL"
-    learner: "DegradationLearner | None"
-    device: "torch.device"
-
-    @classmethod
-    def load(cls, base: Base, learner: Learner | None, source: LatentsSource, device_type: str) -> "Networks":
-        """Raises DeeDSRError if the networks found on this node are not those of `source`."""
+    def __init__(self, base: Base, learner: Learner | None, source: LatentsSource, device: str):
         import torch
 
         from deedsr.adapter.adapter import freeze
-        from deedsr.hub.model_folder import load_part
         from deedsr.learner.resnet import DegradationLearner
 
-        device = usable_device(device_type)
+        self.device = usable_device(device)
         _require_same("base", base, part_digest(base.path / "vae"), source.vae)
         dtype = torch.bfloat16 if source.precision == "bf16" else torch.float32
-        vae = freeze(load_part(base.path, "vae", torch_dtype=dtype)).to(device, memory_format=torch.channels_last)
-        if learner is None:
-            return cls(vae, None, device)
-        _require_same("learner", learner, learner.digest, source.learner)
-        loaded = DegradationLearner.from_pretrained(learner.path, low_cpu_mem_usage=False)
-        return cls(vae, freeze(loaded).to(device), device)
+        vae = freeze(load_part(base.path, "vae", torch_dtype=dtype))
+        self.vae = vae.to(self.device, memory_format=torch.channels_last)
+        self.learner = None
+        if learner is not None:
+            _require_same("learner", learner, learner.digest, source.learner)
+            loaded = DegradationLearner.from_pretrained(learner.path, low_cpu_mem_usage=False)
+            self.learner = freeze(loaded).to(self.device)
 
     def encode(self, pairs: tuple[Pair, ...], scale: int) -> list[Latents]:
         """Means and deviations of HR and enlarged LR, and the vectors of the LR."""

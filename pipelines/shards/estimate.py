@@ -5,6 +5,8 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import NamedTuple
 
 import cv2
 from tqdm import tqdm
@@ -14,7 +16,7 @@ from deedsr.dataset.pictures import RejectedImage
 from deedsr.dataset.recipe import Recipe
 from pipelines.machine import this_machine
 from pipelines.reports.page import bytes_text, count_text, duration_text
-from pipelines.shards.listing import list_pairs, list_sources
+from pipelines.shards.listing import listed
 from pipelines.shards.plan import ShardPlan, plan_shards
 from pipelines.shards.samples import samples_of
 from pipelines.shards.shard import Inventory
@@ -84,30 +86,23 @@ def estimate(
     """
     inventory = Inventory.of(open_storage(out))
     count = _Count()
-    listing = list_pairs(sources, pairs, recipe.scale) if pairs else list_sources(sources)
-    plans = tqdm(plan_shards(listing, recipe), unit="shard", desc="plan", disable=not progress, leave=False)
-    probed = _chosen(count.missing(plans, inventory), recipe)
-    probe = _Probe()
-    for source in tqdm(probed, unit="source", desc="probe", disable=not progress, leave=False):
-        probe.measure(source, recipe)
-        if probe.seconds > _PROBE_SECONDS:
-            break
-    each = len(probe.samples) or 1
-    mean = sum(probe.samples) / each
-    variance = sum((n - mean) ** 2 for n in probe.samples) / max(1, each - 1)
-    samples = mean * count.sources_to_make
-    per_second = sum(probe.samples) / probe.seconds if probe.seconds else 0.0
+    listing = plan_shards(listed(sources, pairs, recipe.scale), recipe)
+    plans = tqdm(listing, unit="shard", desc="plan", disable=not progress, leave=False)
+    probed = _probed(_chosen(count.missing(plans, inventory), recipe), recipe, progress)
+    made, sizes, durations = zip(*probed, strict=True) if probed else ((0,), (0,), (0.0,))
+    deviation = stdev(made) / math.sqrt(len(made)) if len(made) > 1 else 0.0
+    per_second = sum(made) / sum(durations) if probed else 0.0
     cores = cores or this_machine().cpus
-    seconds = probe.seconds / each * count.sources_of_a_core(cores * nodes)
+    seconds = mean(durations) * count.sources_of_a_core(cores * nodes)
     return Estimate(
         sources=count.sources,
         shards=count.shards,
         shards_to_make=count.shards_to_make,
-        samples=round(samples),
-        samples_error=round(count.sources_to_make * math.sqrt(variance / each)),
+        samples=round(mean(made) * count.sources_to_make),
+        samples_error=round(deviation * count.sources_to_make),
         read_bytes=count.bytes,
-        written_bytes=round(sum(probe.bytes) / each * count.sources_to_make),
-        probed_sources=len(probe.samples),
+        written_bytes=round(mean(sizes) * count.sources_to_make),
+        probed_sources=len(probed),
         samples_per_second=round(per_second, 2),
         cores=cores * nodes,
         nodes=nodes,
@@ -145,24 +140,28 @@ def _chosen(sources: Iterable[Source], recipe: Recipe) -> list[Source]:
     return [source for _, _, source in heapq.nsmallest(_PROBED, ((rng.random(), n, s) for n, s in enumerate(sources)))]
 
 
-class _Probe:
-    """Samples, bytes of them and seconds of each measured source."""
+class _Probed(NamedTuple):
+    samples: int
+    bytes: int
+    seconds: float
 
-    def __init__(self) -> None:
-        self.samples: list[int] = []
-        self.bytes: list[int] = []
-        self.seconds = 0.0
 
-    def measure(self, source: Source, recipe: Recipe) -> None:
-        threads = cv2.getNumThreads()
-        cv2.setNumThreads(1)
-        begin = time.perf_counter()
-        try:
-            drafts = samples_of(source, *read_source(source), recipe).samples
-        except (FileNotFoundError, RejectedImage):
-            drafts = []
-        finally:
-            cv2.setNumThreads(threads)
-        self.seconds += time.perf_counter() - begin
-        self.samples.append(len(drafts))
-        self.bytes.append(sum(len(data) for draft in drafts for data in draft.members.values()))
+def _probed(sources: list[Source], recipe: Recipe, progress: bool) -> list[_Probed]:
+    """Makes the samples of each source in memory, on one thread, until there is no time left."""
+    found: list[_Probed] = []
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        for source in tqdm(sources, unit="source", desc="probe", disable=not progress, leave=False):
+            begin = time.perf_counter()
+            try:
+                drafts = samples_of(source, *read_source(source), recipe).samples
+            except (FileNotFoundError, RejectedImage):
+                drafts = []
+            size = sum(len(data) for draft in drafts for data in draft.members.values())
+            found.append(_Probed(len(drafts), size, time.perf_counter() - begin))
+            if sum(probed.seconds for probed in found) > _PROBE_SECONDS:
+                break
+    finally:
+        cv2.setNumThreads(threads)
+    return found

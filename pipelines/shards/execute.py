@@ -1,14 +1,19 @@
-"""Shards made on the cluster by Ray Data.
+"""Shards made on the cluster by Ray Data, and the pieces of a shard in nested tasks.
 
 Workers read the plan from the output, a part at a time, so that neither the driver nor Ray holds it.
 """
 
 import logging
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from itertools import count
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
+from deedsr.degradation.chain import prepare_worker
+from deedsr.errors import DeeDSRError
 from pipelines import cluster
 from pipelines.distribution import distribute, parts_per_item
 from pipelines.placement import NETWORK_WORKER, SHARD_WORKER, WorkPlan, place_shards
@@ -16,6 +21,9 @@ from pipelines.shards.plan import ShardPlan
 from pipelines.shards.shard import Inventory, ShardRecord, record_key
 from pipelines.storage import Storage
 from pipelines.storage.waiting import patiently
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 logger = logging.getLogger(__name__)
 _SHARDS_PER_PART = 64
@@ -162,3 +170,134 @@ def _shares(sizes: list[int], cpus: int) -> list[int]:
         slowest = max(range(len(sizes)), key=lambda shard: sizes[shard] / shares[shard])
         shares[slowest] += 1
     return shares
+
+
+# The pieces of one shard on several CPUs at a time: some made here, the others in nested Ray tasks, all in order.
+# Processes and not threads, because a fifth of the work holds Python's lock; tasks of Ray and not processes of our own,
+# because the CPUs may be on other nodes, and because Ray ends its processes with the job.
+
+_AHEAD = 2  # pieces for each CPU that are in work or wait for an earlier one
+_RETRIES = 1  # of a piece whose process dies; without any, Ray would kill the shard's own task where memory is short
+
+Piece = TypeVar("Piece")
+Result = TypeVar("Result")
+
+
+def in_order(
+    function: Callable[[Piece], Result],
+    pieces: Iterable[Piece],
+    cpus: int,
+    *,
+    here: Callable[[Piece], Result] | None = None,
+    guarded: Callable[[Piece], Result] | None = None,
+) -> Iterator[Result]:
+    """`function` of each piece, in order; `cpus` of them at a time: one in this process, the others in Ray tasks.
+
+    Pieces are taken as they are needed. `here`: `function` for those that this process makes. Elsewhere a piece whose
+    process dies, and dies again, is made by `guarded` instead; then its death is an error. Raises what `function`
+    raises.
+    """
+    here = here or function
+    if cpus == 1:
+        yield from map(here, pieces)
+        return
+    rest, places, lock = iter(pieces), count(), threading.Lock()
+    room = threading.Semaphore(_AHEAD * cpus)  # for pieces that are taken and whose result is not yet given
+    made: dict[int, Future[Result]] = {}
+    tasks: dict[int, ObjectRef] = {}  # of pieces that are made elsewhere
+    over = threading.Event()  # nothing more is to be taken
+
+    def make_next(function: Callable[[Piece, int], Result]) -> bool:
+        """Takes a piece and makes it; False if there is none."""
+        future: Future[Result] = Future()
+        with lock:
+            if over.is_set():
+                return False
+            try:
+                piece = next(rest)
+            except StopIteration:
+                over.set()
+                return False
+            except Exception as error:  # raised in its turn
+                over.set()
+                future.set_exception(error)
+            made[number := next(places)] = future
+        try:
+            if not future.done():
+                future.set_result(function(piece, number))
+        except Exception as error:
+            future.set_exception(error)
+        return True
+
+    def work(function: Callable[[Piece, int], Result]) -> None:
+        while room.acquire() and make_next(function):
+            pass
+
+    elsewhere = _elsewhere(function, guarded, tasks)
+    for _ in range(cpus - 1):
+        threading.Thread(target=work, args=(elsewhere,), daemon=True).start()
+    try:
+        for number in count():
+            while not (number in made and made[number].done()):
+                if room.acquire(blocking=False):
+                    if make_next(lambda piece, number: here(piece)):
+                        continue
+                    room.release()
+                    if number not in made:
+                        return
+                _wait(made.get(number), tasks.get(number))
+            result = made.pop(number).result()
+            tasks.pop(number, None)
+            room.release()
+            yield result
+    finally:
+        over.set()
+        room.release(cpus)
+
+
+def _wait(future: "Future[Any] | None", task: "ObjectRef | None") -> None:
+    """A moment for the next result, in `ray.wait`: while the main thread of a task waits there, its CPU is free for the
+    tasks that it waits for. Waits of other threads free none, and shards could wait for each other for ever."""
+    import ray
+
+    if task is not None:
+        ray.wait([task], timeout=1.0)
+    if future is None:
+        time.sleep(0.02)
+    else:
+        wait([future], timeout=0.02)
+
+
+def _elsewhere(
+    function: Callable[[Piece], Result], guarded: Callable[[Piece], Result] | None, tasks: dict[int, "ObjectRef"]
+) -> Callable[[Piece, int], Result]:
+    """`function` in a Ray task of one CPU; takes a piece and its number, under which `tasks` gets the task."""
+    import ray
+    from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError
+
+    run: Any = ray.remote(num_cpus=1, max_retries=_RETRIES)(_made)
+
+    def result_of(function: Callable[[Piece], Result], piece: Piece, number: int) -> Result | DeeDSRError:
+        tasks[number] = run.remote(function, piece)
+        return ray.get(tasks[number])
+
+    def made(piece: Piece, number: int) -> Result:
+        try:
+            result = result_of(function, piece, number)
+        except (NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError):
+            if guarded is None:
+                raise
+            result = result_of(guarded, piece, number)
+        if isinstance(result, DeeDSRError):
+            raise result
+        return result
+
+    return made
+
+
+def _made(function: Callable[[Piece], Result], piece: Piece) -> Result | DeeDSRError:
+    prepare_worker()
+    try:
+        return function(piece)
+    except DeeDSRError as error:  # as a value: an exception would come back wrapped in Ray's traceback
+        return error

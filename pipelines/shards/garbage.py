@@ -1,8 +1,8 @@
 """What an output holds beside the dataset that its manifest names, and which datasets are made of older versions of it.
 
 A derived dataset names the other by place and digest in its manifest (`hr_from`, `latents`). The other one's state
-holds a small record for each place that was ever derived from one of its versions. A record only says where to look:
-what lies there decides.
+holds a small record for each place that was ever derived from one of its versions. A record only
+names the place; the manifest found there decides.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from deedsr.dataset.manifest import MANIFEST, REJECTED, SAMPLES, STATE, Manifest, kept_copy
+from deedsr.dataset.manifest import MANIFEST, REJECTED, SAMPLES, STATE, kept_copy
 from deedsr.errors import DatasetNotCommitted, DeeDSRError
 from pipelines import claims
 from pipelines.data.dataset import Dataset, relative_place
@@ -62,7 +62,7 @@ def derived_datasets(dataset: Dataset) -> Iterator[Derived]:
             about = json.loads(dataset.storage.read(entry.path))
             uri, digest, host = dataset.located(about["uri"]), about["digest"], about["host"]
         except (ValueError, KeyError, TypeError):
-            logger.warning("%s/%s is no record of a derived dataset, and left alone", dataset.uri, entry.path)
+            logger.warning("%s/%s is not a record of a derived dataset and is ignored", dataset.uri, entry.path)
             continue
         found = Derived(entry.path, uri, digest)
         try:
@@ -79,13 +79,8 @@ def _names(uri: str, digest: str) -> bool:
         manifest = Dataset.open(uri).manifest
     except DatasetNotCommitted:
         return False
-    return digest in _made_of(manifest)
-
-
-def _made_of(manifest: Manifest) -> list[str]:
-    """Digests of the datasets that one is made of."""
-    made_of = [manifest.hr_from.digest] if manifest.hr_from else []
-    return made_of + ([manifest.latents.dataset] if manifest.latents else [])
+    made_of = [manifest.hr_from and manifest.hr_from.digest, manifest.latents and manifest.latents.dataset]
+    return digest in made_of
 
 
 _NAMED = 10  # objects listed by name
@@ -97,19 +92,12 @@ def live_runs(out: Storage) -> dict[str, str]:
     Raises DeeDSRError where a claim cannot be read: its run may be at work.
     """
     alive = {}
-    for entry in out.list(claims.RUNS):
-        place = f"{out.uri}/{entry.path}"
-        if not entry.path.endswith(f"/{claims.CLAIM}"):
-            continue
-        try:
-            claim = claims.parsed(out.read(entry.path))
-        except FileNotFoundError:  # it has just ended
-            continue
+    for place, claim in claims.found(out):
         if not claim:
             raise DeeDSRError(
                 f"{place} is damaged. A run at work writes it again within a minute; if it stays so, delete it"
             )
-        if claims.is_alive(claim):
+        if claims.is_alive(claim) and not claim.get("ended"):
             alive[place] = claims.named(claim)
     return alive
 
@@ -193,12 +181,12 @@ def _unnamed(dataset: Dataset, derived: set[str]) -> Iterator[Entry]:
     shards = {shard.name: (shard.sha256[:12], shard.bytes) for shard in dataset.manifest.shards}
     kept = {MANIFEST, SAMPLES, REJECTED, *shards, *(kept_copy(*file) for file in dataset.manifest.files.items())}
     records = Inventory.of(dataset.storage).records
-    vouched = set(shards.values())
+    committed = set(shards.values())
     for entry in dataset.storage.list():
         folder, _, name = entry.path.rpartition("/")
         ours = name.endswith(".tar") if not folder else folder == STATE or folder.startswith(f"{STATE}/")
         if not ours or entry.path in kept or entry.path in derived:
             continue
-        if name.endswith(".arrow") and (key := records.get(name.partition("-")[0])) and (key in vouched or not key[1]):
-            continue
-        yield entry
+        key = records.get(name.partition("-")[0]) if name.endswith(".arrow") else None
+        if not key or (key not in committed and key[1]):
+            yield entry

@@ -3,15 +3,15 @@
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from itertools import chain
+from itertools import chain, zip_longest
 
 from tqdm import tqdm
 
 from deedsr.dataset.manifest import MANIFEST, SAMPLES, HRSource, LatentsSource, kept_copy
 from deedsr.dataset.recipe import Recipe
-from deedsr.errors import DeeDSRError, UsageError
+from deedsr.errors import DatasetNotCommitted, DeeDSRError, UsageError
 from pipelines.claims import running
 from pipelines.data.dataset import Dataset, no_validation, relative_place
 from pipelines.data.index import require_hr
@@ -21,16 +21,16 @@ from pipelines.shards.build import FromHR, FromSources, Joined
 from pipelines.shards.duplicates import mark_duplicates
 from pipelines.shards.execute import PlanParts, ShardWork, build_missing
 from pipelines.shards.garbage import record_derived
-from pipelines.shards.listing import list_pairs, list_sources
+from pipelines.shards.listing import listed
 from pipelines.shards.plan import ShardPlan, derived_plan, plan_shards
-from pipelines.shards.shard import Inventory
+from pipelines.shards.shard import Inventory, tar_name
 from pipelines.shards.source import Source
 from pipelines.storage import Storage, open_storage
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ShardsResult:
     """Result of `deedsr shards`. `samples_per_second` counts new samples and leaves the start-up out."""
 
@@ -39,12 +39,69 @@ class ShardsResult:
     samples: int
     validation: int  # of the samples
     shards: int
-    written: int  # shards made by this run
+    written: int = 0  # shards made by this run
     reused: int  # shards that were there
     rejected: int  # sources
-    seconds: float
-    start_up_seconds: float
-    samples_per_second: float
+    seconds: float = 0.0
+    start_up_seconds: float = 0.0
+    samples_per_second: float = 0.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A dataset to be made in `out`: what its shards are and what builds them.
+
+    `made_of`: the dataset whose shards they are made of, None for shards of sources.
+    """
+
+    plans: Callable[[], Iterable[ShardPlan]]
+    work: ShardWork
+    out: Storage
+    recipe: Recipe
+    made_of: Dataset | None = None
+    hr_from: HRSource | None = None
+    latents: LatentsSource | None = None
+
+
+def source_job(sources: Sequence[str], out: str, recipe: Recipe, pairs: Sequence[str] = ()) -> Job:
+    """Shards of the pictures in `sources` (see `list_sources`) or, with `pairs`, of real pairs (see `list_pairs`)."""
+    plans = lambda: plan_shards(listed(sources, pairs, recipe.scale), recipe)
+    return Job(plans, FromSources(recipe), open_storage(out), recipe)
+
+
+def hr_job(hr_from: str, out: str, recipe: Recipe) -> Job:
+    """New LR images of the HR that the dataset `hr_from` holds, and no HR.
+
+    Of `recipe` only what concerns the degradation counts (`Recipe.degrading`).
+    """
+    dataset = Dataset.open(hr_from).require_pixels("--hr-from").hr_dataset()
+    storage = open_storage(out)
+    if storage.uri == dataset.uri:
+        raise UsageError(f"--out {storage.uri} is the dataset that the HR comes from: choose another")
+    recipe = dataset.recipe.degrading(recipe)
+    hr = HRSource(dataset.digest, relative_place(dataset.uri, storage.uri))
+    work = FromHR(recipe, dataset.storage, index_of(dataset))
+    return Job(derived_plans(dataset, recipe.digest), work, storage, recipe, dataset, hr_from=hr)
+
+
+def join_job(lr_dataset: str, out: str) -> Job:
+    """The pairs of a dataset that takes its HR from another, self-contained.
+
+    Its digest is that of a dataset made with the same recipe from the sources.
+    """
+    dataset = Dataset.open(lr_dataset).require_pixels("--join")
+    storage = open_storage(out)
+    if dataset.manifest.hr_from is None:
+        raise UsageError(f"{dataset.uri} holds its HR images itself: there is nothing to join")
+    if storage.uri in (dataset.uri, dataset.hr_dataset().uri):
+        raise UsageError(f"--out {storage.uri} is one of the datasets to join: choose another")
+    require_hr(dataset)
+    work = Joined(dataset.storage, index_of(dataset), dataset.hr_dataset().storage)
+    return Job(derived_plans(dataset, "join"), work, storage, dataset.recipe, dataset)
+
+
+def derived_plans(dataset: Dataset, work: str) -> Callable[[], Iterator[ShardPlan]]:
+    return lambda: (derived_plan(shard, work) for shard in dataset.manifest.shards)
 
 
 def generate(
@@ -55,24 +112,23 @@ def generate(
     progress: bool = True,
     pairs: Sequence[str] = (),
 ) -> ShardsResult:
-    """Makes or completes the dataset `out` of the pictures in `sources` (see `list_sources`).
+    """Makes or completes the dataset `out` of the pictures in `sources`, or of real pairs (`source_job`, `run_job`).
 
-    `pairs`: places of their real LR partners (see `list_pairs`); then nothing is degraded.
-    `workers`: CPUs in use at a time, None for all of the cluster's. Shards whose sources, recipe and algorithm are as
-    before are reused. Raises UsageError for sources or a place that cannot be used, DeeDSRError if the work failed;
-    what was committed stays, and the same call continues from there.
+    Shards whose sources, recipe and algorithm are as before are reused. Raises UsageError for sources or a place that
+    cannot be used.
     """
 
     def plans() -> Iterator[ShardPlan]:
-        listing = list_pairs(sources, pairs, recipe.scale) if pairs else list_sources(sources)
+        listing: Iterable[Source] = listed(sources, pairs, recipe.scale)
         if recipe.duplicates == "reject":
             listing = mark_duplicates(listing, workers, progress)
         return plan_shards(_matched(listing, recipe), recipe)
 
-    result = run_job(plans, FromSources(recipe), open_storage(out), recipe, workers, progress)
+    job = replace(source_job(sources, out, recipe, pairs), plans=plans)
+    result = run_job(job, workers, progress)
     wanted = recipe.split.validation_patterns or recipe.split.validation_share
     if wanted and not result.validation:
-        logger.warning("%s", no_validation(open_storage(out).uri, recipe))
+        logger.warning("%s", no_validation(job.out.uri, recipe))
     return result
 
 
@@ -88,66 +144,24 @@ def _matched(listing: Iterable[Source], recipe: Recipe) -> Iterator[Source]:
         logger.warning("recipe %s: the pattern %r of %s matches no source", recipe.name, pattern, key)
 
 
-def regenerate(
-    hr_from: str, out: str, recipe: Recipe, workers: int | None = None, progress: bool = True
-) -> ShardsResult:
-    """Makes or completes the dataset `out`: new LR images of the HR that the dataset `hr_from` holds, and no HR.
-
-    Of `recipe` only what concerns the degradation counts (`Recipe.degrading`). Errors as of `generate`.
-    """
-    dataset = Dataset.open(hr_from).require_pixels("--hr-from").hr_dataset()
-    storage = open_storage(out)
-    if storage.uri == dataset.uri:
-        raise UsageError(f"--out {storage.uri} is the dataset that the HR comes from: choose another")
-    recipe = dataset.recipe.degrading(recipe)
-    work = FromHR(recipe, dataset.storage, index_of(dataset))
-    hr = HRSource(dataset.digest, relative_place(dataset.uri, storage.uri))
-    plans = lambda: (derived_plan(shard, recipe.digest) for shard in dataset.manifest.shards)
-    return run_job(plans, work, storage, recipe, workers, progress, made_of=dataset, hr_from=hr)
-
-
-def export_pairs(lr_dataset: str, out: str, workers: int | None = None, progress: bool = True) -> ShardsResult:
-    """Makes or completes the dataset `out`: the pairs of a dataset that takes its HR from another, self-contained.
-
-    Its digest is that of a dataset made with the same recipe from the sources. Errors as of `generate`.
-    """
-    dataset = Dataset.open(lr_dataset).require_pixels("--join")
-    storage = open_storage(out)
-    if dataset.manifest.hr_from is None:
-        raise UsageError(f"{dataset.uri} holds its HR images itself: there is nothing to join")
-    if storage.uri in (dataset.uri, dataset.hr_dataset().uri):
-        raise UsageError(f"--out {storage.uri} is one of the datasets to join: choose another")
-    require_hr(dataset)
-    work = Joined(dataset.storage, index_of(dataset), dataset.hr_dataset().storage)
-    plans = lambda: (derived_plan(shard, "join") for shard in dataset.manifest.shards)
-    return run_job(plans, work, storage, dataset.recipe, workers, progress, made_of=dataset)
-
-
 def run_job(
-    plans: Callable[[], Iterable[ShardPlan]],
-    work: ShardWork,
-    out: Storage,
-    recipe: Recipe,
-    workers: int | None,
-    progress: bool,
-    made_of: Dataset | None = None,
-    hr_from: HRSource | None = None,
-    latents: LatentsSource | None = None,
-    actors: WorkPlan | None = None,
+    job: Job, workers: int | None = None, progress: bool = True, actors: WorkPlan | None = None
 ) -> ShardsResult:
-    """Makes the shards that `plans()` gives and `out` does not hold, and the dataset of all of them.
+    """Makes the shards that the job plans and its place does not hold, and the dataset of all of them.
 
-    `made_of`: the dataset whose shards they are made of, None for shards of sources.
+    `workers`: CPUs in use at a time, None for all of the cluster's; `actors`: shards are made in actors of this plan.
+    Raises DeeDSRError if the work failed; what was committed stays, and the same call continues from there.
     """
+    out = job.out
     begin = time.time()
     warn_of_versions()
     out.require_writable()
     before = _version(out)
-    rest = iter(plans())
+    rest = iter(job.plans())
     first = next(rest)  # raises for unusable sources before anything is written
     with running(out) as folder:
-        if made_of:
-            record_derived(made_of, out)
+        if job.made_of:
+            record_derived(job.made_of, out)
         inventory = Inventory.of(out)
         parts = PlanParts(folder)
         every = chain([first], rest)
@@ -157,7 +171,7 @@ def run_job(
             unit, total, done = "shard", parts.shards, parts.shards - parts.missing_shards
         first_start, built, written = time.time(), 0, 0
         with tqdm(total=total, initial=done, unit=unit, desc="shards", disable=not progress) as bar:
-            for shard in build_missing(parts, work, out, workers, actors):
+            for shard in build_missing(parts, job.work, out, workers, actors):
                 first_start = shard.started if not built else min(first_start, shard.started)
                 built += shard.samples
                 written += shard.samples > 0
@@ -166,10 +180,10 @@ def run_job(
                 bar.update(shard.sources if unit == "source" else 1)
         _require_tars(parts, inventory, out)
         records = records_of((inventory.record(plan) for plan in parts), out)
-        planned = zip(parts, records, strict=True)
         manifest, sums = assemble(
-            planned, recipe, out, expected=before, made_of=made_of, hr_from=hr_from, latents=latents
-        )
+            zip(parts, records, strict=True), job.recipe, out, expected=before,
+            made_of=job.made_of, hr_from=job.hr_from, latents=job.latents,
+        )  # fmt: skip
     end = time.time()
     return ShardsResult(
         manifest=f"{out.uri}/{MANIFEST}",
@@ -208,3 +222,37 @@ def _require_tars(parts: PlanParts, inventory: Inventory, out: Storage) -> None:
 def index_of(dataset: Dataset) -> str:
     """Path of the dataset's `samples.parquet` whose content never changes."""
     return kept_copy(SAMPLES, dataset.manifest.files[SAMPLES])
+
+
+def finished(job: Job) -> ShardsResult | None:
+    """What `run_job` would return, if it would make no shard and the same manifest; makes and writes nothing.
+
+    None where that cannot be known without reading all sources, as with a recipe that rejects duplicates.
+    """
+    if not job.made_of and job.recipe.duplicates == "reject":
+        return None
+    try:
+        dataset = Dataset.open(job.out.uri)
+    except DatasetNotCommitted:
+        return None
+    manifest = dataset.manifest
+    theirs, ours = (made and replace(made, uri="") for made in (manifest.latents, job.latents))  # either may have moved
+    if manifest.recipe_digest != job.recipe.digest or theirs != ours or not _holds(dataset, job):
+        return None
+    return ShardsResult(
+        manifest=f"{dataset.uri}/{MANIFEST}",
+        digest=manifest.digest,
+        samples=manifest.samples,
+        validation=dataset.index("validation").num_rows,
+        shards=len(manifest.shards),
+        reused=len(manifest.shards),
+        rejected=manifest.rejected,
+    )
+
+
+def _holds(dataset: Dataset, job: Job) -> bool:
+    """Whether the dataset's shards are those that the job plans, and there. Ends with the first that is not."""
+    inventory = Inventory.of(dataset.storage)
+    held = (plan for plan in job.plans() if not inventory.holds(plan) or inventory.records[plan.id][1])
+    names = (tar_name(plan, inventory.records[plan.id][0]) if inventory.holds(plan) else "" for plan in held)
+    return all(name == entry for name, entry in zip_longest(names, (s.name for s in dataset.manifest.shards)))

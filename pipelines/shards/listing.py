@@ -42,10 +42,10 @@ def list_sources(uris: Sequence[str]) -> Iterator[Source]:
             "no source: give --source a folder, an S3 prefix, a list file (.txt), a tar or a Parquet table"
         )
     for root, uri in enumerate(uris):
-        files = _files(root, uri)
+        files, named = _files(root, uri)
         unused: list[str] = []
         empty = True
-        for source in _looked_into(files, unused):
+        for source in _looked_into(files, named, unused):
             yield source
             empty = False
         if empty:
@@ -55,27 +55,26 @@ def list_sources(uris: Sequence[str]) -> Iterator[Source]:
             logger.warning("source %s: %d Parquet tables are not used: %s", uri, len(unused), unused[0])
 
 
-class _Files(NamedTuple):
-    """Files of a source; `named`: each was meant, not just found."""
-
-    files: Iterable[Source]
-    named: bool
+def listed(uris: Sequence[str], pairs: Sequence[str], scale: int) -> Iterator[Source]:
+    """`list_sources`, or `list_pairs` where there are `pairs`."""
+    return list_pairs(uris, pairs, scale) if pairs else list_sources(uris)
 
 
-def _files(root: int, uri: str) -> _Files:
+def _files(root: int, uri: str) -> tuple[Iterable[Source], bool]:
+    """Files of a source, and whether each was meant, not just found."""
     storage = open_storage(uri)
     folder, pattern = split_pattern(storage.uri)
     if pattern and has_wildcard(pattern):
-        return _Files(_matching(root, uri, open_storage(folder), pattern), True)
+        return _matching(root, uri, open_storage(folder), pattern), True
     if pattern:
-        return _Files(_stated(root, folder, [f"{folder.rstrip('/')}/{path}" for path in expanded(pattern)]), True)
+        return _stated(root, folder, [f"{folder.rstrip('/')}/{path}" for path in expanded(pattern)]), True
     local = storage.local_path("")
     if local is None or not local.is_dir():
         if uri.lower().endswith(".txt") and (local is not None or not any(True for _ in storage.list())):
-            return _Files(_list_file(root, uri), True)
+            return _list_file(root, uri), True
         if uri.lower().endswith((".tar", ".parquet")) and (file := _single(root, storage.uri)):
-            return _Files([file], True)
-    return _Files(_folder(root, storage), False)
+            return [file], True
+    return _folder(root, storage), False
 
 
 def _folder(root: int, storage: Storage) -> Iterator[Source]:
@@ -86,11 +85,8 @@ def _folder(root: int, storage: Storage) -> Iterator[Source]:
         raise UsageError(
             f"source {storage.uri} is a file: give the folder it is in, or a list file (.txt) that names it"
         )
-    return (_file(root, storage, entry) for entry in storage.list() if _holds_pictures(entry.path))
-
-
-def _holds_pictures(path: str) -> bool:
-    return _named_as_pictures(path) and not is_hidden(path)
+    found = (entry for entry in storage.list() if _named_as_pictures(entry.path) and not is_hidden(entry.path))
+    return (_file(root, storage, entry) for entry in found)
 
 
 def _named_as_pictures(path: str) -> bool:
@@ -178,20 +174,17 @@ def _stat(uri: str) -> Entry:
         return Entry(name, 0, "")  # rejected with the reason when it is read
 
 
-def _looked_into(files: _Files, unused: list[str]) -> Iterator[Source]:
+def _looked_into(files: Iterable[Source], named: bool, unused: list[str]) -> Iterator[Source]:
     """Pictures, and those inside tars and tables; `unused` collects the messages of tables without pictures."""
-    for is_container, run in groupby(files.files, key=_is_container):
-        if not is_container:
+    # Not what is missing or unreadable, for which reading it gives the reason.
+    is_container = lambda file: bool(file.version) and file.path.lower().endswith((".tar", ".parquet", *_COMPRESSED))
+    for has_inside, run in groupby(files, key=is_container):
+        if not has_inside:
             yield from run
             continue
-        for found, problem in in_threads(lambda file: _inside(file, files.named), run, _THREADS, _AHEAD):
+        for found, problem in in_threads(lambda file: _inside(file, named), run, _THREADS, _AHEAD):
             unused += [problem] if problem else []
             yield from found
-
-
-def _is_container(file: Source) -> bool:
-    """Whether to look into a file; not if it is missing or unreadable, for which reading it gives the reason."""
-    return bool(file.version) and file.path.lower().endswith((".tar", ".parquet", *_COMPRESSED))
 
 
 def _inside(file: Source, named: bool) -> tuple[Iterable[Source], str]:
@@ -215,17 +208,22 @@ _HR_MARK = re.compile(r"_(HR|x1)$", re.IGNORECASE)
 _LR_MARK = re.compile(r"(_LR(\d?)|_x([2-9])|(?<=\d)x([2-9])[dmw]?)$", re.IGNORECASE)
 
 
-def list_pairs(hr_uris: Sequence[str], lr_dirs: Sequence[str], scale: int) -> Iterator[Source]:
+def list_pairs(
+    hr_uris: Sequence[str], lr_dirs: Sequence[str], scale: int | None, option: str = "--pairs"
+) -> Iterator[Source]:
     """The pictures of every `--source`, in `list_sources`' order, with their LR partners: real pairs.
 
-    `lr_dirs`: one place for each of `hr_uris`, or one for all; it may be the same folder, or one inside of the other.
-    A partner has the same name, in the same folder below its place if there is one, else anywhere; without extension,
-    and as it is or without the marks of RealSR, DRealSR and DIV2K, of which only those for `scale` count. An HR picture
-    without partner is rejected; LR pictures without one are not sources, and their number is a warning. The listing
-    is held in memory. Raises UsageError where a name has several partners or no name has any.
+    `lr_dirs`: one place for each of `hr_uris`, or one for all; it may be the same folder, or one inside of the other;
+    `option` names it in messages. A partner has the same name, in the same folder below its place if there is one, else
+    anywhere; without extension, and as it is or without the marks of RealSR, DRealSR and DIV2K, of which only those for
+    `scale` count (None: all). An HR picture without partner is rejected; LR pictures without one are not sources, and
+    their number is a warning. The listing is held in memory. Raises UsageError where a name has several partners or no
+    name has any.
     """
     if len(lr_dirs) not in (1, len(hr_uris)):
-        raise UsageError(f"--pairs: give one place of LR pictures for all or one for each --source, not {len(lr_dirs)}")
+        raise UsageError(
+            f"{option}: give one place of LR pictures for all or one for each --source, not {len(lr_dirs)}"
+        )
     sources = list(list_sources(hr_uris))
     folders = [open_storage(uri).uri for uri in hr_uris]
     used: set[Source] = set()
@@ -243,10 +241,8 @@ def list_pairs(hr_uris: Sequence[str], lr_dirs: Sequence[str], scale: int) -> It
             hrs += here
         used.update(hrs)
         if inside := next((source.container for source in lrs if source.container), None):
-            raise UsageError(f"--pairs: {lr_dir} holds {inside}: give folders of LR pictures, unpacked")
-        found = _matched(hrs, lrs, scale)
-        _report(hrs, lrs, found, lr_dir, scale)
-        partners |= found
+            raise UsageError(f"{option}: {lr_dir} holds {inside}: give folders of pictures, unpacked")
+        partners |= matched(hrs, lrs, scale, option, lr_dir)
     for source in sources:
         if source in partners:
             lr = partners[source]
@@ -263,8 +259,11 @@ class _Name(NamedTuple):
     bare: str | None  # without its mark; None for an LR picture of another scale
 
 
-def _matched(hrs: list[Source], lrs: list[Source], scale: int) -> dict[Source, Source]:
-    """The partner of each HR picture that has one."""
+def matched(hrs: list[Source], lrs: list[Source], scale: int | None, option: str, lr_dir: str) -> dict[Source, Source]:
+    """The partner of each HR picture that has one: see `list_pairs`, whose errors and warning these are.
+
+    `option` names what was given, `lr_dir`, in messages.
+    """
     hr_left = {source: _hr_name(source) for source in hrs}
     lr_left = {source: _lr_name(source, scale) for source in lrs}
     found: dict[Source, Source] = {}
@@ -283,11 +282,12 @@ def _matched(hrs: list[Source], lrs: list[Source], scale: int) -> dict[Source, S
             for pictures in (several, partners):
                 if len(pictures) > 1:
                     raise UsageError(
-                        f"--pairs: {pictures[0].uri} and {pictures[1].uri} could both be the partner of "
+                        f"{option}: {pictures[0].uri} and {pictures[1].uri} could both be the partner of "
                         f"{(partners if pictures is several else several)[0].uri}: rename or remove one"
                     )
             found[several[0]] = partners[0]
             del hr_left[several[0]], lr_left[partners[0]]
+    _report(hrs, lrs, found, scale, option, lr_dir)
     return found
 
 
@@ -305,11 +305,12 @@ def _hr_name(source: Source) -> _Name:
     return _Name(posixpath.dirname(source.path), stem, _HR_MARK.sub("", stem))
 
 
-def _lr_name(source: Source, scale: int) -> _Name:
+def _lr_name(source: Source, scale: int | None) -> _Name:
     stem = _stem(source)
     mark = _LR_MARK.search(stem)
+    bare = _LR_MARK.sub("", stem)
     scales = {group for group in mark.groups()[1:] if group} if mark else set()
-    return _Name(posixpath.dirname(source.path), stem, _LR_MARK.sub("", stem) if scales <= {str(scale)} else None)
+    return _Name(posixpath.dirname(source.path), stem, bare if scale is None or scales <= {str(scale)} else None)
 
 
 def _stem(source: Source) -> str:
@@ -322,18 +323,21 @@ def _outside(sources: Iterable[Source], folder: str, others: list[str]) -> list[
     return [source for source in sources if not source.uri.startswith(inner)] if inner else list(sources)
 
 
-def _report(hrs: list[Source], lrs: list[Source], found: dict[Source, Source], lr_dir: str, scale: int) -> None:
+def _report(
+    hrs: list[Source], lrs: list[Source], found: dict[Source, Source], scale: int | None, option: str, lr_dir: str
+) -> None:
     if hrs and not found:
         example = f", such as {lrs[0].path} for {hrs[0].path}" if lrs else ""
+        mark = scale or 4
         raise UsageError(
-            f"--pairs: no picture of {lr_dir} has the name of an HR picture{example}; names are equal, or end as in "
-            f"Canon_001_HR.png and Canon_001_LR{scale}.png, DSC_0970_x1.png and DSC_0970_x{scale}.png, 0801.png and "
-            f"0801x{scale}.png"
+            f"{option}: no picture of {lr_dir} has the name of an HR picture{example}; names are equal, or end as in "
+            f"Canon_001_HR.png and Canon_001_LR{mark}.png, DSC_0970_x1.png and DSC_0970_x{mark}.png, 0801.png and "
+            f"0801x{mark}.png"
         )
     taken = set(found.values())
     alone = [source for source in lrs if source not in taken and _lr_name(source, scale).bare is not None]
     if alone:
         logger.warning(
-            "--pairs: %d of %d pictures in %s have no HR partner and are not used, such as %s",
-            len(alone), len(lrs), lr_dir, alone[0].path,
+            "%s: %d of %d pictures in %s have no HR partner and are not used, such as %s",
+            option, len(alone), len(lrs), lr_dir, alone[0].path,
         )  # fmt: skip

@@ -1,20 +1,19 @@
 """Which sources make which shard: a pure function of the listing and the recipe.
 
-Within one `--source` and split, sources are ordered by the SHA-256 of what they are called, and a shard ends after a
-source whose hash says so, between a least and a greatest number of sources. So a shard depends on its own sources and
-on little else: adding a source rewrites the shard it falls into, or cuts it in two. Sources inside one file (a tar, a
-Parquet table) stay together in their order, so that a shard reads few files.
+Within one `--source` and split, sources are ordered by the SHA-256 of their names (content-defined chunking): a shard
+ends after a source whose hash is divisible by the target size, within the minimum and maximum. Adding a source rewrites
+the shard it falls into, or cuts it in two. Sources inside one file (a tar, a Parquet table) stay together in order.
 
-A listing of any length is planned in bounded memory: it is sorted through temporary files, bucket by bucket.
+A listing of any length is planned in bounded memory: it is sorted through temporary files.
 """
 
 import hashlib
+import heapq
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import groupby
-from operator import itemgetter
+from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +23,6 @@ from pipelines.shards.source import Source
 from pipelines.storage.lock import scratch_folder
 
 _IN_MEMORY = 200_000  # sources held before they go to files
-_BUCKETS = 64  # per root and split: ten million sources are 160,000 at a time
 
 
 @dataclass(frozen=True)
@@ -85,16 +83,12 @@ def _placed(source: Source, split: Split) -> _Placed:
     hash = _hash(source.root, source.path)
     place = _hash(source.root, source.container) if source.container else hash
     position = max(source.offset, source.row, 0)
-    return _Placed(source.root, _split(source, hash, split), place.hex(), position, hash.hex(), source)
-
-
-def _split(source: Source, hash: bytes, split: Split) -> str:
-    """`validation` if a pattern matches the relative path; without patterns, if the hash falls into the share."""
     if split.validation_patterns:
-        chosen = any(fnmatchcase(source.path, pattern) for pattern in split.validation_patterns)
+        validates = any(fnmatchcase(source.path, pattern) for pattern in split.validation_patterns)
     else:
-        chosen = int.from_bytes(hash[8:16]) < split.validation_share * 2**64
-    return "validation" if chosen else "train"
+        validates = int.from_bytes(hash[8:16]) < split.validation_share * 2**64
+    name = "validation" if validates else "train"
+    return _Placed(source.root, name, place.hex(), position, hash.hex(), source)
 
 
 def _hash(root: int, path: str) -> bytes:
@@ -103,37 +97,24 @@ def _hash(root: int, path: str) -> bytes:
 
 
 def _sorted(sources: Iterable[Source], split: Split, folder: Path) -> Iterator[_Placed]:
-    """Every source in its place, through files below `folder` if there are many."""
-    held: list[_Placed] = []
-    buckets: set[tuple[int, str, int]] = set()
-    for source in sources:
-        held.append(_placed(source, split))
-        if len(held) == _IN_MEMORY:
-            buckets |= _spill(held, folder)
-            held.clear()
-    if not buckets:
-        yield from sorted(held)
-        return
-    buckets |= _spill(held, folder)
-    held.clear()
-    for bucket in sorted(buckets):
-        with _file(folder, bucket).open("rb") as lines:
-            rows = [json.loads(line) for line in lines]
-        yield from sorted(_Placed._make([*row[:-1], Source(*row[-1])]) for row in rows)
+    """Every source in its place; many are sorted in runs, which are merged from files below `folder`."""
+    rest = (_placed(source, split) for source in sources)
+    files: list[Path] = []
+    run = sorted(islice(rest, _IN_MEMORY))
+    while len(run) == _IN_MEMORY:
+        files.append(folder / str(len(files)))
+        with files[-1].open("wb") as file:
+            file.writelines(json.dumps(placed).encode() + b"\n" for placed in run)
+        run.clear()  # before the next one is held
+        run = sorted(islice(rest, _IN_MEMORY))
+    return heapq.merge(run, *map(_read, files))
 
 
-def _spill(held: list[_Placed], folder: Path) -> set[tuple[int, str, int]]:
-    """Appends sources to the files of their buckets; returns the buckets."""
-    bucket = lambda placed: (placed.root, placed.split, int(placed.place[:8], 16) * _BUCKETS >> 32)
-    keyed = sorted(((bucket(placed), placed) for placed in held), key=itemgetter(0))
-    for key, group in groupby(keyed, key=itemgetter(0)):
-        with _file(folder, key).open("ab") as file:
-            file.writelines(json.dumps(placed).encode() + b"\n" for _, placed in group)
-    return {key for key, _ in keyed}
-
-
-def _file(folder: Path, bucket: tuple[int, str, int]) -> Path:
-    return folder / "-".join(map(str, bucket))
+def _read(run: Path) -> Iterator[_Placed]:
+    with run.open("rb") as lines:
+        for line in lines:
+            *place, source = json.loads(line)
+            yield _Placed._make([*place, Source(*source)])
 
 
 def _cut(ordered: Iterable[_Placed], shard: Shard) -> Iterator[list[_Placed]]:
@@ -148,8 +129,8 @@ def _cut(ordered: Iterable[_Placed], shard: Shard) -> Iterator[list[_Placed]]:
 
 def _ends(run: list[_Placed], shard: Shard) -> bool:
     # Other bytes of the hash than those that define the order, which are not uniform at the end of a run.
-    last_says_so = int(run[-1].hash[32:], 16) % shard.target_sources == 0
-    return len(run) >= shard.max_sources or (len(run) >= shard.min_sources and last_says_so)
+    divisible = int(run[-1].hash[32:], 16) % shard.target_sources == 0
+    return len(run) >= shard.max_sources or (len(run) >= shard.min_sources and divisible)
 
 
 def _plan(root: int, split: str, run: list[_Placed], recipe_digest: str) -> ShardPlan:

@@ -151,9 +151,9 @@ def _stored(
     formats = recipe.formats
     stored = encode(pixels, formats.hr, formats.hr_quality)
     if lr is not None:
-        drafts: Iterable[Draft] = [_paired(crop, lr, recipe)]
+        drafts: Iterable[Draft] = [_draft(crop, 0, lr, recipe, None)]
     else:
-        # The LR is made from the HR as stored, so that the pair is true to itself and replays from the tar.
+        # The LR is made from the HR as stored, so that it can be recomputed from the tar.
         drafts = degraded(crop, decode_stored(stored) if formats.hr == "jpeg" else pixels, recipe, variants)
     for draft in drafts:
         yield Draft({"hr": stored, **draft.members}, draft.row | {"hr_ext": EXTENSIONS[formats.hr]})
@@ -165,11 +165,6 @@ def degraded(crop: Crop, hr: np.ndarray, recipe: Recipe, variants: Iterable[int]
         assignment = assign_degradation(recipe, crop.content, variant, (hr.shape[0], hr.shape[1]))
         lr = degrade(hr, assignment.draws)
         yield _draft(crop, variant, lr, recipe, assignment)
-
-
-def _paired(crop: Crop, lr: np.ndarray, recipe: Recipe) -> Draft:
-    """The one sample of a crop whose LR is real: nothing was drawn."""
-    return _draft(crop, 0, lr, recipe, None)
 
 
 def _draft(crop: Crop, variant: int, lr: np.ndarray, recipe: Recipe, assigned: Assignment | None) -> Draft:
@@ -187,20 +182,11 @@ def _draft(crop: Crop, variant: int, lr: np.ndarray, recipe: Recipe, assigned: A
         recipe_digest=recipe.digest,
         degradation=draws,
     )
-    row: Row = {
-        "key": key,
-        "content": crop.content,
-        "variant": variant,
-        "root": crop.root,
-        "source": crop.path,
-        "source_sha256": crop.sha256,
-        **dict(zip(("top", "left", "height", "width"), crop.place, strict=True)),
-        "flip": crop.flip,
-        "rotate": crop.rotate,
-        "stratum": stratum,
-        "degradation_group": group,
-        "lr_ext": EXTENSIONS[recipe.formats.lr],
-    }
+    row: Row = {"key": key, "content": crop.content, "variant": variant}
+    row |= {"root": crop.root, "source": crop.path, "source_sha256": crop.sha256}
+    row |= dict(zip(("top", "left", "height", "width"), crop.place, strict=True))
+    row |= {"flip": crop.flip, "rotate": crop.rotate, "stratum": stratum, "degradation_group": group}
+    row["lr_ext"] = EXTENSIONS[recipe.formats.lr]
     if draws is not None:
         row |= {name: None if isnan(value) else value for name, value in scalar_parameters(draws).items()}
     text = json.dumps(info, separators=(",", ":"), ensure_ascii=False).encode()

@@ -1,6 +1,6 @@
 """One shard while it is written: a WebDataset tar, then the record that commits it; and what an output holds of them.
 
-A record is an Arrow file whose name says what it commits, so that one listing tells which shards are there.
+A record is an Arrow file whose name identifies what it commits, so that one listing finds the committed shards.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import json
 import logging
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +86,7 @@ class Inventory:
                 tars[name] = entry.size
             elif folder == _FOLDER and name.endswith(".arrow"):
                 if not (named := _NAME.fullmatch(name)):
-                    logger.warning("%s/%s is no record of a shard, and left alone", out.uri, entry.path)
+                    logger.warning("%s/%s is not a record of a shard and is ignored", out.uri, entry.path)
                     continue
                 records[named[1]] = (named[2], int(named[3]))
         return cls(tars, records)
@@ -122,11 +122,6 @@ def read_record(path: str, out: Storage) -> ShardRecord:
     table = pa.ipc.open_file(pa.BufferReader(out.read(path))).read_all()
     about = json.loads(table.schema.metadata[_ABOUT])
     return ShardRecord(**about, rows=table.replace_schema_metadata(None))
-
-
-def table_of(rows: Iterable[Row], columns: pa.Schema = COLUMNS) -> pa.Table:
-    """Rows of `samples.parquet`; what a row lacks is null."""
-    return pa.Table.from_pylist(list(rows), schema=columns)
 
 
 def _path(plan: ShardPlan, hash: str, size: int) -> str:
@@ -166,7 +161,7 @@ class ShardTar:
         self._stream.file.flush()
         return self._stream.sha256
 
-    close = finish  # an archive that is given up must not write its buffer when it is collected
+    close = finish  # else an abandoned archive would write its buffer when it is garbage-collected
 
 
 class HashedFile:
@@ -218,13 +213,14 @@ class ShardDraft:
     def commit(self, out: Storage) -> ShardRecord:
         """Puts the tar in place, then the record."""
         if not self._rows:
-            record = ShardRecord("", "", 0, 0, self.sources, table_of([], self._columns), self.rejected)
+            record = ShardRecord("", "", 0, 0, self.sources, self._columns.empty_table(), self.rejected)
         else:
             sha256 = self._tar.finish()
             name = tar_name(self.plan, sha256[:12])
-            rows = table_of(({"hr_shard": name, **row, "shard": name} for row in self._rows), self._columns)
+            rows = [{"hr_shard": name, **row, "shard": name} for row in self._rows]
+            table = pa.Table.from_pylist(rows, schema=self._columns)  # what a row lacks is null
             out.write(name, self._file)
-            record = ShardRecord(name, sha256, self._tar.size, len(self._rows), self.sources, rows, self.rejected)
+            record = ShardRecord(name, sha256, self._tar.size, len(rows), self.sources, table, self.rejected)
         write_record(self.plan, record, out)
         return record
 

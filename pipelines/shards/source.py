@@ -60,7 +60,13 @@ def read_source(source: Source) -> tuple[bytes, bytes | None]:
     if source.problem:
         raise RejectedImage(source.problem)
     with _permitted(source.uri, known=bool(source.version)):
-        data = _picture(source)
+        storage, name = object_at(source.uri)
+        if source.row >= 0 and is_table(source.uri):  # else the row names a file
+            data = read_row(source)
+        elif source.offset >= 0:
+            data = storage.read_range(name, source.offset, source.size) if source.size else b""
+        else:
+            data = storage.read(name)
     if not source.lr:
         return data, None
     storage, name = object_at(source.lr)
@@ -88,15 +94,6 @@ def _permitted(uri: str, known: bool) -> Iterator[None]:
         if known:
             raise
         raise RejectedImage("no permission to read it") from None
-
-
-def _picture(source: Source) -> bytes:
-    if source.row >= 0 and is_table(source.uri):  # else the row names a file
-        return read_row(source)
-    storage, name = object_at(source.uri)
-    if source.offset < 0:
-        return storage.read(name)
-    return storage.read_range(name, source.offset, source.size) if source.size else b""
 
 
 # What `tarfile` raises for headers that are none.
@@ -296,26 +293,22 @@ def _column(schema: pa.Schema) -> _Column | None:
     for name in _BYTES:
         if (field := fields.get(name)) is None:
             continue
-        if _is_binary(field.type):
+        if _kind(field.type) == "binary":
             return _Column(field.name, field.name, False)
-        if pa.types.is_struct(field.type) and any(
-            part.name == "bytes" and _is_binary(part.type) for part in field.type.fields
-        ):
+        parts = field.type.fields if pa.types.is_struct(field.type) else ()
+        if any(part.name == "bytes" and _kind(part.type) == "binary" for part in parts):
             return _Column(field.name, f"{field.name}.bytes", False)
     for name in _URIS:
-        if (field := fields.get(name)) is not None and _is_string(field.type):
-            return _Column(field.name, field.name, True)
+        if (field := fields.get(name)) is not None:
+            plain = field.type.value_type if pa.types.is_dictionary(field.type) else field.type  # of pandas' categories
+            if _kind(plain) == "string":
+                return _Column(field.name, field.name, True)
     return None
 
 
-def _is_binary(type: pa.DataType) -> bool:
-    return pa.types.is_binary(type) or pa.types.is_large_binary(type) or pa.types.is_binary_view(type)
-
-
-def _is_string(type: pa.DataType) -> bool:
-    if pa.types.is_dictionary(type):  # of pandas' categories
-        type = type.value_type
-    return pa.types.is_string(type) or pa.types.is_large_string(type) or pa.types.is_string_view(type)
+def _kind(type: pa.DataType) -> str:
+    """`binary` and `string` also for the types of long and of viewed values."""
+    return str(type).removeprefix("large_").removesuffix("_view")
 
 
 class _Rows:

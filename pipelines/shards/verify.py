@@ -5,7 +5,9 @@ import json
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
 from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
@@ -13,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute
 from tqdm import tqdm
 
-from deedsr.dataset.manifest import REJECTED, SAMPLES, LatentsSource, Manifest, ShardEntry
+from deedsr.dataset.manifest import REJECTED, SAMPLES, LatentsSource, ShardEntry
 from deedsr.dataset.members import LATENTS_EXTENSION, decode_stored, encode, unpack
 from deedsr.dataset.recipe import Recipe
 from deedsr.degradation.chain import degrade
@@ -21,10 +23,9 @@ from deedsr.errors import DeeDSRError
 from pipelines.data.dataset import Dataset
 from pipelines.data.index import left_out, require_hr
 from pipelines.machine import this_machine
-from pipelines.shards.build import Tars
+from pipelines.shards.build import Tars, member_of
 from pipelines.shards.samples import Row
 from pipelines.shards.shard import HashedFile
-from pipelines.storage import Storage
 
 
 @dataclass
@@ -51,19 +52,14 @@ def verify(uri: str, replay: int = 0, progress: bool = True) -> VerifyResult:
     if replay:
         dataset.require_pixels("--replay")
     manifest = dataset.manifest
-    problems = [*_check_manifest(manifest, dataset.recipe), *_check_files(manifest, dataset.storage)]
-    index = None
-    try:
-        problems += _check_rejected(dataset)
+    problems = [*_check_files(dataset)]
+    whole, index = 0, None
+    with suppress(DeeDSRError):
         index = dataset.index()
-        problems += _check_index(index, manifest)
-    except DeeDSRError as error:
-        problems.append(str(error))
     try:
         require_hr(dataset)
     except DeeDSRError as error:  # once, and not for each sample
         return VerifyResult(False, len(manifest.shards), 0, 0, [*problems, str(error)])
-    whole = 0
 
     def check(shard: ShardEntry) -> tuple[int, list[str]]:
         rows = index.filter(pa.compute.equal(index["shard"], shard.name)).to_pylist() if index is not None else None
@@ -103,36 +99,32 @@ def _replay(dataset: Dataset, index: pa.Table, row: int) -> str | None:
     return None if again == stored else f"{shard}: sample {key}: its HR and draws give another LR than the stored one"
 
 
-def _check_manifest(manifest: Manifest, recipe: Recipe) -> Iterator[str]:
-    if recipe.digest != manifest.recipe_digest:
+def _check_files(dataset: Dataset) -> Iterator[str]:
+    """Problems of the manifest, and of the files under their plain names, which other programs read."""
+    manifest = dataset.manifest
+    if dataset.recipe.digest != manifest.recipe_digest:
         yield "manifest.json: recipe_digest is not that of its recipe (another algorithm version, or it was edited)"
     if sum(shard.samples for shard in manifest.shards) != manifest.samples:
         yield "manifest.json: samples is not the sum of its shards' samples"
     if manifest.used + manifest.rejected != manifest.given:
         yield "manifest.json: used and rejected sources do not add up to those given"
-
-
-def _check_files(manifest: Manifest, storage: Storage) -> Iterator[str]:
-    """The files under their plain names, which other programs read; our own reader has a kept copy of each."""
     for name, sha256 in manifest.files.items():
         try:
-            if hashlib.sha256(storage.read(name)).hexdigest() != sha256:
+            if hashlib.sha256(dataset.storage.read(name)).hexdigest() != sha256:
                 yield f"{name}: its SHA-256 is not what the manifest says"
         except FileNotFoundError:
             yield f"{name} is missing"
-
-
-def _check_index(index: pa.Table, manifest: Manifest) -> Iterator[str]:
-    if index.num_rows != manifest.samples:
-        yield f"{SAMPLES}: {index.num_rows} rows, the manifest counts {manifest.samples} samples"
-    if pa.compute.count_distinct(index["key"]).as_py() != index.num_rows:
-        yield f"{SAMPLES}: a key stands for more than one sample"
-
-
-def _check_rejected(dataset: Dataset) -> Iterator[str]:
-    sources = sum(line.kind == "source" for line in left_out(dataset))
-    if sources != dataset.manifest.rejected:
-        yield f"{REJECTED}: {sources} sources, the manifest counts {dataset.manifest.rejected}"
+    try:
+        sources = sum(line.kind == "source" for line in left_out(dataset))
+        if sources != manifest.rejected:
+            yield f"{REJECTED}: {sources} sources, the manifest counts {manifest.rejected}"
+        index = dataset.index()
+        if index.num_rows != manifest.samples:
+            yield f"{SAMPLES}: {index.num_rows} rows, the manifest counts {manifest.samples} samples"
+        if pa.compute.count_distinct(index["key"]).as_py() != index.num_rows:
+            yield f"{SAMPLES}: a key stands for more than one sample"
+    except DeeDSRError as error:
+        yield str(error)
 
 
 def _check_shard(shard: ShardEntry, rows: list[Row] | None, dataset: Dataset) -> tuple[int, list[str]]:
@@ -189,18 +181,14 @@ class Member(NamedTuple):
 
 def _samples(file: HashedFile) -> Iterator[tuple[str, dict[str, Member]]]:
     """(key, {`hr`, `lr`, `json`: member}) of each sample of a tar, whose members lie one after the other."""
-    key, members = "", dict[str, Member]()
     with tarfile.open(fileobj=cast(BinaryIO, file), mode="r|") as tar:
-        for info in tar:
-            this, _, rest = info.name.partition(".")
-            if this != key and members:
-                yield key, members
-                members = {}
-            content = tar.extractfile(info)
-            name, _, ext = rest.partition(".")
-            key, members[name] = this, Member(ext, info.offset_data, content.read() if content else b"")
-    if members:
-        yield key, members
+        for key, infos in groupby(tar, key=lambda info: info.name.partition(".")[0]):
+            members = {}
+            for info in infos:
+                name, _, ext = info.name.partition(".")[2].partition(".")
+                content = tar.extractfile(info)
+                members[name] = Member(ext, info.offset_data, content.read() if content else b"")
+            yield key, members
 
 
 def _row_of(key: str, members: dict[str, Member]) -> Row:
@@ -218,7 +206,7 @@ def _check_sample(row: Row, members: dict[str, Member], hrs: Tars, recipe: Recip
     if problem := _check_members(row, members, ("hr", "lr", "json") if own_hr else ("lr", "json")):
         return problem
     try:
-        hr = members["hr"].data if own_hr else hrs.read(row["hr_shard"], row["hr_offset"], row["hr_size"])
+        hr = members["hr"].data if own_hr else member_of(hrs, row, "hr")
         sizes = decode_stored(hr).shape[:2], decode_stored(members["lr"].data).shape[:2]
     except ValueError:
         return f"sample {key}: an image cannot be decoded"

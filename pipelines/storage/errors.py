@@ -90,23 +90,12 @@ def _explain_file_system(verb: str, uri: str, error: OSError) -> DeeDSRError:
 def _explain_s3(verb: str, uri: str, error: Exception) -> Exception | None:
     # Imported here: where botocore raised, it is loaded already, and local work does not need it.
     from boto3.exceptions import Boto3Error
-    from botocore.exceptions import (
-        BotoCoreError,
-        ClientError,
-        ConnectionError,
-        ConnectTimeoutError,
-        HTTPClientError,
-        NoCredentialsError,
-        NoRegionError,
-        PartialCredentialsError,
-        ProfileNotFound,
-        ReadTimeoutError,
-    )
+    from botocore import exceptions as aws
 
     bucket = uri.split("/")[2] if uri.startswith("s3://") else uri
-    if isinstance(error, Boto3Error) and isinstance(error.__context__, ClientError):
+    if isinstance(error, Boto3Error) and isinstance(error.__context__, aws.ClientError):
         error = error.__context__  # upload_file hides the server's answer in its own exception
-    if isinstance(error, ClientError):
+    if isinstance(error, aws.ClientError):
         code = str(error.response.get("Error", {}).get("Code", ""))
         if code == "NoSuchBucket":
             return UsageError(f"there is no bucket {bucket!r}: create it, or correct {uri} (and AWS_ENDPOINT_URL)")
@@ -122,16 +111,16 @@ def _explain_s3(verb: str, uri: str, error: Exception) -> Exception | None:
         if code in _FULL or status == 507:
             return Full(f"cannot {verb} {uri}: no space left in the bucket ({code})")
         return (Away if status >= 500 or status == 429 else DeeDSRError)(f"cannot {verb} {uri}: S3 answered {code}")
-    if isinstance(error, NoCredentialsError | PartialCredentialsError | ProfileNotFound):
+    if isinstance(error, aws.NoCredentialsError | aws.PartialCredentialsError | aws.ProfileNotFound):
         remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
         return UsageError(f"cannot {verb} {uri}: no AWS credentials found; {remedy}")
-    if isinstance(error, NoRegionError):
+    if isinstance(error, aws.NoRegionError):
         return UsageError(f"cannot {verb} {uri}: no AWS region; set AWS_REGION")
-    if isinstance(error, ReadTimeoutError | ConnectTimeoutError):
+    if isinstance(error, aws.ReadTimeoutError | aws.ConnectTimeoutError):
         return Away(f"cannot {verb} {uri}: the S3 endpoint does not answer; check AWS_ENDPOINT_URL and the network")
-    if isinstance(error, ConnectionError | HTTPClientError):
+    if isinstance(error, aws.ConnectionError | aws.HTTPClientError):
         return Away(f"cannot {verb} {uri}: no connection to the S3 endpoint; check AWS_ENDPOINT_URL")
-    if isinstance(error, BotoCoreError | Boto3Error):
+    if isinstance(error, aws.BotoCoreError | Boto3Error):
         return DeeDSRError(f"cannot {verb} {uri}: {_without_secrets(str(error))}")
     if isinstance(error, ValueError) and any(word in str(error) for word in ("endpoint", "URL")):
         return UsageError(f"cannot {verb} {uri}: AWS_ENDPOINT_URL is no URL; write http://host:port or https://host")

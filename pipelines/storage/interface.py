@@ -1,21 +1,15 @@
 """Interface of a storage, and rules for the names of its objects."""
 
-import enum
 import os
 import posixpath
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import BinaryIO, NamedTuple
 
-
-class _Anything(enum.Enum):
-    ANYTHING = "anything"
-
-
-ANYTHING = _Anything.ANYTHING
-Expected = str | None | Literal[_Anything.ANYTHING]
+ANYTHING = "*"  # in place of an expected version: whatever is there
+Expected = str | None
 
 
 class Entry(NamedTuple):
@@ -71,8 +65,8 @@ class Storage(ABC):
 
         Readers see the old object or the new one, never a part. `expected`: what must be there for the write to
         happen: None for no object, or the version of one (`Entry.version`). Raises Conflict, and changes nothing, if
-        it is something else: of several processes that expect the same, one writes. Between `write`s only: what is
-        put there without `expected` asks nobody.
+        it is something else: of several processes that expect the same, one writes. A write
+        without `expected` is unconditional.
         """
 
     @abstractmethod

@@ -94,9 +94,9 @@ class LocalStorage(Storage):
                         file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
-                with nullcontext() if expected is ANYTHING else locked(target.parent / f".lock{PARTIAL}"):
+                with nullcontext() if expected == ANYTHING else locked(target.parent / f".lock{PARTIAL}"):
                     present = _modified(target)
-                    if expected is not ANYTHING and expected != present:
+                    if expected != ANYTHING and expected != present:
                         raise Conflict(str(target))
                     version = partial.stat().st_mtime_ns
                     if present and version <= int(present):  # within the resolution of the file system's clock

@@ -29,7 +29,7 @@ def open_storage(uri: str | Path) -> Storage:
     if not text:
         raise UsageError("an empty location: give s3://bucket/prefix, file:///dir or a path")
     if scheme is None:
-        return LocalStorage(Path(os.path.expanduser(text)))  # `~nobody.jpg` is a name, and to Path an error
+        return LocalStorage(Path(os.path.expanduser(text)))  # not `Path.expanduser`, which raises for `~nobody.jpg`
     rest = text[scheme.end() :]
     if scheme[1].lower() == "file":
         host, slash, path = rest.partition("/")

@@ -27,7 +27,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
             if not machine.lock(file, wait):
                 yield False
                 return
-            if not is_at(path, file):  # its last holder has removed it: this lock excludes nobody
+            if not is_at(path, file):  # its last holder has removed the file: another process may lock a new one
                 continue
             try:
                 yield True

@@ -2,7 +2,7 @@
 
 Uploads carry a checksum that S3 verifies, and whole reads are verified against it (boto3's CRC; for a server that lacks
 it, AWS_REQUEST_CHECKSUM_CALCULATION=when_required and AWS_RESPONSE_CHECKSUM_VALIDATION=when_required turn it off).
-A request that fails is tried again for as long as `pipelines.storage.waiting` says.
+Failed requests are retried within the limits of `pipelines.storage.waiting`.
 S3 has no checksum of a part of an object: what `read_range` and `open` return is guarded by TCP and TLS only.
 """
 
@@ -17,6 +17,7 @@ import zlib
 from base64 import b64decode
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import copy_context
 from datetime import datetime, timedelta
 from itertools import islice
@@ -149,7 +150,7 @@ class S3Storage(Storage):
 
     def write(self, path: str, data: bytes | Path, *, expected: Expected = ANYTHING) -> str:
         with explained("write", f"{self.uri}/{path}"):
-            if expected is not ANYTHING:
+            if expected != ANYTHING:
                 return self._write_if(path, data, expected)
             size = data.stat().st_size if isinstance(data, Path) else len(data)
             if size <= _ONE_PUT:
@@ -183,38 +184,30 @@ class S3Storage(Storage):
                 return self._put(path, data, Metadata={_WRITER: writer}, **condition)
             except ClientError as error:
                 code = _code(error)
-                if code in ("NotImplemented", "501"):
-                    return self._write_after_stat(path, data, expected)
+                if code in ("NotImplemented", "501"):  # two processes that write in the same moment may both succeed
+                    if expected != (self.stat(path).version if self.exists(path) else None):
+                        raise Conflict(f"{self.uri}/{path}") from None
+                    return self._put(path, data)
                 if code == "ConditionalRequestConflict" and left:  # another write was under way
                     time.sleep(0.1)
                 elif code in ("PreconditionFailed", "412", "NoSuchKey", "404"):
                     # The response to a successful attempt may have been lost, after which boto3 has tried again.
-                    return self._version_by(writer, path)
+                    with suppress(FileNotFoundError):
+                        head = self._head(path)
+                        if head["Metadata"].get(_WRITER) == writer:
+                            return head["ETag"].strip('"')
+                    raise Conflict(f"{self.uri}/{path}") from None
                 else:
                     raise
         raise AssertionError("unreachable")
 
-    def _version_by(self, writer: str, path: str) -> str:
-        try:
-            with explained("read", f"{self.uri}/{path}"):
-                head = self._client.head_object(Bucket=self.bucket, Key=self._key(path))
-        except FileNotFoundError:
-            raise Conflict(f"{self.uri}/{path}") from None
-        if head["Metadata"].get(_WRITER) != writer:
-            raise Conflict(f"{self.uri}/{path}")
-        return head["ETag"].strip('"')
-
-    def _write_after_stat(self, path: str, data: bytes | Path, expected: str | None) -> str:
-        """For a server without conditional puts: two processes that write within the same moment may both succeed."""
-        present = self.stat(path).version if self.exists(path) else None
-        if present != expected:
-            raise Conflict(f"{self.uri}/{path}")
-        return self._put(path, data)
-
     def stat(self, path: str) -> Entry:
-        with explained("read", f"{self.uri}/{path}"):
-            head = self._client.head_object(Bucket=self.bucket, Key=self._key(path))
+        head = self._head(path)
         return Entry(path, head["ContentLength"], head["ETag"].strip('"'))
+
+    def _head(self, path: str) -> dict[str, Any]:
+        with explained("read", f"{self.uri}/{path}"):
+            return self._client.head_object(Bucket=self.bucket, Key=self._key(path))
 
     def delete(self, path: str) -> None:
         with explained("delete", f"{self.uri}/{path}"):
@@ -280,9 +273,6 @@ class _ObjectFile(io.RawIOBase):
 
     def seekable(self) -> bool:
         return True
-
-    def tell(self) -> int:
-        return self._place
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._entry.size}[whence]

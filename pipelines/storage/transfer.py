@@ -110,7 +110,7 @@ def _use(target: Path) -> bool:
     if not target.is_dir():
         return False
     mark = _mark(target)
-    with suppress(OSError):  # where nothing can be written, nobody removes anything either
+    with suppress(OSError):  # a read-only cache is not pruned either
         if target not in _used:
             file = mark.open("ab")
             machine.lock(file, shared=True)
@@ -133,9 +133,11 @@ def _mark(folder: Path) -> Path:
 
 
 def _make_room(cache: Path, limit: float) -> None:
-    sizes = {folder: _size(folder) for folder in cache.iterdir() if _NAME.fullmatch(folder.name)}
+    size = lambda folder: sum(file.lstat().st_size for file in folder.rglob("*") if not file.is_dir())
+    sizes = {folder: size(folder) for folder in cache.iterdir() if _NAME.fullmatch(folder.name)}
     excess = sum(sizes.values()) - limit
-    for folder in sorted(sizes, key=_last_use):
+    last_use = lambda folder: (_mark(folder) if _mark(folder).exists() else folder).stat().st_mtime
+    for folder in sorted(sizes, key=last_use):
         if excess <= 0:
             return
         with locked(_lock(folder), wait=False) as complete, locked(_mark(folder), wait=False) as unused:
@@ -144,12 +146,3 @@ def _make_room(cache: Path, limit: float) -> None:
                 folder.rename(partial)
                 shutil.rmtree(partial, ignore_errors=True)
                 excess -= sizes[folder]
-
-
-def _size(folder: Path) -> int:
-    return sum(file.lstat().st_size for file in folder.rglob("*") if not file.is_dir())
-
-
-def _last_use(folder: Path) -> float:
-    mark = _mark(folder)
-    return (mark if mark.exists() else folder).stat().st_mtime

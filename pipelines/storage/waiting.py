@@ -1,7 +1,7 @@
 """Retries while storage is unreachable, full or not permitted, with one time limit for all commands.
 
 `DEEDSR_STORAGE_SECONDS` (600) is the limit, from the first failure on. A wait is logged every half minute, and ends
-when the command is asked to end.
+with the command.
 """
 
 import logging

@@ -126,7 +126,7 @@ def log_evaluation(run: Run, training: str, folder: Path, results: Mapping[str, 
     client, weights = run.client, weights_digest(open_storage(str(folder)))
     versions = client.search_model_versions(f"run_id = {quoted(training)}")
     measured = [version for version in versions if version.tags.get(WEIGHTS_TAG) == weights]
-    figures = {name: value for name, value in results["metrics"]["model"].items() if value is not None}
+    figures = {name: found["mean"] for name, found in results["metrics"]["model"].items() if found["mean"] is not None}
     decisive = next((name for name in figures if higher_is_better(name) is not None), None)
     if not measured or decisive is None:
         return
@@ -134,12 +134,13 @@ def log_evaluation(run: Run, training: str, folder: Path, results: Mapping[str, 
         "dataset": results["dataset"]["digest"],
         "split": results["dataset"]["split"],
         "samples": [sample["key"] for sample in results["samples"]],
-        "sampling": results["sampling"],
+        "sampling": results["sampling"] | {"precision": results["precision"]},
         "seed": results["seed"],
         "metric": {decisive: results["definitions"][decisive]},
     }
     key = hashlib.sha256(json.dumps(alike, sort_keys=True).encode()).hexdigest()[:12]
-    about = f"{len(alike['samples'])} samples of the {alike['split']} split of dataset {alike['dataset'][:12]}"
+    part = f"the {alike['split']} split of " if alike["split"] else ""
+    about = f"{len(alike['samples'])} samples of {part}dataset {alike['dataset'][:12]}"
     record = {"metric": decisive, "value": figures[decisive], "on": about, "run_id": run.id, "metrics": figures}
     for version in measured:
         client.set_model_version_tag(version.name, version.version, EVALUATION_TAG + key, json.dumps(record))

@@ -114,4 +114,4 @@ def _same(claim: Mapping[str, Any], process: Mapping[str, Any]) -> bool:
 
 def _claims(out: str) -> Iterator[dict[str, Any]]:
     with waiting.within(_ANSWER_SECONDS):
-        yield from claims.found(open_storage(out))
+        yield from (claim for _, claim in claims.found(open_storage(out)) if claim)

@@ -27,7 +27,7 @@ from pipelines.data.dataset import Dataset
 from pipelines.models import Adapter, Base, Learner
 from pipelines.training.config import AdapterOptions
 from pipelines.training.metrics import by_timestep, middles
-from pipelines.training.stage import Workers, fresh, initial_weights
+from pipelines.training.stage import Workers, compile_blocks, initial_weights, save_model, unit
 
 if TYPE_CHECKING:
     from deedsr.sampling.pipeline import DeeDSRPipeline
@@ -48,9 +48,9 @@ class AdapterBatch(TypedDict):
     timestep: Tensor  # (B,)
     noise: Tensor  # (B, C, h, w)
     guidance: Tensor  # (B,) strength of the pull to the LR
-    lr: NotRequired[Tensor]  # (B, 3, H, W) in [0, 1], whole, for the learner
-    lr_crop: NotRequired[Tensor]  # (B, 3, H, W) in [0, 1]
-    hr_crop: NotRequired[Tensor]  # (B, 3, s H, s W) in [0, 1]
+    lr: NotRequired[Tensor]  # (B, 3, H, W) uint8, whole, for the learner
+    lr_crop: NotRequired[Tensor]  # (B, 3, H, W) uint8
+    hr_crop: NotRequired[Tensor]  # (B, 3, s H, s W) uint8
     encoding_noise: NotRequired[Tensor]  # (B, 2, C, h, w) of the posteriors of LR and HR
     z_lr: NotRequired[Tensor]  # (B, C, h, w)
     z_hr: NotRequired[Tensor]  # (B, C, h, w)
@@ -103,6 +103,8 @@ class AdapterStage:
         if self.options.train.gradient_checkpointing:
             for network in (self.unet, self.adapter):
                 network.enable_gradient_checkpointing()
+        if self.options.train.compile:
+            compile_blocks(self.adapter.blocks())
         self.latent_channels = int(self.unet.config["in_channels"])
         return self.adapter
 
@@ -122,9 +124,9 @@ class AdapterStage:
         s = self.scale
         hr = sample.hr[s * top : s * (top + rows), s * left : s * (left + columns)]
         return {
-            "lr": _unit(sample.lr),
-            "lr_crop": _unit(lr),
-            "hr_crop": _unit(hr),
+            "lr": _planes(sample.lr),
+            "lr_crop": _planes(lr),
+            "hr_crop": _planes(hr),
             "encoding_noise": draws.encoding_noise,
             **draws.questions,
         }
@@ -141,7 +143,7 @@ class AdapterStage:
             mean[crop].astype(np.float32) + (0 if std is None else std[crop] * noise)
             for (mean, std), noise in zip(moments, draws.encoding_noise, strict=True)
         )
-        known = {"degradation": stored.degradation} if lr is None else {"lr": _unit(lr)}
+        known = {"degradation": stored.degradation} if lr is None else {"lr": _planes(lr)}
         return {"z_lr": z_lr, "z_hr": z_hr, **known, **draws.questions}
 
     def _draw(self, key: str, epoch: int, height: int, width: int) -> "Draws":
@@ -163,10 +165,10 @@ class AdapterStage:
 
     def _encoded(self, batch: AdapterBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Latents of LR and HR, and the degradation vectors, all fp32: computed, or as they were stored."""
-        vector_BD = batch["degradation"] if "degradation" in batch else self.learner(batch["lr"])
+        vector_BD = batch["degradation"] if "degradation" in batch else self.learner(unit(batch["lr"]))
         if "z_lr" in batch:
             return batch["z_lr"].float(), batch["z_hr"].float(), vector_BD.float()
-        images = enlarge(batch["lr_crop"], self.scale), batch["hr_crop"]
+        images = enlarge(unit(batch["lr_crop"]), self.scale), unit(batch["hr_crop"])
         z_lr, z_hr = (
             encode_latents(self.vae, (2 * image - 1).to(self.vae.dtype), batch["encoding_noise"][:, i]).float()
             for i, image in enumerate(images)
@@ -231,13 +233,8 @@ class AdapterStage:
         self, folder: Path, trained: dict[str, Tensor], state: dict[str, Tensor], history: dict[str, Any] | None = None
     ) -> None:
         learner = self._trained_learner()
-        for part, model, weights in (
-            ("adapter", self.adapter, trained),
-            ("learner", learner, learner.state_dict()),
-        ):
-            exported = fresh(model)
-            exported.load_state_dict(weights)
-            exported.save_pretrained(folder / part)
+        save_model(self.adapter, trained, folder / "adapter")
+        save_model(learner, learner.state_dict(), folder / "learner")
         configuration = asdict(self.options)
         training = (history or {}) | {
             "learner": self.trained_learner.digest,
@@ -253,6 +250,6 @@ class AdapterStage:
         copy_base_licence(self.base.path, folder)
 
 
-def _unit(image: np.ndarray) -> np.ndarray:
-    """uint8 HWC to float32 CHW in [0,1]."""
-    return np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32) / 255
+def _planes(image: np.ndarray) -> np.ndarray:
+    """HWC to CHW."""
+    return np.ascontiguousarray(image.transpose(2, 0, 1))

@@ -81,9 +81,11 @@ def write(
     for part in PARTS:
         check()
         data = save(tensors[part])
-        checkpoint.sha256[part] = hashlib.sha256(data).hexdigest()
         path = f"{checkpoint.folder}/{part}.safetensors"
-        out.write(path, data)
+        with ThreadPoolExecutor(1) as hashing:
+            hashed = hashing.submit(hashlib.sha256, data)
+            out.write(path, data)
+        checkpoint.sha256[part] = hashed.result().hexdigest()
         # S3 has refused an upload whose checksum is another; a file is read again.
         whole = out.stat(path).size == len(data)
         if whole and out.local_path(path) is not None:
@@ -130,6 +132,14 @@ def read_latest(out: Storage) -> tuple[Checkpoint, Tensors] | None:
     if found:
         raise DeeDSRError(f"every checkpoint in {out.uri}/checkpoints is damaged: delete that folder to start again")
     return None
+
+
+def read_step(out: Storage, step: int) -> tuple[Checkpoint, Tensors]:
+    """The newest checkpoint. Raises DeeDSRError where it is of an earlier step."""
+    found = read_latest(out)
+    if found is None or found[0].step < step:
+        raise DeeDSRError(f"the checkpoint of step {step} in {out.uri} was damaged after it was written")
+    return found
 
 
 def read(out: Storage, checkpoint: Checkpoint) -> Tensors:

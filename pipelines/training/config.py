@@ -10,6 +10,8 @@ from pydantic import Field
 from deedsr.errors import UsageError
 
 Workers = Annotated[int | str, Field(union_mode="left_to_right")]  # "2" is the number
+MicroBatch = int | Literal["auto"] | None
+AUTO_SAMPLES = 8  # of `auto` on the smallest cards, where no block of the learner sets a size
 Ablation = Literal["vector", "global", "local", "da"]  # as the adapter knows them
 
 
@@ -26,11 +28,12 @@ class TrainOptions:
     clip_grad_norm: Annotated[float, "maximum gradient norm; 0 = off"] = 0.0
     max_steps: Annotated[int, "optimizer steps in total"] = 1000
     global_batch_size: Annotated[int, "samples per optimizer step, over all workers and accumulation"] = 32
-    micro_batch_size: Annotated[int | None, "samples per forward on one worker; null = its whole share"] = None
+    micro_batch_size: Annotated[MicroBatch, "samples per forward of a worker; auto = by GPU; null = its share"] = None
     num_workers: Annotated[Workers, "auto = most that the batch divides over; a number; a range such as 1..4"] = "auto"
     zero_stage: Annotated[Literal[0, 1, 2, 3], "DeepSpeed ZeRO"] = 0
     precision: Annotated[Literal["fp32", "bf16"], "forward precision; weights, gradients and sums stay fp32"] = "fp32"
-    exact_sums: Annotated[bool, "fp64 gradient sums, equal for any number of workers; 8 bytes per weight"] = True
+    exact_sums: Annotated[bool | None, "fp64 gradient sums, equal for any number of workers; null = on CPUs"] = None
+    tf32: Annotated[bool | None, "TF32 in fp32 products on GPUs; null = unless exact_sums"] = None
     seed: Annotated[int, "seed of initial weights, sample order and all random draws"] = 0
     checkpoint_every: Annotated[int, "optimizer steps between checkpoints"] = 200
     keep_checkpoints: Annotated[int, "number of newest checkpoints to keep"] = 2
@@ -247,13 +250,20 @@ def micro_batch(train: TrainOptions, world_size: int, unit: int = 1) -> tuple[in
     `unit`: samples that must stay in one forward (batch-norm group, block of negatives).
     """
     share, rest = divmod(train.global_batch_size, world_size)
-    micro = min(train.micro_batch_size or share, share)
+    micro = min(asked_micro_batch(train, unit) or share, share)
     if rest or share % micro or micro % unit:
         raise UsageError(
             f"train.global_batch_size {train.global_batch_size} does not divide over {world_size} workers with "
             f"micro batches of {micro} samples" + (f" in units of {unit} (contrast.batch_block)" if unit > 1 else "")
         )
     return micro, share // micro
+
+
+def asked_micro_batch(train: TrainOptions, unit: int) -> int | None:
+    """`train.micro_batch_size`; where that is `auto`, what every card takes."""
+    if train.micro_batch_size == "auto":
+        return unit if unit > 1 else AUTO_SAMPLES
+    return train.micro_batch_size
 
 
 def from_resolved(kind: type, tree: dict[str, Any]) -> Any:

@@ -10,7 +10,7 @@ Shape suffixes: N elements of all parameters that train.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,12 +22,16 @@ from torch import Tensor, nn
 from pipelines.training.config import TrainOptions
 
 STEP = "step"  # the optimizer's own step count, one number for all parameters
+AVERAGE = "average"  # kept beside the moments, of the same part of the weights on each worker
 
 
 class Engine:
     """`forward`, `backward` and `step` of one worker, and the `Workers` of `stage.py`.
 
-    `optimizer_state`: what `optimizer_state()` of an earlier engine gave: `{parameter}.{moment}` and `step`.
+    Args:
+        optimizer_state: what `optimizer_state()` of an earlier engine gave: `{parameter}.{moment}` and `step`.
+        averages: exponential averages of the trained parameters, as `averages()` gave them; kept where
+            `options.ema_decay` is set. Each worker holds those of the weights that its optimizer holds.
     """
 
     def __init__(
@@ -38,17 +42,21 @@ class Engine:
         micro: int,
         accumulation: int,
         optimizer_state: dict[str, Tensor] | None = None,
+        averages: dict[str, Tensor] | None = None,
     ):
         self.stage = options.zero_stage
         self.named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         parameters = [p for _, p in self.named]
+        on_gpu = parameters[0].device.type == "cuda"
         deepspeed = _import_deepspeed(parameters[0].device)
         optimizer: SGD | AdamW
+        # One kernel for all parameters on GPUs; on CPUs torch's loop, whose rounding runs began with.
+        common: dict[str, Any] = {"weight_decay": options.weight_decay, "fused": True if on_gpu else None}
         if options.optimizer == "sgd":
-            optimizer = SGD(parameters, options.lr, momentum=0.9, weight_decay=options.weight_decay)
+            optimizer = SGD(parameters, options.lr, momentum=0.9, **common)
             self.moments = ["momentum_buffer"]
         else:
-            optimizer = AdamW(parameters, options.lr, weight_decay=options.weight_decay)
+            optimizer = AdamW(parameters, options.lr, **common)
             self.moments = ["exp_avg", "exp_avg_sq"]
         self.base_optimizer = optimizer
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -71,13 +79,13 @@ class Engine:
             },
             "steps_per_print": 10**9,
         }
-        if options.compile:
-            module.compile()
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
-        self._make_optimizer_state(optimizer_state or {})
+        self.averaged = bool(averages)
+        self._make_optimizer_state(optimizer_state or {}, averages or {}, bool(options.ema_decay))
         self.exact = None
         if options.exact_sums:
             self.exact = ExactSum(parameters, [_shape(p) for p in parameters], self.device)
+            self._omit_reduction()
             if self.stage != 3:
                 for part in module.modules():
                     part.register_forward_pre_hook(_apart)
@@ -151,37 +159,36 @@ class Engine:
 
     @contextmanager
     def full_parameters(self) -> Iterator[Iterator[tuple[str, Tensor]]]:
-        """(name, whole fp32 tensor) of every trained parameter, one at a time; a collective."""
+        """(name, whole fp32 tensor) of every trained parameter, one at a time; with ZeRO 3 a collective."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        if self.stage == 0:
+        if self.stage < 3:
             yield ((name, p.detach()) for name, p in self.named)
         else:
             yield ((name, safe_get_full_fp32_param(p).detach().view(_shape(p))) for name, p in self.named)
 
-    def average(self, ema: dict[str, Tensor], decay: float) -> None:
-        """Move exponential averages of the trained parameters on, or begin them; a collective."""
-        with self.full_parameters() as parameters, torch.no_grad():
-            for name, value in parameters:
-                if name in ema:
-                    ema[name].lerp_(value.float(), 1 - decay)
-                else:
-                    ema[name] = value.float().clone()
+    @torch.no_grad()
+    def average(self, decay: float) -> None:
+        """Move this worker's part of the exponential averages on, or begin them."""
+        held = list(self._held())
+        averages = [self.base_optimizer.state[p][AVERAGE] for p in held]
+        torch._foreach_lerp_(averages, held, 1 - decay if self.averaged else 1.0)
+        self.averaged = True
+
+    def averages(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole exponential average) of every trained parameter, none before the first; a collective."""
+        if self.averaged:
+            yield from ((name, self._whole(p, AVERAGE)) for name, p in self.named)
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Whole fp32 moments by `{parameter}.{moment}`, and `step`, on the CPU of rank 0 and nothing elsewhere.
 
         A collective.
         """
-        from deepspeed.utils import safe_get_full_optimizer_state
-
         state: dict[str, Tensor] = {}
         for name, p in self.named:
             for moment in self.moments:
-                if self.stage == 0:
-                    value = self.base_optimizer.state[p][moment]
-                else:
-                    value = safe_get_full_optimizer_state(p, moment).view(_shape(p))
+                value = self._whole(p, moment)
                 if self.rank == 0:
                     state[f"{name}.{moment}"] = on_cpu(value)
         steps = [s[STEP] for s in self.base_optimizer.state.values() if STEP in s]
@@ -189,33 +196,57 @@ class Engine:
             state[STEP] = on_cpu(steps[0])
         return state
 
-    def _make_optimizer_state(self, state: dict[str, Tensor]) -> None:
-        """What torch would make at the first step, from `state` or empty: there may be no first step to take."""
-        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
-
+    def _held(self) -> Iterable[Tensor]:
+        """The fp32 weights that this worker's optimizer steps: all, or with ZeRO flat parts of them."""
         if self.stage == 3:
-            holders = self.engine.optimizer.fp32_partitioned_groups_flat
-        else:
-            holders = [p for group in self.base_optimizer.param_groups for p in group["params"]]
-        for p in holders:
+            return self.engine.optimizer.fp32_partitioned_groups_flat
+        return (p for group in self.base_optimizer.param_groups for p in group["params"])
+
+    def _whole(self, p: nn.Parameter, key: str) -> Tensor:
+        """The entry of a parameter in the optimizer's state; with ZeRO a collective."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        if self.stage == 0:
+            return self.base_optimizer.state[p][key]
+        return safe_get_full_optimizer_state(p, key).view(_shape(p))
+
+    def _make_optimizer_state(self, state: dict[str, Tensor], averages: dict[str, Tensor], average: bool) -> None:
+        """What torch would make at the first step, from `state` or empty: there may be no first step to take."""
+        for p in self._held():
             slot = self.base_optimizer.state[p]
-            for moment in self.moments:
+            for moment in [*self.moments, *[AVERAGE] * average]:
                 slot[moment] = torch.zeros_like(p)
             if isinstance(self.base_optimizer, AdamW):
-                slot[STEP] = state.get(STEP, torch.zeros(())).clone().float()
+                where = p.device if self.base_optimizer.defaults["fused"] else "cpu"  # as torch makes it
+                slot[STEP] = state.get(STEP, torch.zeros(())).to(where, torch.float32, copy=True)
         if self.stage in (1, 2):
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
-        if not state:
-            return
         for name, p in self.named:
-            for moment in self.moments:
-                value = state[f"{name}.{moment}"]
-                if self.stage == 0:
-                    self.base_optimizer.state[p][moment].copy_(value)
-                elif self.stage == 3:  # by parts: what takes whole values there wants them to divide evenly
-                    safe_set_local_optimizer_state(p, self._part(value, p).to(self.device), moment)
-                else:
-                    safe_set_full_optimizer_state(p, value.to(self.device), moment)
+            if state:
+                for moment in self.moments:
+                    self._set_state(p, moment, state[f"{name}.{moment}"])
+            if averages:
+                self._set_state(p, AVERAGE, averages[name])
+
+    def _set_state(self, p: nn.Parameter, key: str, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        if self.stage == 0:
+            self.base_optimizer.state[p][key].copy_(value)
+        elif self.stage == 3:  # by parts: what takes whole values there wants them to divide evenly
+            safe_set_local_optimizer_state(p, self._part(value, p).to(self.device), key)
+        else:
+            safe_set_full_optimizer_state(p, value.to(self.device), key)
+
+    def _omit_reduction(self) -> None:
+        """With exact sums DeepSpeed need not reduce gradients: `step` puts others in their place.
+
+        ZeRO 3 does so inside its hooks, which cannot be left out.
+        """
+        if self.stage == 0:
+            self.engine.enable_backward_allreduce = False
+        elif self.stage in (1, 2):
+            self.engine.optimizer.average_tensor = lambda tensor, dtype: None
 
     def _set_gradient(self, p: nn.Parameter, gradient: Tensor) -> None:
         """Put `gradient` where the optimizer step finds what DeepSpeed has reduced."""

@@ -1,8 +1,8 @@
-"""What ends a training before its last step, or would: signals, anomalous losses, hangs, storage that does not answer.
+"""Fault detection of a training: signals, anomalous losses, hangs, unreachable storage.
 
-`Stop` and the errors below it say how the loop was left. `LossWindow` detects a non-finite or spiking loss, `Records`
-keeps the batch of a skipped step. `Watchdog` ends a worker that makes no progress, so that Ray Train starts the group
-again; `BlockedReads` extends it while a worker waits for storage.
+`Stop` and the errors below it are the ways in which the loop ends early. `LossWindow` detects a non-finite or spiking
+loss, `Records` writes the batch of a skipped step. `Watchdog` ends a worker without progress, so that Ray Train
+restarts the group; `BlockedReads` extends its timeout while a worker waits for storage.
 """
 
 import faulthandler
@@ -30,10 +30,10 @@ from pipelines.training.checkpoint import WriterThread
 
 logger = logging.getLogger(__name__)
 WINDOW = 100  # losses that a new one is compared with
-FEWEST = 20  # of them before a loss can count as a spike
-MOST_IN_A_ROW = 10  # skipped steps: by then it is the run that is broken, not the batch
-FIRST_STEPS = 10  # times longer that the first step may take: networks are loaded, kernels compiled
-SLOW_STEPS = 5  # times longer than the slowest step that a later one may take
+FEWEST = 20  # losses in the window before one can count as a spike
+MOST_IN_A_ROW = 10  # consecutive skipped steps that end the run
+FIRST_STEPS = 10  # factor on the timeout of the first step: networks are loaded, kernels compiled
+SLOW_STEPS = 5  # timeout of a step as a multiple of the slowest recent one
 _KEY = "deedsr/blocked-reads"
 _LONGEST_PERIOD = 5.0  # seconds
 _LINE_SECONDS = 30.0
@@ -43,15 +43,15 @@ _terminated = threading.Event()
 
 class Stop(Enum):
     NO = ""
-    MOVE = "move"  # this worker's machine goes away, or there is room for more: checkpoint, and go on elsewhere
-    END = "end"  # whoever started the training wants it to end
+    MOVE = "move"  # node is preempted, or more workers fit: checkpoint and restart the group
+    END = "end"  # the user ends the training
 
     def __bool__(self) -> bool:
         return self is not Stop.NO
 
 
 class Moved(DeeDSRError):
-    """Checkpointed because a machine goes away or more are there; the worker group is to be started again."""
+    """Checkpointed before the worker group is restarted on other nodes or with another size."""
 
     def __init__(self, step: int):
         self.step = step
@@ -62,22 +62,22 @@ class Moved(DeeDSRError):
 
 
 class Ended(DeeDSRError):
-    """Checkpointed because the user wants the run to end."""
+    """Checkpointed because the user ended the run."""
 
     def __init__(self, step: int):
         super().__init__(f"checkpointed at step {step}")
 
 
 class Untrainable(DeeDSRError):
-    """The loss says that going on is of no use; starting the workers again is not either."""
+    """The loss is anomalous; a restart of the workers would not help."""
 
 
 class Unwritable(DeeDSRError):
-    """Storage did not take a checkpoint or the model for as long as it is waited for, or until the run was to end."""
+    """A checkpoint or the model could not be written before the retry limit or before the user ended the run."""
 
 
 def listen() -> None:
-    """SIGTERM asks this worker to checkpoint; a second one ends it. Call it on the main thread."""
+    """On SIGTERM this worker checkpoints and stops; a second one kills it. Call it on the main thread."""
     before = signal.getsignal(signal.SIGTERM)
 
     def handle(number: int, frame: object) -> None:
@@ -88,14 +88,14 @@ def listen() -> None:
 
 
 def terminated() -> Stop:
-    """MOVE once the worker had its SIGTERM."""
+    """MOVE after a SIGTERM."""
     return Stop.MOVE if _terminated.is_set() else Stop.NO
 
 
 class LossWindow:
-    """The losses of the last steps taken. Part of a checkpoint, so that a continued run judges alike.
+    """Losses of the last optimizer steps. Part of a checkpoint, so that a continued run detects the same spikes.
 
-    `sigma`: a loss so many standard deviations above the window's mean is a spike; 0 = none is.
+    `sigma`: a loss is a spike if it is so many standard deviations above the window's mean; 0 = no detection.
     """
 
     def __init__(self, sigma: float):
@@ -105,7 +105,7 @@ class LossWindow:
         self.in_a_row = 0
 
     def anomaly(self, loss: float) -> str | None:
-        """Why a step with this loss should not be taken, or None."""
+        """Why a step with this loss is to be skipped, or None."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         if not self.sigma or len(self.losses) < FEWEST:
@@ -133,18 +133,17 @@ class LossWindow:
         return {"losses": torch.tensor(self.losses, dtype=torch.float64), "counts": counts}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Of a checkpoint; one from before there was a window leaves it empty."""
+        """From a checkpoint; those of earlier versions have no window."""
         if state:
             self.losses = state["losses"].tolist()
             self.skipped, self.in_a_row = state["counts"].tolist()
 
 
 class Records(WriterThread):
-    """Writes the records of skipped steps on a thread, so that storage that is away stops no step.
+    """Writes the records of skipped steps on a thread, so that unreachable storage does not delay training.
 
-    What fails is tried again for as long as `pipelines.storage.waiting` says, then left out with a warning: no record
-    ends a run.
-    `check` is called before each write and raises where nothing may be written any more.
+    Failed writes are retried up to the limit of `pipelines.storage.waiting`, then dropped with a warning.
+    `check` is called before each write and raises where these workers may no longer write.
     """
 
     def __init__(self, out: Storage, check: Callable[[], object] = lambda: None):
@@ -153,7 +152,7 @@ class Records(WriterThread):
         self._last: Future[None] | None = None
 
     def add(self, step: int, values: dict[str, Any], batch: dict[str, Tensor], rank: int) -> str:
-        """Begin to write `incidents/step-XXXXXXXX.json` (rank 0) and this worker's part of the batch; returns where."""
+        """Start writing `incidents/step-XXXXXXXX.json` (rank 0) and this worker's part of the batch; returns where."""
         path = f"incidents/step-{step:08d}"
         files = {f"{path}-rank-{rank}.safetensors": save({k: t.detach().cpu().contiguous() for k, t in batch.items()})}
         if rank == 0:
@@ -164,7 +163,7 @@ class Records(WriterThread):
         return f"{self.out.uri}/{path}.json"
 
     def wait(self) -> None:
-        """Until the records so far are written or given up."""
+        """Wait until the records so far are written or dropped."""
         if self._last is not None:
             self._last.result()
 
@@ -182,11 +181,10 @@ class Records(WriterThread):
 
 
 class Watchdog:
-    """Dies unless `beat` comes again within `seconds`, or within five times the slowest recent step if that is longer.
+    """Ends the process unless `beat` is called within `seconds`, or five times the slowest recent step if longer.
 
-    Used as a context around the loop. The stacks of all threads go to stderr, then the process ends with status 1. The
-    clock is a thread of the interpreter's own, which a Python that is stuck in a library does not stop. `seconds` 0:
-    no watching.
+    A context around the loop. On timeout the stacks of all threads go to stderr and the process exits with status 1.
+    The timer is a C thread of `faulthandler`, which also fires while Python is blocked in a library. `seconds` 0: off.
     """
 
     def __init__(self, seconds: float):
@@ -194,7 +192,7 @@ class Watchdog:
         self._slowest, self._last, self._ends = 0.0, 0.0, 0.0
 
     def beat(self) -> None:
-        """The loop has made a step."""
+        """Called once per step."""
         now = time.monotonic()
         if self._last:
             self._slowest = max(0.9 * self._slowest, now - self._last)  # one slow step is forgotten after a while
@@ -202,12 +200,12 @@ class Watchdog:
         self._arm(max(self.seconds, SLOW_STEPS * self._slowest))
 
     def allow(self, seconds: float) -> None:
-        """What comes now, up to the next `beat`, is no step and may take `seconds` longer."""
+        """Extend the timeout by `seconds` until the next `beat`: for work outside of a step."""
         self._last = 0.0
         self._arm(self.seconds + seconds)
 
     def extend(self) -> None:
-        """From another thread: the step at hand has reason to wait, and begins anew."""
+        """Restart the timeout of the current step, from another thread."""
         if time.monotonic() + self.seconds > self._ends:
             self.allow(0)
 
@@ -225,11 +223,11 @@ class Watchdog:
 
 
 class BlockedReads:
-    """Extends the watchdog of every worker while one of them is `reading` and its storage does not answer.
+    """Extends the watchdog of every worker while one of them is `reading` from storage that does not answer.
 
-    The others wait for that one in a collective and cannot know, so a counter in `store`, the process group's, goes up
-    meanwhile. Rank 0 says so every half minute, and ends its process once it is `asked` to end: there is no step to
-    checkpoint after. Used as a context around the loop, in which a thread of it looks ten times within the limit.
+    The other workers wait for it in a collective. It increments a counter in `store` (of the process group), which a
+    thread of every worker polls ten times per timeout. Rank 0 reports it every half minute, and exits once it is
+    `asked` to end, since there is no finished step to checkpoint. A context around the loop.
     """
 
     def __init__(self, watchdog: Watchdog, store: Any, rank: int, asked: Callable[[], Stop], say: Callable[[str], Any]):
@@ -240,7 +238,7 @@ class BlockedReads:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Around a wait of the loop for something that is read from storage."""
+        """Context of a read from storage by the loop."""
         self._reading = True
         try:
             yield

@@ -29,7 +29,7 @@ MAY_CHANGE = {
     "train.log_every", "train.max_failures", "train.best_metric", "train.best_mode",
     "train.checkpoint_retry_seconds",  # of runs of earlier versions
     "train.spike_sigma", "train.on_spike", "train.hang_seconds",
-    "train.cache_gb", "train.loader_threads", "train.gradient_checkpointing", "train.exact_sums",
+    "train.cache_gb", "train.loader_threads", "train.gradient_checkpointing", "train.exact_sums", "train.tf32",
     "train.compile", "train.validate_every", "train.validation_samples", "train.validation_pictures",
     "register_as", "license",
 }  # fmt: skip

@@ -41,7 +41,7 @@ from pipelines.training.identity import (
     weights_digest,
 )
 from pipelines.training.metrics import FOLDER, recorded
-from pipelines.training.placement import TrainingPlan, place_training
+from pipelines.training.placement import TrainingPlan, arithmetic, decided, place_training
 from pipelines.training.schedules import with_schedule
 from pipelines.training.supervision import WITHOUT_GPUS, progress_bar, supervised
 
@@ -171,7 +171,9 @@ class Launch:
         with nullcontext() if record else _beside(lambda: tracking.connect(uri)):
             cluster.connect()
         tracking.require_shared_store(uri, cluster.nodes())
-        plan = _placed(self.stage, self.options.train, self.unit)
+        began = record.config["train"] if record else None
+        plan, train = _placed(self.stage, self.options.train, self.unit, began)
+        self.options = replace(self.options, train=train)
         if record is None:  # a run that is continued has these tags
             made = {"shards": self.dataset.order_digest}
             if self.dataset.manifest.latents:
@@ -278,25 +280,34 @@ class Launch:
             supervised(self.stage, trainer, bar, plan, claim)
 
 
-def _placed(stage: str, train: TrainOptions, unit: int) -> TrainingPlan:
-    """Where the training runs, once the cluster has room for it."""
+def _placed(
+    stage: str, train: TrainOptions, unit: int, began: dict[str, Any] | None
+) -> tuple[TrainingPlan, TrainOptions]:
+    """Where the training runs, once the cluster has room for it, and its options as they are recorded."""
     most: int | None = None
+    gpus = bool(place_training(cluster.offer(), train, unit).gpus)
+    by_card = gpus and train.micro_batch_size == "auto" and began is None
+    if not by_card:
+        train = decided(train, gpus, began, unit=unit)
     while True:
         plan = place_training(cluster.offer(), train, unit, most)
-        logger.info("train %s: %s", stage, plan)
+        logger.info("train %s: %s%s", stage, plan, f"; {arithmetic(train)}" if gpus and not by_card else "")
         try:
             cluster.wait_for(plan, WITHOUT_GPUS)
         except cluster.CannotHold:
             if train.num_workers != "auto" or plan.fewest == 1:
                 raise
             most = plan.fewest - 1
-        else:
-            return plan
+            continue
+        if not by_card:
+            return plan, train
+        memory = cluster.gpu_memory(plan)
+        train, by_card = decided(train, gpus, memory=memory, workers=plan.workers[1], unit=unit), False
 
 
 @contextmanager
 def _beside(work: Callable[[], object]) -> Iterator[None]:
-    """Does `work` on a thread meanwhile. It is only done early: whoever needs it does it again and sees its errors."""
+    """Runs `work` in a background thread to warm it up; errors are ignored because the caller repeats the call."""
 
     def quietly() -> None:
         with suppress(Exception):

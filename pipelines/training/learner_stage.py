@@ -18,13 +18,13 @@ from deedsr.learner.resnet import DegradationLearner
 from pipelines.data.dataset import Dataset
 from pipelines.models import Learner
 from pipelines.training.config import LearnerOptions
-from pipelines.training.stage import Workers, fresh, initial_weights, learner_config, under
+from pipelines.training.stage import Workers, compile_blocks, initial_weights, learner_config, save_model, under, unit
 
 
 class LearnerBatch(TypedDict):
     """Quadrant pairs of a micro-batch."""
 
-    query: Tensor  # (B, 3, H, W) in [0, 1]
+    query: Tensor  # (B, 3, H, W) uint8
     key: Tensor  # (B, 3, H, W), another quadrant of the same LR image
     source: Tensor  # (B,) photograph
     group: Tensor  # (B,) degradation group, or UNGROUPED
@@ -50,33 +50,35 @@ class LearnerStage:
             self.learner.load_state_dict(initial_weights(self.init, self.learner))
         if self.options.train.gradient_checkpointing:
             self.learner.checkpoint_gradients()
+        if self.options.train.compile:
+            compile_blocks(self.learner.blocks())
         self.contrast = MomentumContrast(self.learner, **asdict(self.options.contrast)).to(device)
         self.step_keys: list[tuple[Tensor, Tensor, Tensor]] = []  # keys, photographs, degradation groups
         return self.learner.train()
 
     def sample(self, dataset: Dataset, index: pa.Table, row: int, epoch: int) -> dict[str, Any]:
-        """Two quadrants in [0,1] of one LR image, drawn anew each epoch."""
+        """Two quadrants of one LR image, drawn anew each epoch."""
         sample = dataset.read_lr(index, row)
         rng = generator("quadrants", self.options.train.seed, epoch, sample.key)
         query, key = quadrant_pair(sample.lr.transpose(2, 0, 1), rng)
         group = index["degradation_group"][row].as_py()
         return {
-            "query": query.astype(np.float32) / 255,
-            "key": key.astype(np.float32) / 255,
+            "query": query,
+            "key": key,
             "source": np.int64(int(index["source_sha256"][row].as_py()[:15], 16)),
             "group": np.int64(UNGROUPED if group is None else group),
         }
 
     def loss(self, model: Callable[..., Tensor], batch: LearnerBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        query_BD = model(batch["query"], embedding=True)
-        key_BD = self.contrast.keys(batch["key"])
+        query_BD = model(unit(batch["query"]), embedding=True)
+        key_BD = self.contrast.keys(unit(batch["key"]))
         self.step_keys.append((key_BD, batch["source"], batch["group"]))
         return self.contrast.loss(query_BD, key_BD, batch["source"], batch["group"])
 
     def validation_step(self, model: Callable[..., Tensor], batch: LearnerBatch) -> Tensor:
         """Embeddings of both quadrants by the network that trains, which is the one exported, and the degradation group
         as the bits of a float: (B, 2 D + 1)."""
-        embeddings = [model(batch[part], embedding=True).float() for part in ("query", "key")]
+        embeddings = [model(unit(batch[part]), embedding=True).float() for part in ("query", "key")]
         return torch.cat([*embeddings, batch["group"].int().view(torch.float32)[:, None]], 1)
 
     def validation_metrics(self, rows_SN: Tensor) -> dict[str, Tensor]:
@@ -123,9 +125,7 @@ class LearnerStage:
     def export(
         self, folder: Path, trained: dict[str, Tensor], state: dict[str, Tensor], history: dict[str, Any] | None = None
     ) -> None:
-        learner = fresh(self.learner)
-        learner.load_state_dict(trained | under(state, "buffers."))
-        learner.save_pretrained(folder / "learner")
+        save_model(self.learner, trained | under(state, "buffers."), folder / "learner")
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:

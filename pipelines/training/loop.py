@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from deedsr.errors import DeeDSRError
+from deedsr.precision import set_tf32
 from pipelines.claims import Superseded
 from pipelines.data.dataset import Dataset
 from pipelines.data.loader import Batch, follow, micro_batches
@@ -38,8 +39,9 @@ from pipelines.training.health import (
 )
 from pipelines.training.identity import Claim
 from pipelines.training.metrics import Meter, record_part
+from pipelines.training.placement import decided
 from pipelines.training.schedules import learning_rate
-from pipelines.training.stage import Stage, under
+from pipelines.training.stage import Stage, under, write_model
 from pipelines.training.validation import Validation
 
 if TYPE_CHECKING:
@@ -127,7 +129,10 @@ class Loop:
         claim: Claim | None,
         say: Callable[[str], Any],
     ):
-        self.stage, self.plan, self.device, self.run = stage, options.train, device, run
+        self.stage, self.device, self.run = stage, device, run
+        self.plan = options.train
+        if self.plan.exact_sums is None:  # not by a command, which decides before it records the run
+            self.plan = decided(self.plan, device.type == "cuda")
         self.report, self.asked, self.say = report, asked, say
         self.out = open_storage(options.out)
         self.check = claim.check if claim else lambda: None
@@ -146,10 +151,10 @@ class Loop:
         self.dataset = replace(dataset, through=self.shards.open)
 
         self.losses = LossWindow(self.plan.spike_sigma)
-        self.ema: dict[str, Tensor] = {}
         self.latest: dict[str, float] = {}  # what was logged last, by metric
         self.loss_value = math.nan  # of the last step taken
         self.first_step = 0
+        self.saved: tuple[checkpoint.Checkpoint, checkpoint.Tensors] | None = None  # of rank 0, after the last step
 
     def __enter__(self) -> Self:
         with ExitStack() as contexts:
@@ -164,6 +169,8 @@ class Loop:
     def restore(self) -> None:
         """Networks, engine and data, as the last checkpoint left them."""
         plan = self.plan
+        if plan.tf32 is not None:
+            set_tf32(plan.tf32)
         module = self.stage.build(self.device, torch.bfloat16 if plan.precision == "bf16" else torch.float32)
         with self.blocked.reading():
             found = checkpoint.read_agreed(self.out, self.device)
@@ -177,7 +184,6 @@ class Loop:
             state = tensors["state"]
             self.stage.load_state(under(state, "stage."))
             self.losses.load_state(under(state, "losses."))
-            self.ema = {name: average.to(self.device) for name, average in under(state, "ema.").items()}
         micro, self.accumulation = micro_batch(plan, self.world_size, self.stage.unit)
         self.engine = Engine(
             module,
@@ -185,6 +191,7 @@ class Loop:
             micro=micro,
             accumulation=self.accumulation,
             optimizer_state=found[1]["optimizer"] if found else None,
+            averages=under(found[1]["state"], "ema.") if found else None,
         )
         self.meter = Meter(plan.global_batch_size, self.device, self.latest.get("loss_smoothed"))
         self.validation = Validation(self.stage, self.dataset, self.engine, micro)
@@ -244,7 +251,7 @@ class Loop:
             return
         self.stage.end_step(self.engine)
         if self.plan.ema_decay:
-            self.engine.average(self.ema, min(self.plan.ema_decay, step / (step + 9)))
+            self.engine.average(min(self.plan.ema_decay, step / (step + 9)))
         self.loss_value = values["loss"]
         self.losses.take(self.loss_value)
 
@@ -291,7 +298,7 @@ class Loop:
 
     def validate(self, step: int) -> None:
         self.watchdog.allow(VALIDATION_SECONDS)
-        self.latest = self.latest | self.validation.compute(step, self.ema, self.run)
+        self.latest = self.latest | self.validation.compute(step, self.run)
 
     def save(self, step: int) -> None:
         """Copy all that a continuation needs, and begin to write it."""
@@ -314,6 +321,7 @@ class Loop:
             self.run.log_metrics({"checkpoint_stall_seconds": time.perf_counter() - stalled}, step)
             points = self.run.logged()
         if self.rank == 0:
+            self.saved = (saved, tensors) if step == self.plan.max_steps else None
             self.writer.start(saved, tensors, record_part(points, self.attempt, step))
         self.watchdog.beat()
 
@@ -325,38 +333,31 @@ class Loop:
         raise Moved(step) if stop is Stop.MOVE else Ended(step)
 
     def export(self) -> None:
-        """Write the trained model from the last checkpoint."""
+        """Write the trained model: from memory, or from the last checkpoint where no step was left to take."""
         self.watchdog.allow(waiting.limit())
-        self._until_written()
-        lost: DeeDSRError | None = None
-        if self.rank == 0:
-            found = checkpoint.read_latest(self.out)
-            if found is None or found[0].step < self.plan.max_steps:
-                raise DeeDSRError(
-                    f"the checkpoint of step {self.plan.max_steps} in {self.out.uri} was damaged after it was written"
-                )
-            last, tensors = found
-            try:
-                with waiting.within(say=self.say):
-                    waiting.patiently(lambda: self._publish(last, tensors))
-            except FAILURES as error:
-                lost = error
+        with scratch_folder() as folder:
+            lost = None
+            if self.rank == 0:  # while the last checkpoint is written
+                last, tensors = self.saved or checkpoint.read_step(self.out, self.plan.max_steps)
+                lost = self._patiently(lambda: write_model(self.stage, folder, self.dataset, last, tensors))
+            self._until_written()
+            if self.rank == 0 and lost is None:
+                lost = self._patiently(lambda: self._publish(folder))
         if self.engine.sum(torch.tensor(float(lost is not None), device=self.device)):
             raise Unwritable(f"the model could not be written: {lost}")
 
-    def _publish(self, last: checkpoint.Checkpoint, tensors: checkpoint.Tensors) -> None:
-        """The averaged weights where there are any, else the last ones."""
-        averaged, rest, data = under(tensors["state"], "ema."), under(tensors["state"], "stage."), self.dataset
-        history = {
-            "dataset": {"digest": data.digest, "recipe": data.recipe.name, "samples": self.index.num_rows},
-            "step": last.step,
-            "samples_seen": last.samples_seen,
-            "metrics": {name: value for name, value in last.metrics.items() if name.startswith("validation/")},
-        }
-        with scratch_folder() as folder:
-            self.stage.export(folder, averaged or tensors["trained"], rest, history)
-            self.check()
-            publish(folder, self.out.uri)
+    def _patiently(self, work: Callable[[], None]) -> Exception | None:
+        """Repeats what storage or a disk refuses for as long as `waiting` says; then why it was given up."""
+        try:
+            with waiting.within(say=self.say):
+                waiting.patiently(work)
+        except FAILURES as error:
+            return error
+        return None
+
+    def _publish(self, folder: Path) -> None:
+        self.check()
+        publish(folder, self.out.uri)
 
     def _gathered(self) -> checkpoint.Tensors:
         """Copies of all that a continuation needs, on the CPU of rank 0; a collective."""
@@ -366,10 +367,12 @@ class Loop:
                 if self.rank == 0:
                     trained[name] = on_cpu(value.float())
         optimizer = self.engine.optimizer_state()
+        averages = {name: on_cpu(value) for name, value in self.engine.averages() if self.rank == 0}
         if self.rank:
             return {}
-        held = {"stage.": self.stage.state(), "ema.": self.ema, "losses.": self.losses.state()}
+        held = {"stage.": self.stage.state(), "losses.": self.losses.state()}
         state = {prefix + name: on_cpu(t) for prefix, tensors in held.items() for name, t in tensors.items()}
+        state |= {f"ema.{name}": value for name, value in averages.items()}
         return {"trained": trained, "optimizer": optimizer, "state": state}
 
     def _until_written(self) -> None:

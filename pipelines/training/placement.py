@@ -1,14 +1,19 @@
 """Where a training runs: workers, CPUs, GPUs, micro-batch and threads, from an offer and the training's options."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from deedsr.errors import UsageError
 from pipelines.placement import NETWORK_WORKER, Offer, Plan, no_gpu, whole_cpus
-from pipelines.training.config import TrainOptions, micro_batch, worker_range
+from pipelines.training.config import TrainOptions, asked_micro_batch, micro_batch, worker_range
 
 _NCCL_SHARED_MEMORY = 1 << 30  # bytes that NCCL's documentation asks for in containers
 _MOST_CPUS_BESIDE_GPU = 8  # more would only wait
 _MOST_LOADER_THREADS = 8
+# GiB of a card from which a micro-batch of `auto` is so many times the smallest one: bf16 at Stable Diffusion's size
+# takes 12.6 GB with 8 samples, and 0.9 GB for each further one (docs/measured/training.md).
+_LARGER = {60: 4, 30: 2}
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ def place_training(offer: Offer, train: TrainOptions, unit: int = 1, most: int |
         raise UsageError(_too_many(offer, train, fewest, cpus, gpus))
     micro, accumulation = micro_batch(train, most, unit)
     # Another number of threads adds up in another order: with exact sums it is the same on every machine.
-    threads = train.compute_threads or (1 if train.exact_sums and not gpus else max(1, int(cpus)))
+    threads = train.compute_threads or (1 if train.exact_sums is not False and not gpus else max(1, int(cpus)))
     loader_threads = train.loader_threads or min(_MOST_LOADER_THREADS, max(2, int(cpus)))
     plan = TrainingPlan((fewest, most), cpus, gpus, micro, accumulation, threads, loader_threads)
     notes = []
@@ -78,6 +83,47 @@ def place_training(offer: Offer, train: TrainOptions, unit: int = 1, most: int |
     return replace(plan, note="; ".join(notes))
 
 
+def decided(
+    train: TrainOptions,
+    gpus: bool,
+    began: Mapping[str, Any] | None = None,
+    *,
+    memory: int = 0,
+    workers: int = 1,
+    unit: int = 1,
+) -> TrainOptions:
+    """`train` with what is chosen at the first start of a run and recorded with it.
+
+    Args:
+        gpus: whether it trains on GPUs.
+        began: `train` of the run's record, for a continuation: it keeps what the run began with. A run of an earlier
+            version has no `tf32` there, and goes on with PyTorch's own default.
+        memory: bytes of the smallest card, 0 = unknown.
+        workers: that a larger micro-batch leaves none idle of.
+        unit: see `micro_batch`.
+    """
+    exact, tf32, micro = train.exact_sums, train.tf32, train.micro_batch_size
+    if began is not None:
+        exact = began.get("exact_sums", True) if exact is None else exact
+        tf32 = began.get("tf32") if tf32 is None else tf32
+        micro = began.get("micro_batch_size") if micro == "auto" else micro
+    else:
+        exact = not gpus if exact is None else exact
+        tf32 = not exact if tf32 is None else tf32
+    if micro == "auto":
+        smallest = asked_micro_batch(train, unit) or 1
+        fitting = [smallest * times for least, times in _LARGER.items() if memory >= least * 2**30]
+        whole = [size for size in fitting if train.global_batch_size % (size * workers) == 0]
+        micro = max(whole, default=smallest)
+    return replace(train, exact_sums=exact, tf32=tf32, micro_batch_size=micro)
+
+
+def arithmetic(train: TrainOptions) -> str:
+    """Precision of a training on GPUs, for the line that says where it runs."""
+    tf32 = {True: " with TF32", False: " without TF32", None: ""}[train.tf32]
+    return f"{train.precision}{tf32 if train.precision == 'fp32' else ''}{', exact sums' if train.exact_sums else ''}"
+
+
 def _gpus_per_worker(offer: Offer, wanted: float | None) -> int:
     if wanted is None:
         return 1 if offer.gpus or not offer.local else 0
@@ -91,7 +137,7 @@ def _most_workers(offer: Offer, train: TrainOptions, unit: int, gpus: int, most:
         each = train.cpus_per_worker or 1
         limit = offer.within_memory(max(1, offer.holds(each, 0)), NETWORK_WORKER)
     # Micro-batches that are given stay whole: rounding is then the same for any number of workers.
-    parts = train.global_batch_size // min(train.micro_batch_size or 1, train.global_batch_size)
+    parts = train.global_batch_size // min(asked_micro_batch(train, unit) or 1, train.global_batch_size)
     for workers in range(min(limit, parts, most or parts), 0, -1):
         if _divides(train, workers, unit):
             return workers

@@ -15,8 +15,8 @@ logger = logging.getLogger(__name__)
 LAST = 0.01  # of the peak: the rate at the end of the cosine, and after it
 
 # `paper` follows docs/method.md, `fast` is the same networks on modern GPUs (docs/training.md), `tiny` what a laptop
-# trains in minutes against the shipped base. All fix the micro-batch, so that the number of workers changes not even
-# the rounding.
+# trains in minutes against the shipped base. All fix the micro-batch (`fast` at its first start), so that the number of
+# workers changes not even the rounding.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "learner": {
         "paper": {
@@ -34,7 +34,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             },
             "train": {
                 "optimizer": "sgd", "lr": 0.12, "schedule": "cosine", "warmup_steps": 500, "weight_decay": 1e-4,
-                "clip_grad_norm": 1.0, "global_batch_size": 384, "micro_batch_size": 48, "max_steps": 50_000,
+                "clip_grad_norm": 1.0, "global_batch_size": 384, "micro_batch_size": "auto", "max_steps": 50_000,
                 "zero_stage": 2, "precision": "bf16", "exact_sums": False, "checkpoint_every": 500,
             },
         },
@@ -63,7 +63,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "diffusion": {"snr_gamma": 5.0},
             "train": {
                 "lr": 1e-4, "schedule": "cosine", "warmup_steps": 1000, "clip_grad_norm": 1.0, "ema_decay": 0.999,
-                "global_batch_size": 256, "micro_batch_size": 8, "max_steps": 30_000, "zero_stage": 2,
+                "global_batch_size": 256, "micro_batch_size": "auto", "max_steps": 30_000, "zero_stage": 2,
                 "precision": "bf16", "exact_sums": False, "checkpoint_every": 500,
             },
         },

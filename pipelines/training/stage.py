@@ -1,7 +1,7 @@
 """The protocol of a stage, and the weights that a training starts from."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -18,6 +18,7 @@ from deedsr.learner.resnet import DegradationLearner
 from deedsr.presets import LEARNER_PRESETS
 from pipelines.data.dataset import Dataset
 from pipelines.models import Adapter, Base, Learner
+from pipelines.training.checkpoint import Checkpoint, Tensors
 from pipelines.training.config import AdapterOptions, LearnerModelOptions, LearnerOptions
 
 if TYPE_CHECKING:
@@ -98,9 +99,38 @@ def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def fresh(model: Any) -> Any:
-    """A new model of the same class and configuration, without what its config says of where it was loaded from."""
-    return type(model)(**{key: value for key, value in model.config.items() if not key.startswith("_")})
+def write_model(stage: Stage[Any], folder: Path, dataset: Dataset, last: Checkpoint, tensors: Tensors) -> None:
+    """The model that a checkpoint holds: of the averaged weights where there are any, else of the last ones."""
+    averaged, rest = under(tensors["state"], "ema."), under(tensors["state"], "stage.")
+    samples = dataset.index("train").num_rows
+    history = {
+        "dataset": {"digest": dataset.digest, "recipe": dataset.recipe.name, "samples": samples},
+        "step": last.step,
+        "samples_seen": last.samples_seen,
+        "metrics": {name: value for name, value in last.metrics.items() if name.startswith("validation/")},
+    }
+    stage.export(folder, averaged or tensors["trained"], rest, history)
+
+
+def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Compile each block by itself: blocks of one shape share their kernels, and no graph is as large as a network."""
+    # Torch compiles a method for so many shapes at most; a UNet has more kinds of blocks than its default.
+    torch._dynamo.config.recompile_limit = 64
+    for block in blocks:
+        block.compile(dynamic=False)
+
+
+def unit(pixels: Tensor) -> Tensor:
+    """8-bit pixels in [0, 1], fp32. They are moved to the device as bytes."""
+    return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+
+
+def save_model(like: Any, weights: dict[str, Tensor], folder: Path) -> None:
+    """Save `weights` as a model of the class and configuration of `like`, but for the place that it was loaded from."""
+    with torch.device("meta"):  # initial values would be drawn for seconds
+        model = type(like)(**{key: value for key, value in like.config.items() if not key.startswith("_")})
+    model.load_state_dict(weights, assign=True)
+    model.save_pretrained(folder)
 
 
 def initial_weights(init: Learner | Adapter, like: Any) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
-"""The driver beside Ray Train: progress bar, signals, lines while it waits for nodes, an end whenever one is asked for.
+"""The driver process of a training: progress bar, signals, messages while it waits for nodes, and cancellation.
 
-Workers and Ray Train's controller report to the `Progress` actor, which the driver reads.
+Workers and Ray Train's controller report to the `Progress` actor, which the driver polls.
 """
 
 import logging
@@ -55,30 +55,30 @@ class Progress:
         self.messages.append(message)
 
     def end(self) -> None:
-        """Workers are to checkpoint and end."""
+        """Have the workers checkpoint and end."""
         self.asked = Stop.END
 
     def move(self) -> None:
-        """Workers are to checkpoint and to be started again, as many as there is room for."""
+        """Have the workers checkpoint and restart, in as large a group as fits."""
         self.asked = self.asked or Stop.MOVE
 
     def stop(self) -> Stop:
-        """What the workers are to do. They are asked to move once."""
+        """What the workers are to do. MOVE is returned once."""
         asked = self.asked
         if asked is Stop.MOVE:
             self.asked = Stop.NO
         return asked
 
     def controlled(self, controller: Any, requester: str) -> None:
-        """`controller`: the actor that starts the workers; `requester`: its name where Ray reserves resources."""
+        """`controller`: the actor that starts the workers; `requester`: its name in Ray's resource requests."""
         self.controller, self.requester = controller, requester
 
     def works(self, working: bool) -> None:
-        """Whether there are workers that could checkpoint."""
+        """Whether workers are running, and so can checkpoint."""
         self.working = working
 
     def group(self) -> tuple[Any, bool]:
-        """The controller, None before it has begun, and whether its workers are at work."""
+        """The controller, None before it has started, and whether its workers are running."""
         return self.controller, self.working
 
     def reserved_by(self) -> str:
@@ -90,7 +90,7 @@ class Progress:
 
 
 class Lines:
-    """Where a bar is no use: what tqdm would draw in place becomes one line each time."""
+    """Output of tqdm without a terminal: one line per update."""
 
     def write(self, text: str) -> None:
         if line := text.strip("\r\n "):
@@ -101,7 +101,7 @@ class Lines:
 
 
 def bar(name: str, total: int, initial: int, show: bool) -> tqdm:
-    """A bar on a terminal, with rate and ETA; elsewhere a line with the same now and then."""
+    """A progress bar with rate and ETA on a terminal; elsewhere a line every `LINE_SECONDS`."""
     options: dict[str, Any] = {"total": total, "initial": initial, "desc": name, "unit": "step", "disable": not show}
     if not sys.stderr.isatty():
         options |= {"file": Lines(), "mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS, "miniters": 1}
@@ -109,17 +109,17 @@ def bar(name: str, total: int, initial: int, show: bool) -> tqdm:
 
 
 def postfix(values: Mapping[str, float]) -> dict[str, str]:
-    """The metrics that the bar shows, as it shows them."""
+    """Metrics formatted for the bar."""
     return {label: form.format(values[name]) for name, (label, form) in SHOWN.items() if name in values}
 
 
 @contextmanager
 def progress_bar(name: str, total: int, initial: int, show: bool) -> Iterator[Any]:
-    """The actor's handle for the workers; a bar on stderr while the context lasts."""
+    """Shows a bar on stderr; yields the handle of the `Progress` actor that feeds it."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # On the command's own node: any other may be lost, and the workers would be lost without their answer.
+    # On the driver's node: the workers depend on it, and another node may be lost.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(num_cpus=0, scheduling_strategy=here)(Progress).remote()
     stop = threading.Event()
@@ -149,10 +149,10 @@ def progress_bar(name: str, total: int, initial: int, show: bool) -> Iterator[An
 
 
 def supervised(stage: str, trainer: Any, progress: Any, plan: TrainingPlan, claim: Claim) -> None:
-    """Runs `trainer.fit`. Leaving it, also by an exception, ends Ray Train's controller and with it the workers.
+    """Runs `trainer.fit`. On return or exception Ray Train's controller and its workers are ended.
 
-    Raises KeyboardInterrupt after a signal: once the workers have checkpointed, at once where none are at work or at
-    the second signal. Raises Superseded where the heartbeat has lost the claim, DeeDSRError for what went wrong.
+    Raises KeyboardInterrupt after a signal: once the workers have checkpointed, or at once where none are running or at
+    a second signal. Raises Superseded where the heartbeat has lost the claim, DeeDSRError for a failed training.
     """
     outcome: Future[Any] = Future()
 
@@ -162,7 +162,7 @@ def supervised(stage: str, trainer: Any, progress: Any, plan: TrainingPlan, clai
         except BaseException as error:
             outcome.set_exception(error)
 
-    # Not on the main thread: there Ray would answer Ctrl-C itself, without a checkpoint. Nobody has to wait for it.
+    # Not on the main thread, where Ray would handle Ctrl-C itself, without a checkpoint.
     threading.Thread(target=fit, daemon=True).start()
     with _ended_by_signals(progress) as interrupted, _ending_controller(progress):
         try:
@@ -189,13 +189,13 @@ def _awaited(
     waiting: cluster.Waiting | None = None
     while not wait([outcome], POLL_SECONDS).done:
         controller, working = ray.get(progress.group.remote())
-        if controller is None:  # it begins
+        if controller is None:  # not started yet
             continue
         waiting = None if working else waiting or cluster.Waiting(plan, WITHOUT_GPUS if plan.gpus else "")
         if waiting:
-            if interrupted.is_set():  # there is nobody to checkpoint
+            if interrupted.is_set():  # no worker can checkpoint
                 raise KeyboardInterrupt
-            with suppress(Exception):  # while Ray's control plane is away there is nothing to say
+            with suppress(Exception):  # Ray's control plane may be unreachable
                 waiting.say()
         if claim.lost:
             claim.check()
@@ -204,9 +204,9 @@ def _awaited(
 
 @contextmanager
 def _ending_controller(progress: Any) -> Iterator[None]:
-    """Ends the controller if it is there still; Ray ends its workers with it, and reserves nothing for them any more.
+    """On exit, kills a controller that still runs, with its workers, and cancels its resource requests.
 
-    An elastic training counts what is reserved for others as taken: the same command again would wait three minutes.
+    Otherwise the same command would wait three minutes for the resources, which an elastic training counts as taken.
     """
     try:
         yield
@@ -224,7 +224,7 @@ def _ending_controller(progress: Any) -> Iterator[None]:
 
 @contextmanager
 def _ended_by_signals(progress: Any) -> Iterator[threading.Event]:
-    """Within it, SIGTERM and Ctrl-C have the workers checkpoint and end; a second one interrupts at once."""
+    """SIGTERM and Ctrl-C make the workers checkpoint and end; a second signal interrupts at once."""
     interrupted = threading.Event()
 
     def handle(number: int, frame: object) -> None:
@@ -247,7 +247,7 @@ def _ended_by_signals(progress: Any) -> Iterator[threading.Event]:
 
 
 def _explained(stage: str, error: Exception) -> DeeDSRError:
-    """The first cause that a user can act on, else the last line of what the worker said."""
+    """The first DeeDSRError among the causes, else an error with the last line of the worker's."""
     seen: BaseException | None = error
     while seen is not None:
         at_start = getattr(seen, "controller_failure", None)
@@ -256,7 +256,7 @@ def _explained(stage: str, error: Exception) -> DeeDSRError:
             if isinstance(cause, DeeDSRError):
                 return cause
         seen = seen.__cause__ or seen.__context__
-    last = cluster.last_words(error, _NEED_LESS)
+    last = cluster.failure_message(error, _NEED_LESS)
     return DeeDSRError(
         f"training the {stage} failed: {last}. What was checkpointed stays; the same command continues from there"
     )

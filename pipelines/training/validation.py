@@ -6,7 +6,7 @@ Nothing of the training changes by it: no weight, no statistic, no random number
 import copy
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -53,13 +53,13 @@ class Validation:
         """Whether this step ends with a validation."""
         return bool(self.rows) and step % self.plan.validate_every == 0
 
-    def compute(self, step: int, ema: Mapping[str, Tensor], run: "Run | None") -> dict[str, float]:
+    def compute(self, step: int, run: "Run | None") -> dict[str, float]:
         """`validation/...` metrics, logged to `run`; a collective."""
         began = time.perf_counter()
         devices = [self.engine.device] if self.engine.device.type == "cuda" else []
         module = self.engine.module
         was_training = module.training
-        with torch.no_grad(), torch.random.fork_rng(devices), averaged(self.engine, ema):
+        with torch.no_grad(), torch.random.fork_rng(devices), averaged(self.engine):
             module.eval()
             try:
                 values = {name: float(value) for name, value in self._numbers().items()}
@@ -124,18 +124,18 @@ def fixed_rows(keys: list[str], count: int) -> list[int]:
 
 
 @contextmanager
-def averaged(engine: Engine, ema: Mapping[str, Tensor]) -> Iterator[None]:
-    """The averaged weights, which are the ones exported, in place of the trained ones for a while.
+def averaged(engine: Engine) -> Iterator[None]:
+    """The averaged weights, which are the ones exported, in place of the trained ones for a while; a collective.
 
     Where ZeRO 3 keeps the weights in parts, the trained ones stay.
     """
-    if not ema or engine.stage == 3:
+    if not engine.averaged or engine.stage == 3:
         yield
         return
     trained = [p.detach().clone() for _, p in engine.named]
     try:
-        for name, p in engine.named:
-            p.data.copy_(ema[name])
+        for (_, p), (_, average) in zip(engine.named, engine.averages(), strict=True):
+            p.data.copy_(average)
         yield
     finally:
         for (_, p), value in zip(engine.named, trained, strict=True):

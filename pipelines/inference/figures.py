@@ -1,0 +1,184 @@
+"""Figures of an evaluation: means with intervals, differences, win rates; their tables and rows."""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from deedsr.metrics.intervals import Difference, Interval, differences, means
+from deedsr.metrics.metric import Metric
+from pipelines.inference.evaluator import Measured
+
+ROWS, TABLE = "rows.parquet", "table.txt"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """`metrics`: by method and metric."""
+
+    metrics: dict[str, dict[str, Interval]]
+    differences: list[Difference]
+
+    @classmethod
+    def of(cls, samples: Sequence[Measured], methods: Sequence[str], measures: Mapping[str, Metric]) -> "Figures":
+        """A metric of sets has neither interval nor differences: it has no value of single pictures."""
+        metrics: dict[str, dict[str, Interval]] = {method: {} for method in methods}
+        changes: list[Difference] = []
+        for name, metric in measures.items():
+            values = {method: _values(name, metric, method, samples) for method in methods}
+            if metric.of_pictures:
+                found = means(values)
+                changes += differences(name, values, metric.higher_is_better)
+            else:
+                found = {method: Interval(metric.summary(values[method]), None, None) for method in methods}
+            for method in methods:
+                metrics[method][name] = found[method]
+        return cls(metrics, changes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As in `results.json`."""
+        each = lambda found: {name: figure._asdict() for name, figure in found.items()}
+        return {
+            "metrics": {method: each(found) for method, found in self.metrics.items()},
+            "differences": [difference._asdict() for difference in self.differences],
+        }
+
+    def means(self) -> dict[str, float]:
+        """The means that there are, as `method.metric`."""
+        return {
+            f"{method}.{name}": figure.mean
+            for method, found in self.metrics.items()
+            for name, figure in found.items()
+            if figure.mean is not None
+        }
+
+    def tables(self, measures: Mapping[str, Metric], labels: Mapping[str, str]) -> list["Table"]:
+        """Of means and of differences. `labels`: what the methods are called."""
+        return [means_table(self.metrics, measures, labels), differences_table(self.differences, measures, labels)]
+
+
+def table_files(tables: Sequence["Table"]) -> dict[str, bytes]:
+    """Files with the tables for a terminal, in Markdown and in LaTeX, by name."""
+    forms = {TABLE: plain, "table.md": markdown, "table.tex": latex}
+    return {
+        name: ("\n\n".join(form(table) for table in tables if table.rows) + "\n").encode()
+        for name, form in forms.items()
+    }
+
+
+def rows_file(samples: Sequence[Measured]) -> bytes:
+    """A Parquet file with a row for each picture, method and metric."""
+    rows = [
+        {"picture": sample.record["key"], "method": method, "metric": name, "value": value}
+        for sample in samples
+        for method, found in sample.record["metrics"].items()
+        for name, value in found.items()
+    ]
+    schema = pa.schema({"picture": pa.string(), "method": pa.string(), "metric": pa.string(), "value": pa.float64()})
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema), file)
+    return file.getvalue()
+
+
+def _values(name: str, metric: Metric, method: str, samples: Sequence[Measured]) -> list[Any]:
+    """Values of a metric for the pictures of a method."""
+    if metric.of_pictures:
+        return [sample.record["metrics"][method][name] for sample in samples]
+    return [sample.features[method][name] for sample in samples]
+
+
+class Cell(NamedTuple):
+    text: str
+    note: str = ""  # interval, win rate
+    best: bool = False
+
+
+class Table(NamedTuple):
+    head: list[str]
+    rows: list[tuple[str, list[Cell]]]  # by label
+
+
+def means_table(
+    metrics: Mapping[str, Mapping[str, Interval]], measures: Mapping[str, Metric], labels: Mapping[str, str]
+) -> Table:
+    """A row for each method; the best mean of each metric is marked."""
+    best = {}
+    for name, metric in measures.items():
+        told = [found[name].mean for found in metrics.values()]
+        known = [mean for mean in told if mean is not None]
+        best[name] = (max if metric.higher_is_better else min)(known) if len(known) > 1 else None
+    rows = [
+        (
+            labels[method],
+            [_cell(found[name], metric, found[name].mean == best[name]) for name, metric in measures.items()],
+        )
+        for method, found in metrics.items()
+    ]
+    return Table([_title(metric) for metric in measures.values()], rows)
+
+
+def differences_table(
+    changes: Sequence[Difference], measures: Mapping[str, Metric], labels: Mapping[str, str]
+) -> Table:
+    """A row for each two methods: mean difference, interval, and on how many pictures the first one is better."""
+    names = [name for name in measures if any(change.metric == name for change in changes)]
+    rows: dict[str, dict[str, Cell]] = {}
+    for change in changes:
+        metric, label = measures[change.metric], f"{labels[change.method]} - {labels[change.other]}"
+        cell = _cell(Interval(change.mean, change.low, change.high), metric, sign="+")
+        rows.setdefault(label, {})[change.metric] = cell._replace(note=f"{cell.note} {100 * change.wins:.0f}%")
+    return Table(
+        [_title(measures[name]) for name in names],
+        [(label, [cells.get(name, Cell("-")) for name in names]) for label, cells in rows.items()],
+    )
+
+
+def _title(metric: Metric) -> str:
+    return f"{metric.title}{f' {metric.unit}' if metric.unit else ''} {'↑' if metric.higher_is_better else '↓'}"
+
+
+def _cell(figure: Interval, metric: Metric, best: bool = False, sign: str = "") -> Cell:
+    if figure.mean is None:
+        return Cell("-")
+    number = f"{sign}.{metric.digits}f"
+    note = f"[{figure.low:{number}}, {figure.high:{number}}]" if figure.low is not None else ""
+    return Cell(f"{figure.mean:{number}}", note, best)
+
+
+def plain(table: Table) -> str:
+    """For a terminal."""
+    lines = [["", *table.head], *([label, *(f"{c.text} {c.note}".strip() for c in row)] for label, row in table.rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def markdown(table: Table) -> str:
+    escaped = lambda text: text.replace("|", "\\|")
+    shown = lambda cell: f"**{cell.text}** {cell.note}" if cell.best else f"{cell.text} {cell.note}"
+    lines = [["", *table.head], ["---"] * (len(table.head) + 1)]
+    lines += [[escaped(label), *(shown(cell).strip() for cell in row)] for label, row in table.rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def latex(table: Table) -> str:
+    """Needs no package."""
+    shown = lambda cell: rf"\textbf{{{cell.text}}}" if cell.best else cell.text
+    small = lambda note: rf" {{\scriptsize {_escaped(note)}}}" if note else ""
+    lines = [["", *map(_escaped, table.head)]]
+    lines += [[_escaped(label), *(shown(cell) + small(cell.note) for cell in row)] for label, row in table.rows]
+    head, *body = [" & ".join(line) + r" \\" for line in lines]
+    columns = "l" * (len(table.head) + 1)
+    return "\n".join(
+        [rf"\begin{{tabular}}{{{columns}}}", r"\hline", head, r"\hline", *body, r"\hline", r"\end{tabular}"]
+    )
+
+
+def _escaped(text: str) -> str:
+    text = re.sub(r"([&%$#_{}])", r"\\\1", text)
+    return text.replace("↑", r"$\uparrow$").replace("↓", r"$\downarrow$")

@@ -1,0 +1,63 @@
+"""`python -m benchmarks.gpu` on a CPU at its tiny size: every kind of measurement gives numbers, and what was measured
+before a stop is kept. `make test` has one arm of each kind that needs no Ray; `make soak` all of them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+KINDS = {  # one of each
+    "losses": {"stage": "learner", "micro": 32, "steps": 4, "stop": 2, "precision": "bf16", "zero": 2},
+    "train": {"stage": "adapter", "micro": 2, "loop": "engine", "zero": 2, "precision": "bf16", "seconds": 0},
+    "latents": {"micro": 1, "precision": "fp32", "seconds": 0},
+    "sampling": {"side": 32, "pictures": 2, "steps": 2, "precision": "fp32"},
+    "depthwise": {"micro": 2, "precision": "fp32", "seconds": 0},
+}
+
+
+@pytest.mark.parametrize("task", KINDS)
+def test_a_task_of_each_kind_gives_finite_numbers(task, tmp_path):
+    asked = {"size": "tiny", "work": str(tmp_path)} | KINDS[task]
+    command = [sys.executable, "-m", "benchmarks.gpu_tasks", task, json.dumps(asked)]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("ANSWER")]
+    answer = json.loads(line.removeprefix("ANSWER"))
+    assert answer.pop("finite")
+    assert answer
+
+
+def test_what_was_measured_is_kept_when_the_script_is_stopped(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu", "--arms", "sampling", "latents", "--work", str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, text=True) as script:
+        until = time.monotonic() + 200
+        while len(rows(tmp_path)) < 2 and script.poll() is None and time.monotonic() < until:
+            time.sleep(0.2)
+        script.send_signal(signal.SIGINT)
+    about, sampled = rows(tmp_path)[:2]
+    assert about["torch"]
+    assert sampled["arm"] == "sampling"
+    assert sampled["seconds"] > 0
+
+
+def rows(work: Path) -> list[dict]:
+    results = work / "results.jsonl"
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_all_arms_run_on_a_cpu(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu", "--arms", "all", "--work", str(tmp_path), "--minutes", "10"]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=3500)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert [row for row in result["rows"] if "failed" in row] == []
+    assert [row for row in result["rows"] if not row.get("ok", True)] == []
+    assert done.returncode == 0
