@@ -78,7 +78,7 @@ class RunGroup:
 
     def metric_names(self) -> list[str]:
         names = {name for run in self.runs for name in run["metrics"]}
-        return sorted(names, key=place_of)
+        return sorted(names, key=lambda name: (name != self.ranked_by, place_of(name)))
 
     def best(self, name: str) -> float | None:
         """The best value of a metric, where it has a direction and two runs differ in it."""
