@@ -177,5 +177,6 @@ def test_mlflows_own_pages_lead_from_an_evaluation_to_the_training(run, model):
     assert (made.model_id, made.step) == (version.model_id, 7)
     experiment = client.get_experiment_by_name("deedsr-evaluation").experiment_id
     (evaluated,) = client.search_runs([experiment])
+    evaluated = client.get_run(evaluated.info.run_id)
     assert [given.model_id for given in evaluated.inputs.model_inputs] == [version.model_id]
     assert client.get_logged_model(version.model_id).source_run_id == run.id

@@ -197,8 +197,8 @@ class Run:
 
     def _terminate(self, status: str) -> None:
         with self._reaching_store():
-            self._log_best()
             self.client.set_terminated(self.id, status)
+            self._log_best()
         self.set_tags(machine_tags())
         self.describe()
 
