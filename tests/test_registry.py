@@ -174,9 +174,9 @@ def test_mlflows_own_pages_lead_from_an_evaluation_to_the_training(run, model):
     client = MlflowClient(run.tracking_uri)
     version = client.get_model_version("sr", "1")
     (made,) = client.get_run(run.id).outputs.model_outputs
-    assert (made.model_id, made.step) == (version.model_id, 7)
+    assert (made.model_id, made.step) == (version.tags["deedsr.logged_model"], 7)
     experiment = client.get_experiment_by_name("deedsr-evaluation").experiment_id
     (evaluated,) = client.search_runs([experiment])
     evaluated = client.get_run(evaluated.info.run_id)
-    assert [given.model_id for given in evaluated.inputs.model_inputs] == [version.model_id]
-    assert client.get_logged_model(version.model_id).source_run_id == run.id
+    assert [given.model_id for given in evaluated.inputs.model_inputs] == [made.model_id]
+    assert client.get_logged_model(made.model_id).source_run_id == run.id

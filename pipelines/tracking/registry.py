@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 SCHEME = "models:/"
 PARTS = ("adapter", "learner")  # folders of a model
 DESCRIPTIONS = ("deedsr.json", "training.json")  # files beside them
-WEIGHTS_TAG = "deedsr.weights"
+WEIGHTS_TAG, LOGGED_TAG = "deedsr.weights", "deedsr.logged_model"  # the latter: id of MLflow's own entry for a model
 BEST_ALIAS, BEST_TAG = "best", "deedsr.best"  # the tag: of the registered model, what decides about its alias
 EVALUATION_TAG = "deedsr.evaluation."  # of a version; behind it the key of evaluations that are alike
 
@@ -90,13 +90,13 @@ def register(run: Run, name: str, out: Storage, tags: Mapping[str, str | None]) 
         source = f"{client.get_run(run.id).info.artifact_uri}/model"
     known_tags = {key: str(value) for key, value in tags.items() if value is not None}
     trained = client.get_run(run.id)
+    logged = _logged_model(client, trained, name, known_tags)
     version = client.create_model_version(
         name,
         source,
         run_id=run.id,
-        tags=known_tags | {WEIGHTS_TAG: weights, OUT_TAG: place},
+        tags=known_tags | {WEIGHTS_TAG: weights, OUT_TAG: place, LOGGED_TAG: logged},
         description=describe(client, trained),
-        model_id=_logged_model(client, trained, name, known_tags),
         await_creation_for=0,
     )
     return str(version.version)
@@ -149,7 +149,7 @@ def log_evaluation(run: Run, training: str, folder: Path, results: Mapping[str, 
         text = describe(client, client.get_run(training)) + "\n\n" + _evaluations(client, version)
         client.update_model_version(version.name, version.version, text)
         _move_best(client, version.name, key, about, decisive)
-    inputs = [LoggedModelInput(version.model_id) for version in measured if version.model_id]
+    inputs = [LoggedModelInput(version.tags[LOGGED_TAG]) for version in measured if LOGGED_TAG in version.tags]
     if inputs:
         client.log_inputs(run.id, models=inputs)
 
