@@ -90,29 +90,33 @@ def register(run: Run, name: str, out: Storage, tags: Mapping[str, str | None]) 
         source = f"{client.get_run(run.id).info.artifact_uri}/model"
     known_tags = {key: str(value) for key, value in tags.items() if value is not None}
     trained = client.get_run(run.id)
-    logged = _logged_model(client, trained, name, known_tags)
     version = client.create_model_version(
         name,
         source,
         run_id=run.id,
-        tags=known_tags | {WEIGHTS_TAG: weights, OUT_TAG: place, LOGGED_TAG: logged},
+        tags=known_tags | {WEIGHTS_TAG: weights, OUT_TAG: place} | _logged_model(client, trained, name, known_tags),
         description=describe(client, trained),
         await_creation_for=0,
     )
     return str(version.version)
 
 
-def _logged_model(client: "MlflowClient", run: "StoredRun", name: str, tags: Mapping[str, str]) -> str:
-    """Id of MLflow's own entry for the model, by which its pages lead from an evaluation to the training."""
+def _logged_model(client: "MlflowClient", run: "StoredRun", name: str, tags: Mapping[str, str]) -> dict[str, str]:
+    """The tag with MLflow's own entry for the model, by which its pages lead from an evaluation to the training; none
+    where the server is from before there were such entries."""
     from mlflow.entities import LoggedModelOutput
+    from mlflow.exceptions import MlflowException
 
-    experiment, kind = run.info.experiment_id, tags.get("deedsr.kind")
-    model = client.create_logged_model(
-        experiment, re.sub(r"\W", "-", name), run.info.run_id, dict(tags), model_type=kind
-    )
-    client.finalize_logged_model(model.model_id, "READY")
-    client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, int(tags.get("deedsr.step", 0)))])
-    return model.model_id
+    named = {"name": re.sub(r"\W", "-", name), "source_run_id": run.info.run_id, "model_type": tags.get("deedsr.kind")}
+    try:
+        model = client.create_logged_model(run.info.experiment_id, tags=dict(tags), **named)
+        client.finalize_logged_model(model.model_id, "READY")
+        client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, int(tags.get("deedsr.step", 0)))])
+    except MlflowException as error:
+        if error.error_code not in ("ENDPOINT_NOT_FOUND", "NOT_FOUND", "NOT_IMPLEMENTED"):
+            raise
+        return {}
+    return {LOGGED_TAG: model.model_id}
 
 
 def log_evaluation(run: Run, training: str, folder: Path, results: Mapping[str, Any]) -> None:
