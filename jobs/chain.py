@@ -179,7 +179,7 @@ class Chain:
         if found := step.finished(own):
             return Outcome(found)
         with tracking.children_of(self._parent):
-            return step.command.run(own)
+            return step.command(own)
 
     def _parent(self) -> str:
         """Id of the run above, below which another one begins."""
@@ -189,7 +189,7 @@ class Chain:
             run = tracking.start_run(
                 self.options.experiment,
                 name=self.place.rpartition("/")[2],
-                config={"out": self.options.out, "base": self.options.base, **own},
+                config={**{key: getattr(self.options, key) for key in ("out", "base", "experiment")}, **own},
                 run_id=self.run_id,
                 tags={"deedsr.kind": "chain"},
                 system_metrics=False,
@@ -233,6 +233,7 @@ class Chain:
 COMMAND = Command(
     ChainOptions,
     run,
+    tracked="chain",
     # Those that both trainings have.
     presets={name: {stage: PRESETS[stage][name] for stage in PRESETS} for name in PRESETS["learner"]},
     check=check,

@@ -44,6 +44,8 @@ COMMANDS = {
     "upscale": ("jobs.upscale", "enlarge pictures"),
     "export": ("jobs.export", "a trained model and its base in one folder"),
     "compare": ("jobs.compare", "the runs of an experiment side by side"),
+    "runs list": ("jobs.runs_list", "MLflow runs in the terminal, newest first"),
+    "runs show": ("jobs.runs_show", "one MLflow run: result, configuration, the command that makes it again"),
     "runs close-stale": ("jobs.runs_close_stale", "end runs in MLflow whose process was killed"),
     "doctor": ("jobs.doctor", "what this machine, a place for results, MLflow and a cluster lack"),
     "submit": ("jobs.submit", "send a job file to a Ray cluster, follow a job or stop one"),
@@ -96,7 +98,7 @@ def _run(argv: list[str]) -> int:
         return DONE
     results = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
-        outcome: Outcome = command.run(request.options)
+        outcome: Outcome = command(request.options, request.about)
         print(_json(outcome.values) if request.as_json else outcome, file=results)
     return DONE if outcome.complete else FAILED
 

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jobs.options import RunOptions, leaves
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -47,3 +49,32 @@ class Command:
     # Name -> nested values that stand under everything else; the first is the default.
     presets: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     check: Callable[[Any], None] = lambda options: None  # raises UsageError for options that are wrong for any data
+    tracked: str = ""  # the words behind `deedsr` of a command that begins an MLflow run
+
+    def __call__(self, options: Any, about: RunOptions = RunOptions()) -> Outcome:
+        """Run the command; `about` goes to its MLflow run."""
+        if not self.tracked:
+            return self.run(options)
+        from pipelines import tracking
+
+        preset, settings = self._settings(options)
+        tags = dict(tag.split("=", 1) for tag in about.tag)
+        with tracking.begun_by(tracking.Origin(self.tracked, preset, settings, about.run_name, about.note, tags)):
+            return self.run(options)
+
+    def _settings(self, options: Any) -> tuple[str, dict[str, Any]]:
+        """The preset from which the options differ least, and those that differ."""
+        from pipelines.tracking.description import PLACES
+        from pipelines.tracking.provenance import flatten
+
+        given = flatten(dataclasses.asdict(options))
+        defaults = {leaf.key: leaf.default for leaf in leaves(self.options)}
+        found = []
+        for name, preset in (self.presets or {"": {}}).items():
+            base = defaults | flatten(preset)
+            different = {key: value for key, value in given.items() if value != base.get(key, {})}
+            found.append((name, {k: v for k, v in different.items() if k.rpartition(".")[2] not in PLACES}))
+        name, settings = min(found, key=lambda item: len(item[1]))
+        return name, dict(
+            sorted(settings.items(), key=lambda item: item[0] != "model")
+        )  # what is evaluated comes first

@@ -58,7 +58,7 @@ def run(options: DemoOptions) -> Outcome:
         length = 2 if typed[0] == "train" else 1
         command, parser = load(" ".join(typed[:length]))
         before = time.perf_counter()
-        values = dict(command.run(parser.read(typed[length:]).options).values)
+        values = dict(command(parser.read(typed[length:]).options).values)
         line = shlex.join(["deedsr", *(_short(word, out) for word in typed)])
         steps.append(Step(name, line, time.perf_counter() - before, result(values)))
         return values

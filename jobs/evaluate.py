@@ -74,6 +74,7 @@ def metrics() -> str:
 COMMAND = Command(
     EvaluateOptions,
     run,
+    tracked="evaluate",
     example="deedsr evaluate --model tiny --data shards --out evaluation --metrics psnr,ssim\n"
     "  deedsr evaluate --pictures ours=SR theirs=SR2 --reference HR --out evaluation",
     details=metrics,

@@ -103,7 +103,7 @@ class JobFile(BaseModel):
         variables = STOP_SECONDS | {USER_VARIABLE: user()}
         if self.working_dir is not None:
             environment |= {"working_dir": self.working_dir, "excludes": EXCLUDES + self.excludes}
-            if commit := git_commit():  # the upload leaves .git behind
+            if commit := git_commit(Path(self.working_dir)):  # the upload leaves .git behind
                 variables["DEEDSR_GIT_COMMIT"] = commit
         return environment | {"env_vars": variables | self.runtime_env.env_vars}
 
@@ -136,7 +136,7 @@ def _load(path: Path, tree: dict[str, Any]) -> JobFile:
     for key in suspicious(job.model_dump()):
         raise UsageError(f"{path}: {key} gets what looks like a credential from the site's names")
     # Pages and demos are written to the disk of whoever runs the command, here a node of the cluster.
-    commands = [name for name in COMMANDS if name not in ("submit", "demo", "inspect")]
+    commands = [name for name in COMMANDS if name not in ("submit", "demo", "inspect", "runs list", "runs show")]
     if job.command not in commands:
         raise UsageError(f"{path}: command must be one of {', '.join(commands)}; got {job.command!r}")
     command, parser = load(job.command)

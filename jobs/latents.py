@@ -70,5 +70,6 @@ def _networks(options: LatentsOptions) -> tuple[Base, Learner | None]:
 COMMAND = Command(
     LatentsOptions,
     run,
+    tracked="latents",
     example="deedsr latents --data shards --base tiny --learner runs/learner --out latents",
 )

@@ -10,11 +10,12 @@ import dataclasses
 import functools
 import itertools
 import json
+import re
 import typing
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -22,6 +23,15 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from deedsr.errors import UsageError
 
 COMMON = ("config", "json", "help")  # for the command line only
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """What is typed about the MLflow run of a command, beside its options."""
+
+    run_name: Annotated[str | None, "MLflow: name; null = stage, dataset and the options that differ"] = None
+    note: Annotated[str | None, "MLflow: text above the description of the run"] = None
+    tag: Annotated[tuple[str, ...], "MLflow: tags KEY=VALUE"] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +123,7 @@ class Request:
 
     options: Any
     as_json: bool
+    about: RunOptions = RunOptions()
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -123,7 +134,8 @@ class CommandParser(argparse.ArgumentParser):
         # In a tuple, because pydantic takes no configuration beside a dataclass.
         self.adapter = TypeAdapter(tuple[command.options], config=ConfigDict(allow_inf_nan=False))
         self.options = {option.key: option for option in leaves(command.options)}
-        self.origins: dict[str, Path] = {}  # key -> the file that gives it
+        self.about = {option.key: option for option in leaves(RunOptions)} if command.tracked else {}
+        self.origins: dict[str, str] = {}  # key -> the file that gives it
         required = sorted((o for o in self.options.values() if o.required), key=lambda o: o.key != self.operand)
         words = [(o.flag + " ") * (o.key != self.operand) + o.metavar + "..." * o.takes("array") for o in required]
         super().__init__(
@@ -149,6 +161,7 @@ class CommandParser(argparse.ArgumentParser):
             text = "starting values, over which the others go"
             names = list(self.presets)
             self.options["preset"] = Option("preset", [{"enum": names}], names[0], text, common)
+        self.options |= {key: dataclasses.replace(option, group=common) for key, option in self.about.items()}
         groups: dict[str, Any] = {}
         for option in sorted(self.options.values(), key=lambda option: (not option.required, option.group != "")):
             title = option.group or ("required" if option.required else "options")
@@ -169,7 +182,7 @@ class CommandParser(argparse.ArgumentParser):
         typed = self._typed(argv)
         as_json = typed.pop("json", False)
         given: dict[str, Any] = {}
-        for path in map(Path, typed.pop("config", [])):
+        for path in typed.pop("config", []):
             content = mapping_of(path)
             content.pop("definitions", None)  # of logged metrics, which a run records beside its options
             in_file = self._leaves_of(content, path)
@@ -182,7 +195,11 @@ class CommandParser(argparse.ArgumentParser):
             if preset not in self.presets:
                 self._refuse("preset", preset)
             given = _layered(self._leaves_of(self.presets[preset]), given)
-        return Request(self._build(given), as_json)
+        about = {key: self.options[key].value(given.pop(key)) for key in self.about if key in given}
+        for tag in about.get("tag", []):
+            if not re.fullmatch(r"[\w./ -]{1,250}=.*", tag) or tag.startswith("mlflow."):
+                self.error(f"--tag takes KEY=VALUE, got {tag!r}")
+        return Request(self._build(given), as_json, RunOptions(**about))
 
     def words_of(self, tree: Mapping[str, Any]) -> dict[str, list[str]]:
         """The content of a configuration file as dotted keys and the words that one would type for them."""
@@ -227,7 +244,7 @@ class CommandParser(argparse.ArgumentParser):
             joined.append(spelled(word))
         return joined
 
-    def _leaves_of(self, tree: Mapping[str, Any], path: Path | None = None, group: str = "") -> dict[str, Any]:
+    def _leaves_of(self, tree: Mapping[str, Any], path: str | None = None, group: str = "") -> dict[str, Any]:
         """Nested values under the dotted keys of the options; UsageError where there is no such option."""
         found: dict[str, Any] = {}
         for name, value in tree.items():
@@ -296,10 +313,14 @@ def spelled(word: str) -> str:
     return f"--{key if '.' in key else key.replace('_', '-')}{equals}{value}"
 
 
-def mapping_of(path: Path) -> dict[str, Any]:
-    """Content of a configuration file; UsageError where it is none."""
+def mapping_of(path: str | Path) -> dict[str, Any]:
+    """Content of a configuration file, or of a run's (`runs:/ID/config.yaml`); UsageError where it is none."""
     try:
-        content = yaml.safe_load(path.read_bytes())  # UTF-8, or UTF-16 with its byte order mark
+        if str(path).startswith("runs:/"):
+            from pipelines.tracking.store import artifact_text
+
+            return yaml.safe_load(artifact_text(str(path)))
+        content = yaml.safe_load(Path(path).read_bytes())  # UTF-8, or UTF-16 with its byte order mark
     except OSError as error:
         raise UsageError(f"cannot read the configuration file {path}: {error.strerror}") from None
     except yaml.YAMLError as error:

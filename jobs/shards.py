@@ -178,15 +178,20 @@ def tracked(
 
 def _log_pairs(run: tracking.Run, dataset: "Dataset") -> None:
     """Some pairs as pictures: the LR enlarged beside its HR."""
-    import numpy as np
+    from pipelines.reports.page import picture_name, strip
 
     index = dataset.index("train")
     for row in range(0, index.num_rows, max(1, index.num_rows // PICTURES))[:PICTURES]:
         sample = dataset.read(index, row)
-        enlarged = sample.lr.repeat(dataset.scale, axis=0).repeat(dataset.scale, axis=1)
-        run.log_picture(f"pair-{sample.key}", np.hstack([enlarged, sample.hr]))
+        source = sample.info["source"]["path"]
+        name = f"pair-{picture_name(source, sample.key)}"
+        run.log_picture(name, strip(source, sample.lr, {"HR": sample.hr}), step=0)
 
 
 COMMAND = Command(
-    ShardsOptions, run, example="deedsr shards --source photos --out shards --recipe light --workers 2", check=check
+    ShardsOptions,
+    run,
+    tracked="shards",
+    example="deedsr shards --source photos --out shards --recipe light --workers 2",
+    check=check,
 )

@@ -19,6 +19,7 @@ def run(options: AdapterOptions) -> Outcome:
 COMMAND = Command(
     AdapterOptions,
     run,
+    tracked="train adapter",
     presets=PRESETS["adapter"],
     check=check,
     example="deedsr train adapter --data shards --learner runs/learner --base tiny --out runs/adapter --preset tiny",

@@ -19,6 +19,7 @@ def run(options: LearnerOptions) -> Outcome:
 COMMAND = Command(
     LearnerOptions,
     run,
+    tracked="train learner",
     presets=PRESETS["learner"],
     check=check,
     example="deedsr train learner --data shards --out runs/learner --preset tiny --train.max_steps 400",

@@ -37,6 +37,19 @@ _EVALUATION = {
     "dataset_digest": str,
 }
 
+_RUN = {
+    "run_id": str,
+    "name": str,
+    "experiment": str,
+    "status": str,
+    "started": str,
+    "seconds": (float, NULL),
+    "dataset_digest": (str, NULL),
+    "commit": (str, NULL),
+    "metrics": dict,
+    "link": str,
+}
+
 RESULTS: dict[str, Any] = {
     "chain": {
         "run_id": (str, NULL),
@@ -89,19 +102,13 @@ RESULTS: dict[str, Any] = {
     "export": {"model": str, "bytes": int, "base": (str, NULL)},
     "compare": {
         "runs": [
-            {
-                "run_id": str,
-                "name": str,
-                "experiment": str,
-                "status": str,
-                "started": str,
-                "seconds": (float, NULL),
-                "dataset_digest": (str, NULL),
+            _RUN
+            | {
                 "parents": dict,
-                "commit": (str, NULL),
                 "config": dict,
-                "metrics": dict,
                 "samples_per_second": (float, NULL),
+                "steps": dict,
+                "against_best": dict,
             }
         ],
         "page": (str, NULL),
@@ -113,6 +120,9 @@ RESULTS: dict[str, Any] = {
     },
     "submit": {"job_id": str, "status": str, "address": str, "follow": str, "stop": str},
     "submit --wait": {"job_id": str, "status": str, "address": str},
+    "runs list": {"runs": [_RUN]},
+    "runs show": _RUN
+    | {"description": str, "again": (str, NULL), "config": dict, "tags": dict, "parents": dict, "artifacts": [str]},
     "runs close-stale": {"closed": [str], "left": [str]},
 }
 

@@ -130,7 +130,7 @@ def test_the_mlflow_run_holds_configuration_dataset_parent_figures_and_pictures(
     assert run.data.tags["deedsr.parent.adapter"] == "run-of-the-adapter"
     assert run.data.tags["deedsr.dataset.digest"] == result.dataset_digest
     assert run.inputs.dataset_inputs[0].dataset.digest == result.dataset_digest[:36]
-    assert run.data.params["sampling.num_inference_steps"] == "2"
+    assert run.data.params["steps"] == "2"
     assert run.data.params["definitions.psnr"] == registry.find("psnr").statement()
     for method, found in result.metrics.items():
         for name, value in mean_of(found).items():

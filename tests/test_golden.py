@@ -77,6 +77,8 @@ COMMANDS = {
     "upscale": "upscale pictures --out upscaled --model model",
     "export": "export model --out pipeline",
     "compare": "compare --out comparison.html",
+    "runs list": "runs list --last 3",
+    "runs show": "runs show learner",
     "doctor": "doctor",
 }
 ELSEWHERE = {"chain", "demo", "latents", "runs close-stale", "submit", "submit --wait"}

@@ -155,6 +155,7 @@ def test_a_run_that_ends_without_its_store_has_its_record_and_the_next_command_s
     assert not finish_run(run, out, lambda: published.append(1))
     assert sum("The same command again sends it" in record.message for record in caplog.records) == 1
     store.come_back()
+    monkeypatch.setattr("pipelines.tracking.run.END_SECONDS", 60.0)
     again = tracking.open_run(store.uri, run.id, system_metrics=False)
     assert finish_run(again, out, lambda: published.append(2))
     assert published == [2]

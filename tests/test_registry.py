@@ -12,7 +12,7 @@ from deedsr.errors import UsageError
 from pipelines import tracking
 from pipelines.models import Learner, Model
 from pipelines.storage import open_storage, publish
-from pipelines.tracking.registry import register
+from pipelines.tracking.registry import log_evaluation, register
 from pipelines.training.config import LearnerOptions, check
 
 TINY = Path(str(files("deedsr") / "assets" / "tiny"))
@@ -92,7 +92,7 @@ def test_an_unknown_name_is_one_clear_error_that_says_what_there_is(run, model, 
 
 def test_a_store_that_is_not_there_is_named_and_not_made(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/none.db")
-    with pytest.raises(UsageError, match="none.db, which does not exist"):
+    with pytest.raises(UsageError, match="no MLflow store at .*none.db"):
         Model.find("models:/sr/1")
     assert not list(tmp_path.iterdir())
 
@@ -119,3 +119,64 @@ def test_a_name_with_quotes_is_registered_and_found_and_an_impossible_one_is_ref
             check(LearnerOptions(register_as=name))
     with pytest.raises(UsageError, match="quotes of both kinds"):
         Model.find('models:/it\'s "it"/latest')
+
+
+def evaluation(model: Path, run, psnr: float, digest: str = "d" * 64, **changed) -> str:
+    """An evaluation of the model in a folder; returns the version that `best` is."""
+    results = {
+        "metrics": {"model": {"psnr": {"mean": psnr}, "niqe": {"mean": None}}},
+        "dataset": {"digest": digest, "split": "validation"},
+        "samples": [{"key": "a"}, {"key": "b"}],
+        "sampling": {"num_inference_steps": 20},
+        "seed": 0,
+        "precision": "fp32",
+        "definitions": {"psnr": "of Y"},
+    } | changed
+    with tracking.start_run("deedsr-evaluation", name="e", config={}, system_metrics=False) as evaluated:
+        log_evaluation(evaluated, run.id, model, results)
+    aliases = MlflowClient(run.tracking_uri).get_registered_model("sr").aliases
+    return str(aliases.get("best"))
+
+
+def test_an_evaluation_stands_on_the_version_it_measured_and_best_moves_among_equal_ones_alone(run, model, caplog):
+    caplog.set_level("INFO")
+    out, client = open_storage(str(model)), MlflowClient(run.tracking_uri)
+    register(run, "sr", out, {"deedsr.kind": "adapter"})
+    assert evaluation(model, run, 24.0) == "1"
+    _other_weights(model)
+    register(run, "sr", out, {"deedsr.kind": "adapter"})
+    assert evaluation(model, run, 25.0) == "2"
+    one, two = (client.get_model_version("sr", version) for version in ("1", "2"))
+    assert (one.tags["deedsr.psnr"], two.tags["deedsr.psnr"]) == ("24", "25")
+    assert "2 samples of the validation split of dataset dddddddddddd: psnr 25" in two.description
+    assert "version 2: psnr 25, the best of 2" in client.get_registered_model("sr").description
+
+    _other_weights(model)  # those of version 1 again
+    other = {"sampling": {"num_inference_steps": 50}}
+    for changed in (
+        {"digest": "e" * 64},
+        {"seed": 1},
+        {"samples": [{"key": "a"}]},
+        other,
+        {"definitions": {"psnr": "of RGB"}},
+    ):
+        assert evaluation(model, run, 40.0, **changed) == "2", changed
+    assert "models:/sr@best stays version 2, which was chosen by psnr on 2 samples" in caplog.text
+    assert evaluation(model, run, 25.5) == "1"
+    client.set_registered_model_alias("sr", "best", "2")  # by hand
+    client.delete_registered_model_tag("sr", "deedsr.best")
+    assert evaluation(model, run, 26.0) == "2"
+
+
+def test_mlflows_own_pages_lead_from_an_evaluation_to_the_training(run, model):
+    register(run, "sr", open_storage(str(model)), {"deedsr.kind": "adapter", "deedsr.step": "7"})
+    evaluation(model, run, 24.0)
+    client = MlflowClient(run.tracking_uri)
+    version = client.get_model_version("sr", "1")
+    (made,) = client.get_run(run.id).outputs.model_outputs
+    assert (made.model_id, made.step) == (version.tags["deedsr.logged_model"], 7)
+    experiment = client.get_experiment_by_name("deedsr-evaluation").experiment_id
+    (evaluated,) = client.search_runs([experiment])
+    evaluated = client.get_run(evaluated.info.run_id)
+    assert [given.model_id for given in evaluated.inputs.model_inputs] == [made.model_id]
+    assert client.get_logged_model(made.model_id).source_run_id == run.id

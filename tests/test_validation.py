@@ -147,7 +147,12 @@ def test_the_pairs_are_fixed_by_their_keys_and_stay_when_others_join():
 
 def test_a_strip_shows_the_lr_in_squares_and_the_others_beside_it():
     lr = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
-    picture = strip(lr, np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 9, np.uint8))
-    assert picture.shape == (8, 24, 3)
-    assert (picture[:4, :4] == lr[0, 0]).all()
-    assert (picture[:, 16:] == 9).all()
+    others = {"bicubic": np.zeros((80, 80, 3), np.uint8), "HR": np.full((80, 80, 3), 9, np.uint8)}
+    picture = strip("photos/Yellow-Flower.jpg", lr, others)
+    title, labels, columns = picture[:-98], picture[-98:-80], picture[-80:]
+    assert columns.shape == (80, 240, 3)
+    assert (columns[:40, :40] == lr[0, 0]).all()
+    assert (columns[:, 160:] == 9).all()
+    assert (title < 100).any()  # letters, and above each column
+    assert [(labels[:, left : left + 80] < 100).any() for left in (0, 80, 160)] == [True] * 3
+    assert not np.array_equal(strip("other.jpg", lr, others), picture)

@@ -39,9 +39,10 @@ from pipelines.inference.parts import Given, Part, dataset_given, evenly, files_
 from pipelines.models import Model, Precision
 from pipelines.placement import Device, place_networks
 from pipelines.reports.evaluation import write_evaluation
-from pipelines.reports.page import strip
+from pipelines.reports.page import picture_name, strip
 from pipelines.storage import Storage, open_storage, scratch_folder
 from pipelines.storage.waiting import patiently
+from pipelines.tracking.registry import log_evaluation
 
 logger = logging.getLogger(__name__)
 PAGE = "evaluation.html"
@@ -158,9 +159,14 @@ def evaluate(
         "seed": seed,
         "definitions": {name: metric.statement() for name, metric in measures.items()},
     }
-    config = {name: value for name, value in about.items() if name not in ("format_version", "created_by", "dataset")}
-    config |= {"base": base, "data": data, "out": out, "metrics": list(work.metrics), "limit": limit}
-    config["split"] = about["dataset"]["split"]
+    chosen = settings.as_dict() if settings else {}
+    config = {  # as `deedsr evaluate --config` takes it
+        **{"model": found and found.name, "base": base, "data": data, "reference": reference, "out": out},
+        **{"pictures": list(pictures), "metrics": ",".join(work.metrics), "metric_weights": metric_weights},
+        **{"border": border, "split": split, "limit": limit, "seed": seed, "device": device, "precision": precision},
+        **{"steps" if name == "num_inference_steps" else name: value for name, value in chosen.items()},
+        **{"experiment": experiment, "definitions": about["definitions"]},
+    }
     return _Evaluation(work, measures, given, storage, experiment, config, about, progress).run()
 
 
@@ -229,6 +235,9 @@ class _Evaluation:
                         state.add(sample)  # its pictures are whole
                         samples[sample.record["key"]] = sample
                 results = self._results(run, [samples[part.key] for part in parts])
+                model = self.work.model
+                if model and (training := model.run_id):
+                    log_evaluation(run, training, model.path, results)
             claim.check()
             patiently(self.out.write, RESULTS, _text(results).encode())
         return self._result(results)
@@ -277,8 +286,9 @@ class _Evaluation:
         run.log_metrics(figures.means())
         for record in (records[number] for number in evenly(len(records), LOGGED_PICTURES)):
             pictures = self._versions(record)
-            columns = strip(*pictures.values()) if "lr" in pictures else np.concatenate([*pictures.values()], 1)
-            run.log_picture(record["key"], columns)
+            title = record["source"]["path"] if record["source"] else record["key"]
+            shown = {"HR" if name == "hr" else name: pixels for name, pixels in pictures.items() if name != "lr"}
+            run.log_picture(picture_name(title, record["key"]), strip(title, pictures.get("lr"), shown), step=0)
         labels = {method: self.label(method) for method in self.work.methods}
         tables = figures.tables(self.measures, labels)
         about = {"Pictures": str(len(samples)), "From": self.given.uri, "Digest": self.given.digest}

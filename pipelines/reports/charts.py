@@ -14,14 +14,24 @@ from markupsafe import Markup, escape
 WIDTH, HEIGHT = 1000, 400  # drawing units; the page stretches the plot, lines keep their width
 SMOOTHED_FROM = 60  # points: a curve with at least so many is drawn faint, its running mean above it
 MAX_POINTS = 600  # of one line in the page
+TONES = 8  # colours that stay apart, in `templates/style.html`
+
+
+def tone(number: int) -> str:
+    """Class of a colour."""
+    return f"tone-{number}" if number < TONES else "tone-rest"
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One line: `points` are (step, value) in rising steps; values that are not finite are left out."""
+    """One line: `points` are (step, value) in rising steps; values that are not finite are left out.
+
+    `tone`: number of its colour, None = its place in the chart; from `TONES` on it is grey until pointed at.
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
+    tone: int | None = None
 
     def finite(self) -> list[tuple[float, float]]:
         points = [(float(x), float(y)) for x, y in self.points if math.isfinite(y)]
@@ -34,7 +44,9 @@ def draw(curves: Sequence[Curve], label: str) -> Markup:
 
     `label` names the vertical axis. Curves without a finite point are left out; with none left, a line of text.
     """
-    lines = [(curve.name, points) for curve in curves if (points := curve.finite())]
+    found = [(curve, points) for curve in curves if (points := curve.finite())]
+    numbers = [number if curve.tone is None else curve.tone for number, (curve, _) in enumerate(found)]
+    tones, lines = [tone(number) for number in numbers], [(curve.name, points) for curve, points in found]
     if not lines:
         return Markup('<p class="quiet">No measurement was logged.</p>')
     xs = [x for _, points in lines for x, _ in points]
@@ -51,12 +63,13 @@ def draw(curves: Sequence[Curve], label: str) -> Markup:
         return "M" + "L".join(f"{left * WIDTH:.1f},{top * HEIGHT:.1f}" for left, top in placed)
 
     parts = [f'<path class="grid" d="M0,{place(x_low, y)[1] * HEIGHT:.1f}h{WIDTH}"/>' for y in y_ticks]
-    for number, (_, points) in enumerate(lines):
-        tone = f"tone-{number % 8}"
+    for number in sorted(range(len(lines)), key=lambda number: -numbers[number]):  # grey ones below the others
+        points, colour = lines[number][1], tones[number]
         if len(points) >= SMOOTHED_FROM:
-            parts.append(f'<path class="raw {tone}" d="{path(points)}"/>')
+            if numbers[number] < TONES:
+                parts.append(f'<path class="raw {colour}" d="{path(points)}"/>')
             points = running_mean(points)
-        parts.append(f'<path class="line {tone}" d="{path(points)}"/>')
+        parts.append(f'<path class="line {colour}" data-line="{number}" d="{path(points)}"/>')
     labels = [
         f'<span class="y-tick" style="top:{100 * place(x_low, y)[1]:.2f}%">{number_text(y)}</span>' for y in y_ticks
     ] + [
@@ -64,18 +77,33 @@ def draw(curves: Sequence[Curve], label: str) -> Markup:
         for x in x_ticks
         if x_low <= x <= x_high
     ]
+    named = [line for line, number in zip(lines, numbers, strict=True) if number < TONES]
     summary = "; ".join(
         f"{name}: {number_text(points[0][1])} at step {number_text(points[0][0])}, "
         f"{number_text(points[-1][1])} at step {number_text(points[-1][0])}"
-        for name, points in lines
+        for name, points in named
     )
     data = json.dumps(
-        {"x": [x_low, x_high], "lines": [[n, [[x, float(f"{y:.5g}")] for x, y in p]] for n, p in lines]},
+        {
+            "x": [x_low, x_high],
+            "y": [y_low, y_high],
+            "rest": [number for number, colour in enumerate(tones) if colour == tone(TONES)],
+            "lines": [[n, [[x, float(f"{y:.5g}")] for x, y in p]] for n, p in lines],
+        },
         separators=(",", ":"),
     )
     legend = (
         '<ul class="legend">'
-        + "".join(f'<li><i class="tone-{i % 8}"></i>{escape(name)}</li>' for i, (name, _) in enumerate(lines))
+        + "".join(
+            f'<li><i class="{colour}"></i>{escape(name)}</li>'
+            for (name, _), colour in zip(lines, tones, strict=True)
+            if colour != tone(TONES)
+        )
+        + (
+            f'<li><i class="tone-rest"></i>{rest} more: point at a line</li>'
+            if (rest := tones.count(tone(TONES)))
+            else ""
+        )
         + "</ul>"
         if len(lines) > 1
         else ""

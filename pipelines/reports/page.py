@@ -1,6 +1,8 @@
 """Self-contained HTML pages: one file that opens without a network, with its styles, scripts and pictures inside."""
 
 import base64
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from pipelines.storage import Storage, object_at
 
 MAX_SIDE = 1280  # px: larger pictures are reduced for the page
 WEBP_QUALITY = 90
+_CAPTION = 18  # px: height of a line of text in a picture
 
 
 def page_place(out: str | Path) -> tuple[Storage, str]:
@@ -113,7 +116,26 @@ def duration_text(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def strip(lr: np.ndarray, *others: np.ndarray) -> np.ndarray:
-    """One picture: the LR with its pixels as squares, then the others, which have one size."""
-    squares = cv2.resize(lr, others[0].shape[1::-1], interpolation=cv2.INTER_NEAREST)
-    return np.concatenate([squares, *others], axis=1)
+def picture_name(source: str, key: str) -> str:
+    """Name of a sample's picture among those of a run: the photograph's, and what of the key tells its crops apart."""
+    stem = re.sub(r"[^A-Za-z0-9_-]", "_", Path(source).stem)
+    return f"{stem[:60]}-{key[:6]}{key[-3:]}"
+
+
+def strip(title: str, lr: np.ndarray | None, others: Mapping[str, np.ndarray]) -> np.ndarray:
+    """One labelled picture: the LR with its pixels as squares beside the others, which have one size; a title above."""
+    height, width = next(iter(others.values())).shape[:2]
+    squares = {} if lr is None else {"LR": cv2.resize(lr, (width, height), interpolation=cv2.INTER_NEAREST)}
+    columns = squares | dict(others)
+    labelled = [np.concatenate([_caption(name, width), picture]) for name, picture in columns.items()]
+    return np.concatenate([_caption(title, width * len(columns)), np.concatenate(labelled, axis=1)])
+
+
+def _caption(text: str, width: int) -> np.ndarray:
+    """Dark letters on a light bar; a text that is too long loses its beginning."""
+    bar = np.full((_CAPTION, width, 3), 244, np.uint8)
+    text = text.encode("ascii", "replace").decode()  # OpenCV's letters
+    font, scale = cv2.FONT_HERSHEY_SIMPLEX, 0.42
+    while len(text) > 1 and cv2.getTextSize(text, font, scale, 1)[0][0] > width - 6:
+        text = text[1:]
+    return cv2.putText(bar, text, (3, _CAPTION - 5), font, scale, (30, 30, 30), 1, cv2.LINE_AA)

@@ -12,20 +12,25 @@ back. A training keeps a record of its own (`pipelines.training.metrics`), of wh
 store lacks.
 """
 
+from pipelines.tracking.description import Origin, begun_by
 from pipelines.tracking.mirror import Point
 from pipelines.tracking.nesting import children_of
 from pipelines.tracking.provenance import DatasetInput, HasDigest
-from pipelines.tracking.run import Run, open_run, start_run
+from pipelines.tracking.run import Run
+from pipelines.tracking.search import find_run
+from pipelines.tracking.session import open_run, start_run
 from pipelines.tracking.stale import Closed, close_stale
-from pipelines.tracking.store import EXPERIMENTS, connect, find_run, masked_uri, require_shared_store, tracking_uri
+from pipelines.tracking.store import EXPERIMENTS, connect, masked_uri, require_shared_store, tracking_uri
 
 __all__ = [
     "EXPERIMENTS",
     "Closed",
     "DatasetInput",
     "HasDigest",
+    "Origin",
     "Point",
     "Run",
+    "begun_by",
     "children_of",
     "close_stale",
     "connect",

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-__all__ = ["children_of", "parent_tags"]
+__all__ = ["PARENT_RUN_TAG", "children_of", "parent_tags"]
 
 PARENT_RUN_TAG = "mlflow.parentRunId"  # MLflow's own name, by which its pages show children below their parent
 _parent: ContextVar[Callable[[], str] | None] = ContextVar("parent", default=None)

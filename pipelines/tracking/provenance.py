@@ -17,7 +17,8 @@ DIGEST_TAG = "deedsr.dataset.digest"
 PARENT_TAG = "deedsr.parent."
 CONFIG_TAG = "deedsr.config."  # value in force of a parameter that a resume changed: MLflow parameters are immutable
 VERSION_TAG = "deedsr.version."
-COMMIT_TAG = "mlflow.source.git.commit"  # MLflow's own name, shown in its run table
+COMMIT_TAG, DIRTY_TAG = "mlflow.source.git.commit", "mlflow.source.git.dirty"  # MLflow's own names
+_DIRTY = "-dirty"  # behind the commit of code with changes that are not committed
 
 LIBRARIES = ("deedsr", "torch", "diffusers", "ray", "deepspeed", "mlflow", "numpy", "opencv-python-headless")
 MAX_PARAM_CHARACTERS = 6000  # limit of MLflow's stores
@@ -39,6 +40,12 @@ class DatasetInput(NamedTuple):
     uri: str
 
 
+def dataset_name(dataset: HasDigest) -> str:
+    """Last part of its location, by which MLflow's pages call it."""
+    uri = masked_uri(str(dataset.uri))
+    return uri.rstrip("/").rsplit("/", 1)[-1] or uri
+
+
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as dotted keys; lists and empty mappings stay values."""
     flat: dict[str, Any] = {}
@@ -50,20 +57,26 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def git_commit() -> str | None:
-    """Commit of the checkout that the running code belongs to; None for an installed package.
+def git_commit(checkout: Path = Path(__file__).resolve().parents[2]) -> str | None:
+    """Commit of this project's code in `checkout`, `-dirty` behind it where tracked files were changed since.
 
-    A job whose working directory was uploaded without `.git` takes it from `DEEDSR_GIT_COMMIT`.
+    None where the code is not tracked there: an installed package, the folder of another project.
     """
-    here = Path(__file__).resolve()
-    git = ["git", "-C", str(here.parent)]
+    git = ["git", "-C", str(checkout)]
     try:
         # A virtual environment may lie inside somebody else's checkout: the file itself must be tracked.
-        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], check=True, capture_output=True, timeout=10)
-        head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, timeout=10, text=True)
+        tracked = [*git, "ls-files", "--error-unmatch", "pipelines/tracking/provenance.py"]
+        subprocess.run(tracked, check=True, capture_output=True, timeout=10)
+        described = [*git, "describe", "--always", "--abbrev=40", "--exclude=*", f"--dirty={_DIRTY}"]
+        return subprocess.run(described, check=True, capture_output=True, timeout=10, text=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("DEEDSR_GIT_COMMIT")
-    return head.stdout.strip()
+        return None
+
+
+def commit_tags() -> dict[str, str]:
+    """The commit of the running code. A job whose upload left `.git` behind has it in `DEEDSR_GIT_COMMIT`."""
+    commit = git_commit() or os.environ.get("DEEDSR_GIT_COMMIT")
+    return {COMMIT_TAG: commit.removesuffix(_DIRTY), DIRTY_TAG: str(commit.endswith(_DIRTY)).lower()} if commit else {}
 
 
 def library_versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Runs being written: start one, continue one, open one from another process."""
+"""A run being written."""
 
 import contextlib
 import json
@@ -12,24 +12,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from deedsr.errors import DeeDSRError, UsageError
+from pipelines.tracking.description import (
+    NOTE_TAG,
+    SECONDS_TAG,
+    describe,
+    machine_tags,
+    seconds_so_far,
+)
 from pipelines.tracking.mirror import SYSTEM, Mirror, NeverTaken, Point, Recorded, StoreRefused
-from pipelines.tracking.nesting import parent_tags
 from pipelines.tracking.provenance import (
-    COMMIT_TAG,
     CONFIG_TAG,
     DIGEST_TAG,
-    PARENT_TAG,
-    VERSION_TAG,
     HasDigest,
+    dataset_name,
     flatten,
-    git_commit,
-    library_versions,
     param_text,
-    plain,
 )
-from pipelines.tracking.stale import USER_TAG, close_stale, presence, user
-from pipelines.tracking.store import StoreAway, cause, connect, experiment_id, how_to_restore, masked_uri
-from pipelines.tracking.store import tracking_uri as resolve_uri
+from pipelines.tracking.search import AT_STEP, BEST_TAG, higher_is_better
+from pipelines.tracking.store import cause, connect, how_to_restore, masked_uri
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,106 +41,9 @@ STOP_SECONDS = 60.0  # of the one try where a fault-tolerant run is only left, o
 MAX_KEY_CHARACTERS = 250
 MAX_PARAMS_PER_BATCH = 100
 MAX_DIGEST_CHARACTERS = 36
+VALIDATION = "validation/"
 
 _log = logging.getLogger("deedsr.tracking")
-
-
-def start_run(
-    experiment: str,
-    *,
-    name: str,
-    config: Mapping[str, Any],
-    dataset: HasDigest | None = None,
-    parents: Mapping[str, str | None] | None = None,
-    run_id: str | None = None,
-    tags: Mapping[str, str] | None = None,
-    tracking_uri: str | None = None,
-    system_metrics: bool = True,
-    fault_tolerant: bool = False,
-    permit: Callable[[], bool] = lambda: True,
-    out: str | None = None,
-) -> "Run":
-    """Start a run, or continue `run_id`.
-
-    Args:
-        experiment: one of `EXPERIMENTS` or any other name; made when missing.
-        name: shown in MLflow's run table.
-        config: whole resolved configuration: nested mappings of plain values (others become their `str`).
-        dataset: the dataset that the run reads.
-        parents: run ids by role, for example `{"shards": ID, "learner": ID}`; unknown ones (None) are left out.
-        run_id: continue this run: it is RUNNING again, metric steps that it already holds are skipped, and a
-            parameter that now differs gets the tag `deedsr.config.NAME` with the new value.
-        tags: further tags.
-        tracking_uri: store; see `tracking_uri()`.
-        system_metrics: sample this machine's CPU, memory, disk, network and GPU until the run is closed. A driver
-            whose run is written by a worker says False.
-        fault_tolerant: the work outlives the store: a run to continue needs no store yet, and `finish` raises nothing.
-        permit: whether this process may still write the run, asked before each sending; once False, it writes no more.
-        out: where the results go. Runs of this user that were killed there end as KILLED; see `stale`.
-
-    Raises:
-        UsageError: the store cannot be reached, or has no run `run_id`.
-    """
-    uri = resolve_uri(tracking_uri)
-    config = plain(config)
-    tags = parent_tags() | dict(tags or {})
-    new = run_id is None
-    if run_id is None:
-        client = connect(uri)
-        run_id = client.create_run(experiment_id(client, uri, experiment), run_name=name).info.run_id
-    run = Run(uri, run_id, fault_tolerant, permit)
-
-    def begin() -> None:
-        if not new:
-            run._set_running()
-        if out is not None:
-            with run._reaching_store():
-                close_stale(run.client, out, apart_from=run.id)
-        run._log_config(config)
-        run.set_tags(
-            {COMMIT_TAG: git_commit(), **{VERSION_TAG + k: v for k, v in library_versions().items()}}
-            | {PARENT_TAG + role: parent for role, parent in (parents or {}).items()}
-            | (presence(out) if out else {USER_TAG: user()})
-            | dict(tags or {})
-        )
-        if dataset is not None:
-            run.log_dataset(dataset, context=experiment.removeprefix("deedsr-"))
-        if system_metrics:
-            run._watch_system()
-
-    try:
-        begin()
-    except (StoreAway, StoreRefused) as error:
-        if new or not fault_tolerant:
-            raise
-        _log.warning("%s; the work goes on, and what is logged is kept and sent later", error)
-        run.later(begin)
-    except BaseException:
-        with contextlib.suppress(DeeDSRError):  # what stopped the work matters more
-            run.finish("FAILED")
-        raise
-    return run
-
-
-def open_run(
-    tracking_uri: str,
-    run_id: str,
-    *,
-    system_metrics: bool = True,
-    permit: Callable[[], bool] = lambda: True,
-    recorded: Recorded | None = None,
-) -> "Run":
-    """Open a run that another process started, to write it from here; fault-tolerant. It is RUNNING again.
-
-    Returns at once and never raises for a store that is away. `permit`: see `start_run`; `recorded`: see `Run.replay`.
-    """
-    run = Run(resolve_uri(tracking_uri), run_id, fault_tolerant=True, permit=permit)
-    if recorded is not None:
-        run.replay(recorded)  # before system metrics count on from what the store holds
-    run.later(run._set_running)
-    if system_metrics:
-        run.later(run._watch_system)
-    return run
 
 
 class Run:
@@ -214,7 +117,8 @@ class Run:
         self._mirror.deliver()
 
     def log_picture(self, name: str, image_HWC: "np.ndarray", step: int | None = None) -> None:
-        """Store a uint8 RGB picture as artifact `pictures/{name}.png`; with a step also in MLflow's series of images.
+        """Store a uint8 RGB picture as artifact `pictures/{name}.png`; with a step also in MLflow's series of images,
+        below `examples/`, which MLflow's pages show before the curves.
 
         A fault-tolerant run returns at once and stores it later.
         """
@@ -223,7 +127,7 @@ class Run:
             with self._reaching_store():
                 self.client.log_image(self.id, image_HWC, artifact_file=f"pictures/{name}.png")
                 if step is not None:
-                    self.client.log_image(self.id, image_HWC, key=name, step=step)
+                    self.client.log_image(self.id, image_HWC, key=f"examples/{Path(name).name}", step=step)
 
         self.later(store) if self.fault_tolerant else store()
 
@@ -245,7 +149,7 @@ class Run:
         uri = masked_uri(str(dataset.uri))
         source_type = "s3" if uri.startswith("s3://") else "local"
         entity = Dataset(
-            name=uri.rstrip("/").rsplit("/", 1)[-1] or uri,
+            name=dataset_name(dataset),
             digest=dataset.digest[:MAX_DIGEST_CHARACTERS],
             source_type=source_type,
             source=json.dumps({"uri": uri}),
@@ -253,6 +157,12 @@ class Run:
         with self._reaching_store():
             self.client.log_inputs(self.id, [DatasetInput(entity, [InputTag("mlflow.data.context", context)])])
         self.set_tags({DIGEST_TAG: dataset.digest})
+
+    def describe(self) -> None:
+        """Write the run's description anew, from what the store has of it."""
+        with self._reaching_store():
+            text = describe(self.client, self.client.get_run(self.id))
+        self.set_tags({NOTE_TAG: text})
 
     def set_tags(self, tags: Mapping[str, str | None]) -> None:
         """Set tags; those whose value is None are left alone."""
@@ -288,6 +198,19 @@ class Run:
     def _terminate(self, status: str) -> None:
         with self._reaching_store():
             self.client.set_terminated(self.id, status)
+            self._log_best()
+        self.set_tags(machine_tags())
+        self.describe()
+
+    def _log_best(self) -> None:
+        """Tags with the best value of each metric of the validation; the last one is among the metrics."""
+        for name in [name for name in self.client.get_run(self.id).data.metrics if name.startswith(VALIDATION)]:
+            higher = higher_is_better(name)
+            if higher is not None and name.count("/") == 1 and not name.endswith("_bicubic"):
+                history = self.client.get_metric_history(self.id, name)
+                best = (max if higher else min)(history, key=lambda point: point.value)
+                text = f"{best.value:.6g}{AT_STEP}{best.step}"
+                self.client.set_tag(self.id, f"{BEST_TAG}{name.removeprefix(VALIDATION)}", text)
 
     def _close(self, to_the_end: bool = False) -> bool:
         self._stop_monitor()
@@ -327,12 +250,15 @@ class Run:
             # MLflow has no public accessor for the latest step of all metrics; whole histories would be slow.
             return {metric.key: metric.step for metric in self.client.get_run(self.id).data._metric_objs}
 
-    def _set_running(self) -> None:
+    def _set_running(self, session: dict[str, str] | None = None, name: str | None = None) -> None:
+        """`session`: of a run that is continued; gets the seconds of the sessions before it. `name`: a new one."""
         from mlflow.exceptions import MlflowException
 
         with self._reaching_store():
             try:
-                self.client.update_run(self.id, status="RUNNING")
+                if session:
+                    session[SECONDS_TAG] = f"{seconds_so_far(self.client.get_run(self.id)):.1f}"
+                self.client.update_run(self.id, status="RUNNING", name=name)
             except MlflowException as error:
                 if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                     raise

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from deedsr.errors import DeeDSRError
 from pipelines import claims, machine
 from pipelines.storage import open_storage, waiting
+from pipelines.tracking.search import search
 from pipelines.tracking.store import masked_uri, quoted
 
 if TYPE_CHECKING:
@@ -83,18 +84,14 @@ def close_stale(
     return result
 
 
-def _running(client: "MlflowClient", out: str | None) -> Iterator["Run"]:
+def _running(client: "MlflowClient", out: str | None) -> "list[Run]":
     """Runs of this project whose status is RUNNING."""
     condition = "attributes.status = 'RUNNING'"
     if out is not None:
         condition += f" and tags.`{OUT_TAG}` = {quoted(masked_uri(open_storage(out).uri))}"
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    token = None
-    while experiments:
-        page = client.search_runs(experiments, condition, max_results=1000, page_token=token)
-        yield from (run for run in page if PROCESS_TAG in run.data.tags)
-        if not (token := page.token):
-            return
+    runs = search(client, experiments, condition) if experiments else []
+    return [run for run in runs if PROCESS_TAG in run.data.tags]
 
 
 def _state(tags: Mapping[str, str]) -> tuple[str, float]:

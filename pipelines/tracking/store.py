@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
 from deedsr.errors import UsageError
+from pipelines.storage.lock import scratch_folder
 from pipelines.tracking.sqlite import StoreAway, prepare, sqlite_uri
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 EXPERIMENTS = ("deedsr-shards", "deedsr-learner", "deedsr-adapter", "deedsr-evaluation")
 _SQLITE = re.compile(r"sqlite(\+pysqlite)?:///")
+KIND_TAG, TRAINING = "mlflow.experimentKind", "custom_model_development"  # MLflow's own names
 SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
 
 
@@ -139,8 +141,11 @@ def _few_retries() -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def experiment_id(client: "MlflowClient", uri: str, name: str) -> str:
-    """Id of the experiment, which is made when missing; beside an SQLite store its artifacts lie in `mlartifacts/`."""
+def experiment_id(client: "MlflowClient", uri: str, name: str, about: str | None = None) -> str:
+    """Id of the experiment, which is made when missing; beside an SQLite store its artifacts lie in `mlartifacts/`.
+
+    `about`: its description. MLflow's pages open it as one of model training, not of language models.
+    """
     from mlflow.exceptions import MlflowException
 
     location = None  # a server decides itself
@@ -151,31 +156,41 @@ def experiment_id(client: "MlflowClient", uri: str, name: str) -> str:
     if client.get_experiment_by_name(name) is None:
         # Another process may create it in the same moment.
         with contextlib.suppress(MlflowException):
-            return client.create_experiment(name, artifact_location=location)
+            tags = {KIND_TAG: TRAINING} | ({"mlflow.note.content": about} if about else {})
+            return client.create_experiment(name, artifact_location=location, tags=tags)
     experiment = client.get_experiment_by_name(name)
     if experiment is None or experiment.lifecycle_stage != "active":
         raise UsageError(
             f"the MLflow experiment {name} in {masked_uri(uri)} is deleted: restore it "
             "(`mlflow experiments restore`) or name another"
         )
+    if experiment.tags.get(KIND_TAG, "_inferred").endswith("_inferred"):  # of earlier versions, or guessed by a page
+        client.set_experiment_tag(experiment.experiment_id, KIND_TAG, TRAINING)
     return experiment.experiment_id
 
 
-def find_run(experiment: str | None, tags: Mapping[str, str], uri: str | None = None) -> str | None:
-    """Id of the newest run with all these tags, in one experiment or (None) in all; None when there is none."""
-    client = connect(tracking_uri(uri))
-    if experiment is None:
-        experiments = client.search_experiments()
-    else:
-        found = client.get_experiment_by_name(experiment)
-        experiments = [found] if found else []
-    if not experiments:
-        return None
-    condition = " and ".join(f"tags.`{key}` = {quoted(value)}" for key, value in tags.items())
-    runs = client.search_runs(
-        [e.experiment_id for e in experiments], condition, order_by=["attributes.start_time DESC"], max_results=1
-    )
-    return runs[0].info.run_id if runs else None
+def existing_store(purpose: str, uri: str | None = None) -> "MlflowClient":
+    """A client of the store in force. Raises UsageError where an SQLite store would only now be made."""
+    uri = tracking_uri(uri)
+    if (path := sqlite_path(uri)) and not path.exists():
+        raise UsageError(
+            f"{purpose}: there is no MLflow store at {path}: go to the folder in which the runs were made, or set "
+            "MLFLOW_TRACKING_URI"
+        )
+    return connect(uri)
+
+
+def artifact_text(place: str, client: "MlflowClient | None" = None) -> str:
+    """Text of `runs:/ID/PATH`, of the store in force or of `client`. Raises UsageError where it has none."""
+    from mlflow.exceptions import MlflowException
+
+    client = client or existing_store(place)
+    run_id, _, path = place.removeprefix("runs:/").partition("/")
+    try:
+        with scratch_folder() as folder:
+            return Path(client.download_artifacts(run_id, path, str(folder))).read_text()
+    except (MlflowException, OSError) as error:
+        raise UsageError(f"{place} is not in the MLflow store {masked_uri(tracking_uri())} ({cause(error)})") from error
 
 
 def how_to_restore(client: "MlflowClient", uri: str, run_id: str) -> str | None:

@@ -159,7 +159,8 @@ def check(options: LearnerOptions | AdapterOptions) -> None:
         raise UsageError(f"train.lr must be a positive number, got {train.lr}")
     if not 0 <= train.ema_decay < 1:
         raise UsageError(f"train.ema_decay must be in [0, 1), got {train.ema_decay}")
-    if train.schedule_steps is not None and (
+    # A run records the length that it took from max_steps.
+    if train.schedule_steps not in (None, train.max_steps) and (
         train.schedule == "constant" or train.schedule_steps <= train.warmup_steps
     ):
         raise UsageError(

@@ -190,7 +190,7 @@ class Launch:
             dataset=self.dataset,
             parents=self.parents,
             run_id=record.run_id if record else None,
-            tags={"deedsr.kind": self.stage},
+            tags={"deedsr.kind": self.stage, "deedsr.plan": str(plan)},
             out=self.options.out,
             tracking_uri=uri,
             system_metrics=False,

@@ -19,7 +19,7 @@ from torch import Tensor
 from deedsr.dataset.keys import generator
 from deedsr.metrics import psnr_y
 from pipelines.data.dataset import Dataset
-from pipelines.reports.page import strip
+from pipelines.reports.page import picture_name, strip
 from pipelines.training.engine import Engine
 from pipelines.training.stage import Stage
 
@@ -99,7 +99,10 @@ class Validation:
                 picture = sampled(self.pipeline, sample.key, sample.lr)
                 figures.append([psnr_y(p, sample.hr) for p in (picture, bicubic)])
                 if run is not None:
-                    run.log_picture(f"validation/{sample.key}", strip(sample.lr, bicubic, picture, sample.hr), step)
+                    made = {"bicubic": bicubic, "model": picture, "HR": sample.hr}
+                    source = sample.info["source"]["path"]
+                    name = f"validation/{picture_name(source, sample.key)}"
+                    run.log_picture(name, strip(source, sample.lr, made), step)
         torch.distributed.barrier()
         if not figures:
             return {}
