@@ -1,6 +1,7 @@
 """Measure a model, bicubic interpolation and anybody's pictures side by side, with intervals.
 
-Of degradation shards, of a folder of LR pictures (--data, with --reference for the HR), or of --pictures alone. Names
+Of degradation shards, of a folder of LR pictures (--data, with --reference for the HR), or of pictures alone
+(`deedsr evaluate --pictures ours=SR theirs=SR2 --reference HR --out evaluation`). Names
 are matched as `deedsr shards --pairs` does. A picture that cannot be measured is listed under `rejected`.
 """
 

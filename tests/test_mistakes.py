@@ -23,7 +23,7 @@ TYPED = [
     ([*L, "--train.zero_stage", "4"], "--train.zero_stage takes 0 or 1 or 2 or 3, got '4'"),
     ([*L, "--train.precision", "fp16"], "--train.precision takes fp32 or bf16, got 'fp16'"),
     ([*L, "--train.exact_sums", "maybe"], "unexpected argument 'maybe'"),
-    ([*L, "--train.exact_sums=1.0"], "--train.exact_sums takes true or false, got '1.0'"),
+    ([*L, "--train.exact_sums=1.0"], "--train.exact_sums takes true or false or null, got '1.0'"),
     ([*L, "--train.seed", "true"], "--train.seed takes a whole number, got 'true'"),
     ([*L, "--train.schedule_steps", "ten"], "--train.schedule_steps takes a whole number or null, got 'ten'"),
     ([*L, "--model.statistics", "a"], "--model.statistics takes a whole number or null, got 'a'"),

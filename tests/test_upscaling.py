@@ -378,7 +378,7 @@ def test_a_worker_that_has_other_disks_than_the_command_is_named_and_writes_noth
         work(source)
     place = tmp_path / ("elsewhere" if lacking == "input" else "out")
     assert str(error.value).startswith(f"on {socket.gethostname()}: {place} is missing, or another folder than")
-    assert "give folders that all nodes share or s3:// locations" in str(error.value)
+    assert "give folders that all nodes share, or s3:// locations" in str(error.value)
     assert whole(tmp_path / "out") == []
 
 
