@@ -1,6 +1,6 @@
 """Seconds of `deedsr compare`, table and page, on stores of 10, 100 and 1,000 runs: SQLite and a server.
 
-    python benchmarks/comparison.py [--runs 10 100 1000]
+    python -m benchmarks.comparison [--runs 10 100 1000]
 
 A quarter of the runs are learners, a quarter adapters with curves of 50 points, the others evaluations of these with
 results for 20 samples and, of each tenth, a picture. The server is MLflow's, on loopback, on the same SQLite file. Each

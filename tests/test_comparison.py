@@ -102,7 +102,7 @@ def test_figures_of_two_definitions_never_share_a_row(tmp_path):
         "again": {"model.psnr, definition 1": 25.5, "model.niqe": 5.0},
     }
     assert {run["name"]: run["config"]["definitions.psnr"] for run in comparison.runs}["bordered"] == "border 4"
-    page, text = (tmp_path / "c.html").read_text(), comparison.text()
+    page, text = (tmp_path / "c.html").read_text(), comparison.text(width=300)
     for shown in (page, text):
         assert "model.psnr, definition not recorded" in shown
         assert "25.25" in shown
@@ -318,6 +318,7 @@ def test_where_no_store_is_none_is_made(tmp_path, monkeypatch):
 
 def test_the_terminal_lists_runs_and_shows_one(store, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    monkeypatch.setenv("COLUMNS", "300")
     assert cli.main(["runs", "list", "--experiment", "deedsr-learner", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)["runs"]
     assert [run["name"] for run in listed] == ["fast", "slow"]

@@ -166,8 +166,8 @@ def test_the_commit_is_that_of_the_code_and_says_whether_it_was_changed(tmp_path
 
 
 def test_a_job_records_the_commit_of_its_working_directory(tmp_path):
-    from jobs.job_file import load_job_file
+    from jobs.job_file import load_job_files
 
     job = {"command": "shards", "options": {"source": ["s3://b/p"], "out": "s3://b/s"}, "mlflow": "nodes"}
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job | {"working_dir": "."}))
-    assert "DEEDSR_GIT_COMMIT" not in load_job_file(tmp_path / "job.yaml").ray_runtime_env()["env_vars"]
+    assert "DEEDSR_GIT_COMMIT" not in load_job_files(tmp_path / "job.yaml")[0].ray_runtime_env()["env_vars"]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from pipelines import machine
 from pipelines.tracking.provenance import COMMIT_TAG, DIRTY_TAG, PARENT_TAG
 from pipelines.tracking.search import AT_STEP, BEST, metrics_of, run_place
 
@@ -109,7 +110,7 @@ def ray_job() -> str | None:
 def machine_tags() -> dict[str, str]:
     """Hosts and GPUs that the work had: of the Ray cluster it is connected to, else of this machine."""
     hosts, gpus = [socket.gethostname()], ""
-    ray, torch = sys.modules.get("ray"), sys.modules.get("torch")
+    ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         nodes = [node for node in ray.nodes() if node["Alive"]]
         hosts = sorted({node["NodeManagerHostname"] for node in nodes})
@@ -119,8 +120,10 @@ def machine_tags() -> dict[str, str]:
         }
         if count := int(sum(names.get("GPU", 0) for names in resources)):
             gpus = f"{count} {', '.join(sorted(kinds))}".strip()
-    elif torch is not None and torch.cuda.is_available():
-        gpus = f"{torch.cuda.device_count()} {torch.cuda.get_device_name()}"
+    elif count := machine.gpus():
+        import torch
+
+        gpus = f"{count} {torch.cuda.get_device_name()}"
     more = f" and {len(hosts) - 8} more" if len(hosts) > 8 else ""
     return {HOSTS_TAG: f"{', '.join(hosts[:8])}{more}"} | ({GPUS_TAG: gpus} if gpus else {})
 

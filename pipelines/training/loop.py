@@ -276,6 +276,7 @@ class Loop:
         if plan.on_spike == "skip" and self.losses.in_a_row < MOST_IN_A_ROW:
             return
         self.watchdog.allow(waiting.limit())
+        self._until_written()  # the run goes on from there
         self.records.wait()
         why = "train.on_spike is stop" if plan.on_spike == "stop" else f"so were the {MOST_IN_A_ROW - 1} steps before"
         raise Untrainable(
