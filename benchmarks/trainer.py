@@ -48,6 +48,7 @@ def trainer_command(data: str, out: str, steps: int, log_every: int) -> list[str
     return [
         *(sys.executable, "-m", "deedsr", "train", "adapter", "--preset", "tiny", "--json"),
         *("--data", data, "--learner", "tiny", "--base", "tiny", "--out", out),
+        *("--train.num_workers", "1", "--train.compute_threads", "1"),  # as the bare loop
         *("--train.max_steps", str(steps), "--train.checkpoint_every", str(10**6), "--train.validate_every", "0"),
         *("--train.log_every", str(log_every)),
     ]
