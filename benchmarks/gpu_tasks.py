@@ -195,8 +195,6 @@ def bare_step(stage: Stage, module: nn.Module, trained: list[nn.Parameter], plan
         optimizer: torch.optim.Optimizer = torch.optim.SGD(trained, plan.lr, momentum=0.9, **fused)
     else:
         optimizer = torch.optim.AdamW(trained, plan.lr, **fused)
-    if plan.compile:
-        module.compile()
 
     def step(batch: dict[str, Tensor]) -> None:
         with torch.autocast(DEVICE, torch.bfloat16, enabled=plan.precision == "bf16"):

@@ -306,3 +306,13 @@ def test_channels_last_of_the_base_is_kept_through_the_hooks_of_the_adapter():
     adapter(*inputs())
     assert len(seen) == len(residual_blocks(unet))
     assert all(output.is_contiguous(memory_format=torch.channels_last) for output in seen)
+
+
+def test_blocks_that_are_compiled_hold_most_parameters_once():
+    unet = tiny_unet()
+    adapter = adapter_of(unet)
+    blocks = list(adapter.blocks())
+    assert len({id(part) for block in blocks for part in block.modules()}) == sum(
+        1 for block in blocks for _ in block.modules()
+    )
+    assert sum(map(count, blocks)) > 0.6 * (count(unet) + count(adapter))

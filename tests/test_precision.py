@@ -10,6 +10,7 @@ from deedsr.learner.resnet import DegradationLearner
 from pipelines.storage import open_storage
 from pipelines.training import checkpoint
 from pipelines.training.config import AdapterModelOptions, AdapterOptions, LearnerOptions
+from pipelines.training.stage import compile_blocks
 
 
 def held(out) -> dict[str, dict[str, torch.Tensor]]:
@@ -118,10 +119,9 @@ def test_noise_and_target_are_fp32_around_networks_in_bf16(prediction):
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kind", ["learner", "adapter"])
-def test_a_compiled_training_follows_the_plain_one(kind, tmp_path, request):
+def test_a_compiled_training_follows_the_plain_one(adapter_options, tmp_path):
     """Its kernels round otherwise, so only the first steps are near."""
-    options = steady(request.getfixturevalue(f"{kind}_options"))
+    options = steady(adapter_options)
     changes = {"max_steps": 3, "checkpoint_every": 3, "hang_seconds": 0.0}
     plain = run(variants(options, tmp_path / "plain", **changes), 1).curve()
     group = Group(variants(options, tmp_path / "compiled", **changes, compile=True), 1)
@@ -129,3 +129,20 @@ def test_a_compiled_training_follows_the_plain_one(kind, tmp_path, request):
     for (_, got), (_, expected) in zip(group.curve(), plain, strict=True):
         assert got == pytest.approx(expected, rel=1e-2)
     assert group.curve() != plain
+
+
+@pytest.mark.soak
+def test_blocks_of_a_learner_are_compiled_and_give_its_vectors_and_gradients():
+    def vectors_and_gradients() -> list[torch.Tensor]:
+        learner.zero_grad()
+        vectors = learner(torch.rand(16, 3, 48, 48, generator=torch.Generator().manual_seed(1)))
+        vectors.square().sum().backward()
+        return [vectors, *(parameter.grad.clone() for parameter in learner.parameters())]
+
+    torch.manual_seed(0)
+    learner = DegradationLearner(stem=8, widths=(8, 16), blocks=(1, 1), norm_group=16)
+    plain = vectors_and_gradients()
+    compile_blocks(learner.blocks())
+    assert sum(block._compiled_call_impl is not None for block in learner.modules()) == 2
+    for got, expected in zip(vectors_and_gradients(), plain, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)

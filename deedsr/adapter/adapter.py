@@ -3,20 +3,23 @@
 Shape suffixes: B batch, C channels, H W space, N tokens, D token width or degradation vector.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from deedsr.adapter.condition_encoder import Condition, ConditionEncoder, PreparedDegradation
 from deedsr.adapter.cross_attention import CrossAttentionProcessor, cross_attention
+from deedsr.adapter.da_block import DegradationAwareGroup
 from deedsr.adapter.modulation import Modulation
 from deedsr.presets import ADAPTER_PRESETS
 
+COMPILED = (ResnetBlock2D, BasicTransformerBlock, DegradationAwareGroup)  # none of them holds another
 # Parts that can be left out of a training (docs/method.md, without a part).
 ABLATIONS = ("vector", "global", "local", "da")
 
@@ -184,6 +187,14 @@ class DegradationAwareAdapter(ModelMixin, ConfigMixin):
             processors.append((attn, attn.processor))
             attn.processor = CrossAttentionProcessor(ours)
         self._attached = (unet, hooks, processors)
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """Parts of the attached UNet and of the adapter that are compiled one by one: few enough operations for a
+        compiler, most of the arithmetic together."""
+        assert self._attached is not None
+        for network in (self._attached[0], self.condition_encoder):
+            yield from (part for part in network.modules() if isinstance(part, COMPILED))
+        yield from self.modulations
 
     def _modulate(self, level: int, modulation: Modulation):
         """Hook on a residual block's last convolution: after it comes nothing but the addition of the shortcut."""

@@ -4,7 +4,7 @@ The paper's is a ResNet on the pixels. A small network on `PictureStatistics` ca
 Shape suffixes: B batch, C channels, H W space, D vector width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -145,6 +145,10 @@ class DegradationLearner(ModelMixin, ConfigMixin):
         Reentrant, so that only the second forward records gradients and normalisation statistics count once.
         """
         self.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=True))
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """Parts that are compiled one by one; statistics of the picture are not among them."""
+        return (part for part in self.modules() if isinstance(part, BasicBlock))
 
     @property
     def dim(self) -> int:

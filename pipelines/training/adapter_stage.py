@@ -27,7 +27,7 @@ from pipelines.data.dataset import Dataset
 from pipelines.models import Adapter, Base, Learner
 from pipelines.training.config import AdapterOptions
 from pipelines.training.metrics import by_timestep, middles
-from pipelines.training.stage import Workers, initial_weights, save_model, unit
+from pipelines.training.stage import Workers, compile_blocks, initial_weights, save_model, unit
 
 if TYPE_CHECKING:
     from deedsr.sampling.pipeline import DeeDSRPipeline
@@ -103,6 +103,8 @@ class AdapterStage:
         if self.options.train.gradient_checkpointing:
             for network in (self.unet, self.adapter):
                 network.enable_gradient_checkpointing()
+        if self.options.train.compile:
+            compile_blocks(self.adapter.blocks())
         self.latent_channels = int(self.unet.config["in_channels"])
         return self.adapter
 

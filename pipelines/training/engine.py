@@ -79,8 +79,6 @@ class Engine:
             },
             "steps_per_print": 10**9,
         }
-        if options.compile:
-            module.compile()
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.averaged = bool(averages)
         self._make_optimizer_state(optimizer_state or {}, averages or {}, bool(options.ema_decay))

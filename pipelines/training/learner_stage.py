@@ -18,7 +18,7 @@ from deedsr.learner.resnet import DegradationLearner
 from pipelines.data.dataset import Dataset
 from pipelines.models import Learner
 from pipelines.training.config import LearnerOptions
-from pipelines.training.stage import Workers, initial_weights, learner_config, save_model, under, unit
+from pipelines.training.stage import Workers, compile_blocks, initial_weights, learner_config, save_model, under, unit
 
 
 class LearnerBatch(TypedDict):
@@ -50,6 +50,8 @@ class LearnerStage:
             self.learner.load_state_dict(initial_weights(self.init, self.learner))
         if self.options.train.gradient_checkpointing:
             self.learner.checkpoint_gradients()
+        if self.options.train.compile:
+            compile_blocks(self.learner.blocks())
         self.contrast = MomentumContrast(self.learner, **asdict(self.options.contrast)).to(device)
         self.step_keys: list[tuple[Tensor, Tensor, Tensor]] = []  # keys, photographs, degradation groups
         return self.learner.train()

@@ -1,7 +1,7 @@
 """The protocol of a stage, and the weights that a training starts from."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -110,6 +110,14 @@ def write_model(stage: Stage[Any], folder: Path, dataset: Dataset, last: Checkpo
         "metrics": {name: value for name, value in last.metrics.items() if name.startswith("validation/")},
     }
     stage.export(folder, averaged or tensors["trained"], rest, history)
+
+
+def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Compile each block by itself: blocks of one shape share their kernels, and no graph is as large as a network."""
+    # Torch compiles a method for so many shapes at most; a UNet has more kinds of blocks than its default.
+    torch._dynamo.config.recompile_limit = 64
+    for block in blocks:
+        block.compile(dynamic=False)
 
 
 def unit(pixels: Tensor) -> Tensor:
