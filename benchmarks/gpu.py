@@ -134,11 +134,11 @@ def numerics(bench: Bench) -> None:
     shutil.rmtree(folder)
 
 
-def training(bench: Bench, sizes: tuple[int, ...] = (8,), **asked: Any) -> None:
+def training(bench: Bench, sizes: tuple[int, ...] = (8,), on_cpu: int = 2, **asked: Any) -> None:
     """Adapter on latents: a bare loop and the trainer's engine in turns, with the device's matrix rate beside."""
     asked = {"stage": "adapter", "precision": "bf16", "seconds": bench.measured} | asked
     card = bench.task("matmul", precision=asked["precision"], seconds=1)
-    for micro in sizes if bench.device == "cuda" else (2,):
+    for micro in sizes if bench.device == "cuda" else (on_cpu,):
         rates = {}
         for loop, zero in (("bare", 0), ("engine", 2)):
             answer = bench.task("train", loop=loop, zero=zero, micro=micro, **asked)
@@ -162,7 +162,7 @@ def more_training(bench: Bench) -> None:
 
 
 def learner(bench: Bench) -> None:
-    training(bench, (48,), stage="learner") if bench.size == "full" else training(bench, stage="learner", micro=32)
+    training(bench, (48 if bench.size == "full" else 32,), on_cpu=32, stage="learner")
 
 
 def latents(bench: Bench) -> None:
