@@ -377,10 +377,8 @@ class Loop:
         return {"trained": trained, "optimizer": optimizer, "state": state}
 
     def _until_written(self) -> None:
-        """Wait until the last checkpoint is committed; every worker calls it, and all of them raise alike.
-
-        A checkpoint that storage does not take is given up when the run is to end.
-        """
+        """Wait until the last checkpoint is committed, or given up because the run is to end. A collective: all workers
+        raise alike."""
         while True:
             busy = self.writer.busy(POLL_SECONDS)
             given_up = busy and self.asked() is Stop.END and self.writer.give_up()
