@@ -80,6 +80,7 @@ def newest(out: Path) -> int:
     return done[-1].step if done else 0
 
 
+@pytest.mark.soak
 def test_of_two_commands_with_one_out_one_is_refused_and_the_other_s_result_is_its_own(
     learner_options, store, tmp_path
 ):  # fmt: skip

@@ -28,6 +28,7 @@ def head():
         yield head
 
 
+@pytest.mark.soak
 def test_a_shards_job_outlives_ctrl_c_is_followed_again_and_yields_the_digest_of_a_local_run(
     head, photos, small_dataset, small_recipe
 ):

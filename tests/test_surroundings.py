@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -66,13 +67,13 @@ def test_a_cache_folder_of_another_user_is_not_taken(tmp_path, monkeypatch):
     assert machine.cache_folder() != tmp_path / f"deedsr-{os.getuid()}"
 
 
-@pytest.mark.parametrize("silence", ["mute", "nobody"])
-def test_a_cluster_that_does_not_answer_is_one_error(silence, request, photos, tmp_path):
-    address = request.getfixturevalue(silence)
+def test_a_cluster_that_does_not_answer_is_one_error(mute, nobody, photos, tmp_path):
     words = ["-m", "deedsr", "shards", "--source", str(photos), "--out", str(tmp_path / "out"), "--tracking", "false"]
-    ran = python(*words, RAY_ADDRESS=address, HOME=str(tmp_path))
-    assert ran.returncode == 2, ran.stderr
-    assert f"no Ray cluster answers at RAY_ADDRESS={address}: start it" in ran.stderr
+    with ThreadPoolExecutor() as pool:  # each waits for its seconds
+        both = pool.map(lambda address: python(*words, RAY_ADDRESS=address, HOME=str(tmp_path)), (mute, nobody))
+        for address, ran in zip((mute, nobody), both, strict=True):
+            assert ran.returncode == 2, ran.stderr
+            assert f"no Ray cluster answers at RAY_ADDRESS={address}: start it" in ran.stderr
 
 
 def test_a_dashboard_that_takes_connections_and_says_nothing_is_one_error(mute, capsys, monkeypatch):
