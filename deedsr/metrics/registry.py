@@ -4,7 +4,8 @@ Those two are no dependencies: pyiqa's licence (PolyForm Noncommercial) does not
 
 A module of this package that has `METRICS`, a tuple of `Metric` classes, adds them: a new metric is one new file. Other
 packages add theirs as `PREFIX:NAME` through an entry point of the group `deedsr.metrics`: its name is the prefix, its
-object a callable `(NAME, Setting) -> Metric` that raises ValueError for a name it does not know.
+object a callable `(NAME, Setting) -> Metric` that raises ValueError for a name it does not know. Without an entry point
+`package.module:CLASS` is a `Metric` class on Python's path.
 """
 
 import importlib
@@ -48,16 +49,21 @@ def find(name: str, setting: Setting = Setting()) -> Metric:
     if prefix in PROVIDERS:
         return PROVIDERS[prefix](rest, setting)
     providers = _providers()
-    if prefix not in providers:
+    if prefix not in providers and "." not in prefix:
         raise UsageError(f"no package here offers the metrics {prefix}:...; there are {_prefixes()}")
     try:
-        metric = providers[prefix].load()(rest, setting)
+        if prefix in providers:
+            metric = providers[prefix].load()(rest, setting)
+        else:
+            metric = EntryPoint(rest, name, GROUP).load()(setting)
     except ImportError as error:
         raise UsageError(f"the package that offers {prefix}:... cannot be imported: {error}") from error
     except ValueError as error:
         raise UsageError(f"{name}: {error}") from error
+    except Exception as error:  # of any kind: it is another package's
+        raise UsageError(f"{name} cannot be loaded: {type(error).__name__}: {error}") from error
     if not isinstance(metric, Metric):
-        raise UsageError(f"{prefix}:... is no metric: the entry point gives {type(metric).__name__}")
+        raise UsageError(f"{name} is no metric: it gives {type(metric).__name__}")
     return metric
 
 
@@ -79,7 +85,7 @@ def _providers() -> dict[str, EntryPoint]:
 
 
 def _prefixes() -> str:
-    names = [*PROVIDERS, *sorted(_providers())]
+    names = [*PROVIDERS, *sorted(_providers()), "package.module"]
     return ", ".join(f"{name}:NAME" for name in names) + " of packages that you install"
 
 

@@ -134,7 +134,7 @@ def evaluate(
     storage.require_writable()
     # Workers need nothing of the index, which the dataset keeps and its copy does not.
     work = Evaluator(
-        (*(("model",) if found else ()), *(("bicubic",) if given.has_lr else ()), *given.named),
+        (*(("model",) if found else ()), *given.named, *(("bicubic",) if given.has_lr else ())),
         _usual(given.has_hr) if metrics is None else tuple(metrics),
         seed,
         device,
