@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from benchmarks.realesrgan import RealESRGAN
 from jobs.cli import main as deedsr
+from pipelines.inference.parts import MADE
 from pipelines.models import Model
 
 METRICS, DISTANCE = "psnr,ssim,niqe", "benchmarks.perceptual:Distance"
@@ -62,6 +63,8 @@ def main() -> int:
     named = [given.rpartition("=") for given in asked.model or ["tiny"]]
     models = {name or model.rstrip("/").rpartition("/")[2]: model for name, _, model in named}
     given = {path.name.removeprefix("results_"): path for path in sorted(asked.folder.glob("results_*"))}
+    if taken := {*models} & {"lr", "hr", *MADE, PEER, *given}:
+        parser.error(f"--model: {', '.join(taken)} is the name of something else: give NAME=MODEL")
     methods = asked.methods or [*models, PEER, *given, "bicubic"]
     if unknown := set(methods) - {*models, PEER, *given, "bicubic"}:
         parser.error(f"no method {', '.join(unknown)}: there are {', '.join([*models, PEER, *given, 'bicubic'])}")

@@ -27,13 +27,13 @@ def test_set(photos, tmp_path):
             (tmp_path / "set" / folder).mkdir(parents=True, exist_ok=True)
             mark = "HR" if folder == "test_HR" else "LR4"
             assert cv2.imwrite(str(tmp_path / "set" / folder / f"{name}_{mark}.png"), picture)
-    make_pipeline(num_inference_steps=1).save_pretrained(tmp_path / "model")
+    make_pipeline(num_inference_steps=1).save_pretrained(tmp_path / "small")
     return tmp_path / "set"
 
 
 def test_one_command_makes_the_table_of_several_models_and_continues(test_set, tmp_path, monkeypatch, capsys):
     def table(*words: str) -> dict:
-        given = ["--out", tmp_path / "out", "--model", f"ours={tmp_path / 'model'}", "--model", tmp_path / "model"]
+        given = ["--out", tmp_path / "out", "--model", f"ours={tmp_path / 'small'}", "--model", tmp_path / "small"]
         monkeypatch.setattr(sys, "argv", [*map(str, ["peers", test_set, *given, "--every", 2, *words])])
         assert peers.main() == 0
         return json.loads((tmp_path / "out" / "evaluation" / "results.json").read_text())
@@ -50,10 +50,14 @@ def test_one_command_makes_the_table_of_several_models_and_continues(test_set, t
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [*told["models"]] == ["ours"]
     assert len(told["models"]["ours"]["digest"]) == 64
-    both = table("--methods", "ours", "model", "--seed", "1")
-    assert list(both["metrics"]) == ["ours", "model"]
-    assert both["metrics"]["ours"] == both["metrics"]["model"] != first["metrics"]["ours"]
-    monkeypatch.setattr(sys, "argv", ["peers", str(test_set), "--out", str(tmp_path), "--methods", "theirs"])
-    with pytest.raises(SystemExit):
-        peers.main()
-    assert "no method theirs: there are tiny, RealESRGAN x4plus, peer, bicubic" in capsys.readouterr().err
+    both = table("--methods", "ours", "small", "--seed", "1")
+    assert list(both["metrics"]) == ["ours", "small"]
+    assert both["metrics"]["ours"] == both["metrics"]["small"] != first["metrics"]["ours"]
+    for words, message in {
+        ("--methods", "theirs"): "no method theirs: there are tiny, RealESRGAN x4plus, peer, bicubic",
+        ("--model", "runs/model"): "--model: model is the name of something else: give NAME=MODEL",
+    }.items():
+        monkeypatch.setattr(sys, "argv", ["peers", str(test_set), "--out", str(tmp_path), *words])
+        with pytest.raises(SystemExit):
+            peers.main()
+        assert message in capsys.readouterr().err
