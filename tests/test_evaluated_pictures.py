@@ -224,12 +224,16 @@ class Broken(Contrast):
     def measure(self, picture, reference):
         raise RuntimeError("no such layer")
 
+class Unprepared(Contrast):
+    def prepare(self):
+        raise RuntimeError("no memory")
+
 class Wordy(Contrast):
     def measure(self, picture, reference):
         return "much"
 
 def provider(name, setting):
-    return {"log": Contrast, "broken": Broken, "wordy": Wordy}[name](setting)
+    return {"log": Contrast, "broken": Broken, "wordy": Wordy, "unprepared": Unprepared}[name](setting)
 """
 
 
@@ -247,7 +251,8 @@ def test_a_value_that_is_no_number_is_null_and_its_method_has_no_mean(folders, t
     values = [sample["metrics"]["soft"]["contrast:log"] for sample in samples]
     assert [value is None for value in values] == [False, False, True, False]
     assert (result.samples, result.rejected) == (4, {})
-    for name, reason in {"broken": "RuntimeError: no such layer", "wordy": "TypeError"}.items():
+    reasons = {"broken": "RuntimeError: no such layer", "wordy": "TypeError", "unprepared": "RuntimeError: no memory"}
+    for name, reason in reasons.items():
         with pytest.raises(DeeDSRError, match=f"^contrast:{name} failed: {reason}"):
             measured(folders, metrics=(f"contrast:{name}",))
 

@@ -10,7 +10,8 @@ object a callable `(NAME, Setting) -> Metric` that raises ValueError for a name 
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points, version
 from types import ModuleType
@@ -21,7 +22,7 @@ import numpy as np
 from deedsr.errors import DeeDSRError, UsageError
 from deedsr.metrics.metric import Metric, Setting
 
-__all__ = ["WITHOUT_WEIGHTS", "described", "find", "known", "selected"]
+__all__ = ["WITHOUT_WEIGHTS", "described", "find", "known", "named_in_errors", "selected"]
 
 GROUP = "deedsr.metrics"
 WITHOUT_WEIGHTS = ("psnr", "ssim", "niqe", "niqe_set")  # what `deedsr evaluate` computes unless told otherwise
@@ -74,6 +75,19 @@ def selected(names: Sequence[str], setting: Setting = Setting()) -> dict[str, Me
     return {name: find(name, setting) for name in names}
 
 
+@contextmanager
+def named_in_errors(name: str) -> Iterator[None]:
+    """What a metric of another package raises becomes a DeeDSRError that names it, but ValueErrors, see `Metric`."""
+    try:
+        yield
+    except (DeeDSRError, ValueError):
+        raise
+    except Exception as error:
+        if ":" not in name:
+            raise
+        raise DeeDSRError(f"{name} failed: {type(error).__name__}: {error}") from error
+
+
 def described() -> str:
     """One line for each metric of this package, and where others come from."""
     lines = [f"  {name:<9} {metric().statement()}" for name, metric in known().items()]
@@ -118,11 +132,8 @@ class ExternalMetric(Metric):
 
         pictures = (picture, reference) if self.needs_reference else (picture,)
         tensors = [torch.tensor(p).permute(2, 0, 1)[None].to(self.setting.device).float() / 255 for p in pictures]
-        try:
-            with torch.inference_mode():
-                return float(self.compute(*tensors))
-        except Exception as error:  # of any kind: it is another package's
-            raise DeeDSRError(f"{self.name} failed: {type(error).__name__}: {error}") from error
+        with named_in_errors(self.name), torch.inference_mode():
+            return float(self.compute(*tensors))
 
 
 def _imported(package: str, name: str) -> ModuleType:

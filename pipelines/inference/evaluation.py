@@ -27,7 +27,7 @@ from deedsr.errors import UsageError
 from deedsr.metrics.fidelity import WINDOW
 from deedsr.metrics.metric import Metric
 from deedsr.metrics.niqe import BLOCK
-from deedsr.metrics.registry import WITHOUT_WEIGHTS, known
+from deedsr.metrics.registry import WITHOUT_WEIGHTS, known, named_in_errors
 from pipelines import cluster, tracking
 from pipelines.claims import Claim, held
 from pipelines.data.dataset import Dataset
@@ -351,7 +351,8 @@ def _prepared(work: Evaluator, given: Given) -> dict[str, Metric]:
     for name, metric in measures.items():
         if metric.needs_reference and not given.has_hr:
             raise UsageError(f"{name} needs references: give --reference FOLDER, or leave it out of --metrics")
-        metric.prepare()
+        with named_in_errors(name):
+            metric.prepare()
     return measures
 
 

@@ -20,9 +20,8 @@ from deedsr import __version__
 from deedsr.dataset.keys import generator
 from deedsr.dataset.manifest import STATE
 from deedsr.dataset.pictures import RejectedImage, read_stored, upright
-from deedsr.errors import DeeDSRError
 from deedsr.metrics.metric import Metric, Setting
-from deedsr.metrics.registry import selected
+from deedsr.metrics.registry import named_in_errors, selected
 from pipelines.data.dataset import Dataset, SourceInfo
 from pipelines.inference.parts import MADE, Part
 from pipelines.inference.sampler import Sampler
@@ -114,17 +113,14 @@ class Evaluator:
                 raise RejectedImage(f"{method} is {_told(pictures[method])}, the reference {_told(hr)}")
             for name, metric in self.measures.items():
                 try:
-                    value = metric.measure(pictures[method], hr)
-                    if metric.of_pictures:
-                        figures[method][name] = _finite(value)
-                    else:
-                        features[method][name] = np.asarray(value)
+                    with named_in_errors(name):
+                        value = metric.measure(pictures[method], hr)
+                        if metric.of_pictures:
+                            figures[method][name] = _finite(value)
+                        else:
+                            features[method][name] = np.asarray(value)
                 except ValueError as error:
                     raise RejectedImage(f"{name} of {method}: {error}") from error
-                except Exception as error:
-                    if isinstance(error, DeeDSRError) or ":" not in name:  # which is of another package
-                        raise
-                    raise DeeDSRError(f"{name} failed: {type(error).__name__}: {error}") from error
         places = {**part.files, **{name: f"{PICTURES}/{part.key}.{name}.png" for name in made}}
         record = Record(
             key=part.key, source=source, metrics=figures, pictures={name: places[name] for name in pictures}

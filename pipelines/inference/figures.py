@@ -11,6 +11,7 @@ import pyarrow.parquet
 
 from deedsr.metrics.intervals import Difference, Interval, differences, means, of_sets
 from deedsr.metrics.metric import Metric
+from deedsr.metrics.registry import named_in_errors
 from pipelines.inference.evaluator import Measured
 
 ROWS, TABLE = "rows.parquet", "table.txt"
@@ -32,7 +33,8 @@ class Figures:
             if metric.of_pictures:
                 found, change = means(values), differences(name, values, metric.higher_is_better)
             else:
-                found, change = of_sets(name, values, metric.summary)
+                with named_in_errors(name):
+                    found, change = of_sets(name, values, metric.summary)
             changes += change
             for method in methods:
                 metrics[method][name] = found[method]
