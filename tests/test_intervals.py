@@ -40,14 +40,17 @@ def fid(measured):
     return frechet_distance(*np.stack(measured, axis=1)) if len(measured) > 1 else None
 
 
-def test_the_interval_of_a_set_is_that_of_its_figure():
-    values = [*np.random.default_rng(0).normal(25, 3, 15)]
-    found, _ = of_sets("mean", {"a": values}, lambda rest: float(np.mean(rest)))
-    reach = 2.1448 * np.std(values, ddof=1) / np.sqrt(15)  # of Student's t with 14 degrees of freedom
-    assert found["a"] == pytest.approx((np.mean(values), np.mean(values) - reach, np.mean(values) + reach), rel=1e-4)
+def test_intervals_of_sets_are_those_of_their_figures_and_differences_are_paired():
+    values, change = np.random.default_rng(0).normal(25, 3, 15), np.random.default_rng(1).normal(0.3, 0.1, 15)
+    mean = lambda rest: float(np.mean(rest))
+    intervals, [difference] = of_sets("mean", {"a": [*(values + change)], "b": [*values]}, mean)
+    for found, known in ((intervals["b"], values), (difference[3:6], change)):
+        reach = 2.1448 * np.std(known, ddof=1) / np.sqrt(15)  # of Student's t with 14 degrees of freedom
+        assert found == pytest.approx((np.mean(known), np.mean(known) - reach, np.mean(known) + reach), rel=1e-4)
+    assert difference[:3] == ("mean", "a", "b")
 
 
-def test_intervals_of_fid_hold_what_is_expected_and_differences_are_paired():
+def test_intervals_of_fid_hold_what_is_expected():
     rng, found = np.random.default_rng(0), []
     for _ in range(60):
         references = rng.normal(size=(60, 8)) / np.arange(1, 9)
