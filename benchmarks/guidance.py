@@ -21,7 +21,8 @@ import torch
 from PIL import Image
 from scipy.stats import spearmanr
 
-from benchmarks.sampled import Pair, consistency, degraded_crops, quality
+from benchmarks.picture_measures import consistency
+from benchmarks.sampled import Pair, degraded_crops, quality
 from deedsr import DeeDSRPipeline
 
 GOAL = 0.9

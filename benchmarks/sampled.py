@@ -1,6 +1,5 @@
 """Degraded crops of the shipped validation photographs, and what is measured of the pictures sampled from them."""
 
-import math
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
@@ -11,6 +10,7 @@ import cv2
 import numpy as np
 
 from benchmarks.perceptual import PerceptualDistance
+from benchmarks.picture_measures import consistency
 from deedsr.dataset.keys import generator
 from deedsr.dataset.recipe import load_recipe
 from deedsr.degradation.chain import degrade
@@ -35,12 +35,6 @@ def degraded_crops(count: int, side: int) -> list[Pair]:
         lr = degrade(hr, draw_degradation(recipe.degradation, hr.shape[:2], recipe.scale, rng))
         found.append(Pair(hr, lr))
     return found
-
-
-def consistency(sr: np.ndarray, lr: np.ndarray) -> float:
-    """PSNR in dB, over all channels, of the picture reduced by averaging areas against the LR it was made from."""
-    reduced = cv2.resize(sr.astype(np.float32), lr.shape[1::-1], interpolation=cv2.INTER_AREA)
-    return 10 * math.log10(255**2 / float(np.mean((reduced - lr) ** 2)))
 
 
 @cache

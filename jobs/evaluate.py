@@ -1,8 +1,8 @@
 """Measure a model, bicubic interpolation and anybody's pictures side by side, with intervals.
 
 Of degradation shards, of a folder of LR pictures (--data, with --reference for the HR), or of pictures alone
-(`deedsr evaluate --pictures ours=SR theirs=SR2 --reference HR --out evaluation`). Names
-are matched as `deedsr shards --pairs` does. A picture that cannot be measured is listed under `rejected`.
+(`deedsr evaluate --pictures ours=SR theirs=SR2 --reference HR --out evaluation`); --pictures go with each. Names are
+matched as `deedsr shards --pairs` does. A picture that cannot be measured is listed under `rejected`.
 """
 
 import dataclasses

@@ -101,6 +101,16 @@ class Browser:
             time.sleep(0.1)
         raise AssertionError("the page did not load within 30 s")
 
+    def open_and_check(self, page, width):
+        """Shows a file that is no wider than the window, has all its pictures, loads nothing else and runs cleanly."""
+        self.requests.clear()
+        self.errors.clear()
+        self.open(page, width)
+        assert self.run("document.documentElement.scrollWidth") <= width
+        assert self.run("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+        assert [url for url in self.requests if not url.startswith(("data:", "file:"))] == []
+        assert self.errors == []
+
     def mouse(self, kind, x, y):
         self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1)
 

@@ -26,7 +26,7 @@ _NUMBER = (float, NULL)
 _FIGURE = {"mean": _NUMBER, "low": _NUMBER, "high": _NUMBER}
 _FIGURES = {"psnr": _FIGURE, "ssim": _FIGURE, "niqe": _FIGURE}
 _METRICS = {"model": _FIGURES, "bicubic": _FIGURES}
-_DIFFERENCE = {"metric": str, "method": str, "other": str, "mean": float, "low": float, "high": float, "wins": float}
+_DIFFERENCE = {"metric": str, "method": str, "other": str, "mean": float, "low": float, "high": float, "wins": _NUMBER}
 _EVALUATION = {
     "metrics": _METRICS,
     "differences": [_DIFFERENCE],

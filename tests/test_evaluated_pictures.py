@@ -12,9 +12,10 @@ from evaluations import assert_same
 from packages import install
 from small_networks import make_pipeline
 
-from deedsr.errors import UsageError
+from deedsr.errors import DeeDSRError, UsageError
 from deedsr.metrics import psnr_y, ssim_y
 from jobs.cli import main
+from pipelines.data.dataset import Dataset
 from pipelines.inference.evaluation import evaluate
 from pipelines.inference.parts import files_given
 
@@ -107,15 +108,37 @@ def test_without_references_only_metrics_that_need_none_are_computed(folders, ph
         measured(folders, pictures=[str(folders / "soft")], reference=None, metrics=("psnr",))
 
 
+def test_marks_of_test_sets_count_in_every_folder(folders):
+    place = lambda name: f"{name}={folders / name}"
+    for pictures in (["soft", "softer"], ["softer", "soft"]):
+        result = measured(folders, pictures=[*map(place, pictures)], reference=None, metrics=("niqe",))
+        assert (result.samples, result.rejected) == (4, {})
+
+
+def test_given_pictures_stand_beside_samples_of_a_dataset(folders, small_dataset):
+    out = folders / "samples"
+    dataset = Dataset.open(small_dataset)
+    for number, key in enumerate(dataset.index("validation")["key"].to_pylist()):
+        if number:
+            hr = dataset.read(dataset.index("validation"), number).hr
+            save(folders / "theirs", f"{key}{'.lr' if number % 2 else ''}.png", cv2.blur(hr, (3, 3)))
+    given = {"pictures": [f"theirs={folders / 'theirs'}"], "metrics": ("psnr",), "progress": False}
+    result = evaluate(None, small_dataset, str(out), **given)
+    assert list(result.metrics) == ["theirs", "bicubic"]
+    assert (result.samples, list(result.rejected.values())) == (number, ["no picture of theirs"])
+    assert result.dataset_digest == dataset.digest
+    assert evaluate(None, small_dataset, str(out), **given) == result
+
+
 def test_a_model_and_bicubic_stand_beside_given_pictures(folders, tmp_path_factory):
     model = tmp_path_factory.mktemp("models") / "small"
     make_pipeline(num_inference_steps=1).save_pretrained(model)
     place = {"out": str(folders / "both"), "data": str(folders / "lr"), "metrics": ("psnr",), "progress": False}
     pictures = [f"soft={folders / 'soft'}"]
     result = evaluate(str(model), reference=str(folders / "hr"), pictures=pictures, **place)
-    assert list(result.metrics) == ["model", "bicubic", "soft"]
+    assert list(result.metrics) == ["model", "soft", "bicubic"]
     assert [(one["method"], one["other"]) for one in result.differences] == [
-        ("model", "bicubic"), ("model", "soft"), ("bicubic", "soft"),
+        ("model", "soft"), ("model", "bicubic"), ("soft", "bicubic"),
     ]  # fmt: skip
     made = folders / "both" / "pictures"
     assert sorted(path.name for path in made.iterdir())[:2] == ["Canon_001_HR.bicubic.png", "Canon_001_HR.model.png"]
@@ -123,7 +146,7 @@ def test_a_model_and_bicubic_stand_beside_given_pictures(folders, tmp_path_facto
     bicubic = cv2.resize(lr, (64, 64), interpolation=cv2.INTER_CUBIC)
     np.testing.assert_array_equal(read(made / "Canon_001_HR.bicubic.png"), bicubic)
     page = (folders / "both" / "evaluation.html").read_text()
-    assert "small minus that of bicubic" in page
+    assert "small minus that of soft" in page
     assert page.count('class="scene') == 4
     half = evaluate(str(model), reference=str(folders / "hr"), precision="bf16", **place)
     assert json.loads(Path(half.results).read_text())["precision"] == "bf16"
@@ -170,8 +193,9 @@ def test_what_cannot_be_evaluated_is_one_clear_error(folders, small_dataset):
         ("give NAME=FOLDER", {"pictures": [f"a:b={place('soft')}"]}),
         ("two pictures called a", {"pictures": [place("twice")], "reference": None, "metrics": None}),
         ("nothing to evaluate", {"pictures": []}),
-        ("a dataset: leave one out", {"data": small_dataset}),
+        ("a dataset, which holds its HR pictures: leave out --reference", {"data": small_dataset}),
         ("is a dataset, and nothing enlarges it", {"data": small_dataset, "pictures": [], "reference": None}),
+        ("no picture of .*soft has the name", {"data": small_dataset, "reference": None}),
         ("holds LR pictures: give --model", {"data": place("lr"), "reference": None}),
         ("--data: no picture of .*others", {"data": place("others")}),
         ("no picture of .*hr could be measured, such as .*lr is 16x16", {"pictures": [f"lr2={place('lr')}"]}),
@@ -196,8 +220,20 @@ class Contrast(Metric):
         with np.errstate(divide="ignore"):
             return float(np.log(picture.std()))
 
+class Broken(Contrast):
+    def measure(self, picture, reference):
+        raise RuntimeError("no such layer")
+
+class Unprepared(Contrast):
+    def prepare(self):
+        raise RuntimeError("no memory")
+
+class Wordy(Contrast):
+    def measure(self, picture, reference):
+        return "much"
+
 def provider(name, setting):
-    return Contrast(setting)
+    return {"log": Contrast, "broken": Broken, "wordy": Wordy, "unprepared": Unprepared}[name](setting)
 """
 
 
@@ -215,6 +251,10 @@ def test_a_value_that_is_no_number_is_null_and_its_method_has_no_mean(folders, t
     values = [sample["metrics"]["soft"]["contrast:log"] for sample in samples]
     assert [value is None for value in values] == [False, False, True, False]
     assert (result.samples, result.rejected) == (4, {})
+    reasons = {"broken": "RuntimeError: no such layer", "wordy": "TypeError", "unprepared": "RuntimeError: no memory"}
+    for name, reason in reasons.items():
+        with pytest.raises(DeeDSRError, match=f"^contrast:{name} failed: {reason}"):
+            measured(folders, metrics=(f"contrast:{name}",))
 
 
 def test_names_of_drealsr_and_of_outputs_fit(tmp_path, hrs):

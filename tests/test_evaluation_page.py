@@ -61,11 +61,7 @@ def test_the_page_shows_the_best_the_median_and_the_worst(page):
 
 @pytest.mark.parametrize("width", [390, 1280])
 def test_nothing_overflows_and_sliders_compare_the_two_methods(browser, page, width):
-    browser.requests.clear()
-    browser.open(page, width)
-    assert browser.run("document.documentElement.scrollWidth") <= width
-    assert browser.run("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
-    assert [url for url in browser.requests if not url.startswith(("data:", "file:"))] == []
+    browser.open_and_check(page, width)
     tags = "[...document.querySelectorAll('#scene-12 .stage .tag')].map(t => t.textContent).join()"
     assert browser.run(tags) == "bicubic,our <model>"
     browser.run("document.querySelector('#scene-12 .stage input').focus()")

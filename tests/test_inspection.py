@@ -208,12 +208,9 @@ def test_names_from_data_are_shown_and_never_run(hostile, tmp_path):
 
 def test_hostile_names_do_nothing_in_a_browser(browser, hostile, tmp_path):
     page = Path(inspect(str(hostile), tmp_path / "p.html", samples=4, progress=False).page)
-    browser.errors.clear()
-    browser.open(page, 390)
+    browser.open_and_check(page, 390)
     assert browser.run("document.title").startswith("<i>small")
     assert browser.run("document.scripts.length") == 1
-    assert browser.run("document.documentElement.scrollWidth") <= 390
-    assert browser.errors == []
 
 
 # Large and remote datasets
@@ -352,13 +349,7 @@ def test_the_command_says_where_the_page_is(capsys, small_dataset, tmp_path, mon
 
 @pytest.mark.parametrize("width", [390, 1280])
 def test_nothing_overflows_and_nothing_is_requested(browser, page, width):
-    browser.requests.clear()
-    browser.errors.clear()
-    browser.open(page, width)
-    assert browser.run("document.documentElement.scrollWidth") <= width
-    assert browser.run("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
-    assert [url for url in browser.requests if not url.startswith(("data:", "file:"))] == []
-    assert browser.errors == []
+    browser.open_and_check(page, width)
 
 
 def test_a_pair_is_compared_by_arrow_keys_with_the_lr_pixels_as_they_are(browser, page):

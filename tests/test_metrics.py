@@ -237,6 +237,18 @@ def test_a_package_adds_metrics_through_an_entry_point(installed, sharp):
             registry.find(name)
 
 
+def test_a_metric_class_on_the_path_needs_no_entry_point(sharp):
+    assert registry.find("deedsr.metrics.fidelity:PSNR").measure(sharp, sharp) == pytest.approx(80)
+    for name, message in {
+        "deedsr.metrics.fidelity:SHARPNESS": "cannot be loaded: AttributeError: .*SHARPNESS",
+        "deedsr.metrics.fidelity:luma": "cannot be loaded: AttributeError",
+        "deedsr.errors:UsageError": "is no metric: it gives UsageError",
+        "deedsr.nothing:PSNR": "cannot be imported: No module named 'deedsr.nothing'",
+    }.items():
+        with pytest.raises(UsageError, match=message):
+            registry.find(name)
+
+
 PYIQA = """
 class Blockiness:
     metric_mode, lower_better = "FR", True

@@ -8,6 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from deedsr.dataset import recipe
+from deedsr.dataset.crops import choose_crops, cut
 from deedsr.dataset.keys import content_key, generator, sample_key
 from deedsr.dataset.recipe import Recipe, builtin_recipes, load_recipe
 from deedsr.errors import UsageError
@@ -31,6 +32,39 @@ def test_demo_differs_from_deedsr_in_no_range_and_names_the_validation_photograp
     }
     assert all(matched["validation"])
     assert not any(matched["train"])
+
+
+def test_the_pairs_of_div2k_are_thirty_a_photograph_in_the_ranges_that_stablesr_publishes():
+    made = load_recipe("div2k_val")
+    assert (made.scale, made.variants, made.seed, made.flip, made.rotate, made.split.validation_patterns) == (
+        4, 1, 0, 0, 0, ("*",),
+    )  # fmt: skip
+    # configs/stableSRdata/test_data.yaml of IceClear/StableSR, and the sizes of kernels in its realesrgan_dataset.py.
+    draws = made.degradation
+    mix = (0.45, 0.25, 0.12, 0.03, 0.12, 0.03)
+    for blur, sigma, probability in ((draws.blur1, (0.2, 1.5), 1), (draws.blur2, (0.2, 1.0), 0.5)):
+        assert (*dict(blur.mix).values(),) == mix
+        assert (*map(tuple, (blur.kernel_size, blur.sigma, blur.beta_generalized, blur.beta_plateau)),) == (
+            (7, 21), sigma, (0.5, 2.0), (1, 1.5),
+        )  # fmt: skip
+        assert (blur.probability, blur.sinc_probability) == (probability, 0.1)
+    for resize, shares, factor in (
+        (draws.resize1, (0.2, 0.7, 0.1), (0.3, 1.5)),
+        (draws.resize2, (0.3, 0.4, 0.3), (0.6, 1.2)),
+    ):
+        assert ((*dict(resize.shares).values(),), tuple(resize.factor)) == (shares, factor)
+    for noise, sigma, scale in ((draws.noise1, (1, 15), (0.05, 2.0)), (draws.noise2, (1, 12), (0.05, 1.0))):
+        assert (tuple(noise.gaussian_sigma), tuple(noise.poisson_scale)) == (sigma, scale)
+        assert (noise.gaussian_probability, noise.gray_probability) == (0.5, 0.4)
+    assert (tuple(draws.jpeg1_quality), tuple(draws.final.jpeg_quality)) == ((60, 95), (60, 100))
+    assert (draws.final.sinc_probability, draws.clean_probability) == (0.8, 0)
+    # The usual, the lowest and the smallest possible photograph; DIV2K's are 2,040 pixels wide or high.
+    for height, width in ((1404, 2040), (2040, 1356), (648, 2040), (512, 1020)):
+        photograph = np.zeros((height, width, 3), np.uint8)
+        chosen = [choose_crops(photograph, made.crop, generator("a", 0))[0] for _ in range(2)]
+        assert len({*chosen[0]}) == 30
+        assert all(cut(photograph, place).shape == (512, 512, 3) for place in chosen[0])
+        assert chosen[0] == chosen[1]
 
 
 def leaves(model, path=()):

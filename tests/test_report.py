@@ -255,12 +255,7 @@ def test_curves_leave_out_what_is_not_a_number_and_name_each_line():
 
 @pytest.mark.parametrize("width", [390, 1280])
 def test_nothing_overflows_and_nothing_is_requested(browser, page, width):
-    browser.requests.clear()
-    browser.open(page, width)
-    assert browser.run("document.documentElement.scrollWidth") <= width
-    assert browser.run("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
-    assert [url for url in browser.requests if not url.startswith(("data:", "file:"))] == []
-    assert browser.errors == []
+    browser.open_and_check(page, width)
 
 
 def test_the_slider_follows_arrow_keys_and_the_pointer(browser, page):

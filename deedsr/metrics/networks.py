@@ -360,8 +360,6 @@ def load_into(network: nn.Module, path: Path) -> str:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors of a file by name. Raises UsageError for a damaged file and for one that holds more."""
-    import torch
-
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -4,12 +4,14 @@ Those two are no dependencies: pyiqa's licence (PolyForm Noncommercial) does not
 
 A module of this package that has `METRICS`, a tuple of `Metric` classes, adds them: a new metric is one new file. Other
 packages add theirs as `PREFIX:NAME` through an entry point of the group `deedsr.metrics`: its name is the prefix, its
-object a callable `(NAME, Setting) -> Metric` that raises ValueError for a name it does not know.
+object a callable `(NAME, Setting) -> Metric` that raises ValueError for a name it does not know. Without an entry point
+`package.module:CLASS` is a `Metric` class on Python's path.
 """
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points, version
 from types import ModuleType
@@ -20,7 +22,7 @@ import numpy as np
 from deedsr.errors import DeeDSRError, UsageError
 from deedsr.metrics.metric import Metric, Setting
 
-__all__ = ["WITHOUT_WEIGHTS", "described", "find", "known", "selected"]
+__all__ = ["WITHOUT_WEIGHTS", "described", "find", "known", "named_in_errors", "selected"]
 
 GROUP = "deedsr.metrics"
 WITHOUT_WEIGHTS = ("psnr", "ssim", "niqe", "niqe_set")  # what `deedsr evaluate` computes unless told otherwise
@@ -48,16 +50,21 @@ def find(name: str, setting: Setting = Setting()) -> Metric:
     if prefix in PROVIDERS:
         return PROVIDERS[prefix](rest, setting)
     providers = _providers()
-    if prefix not in providers:
+    if prefix not in providers and "." not in prefix:
         raise UsageError(f"no package here offers the metrics {prefix}:...; there are {_prefixes()}")
     try:
-        metric = providers[prefix].load()(rest, setting)
+        if prefix in providers:
+            metric = providers[prefix].load()(rest, setting)
+        else:
+            metric = EntryPoint(rest, name, GROUP).load()(setting)
     except ImportError as error:
         raise UsageError(f"the package that offers {prefix}:... cannot be imported: {error}") from error
     except ValueError as error:
         raise UsageError(f"{name}: {error}") from error
+    except Exception as error:  # of any kind: it is another package's
+        raise UsageError(f"{name} cannot be loaded: {type(error).__name__}: {error}") from error
     if not isinstance(metric, Metric):
-        raise UsageError(f"{prefix}:... is no metric: the entry point gives {type(metric).__name__}")
+        raise UsageError(f"{name} is no metric: it gives {type(metric).__name__}")
     return metric
 
 
@@ -66,6 +73,19 @@ def selected(names: Sequence[str], setting: Setting = Setting()) -> dict[str, Me
     if not names:
         raise UsageError(f"no metric given: there are {', '.join(known())}, and {_prefixes()}")
     return {name: find(name, setting) for name in names}
+
+
+@contextmanager
+def named_in_errors(name: str) -> Iterator[None]:
+    """What a metric of another package raises becomes a DeeDSRError that names it, but ValueErrors, see `Metric`."""
+    try:
+        yield
+    except (DeeDSRError, ValueError):
+        raise
+    except Exception as error:
+        if ":" not in name:
+            raise
+        raise DeeDSRError(f"{name} failed: {type(error).__name__}: {error}") from error
 
 
 def described() -> str:
@@ -79,7 +99,7 @@ def _providers() -> dict[str, EntryPoint]:
 
 
 def _prefixes() -> str:
-    names = [*PROVIDERS, *sorted(_providers())]
+    names = [*PROVIDERS, *sorted(_providers()), "package.module"]
     return ", ".join(f"{name}:NAME" for name in names) + " of packages that you install"
 
 
@@ -112,11 +132,8 @@ class ExternalMetric(Metric):
 
         pictures = (picture, reference) if self.needs_reference else (picture,)
         tensors = [torch.tensor(p).permute(2, 0, 1)[None].to(self.setting.device).float() / 255 for p in pictures]
-        try:
-            with torch.inference_mode():
-                return float(self.compute(*tensors))
-        except Exception as error:  # of any kind: it is another package's
-            raise DeeDSRError(f"{self.name} failed: {type(error).__name__}: {error}") from error
+        with named_in_errors(self.name), torch.inference_mode():
+            return float(self.compute(*tensors))
 
 
 def _imported(package: str, name: str) -> ModuleType:

@@ -27,7 +27,7 @@ from deedsr.errors import UsageError
 from deedsr.metrics.fidelity import WINDOW
 from deedsr.metrics.metric import Metric
 from deedsr.metrics.niqe import BLOCK
-from deedsr.metrics.registry import WITHOUT_WEIGHTS, known
+from deedsr.metrics.registry import WITHOUT_WEIGHTS, known, named_in_errors
 from pipelines import cluster, tracking
 from pipelines.claims import Claim, held
 from pipelines.data.dataset import Dataset
@@ -96,8 +96,8 @@ def evaluate(
         model: `tiny`, or a model's folder, URI, hub id or `models:/NAME/VERSION`; None = only `pictures`.
         data: a finished dataset of the model's scale, or a folder of LR pictures.
         out: folder or S3 prefix.
-        reference: folder of HR pictures for LR pictures of a folder and for `pictures`.
-        pictures: folders of enlarged pictures, each as `NAME=FOLDER`, matched by names.
+        reference: folder of HR pictures for LR pictures of a folder and for `pictures`; a dataset holds its own.
+        pictures: folders of enlarged pictures, each as `NAME=FOLDER`, matched by names; of a dataset's samples by keys.
         base: where the model's base lies: folder, URI or hub id; None = where the model says.
         metrics: names that `deedsr.metrics.registry` knows; None = those of `WITHOUT_WEIGHTS` that need no reference
             where there is none.
@@ -122,7 +122,7 @@ def evaluate(
     found = Model.find(model, base) if model else None
     dataset = dataset_given(data) if data else None
     if dataset is not None:
-        given = _samples(dataset, found, border, split, limit, bool(reference or pictures))
+        given = _samples(dataset, found, border, split, limit, reference, pictures)
     elif data and not (found or reference):
         raise UsageError(f"--data {data} holds LR pictures: give --model to enlarge them, or --reference")
     else:
@@ -134,7 +134,7 @@ def evaluate(
     storage.require_writable()
     # Workers need nothing of the index, which the dataset keeps and its copy does not.
     work = Evaluator(
-        (*(("model",) if found else ()), *(("bicubic",) if given.has_lr else ()), *given.named),
+        (*(("model",) if found else ()), *given.named, *(("bicubic",) if given.has_lr else ())),
         _usual(given.has_hr) if metrics is None else tuple(metrics),
         seed,
         device,
@@ -179,18 +179,26 @@ def _require_inputs(model: str | None, data: str | None, pictures: Sequence[str]
         raise UsageError("nothing to evaluate: give --model and --data, or --pictures FOLDER")
 
 
-def _samples(dataset: Dataset, model: Model | None, border: int, split: str, limit: int | None, folders: bool) -> Given:
+def _samples(
+    dataset: Dataset,
+    model: Model | None,
+    border: int,
+    split: str,
+    limit: int | None,
+    reference: str | None,
+    pictures: Sequence[str],
+) -> Given:
     """Parts of a dataset, which is fit for this model."""
     dataset.require_pixels("evaluation")
     require_hr(dataset)
-    if folders:
-        raise UsageError(f"--reference and --pictures go with folders, and {dataset.uri} is a dataset: leave one out")
-    if model is None:
-        raise UsageError(f"{dataset.uri} is a dataset, and nothing enlarges it: give --model")
-    given = samples_given(dataset, split, limit)
+    if reference:
+        raise UsageError(f"{dataset.uri} is a dataset, which holds its HR pictures: leave out --reference {reference}")
+    if model is None and not pictures:
+        raise UsageError(f"{dataset.uri} is a dataset, and nothing enlarges it: give --model, or --pictures")
+    given = samples_given(dataset, split, pictures, limit)
     if border < 0 or dataset.recipe.crop.size - 2 * border < WINDOW:
         raise UsageError(f"border must leave {WINDOW} pixels of HR crops of {dataset.recipe.crop.size}, got {border}")
-    if model.description.scale != dataset.scale:
+    if model is not None and model.description.scale != dataset.scale:
         raise UsageError(
             f"{model.name} enlarges by {model.description.scale}, the pairs of {dataset.uri} differ by "
             f"{dataset.scale}: evaluate on a dataset of the model's scale"
@@ -273,7 +281,7 @@ class _Evaluation:
 
     def _results(self, run: tracking.Run, measured: list[Measured]) -> dict[str, Any]:
         """Content of `results.json`, logged to MLflow with rows, tables, the page and some pictures."""
-        rejected = self.given.rejected | {one.record["key"]: one.rejected for one in measured if one.rejected}
+        rejected = {one.record["key"]: one.rejected for one in measured if one.rejected} | self.given.rejected
         samples = [one for one in measured if not one.rejected]
         reason = ": ".join(next(iter(rejected.items()), ()))
         if not samples:
@@ -343,7 +351,8 @@ def _prepared(work: Evaluator, given: Given) -> dict[str, Metric]:
     for name, metric in measures.items():
         if metric.needs_reference and not given.has_hr:
             raise UsageError(f"{name} needs references: give --reference FOLDER, or leave it out of --metrics")
-        metric.prepare()
+        with named_in_errors(name):
+            metric.prepare()
     return measures
 
 

@@ -21,7 +21,7 @@ from deedsr.dataset.keys import generator
 from deedsr.dataset.manifest import STATE
 from deedsr.dataset.pictures import RejectedImage, read_stored, upright
 from deedsr.metrics.metric import Metric, Setting
-from deedsr.metrics.registry import selected
+from deedsr.metrics.registry import named_in_errors, selected
 from pipelines.data.dataset import Dataset, SourceInfo
 from pipelines.inference.parts import MADE, Part
 from pipelines.inference.sampler import Sampler
@@ -113,13 +113,14 @@ class Evaluator:
                 raise RejectedImage(f"{method} is {_told(pictures[method])}, the reference {_told(hr)}")
             for name, metric in self.measures.items():
                 try:
-                    value = metric.measure(pictures[method], hr)
+                    with named_in_errors(name):
+                        value = metric.measure(pictures[method], hr)
+                        if metric.of_pictures:
+                            figures[method][name] = _finite(value)
+                        else:
+                            features[method][name] = np.asarray(value)
                 except ValueError as error:
                     raise RejectedImage(f"{name} of {method}: {error}") from error
-                if metric.of_pictures:
-                    figures[method][name] = _finite(value)
-                else:
-                    features[method][name] = value
         places = {**part.files, **{name: f"{PICTURES}/{part.key}.{name}.png" for name in made}}
         record = Record(
             key=part.key, source=source, metrics=figures, pictures={name: places[name] for name in pictures}
@@ -128,11 +129,12 @@ class Evaluator:
 
     def _given(self, part: Part) -> tuple[dict[str, np.ndarray], SourceInfo | None]:
         """The pictures of a part by name, and where they come from."""
-        if part.row is not None:
-            assert self.dataset is not None
-            _, hr, lr, info = self.dataset.read(part.row, 0)
-            return {"lr": lr, "hr": hr}, info.get("source")
-        return {name: read_pixels(uri) for name, uri in part.files.items()}, None
+        given = {name: read_pixels(uri) for name, uri in part.files.items()}
+        if part.row is None:
+            return given, None
+        assert self.dataset is not None
+        _, hr, lr, info = self.dataset.read(part.row, 0)
+        return given | {"lr": lr, "hr": hr}, info.get("source")
 
     @cached_property
     def measures(self) -> dict[str, Metric]:
@@ -184,9 +186,9 @@ def read_pixels(uri: str) -> np.ndarray:
         if stored.colour.dtype != np.uint8:
             raise RejectedImage("16 bits a channel, and metrics are defined for 8: convert it first")
         if stored.alpha is not None and stored.alpha.min() < 255:
-            raise RejectedImage("has transparency")
+            raise RejectedImage("has transparency: flatten it first")
         if stored.colour.ndim == 3 and stored.colour.shape[2] != 3:
-            raise RejectedImage("not RGB or grey")
+            raise RejectedImage("not RGB or grey: convert it first")
     except RejectedImage as reason:
         raise RejectedImage(f"{name}: {reason}") from None
     colour = stored.colour if stored.colour.ndim == 3 else np.repeat(stored.colour[..., None], 3, 2)

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet
 
-from deedsr.metrics.intervals import Difference, Interval, differences, means
+from deedsr.metrics.intervals import Difference, Interval, differences, means, of_sets
 from deedsr.metrics.metric import Metric
+from deedsr.metrics.registry import named_in_errors
 from pipelines.inference.evaluator import Measured
 
 ROWS, TABLE = "rows.parquet", "table.txt"
@@ -25,16 +26,16 @@ class Figures:
 
     @classmethod
     def of(cls, samples: Sequence[Measured], methods: Sequence[str], measures: Mapping[str, Metric]) -> "Figures":
-        """A metric of sets has neither interval nor differences: it has no value of single pictures."""
         metrics: dict[str, dict[str, Interval]] = {method: {} for method in methods}
         changes: list[Difference] = []
         for name, metric in measures.items():
             values = {method: _values(name, metric, method, samples) for method in methods}
             if metric.of_pictures:
-                found = means(values)
-                changes += differences(name, values, metric.higher_is_better)
+                found, change = means(values), differences(name, values, metric.higher_is_better)
             else:
-                found = {method: Interval(metric.summary(values[method]), None, None) for method in methods}
+                with named_in_errors(name):
+                    found, change = of_sets(name, values, metric.summary)
+            changes += change
             for method in methods:
                 metrics[method][name] = found[method]
         return cls(metrics, changes)
@@ -130,7 +131,8 @@ def differences_table(
     for change in changes:
         metric, label = measures[change.metric], f"{labels[change.method]} - {labels[change.other]}"
         cell = _cell(Interval(change.mean, change.low, change.high), metric, sign="+")
-        rows.setdefault(label, {})[change.metric] = cell._replace(note=f"{cell.note} {100 * change.wins:.0f}%")
+        wins = f" {100 * change.wins:.0f}%" if change.wins is not None else ""
+        rows.setdefault(label, {})[change.metric] = cell._replace(note=cell.note + wins)
     return Table(
         [_title(measures[name]) for name in names],
         [(label, [cells.get(name, Cell("-")) for name in names]) for label, cells in rows.items()],

@@ -23,7 +23,7 @@ _THREADS, _AHEAD = 16, 64
 
 
 class Part(NamedTuple):
-    """One picture to evaluate, in each version that is given: a row of a dataset's index, or files."""
+    """One picture to evaluate, in each version that is given: a row of a dataset's index, files, or both."""
 
     key: str  # names it in the output
     row: pa.Table | None = None
@@ -33,12 +33,11 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Given:
-    """What is evaluated. `dataset`: of which the parts are rows; None for files."""
+    """What is evaluated."""
 
     parts: list[Part]
     uri: str
     digest: str  # of what the methods are compared on: LR and HR
-    dataset: Dataset | None = None
     named: tuple[str, ...] = ()  # methods whose pictures are given
     rejected: dict[str, str] = field(default_factory=dict)  # reason by key
     has_lr: bool = True
@@ -49,13 +48,16 @@ def dataset_given(data: str) -> Dataset | None:
     """The dataset at `data`, None for a folder of pictures."""
     if open_storage(data).exists(MANIFEST):
         return Dataset.open(data)
-    if any(source.container for source in _listed(data)):
+    if any(source.container for source in list_sources([data])):
         raise DatasetNotCommitted(open_storage(data).uri)
     return None
 
 
-def samples_given(dataset: Dataset, split: str, limit: int | None) -> Given:
-    """Samples of a split, evenly spread where there are more than `limit`."""
+def samples_given(dataset: Dataset, split: str, pictures: Sequence[str], limit: int | None) -> Given:
+    """Samples of a split, evenly spread where there are more than `limit`, with the pictures that their keys name.
+
+    A sample that lacks one is rejected.
+    """
     if split not in ("train", "validation"):
         raise UsageError(f"split must be train or validation, got {split!r}")
     table = dataset.index(split)
@@ -65,8 +67,13 @@ def samples_given(dataset: Dataset, split: str, limit: int | None) -> Given:
             if split == "validation"
             else f"{dataset.uri} has no sample in its train split: take --split validation"
         )
-    rows = [table.take([row]) for row in evenly(table.num_rows, limit)]
-    return Given([Part(row["key"][0].as_py(), row) for row in rows], dataset.uri, dataset.digest, dataset)
+    keys = table["key"].to_pylist()
+    rows = {key: row for row, key in enumerate(keys)}
+    sources = [Source(0, f"{key}.png", f"{dataset.uri}/{key}", 0, "") for key in keys]
+    folders = _named(pictures)
+    parts, rejected = _matched_parts(dataset.uri, sources, "", folders, limit)
+    parts = [part._replace(row=table.take([rows[part.key]])) for part in parts]
+    return Given(parts, dataset.uri, dataset.digest, tuple(folders), rejected)
 
 
 def files_given(
@@ -83,17 +90,32 @@ def files_given(
     assert place
     if reference and data:
         sources = list(list_pairs([reference], [data], scale, "--data"))
+        _require_files(place, sources)
     else:
         sources = _listed(place)
-    _require_files(place, sources)
-    found = {}
-    for name, folder in folders.items():
-        if name != kind:
-            listed = _listed(folder)
-            _require_files(folder, listed)
-            found[name] = matched(sources, listed, None, "--pictures", folder)
+    parts, rejected = _matched_parts(place, sources, kind, folders, limit)
+    uri = open_storage(place).uri
+    return Given(
+        parts, uri, _digest(parts), named=tuple(folders), rejected=rejected,
+        has_lr=data is not None, has_hr=reference is not None,
+    )  # fmt: skip
+
+
+def _matched_parts(
+    place: str, sources: Sequence[Source], kind: str, folders: Mapping[str, str], limit: int | None
+) -> tuple[list[Part], dict[str, str]]:
+    """Parts of `sources` that each folder has a picture of, at most `limit`; the others' keys and why.
+
+    `kind`: which files of a part the sources are; "" = none, they are samples. The marks of test sets are left out of
+    names on both sides: any folder may hold LR-named results.
+    """
+    found = {
+        name: matched(list(sources), _listed(folder), None, "--pictures", folder, versions=True)
+        for name, folder in folders.items()
+        if name != kind
+    }
     parts: dict[str, Part] = {}
-    rejected = {}
+    rejected: dict[str, str] = {}
     for source in sources:
         key = source.path.rpartition(".")[0]
         if key in parts or key in rejected:
@@ -102,24 +124,18 @@ def files_given(
         if source.problem or lacking:
             rejected[key] = source.problem or f"no picture of {', '.join(lacking)}"
             continue
-        files, versions = {kind: source.uri}, [f"{source.size}-{source.version}"]
+        given = ({kind: source} if kind else {}) | {name: partners[source] for name, partners in found.items()}
+        files = {name: one.uri for name, one in given.items()}
+        versions = [f"{one.size}-{one.version}" for one in given.values()]
         if source.lr:
             files["lr"] = source.lr
             versions.append(source.lr_version)
-        for name, partners in found.items():
-            files[name] = partners[source].uri
-            versions.append(f"{partners[source].size}-{partners[source].version}")
         parts[key] = Part(key, None, files, tuple(versions))
     if not parts:
         reason = next(iter(rejected.values()))
         raise UsageError(f"no picture of {place} can be evaluated: {reason}, for each of {len(rejected)}")
     chosen = list(parts.values())
-    chosen = [chosen[number] for number in evenly(len(chosen), limit)]
-    uri = open_storage(place).uri
-    return Given(
-        chosen, uri, _digest(chosen), named=tuple(folders), rejected=rejected,
-        has_lr=data is not None, has_hr=reference is not None,
-    )  # fmt: skip
+    return [chosen[number] for number in evenly(len(chosen), limit)], rejected
 
 
 def evenly(count: int, wanted: int | None) -> list[int]:
@@ -148,7 +164,9 @@ def _named(pictures: Sequence[str]) -> dict[str, str]:
 
 
 def _listed(folder: str) -> list[Source]:
-    return list(list_sources([folder]))
+    sources = list(list_sources([folder]))
+    _require_files(folder, sources)
+    return sources
 
 
 def _require_files(folder: str, sources: Sequence[Source]) -> None:

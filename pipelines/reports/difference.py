@@ -25,7 +25,7 @@ from pipelines.reports.fingerprints import (
     same_sources,
 )
 from pipelines.reports.inspection import Parameter, Survey, pair_view, spread_rows, survey
-from pipelines.reports.page import page_place, write_page
+from pipelines.reports.page import caption, page_place, write_page
 from pipelines.tracking.store import sqlite_path
 
 logger = logging.getLogger(__name__)
@@ -280,21 +280,14 @@ def difference_picture(
 ) -> np.ndarray:
     """uint8 RGB: the counts, sources under both (LR before, LR now, HR now), and the parameters that moved most."""
     counts = "   ".join(f"{name} {count:,}" for name, count in found.counts.items())
-    rows = [_line(counts, 3 * _SIDE), _line("LR before, LR now, HR now", 3 * _SIDE)]
+    rows = [caption(counts, 3 * _SIDE), caption("LR before, LR now, HR now", 3 * _SIDE)]
     for new, old in shown[:SHOWN_IN_MLFLOW]:
         squares = [cv2.resize(one, (_SIDE, _SIDE), interpolation=cv2.INTER_NEAREST) for one in (old.lr, new.lr)]
         rows.append(np.hstack([*squares, cv2.resize(new.hr, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA)]))
     every = [(title, one) for title, steps in shifts.items() for one in steps]
     for title, one in sorted(every, key=lambda item: -item[1].share)[:SHOWN_IN_MLFLOW]:
-        rows += [_line(f"{title}, {one.column}: {100 * one.share:.1f} % moved", 3 * _SIDE), _chart(one, 3 * _SIDE)]
+        rows += [caption(f"{title}, {one.column}: {100 * one.share:.1f} % moved", 3 * _SIDE), _chart(one, 3 * _SIDE)]
     return np.vstack(rows)
-
-
-def _line(text: str, width: int) -> np.ndarray:
-    image = np.full((28, width, 3), 255, np.uint8)
-    ascii_text = text.encode("ascii", "replace").decode()
-    cv2.putText(image, ascii_text, (8, 19), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (30, 30, 30), 1, cv2.LINE_AA)
-    return image
 
 
 def _chart(one: Shift, width: int, height: int = 80) -> np.ndarray:

@@ -127,11 +127,11 @@ def strip(title: str, lr: np.ndarray | None, others: Mapping[str, np.ndarray]) -
     height, width = next(iter(others.values())).shape[:2]
     squares = {} if lr is None else {"LR": cv2.resize(lr, (width, height), interpolation=cv2.INTER_NEAREST)}
     columns = squares | dict(others)
-    labelled = [np.concatenate([_caption(name, width), picture]) for name, picture in columns.items()]
-    return np.concatenate([_caption(title, width * len(columns)), np.concatenate(labelled, axis=1)])
+    labelled = [np.concatenate([caption(name, width), picture]) for name, picture in columns.items()]
+    return np.concatenate([caption(title, width * len(columns)), np.concatenate(labelled, axis=1)])
 
 
-def _caption(text: str, width: int) -> np.ndarray:
+def caption(text: str, width: int) -> np.ndarray:
     """Dark letters on a light bar; a text that is too long loses its beginning."""
     bar = np.full((_CAPTION, width, 3), 244, np.uint8)
     text = text.encode("ascii", "replace").decode()  # OpenCV's letters

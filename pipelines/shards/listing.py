@@ -203,9 +203,9 @@ def _inside(file: Source, named: bool) -> tuple[Iterable[Source], str]:
 
 
 # Canon_001_HR.png and Canon_001_LR4.png (RealSR), DSC_0970_x1.png and DSC_0970_x4.png (DRealSR), 0801.png and
-# 0801x4.png, or 0801x4d.png (DIV2K).
-_HR_MARK = re.compile(r"_(HR|x1)$", re.IGNORECASE)
-_LR_MARK = re.compile(r"(_LR(\d?)|_x([2-9])|(?<=\d)x([2-9])[dmw]?)$", re.IGNORECASE)
+# 0801x4.png, or 0801x4d.png (DIV2K), KEY.hr.png and KEY.lr.png (`deedsr evaluate`).
+_HR_MARK = re.compile(r"(_(HR|x1)|\.hr)$", re.IGNORECASE)
+_LR_MARK = re.compile(r"(_LR(\d?)|\.lr|_x([2-9])|(?<=\d)x([2-9])[dmw]?)$", re.IGNORECASE)
 
 
 def list_pairs(
@@ -259,13 +259,16 @@ class _Name(NamedTuple):
     bare: str | None  # without its mark; None for an LR picture of another scale
 
 
-def matched(hrs: list[Source], lrs: list[Source], scale: int | None, option: str, lr_dir: str) -> dict[Source, Source]:
+def matched(
+    hrs: list[Source], lrs: list[Source], scale: int | None, option: str, lr_dir: str, versions: bool = False
+) -> dict[Source, Source]:
     """The partner of each HR picture that has one: see `list_pairs`, whose errors and warning these are.
 
-    `option` names what was given, `lr_dir`, in messages.
+    `option` names what was given, `lr_dir`, in messages. `versions`: neither are LR pictures, so that every mark counts
+    in both.
     """
-    hr_left = {source: _hr_name(source) for source in hrs}
-    lr_left = {source: _lr_name(source, scale) for source in lrs}
+    hr_left = {source: _any_name(source) if versions else _hr_name(source) for source in hrs}
+    lr_left = {source: _any_name(source) if versions else _lr_name(source, scale) for source in lrs}
     found: dict[Source, Source] = {}
     keys: list[Callable[[_Name], tuple[str | None, ...]]] = [
         lambda name: (name.folder, name.stem),
@@ -311,6 +314,11 @@ def _lr_name(source: Source, scale: int | None) -> _Name:
     bare = _LR_MARK.sub("", stem)
     scales = {group for group in mark.groups()[1:] if group} if mark else set()
     return _Name(posixpath.dirname(source.path), stem, bare if scale is None or scales <= {str(scale)} else None)
+
+
+def _any_name(source: Source) -> _Name:
+    name = _hr_name(source)
+    return name._replace(bare=_LR_MARK.sub("", name.bare or ""))
 
 
 def _stem(source: Source) -> str:
