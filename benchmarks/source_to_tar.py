@@ -32,6 +32,7 @@ from pipelines.data.dataset import Dataset
 from pipelines.shards import build, samples
 from pipelines.shards.assemble import assemble
 from pipelines.shards.build import FromHR, FromSources
+from pipelines.shards.execute import Job
 from pipelines.shards.generate import index_of
 from pipelines.shards.listing import list_sources
 from pipelines.shards.plan import derived_plan, plan_shards
@@ -135,7 +136,8 @@ def main() -> None:
         # The dataset whose HR is degraded anew.
         held = open_storage(f"{work}/held")
         records = [arms["lossless"][0].build(plan, held) for plan in arms["lossless"][1]]
-        assemble(zip(arms["lossless"][1], records, strict=True), lossless, held, expected=None)
+        job = Job(list, arms["lossless"][0], held, lossless)
+        assemble(job, zip(arms["lossless"][1], records, strict=True), expected=None)
         dataset = Dataset.open(held.uri)
         other = lossless.degrading(load_recipe("realesrgan"))
         derived = [derived_plan(shard, other.digest) for shard in dataset.manifest.shards]

@@ -52,6 +52,7 @@ class ShardsOptions:
 
 def run(options: ShardsOptions) -> Outcome:
     from deedsr.dataset.recipe import load_recipe
+    from pipelines.shards import run_job
 
     check(options)
     if not (options.source or options.hr_from or options.join):
@@ -59,12 +60,13 @@ def run(options: ShardsOptions) -> Outcome:
     recipe = load_recipe(options.recipe)
     if options.plan:
         return _planned(options, recipe)
+    make = lambda: run_job(_job(options, recipe), options.workers)
     if options.tracking:
         config = dataclasses.asdict(options) | ({} if options.join else {"recipe": recipe.model_dump(mode="json")})
         tags = {"deedsr.recipe.digest": recipe.digest}
-        outcome = tracked(options, "shards", lambda run: _make(options, recipe), config=config, tags=tags)
+        outcome = tracked(options, "shards", lambda run: make(), config=config, tags=tags)
     else:
-        outcome = dataclasses.asdict(_make(options, recipe))
+        outcome = dataclasses.asdict(make())
     if not options.gc:
         return Outcome(outcome)
     collected = _collected(options)
@@ -109,15 +111,7 @@ def _job(options: ShardsOptions, recipe: "Recipe") -> "Job":
         return hr_job(options.hr_from, options.out, recipe)
     if options.join:
         return join_job(options.join, options.out)
-    return source_job(options.source, options.out, recipe, options.pairs)
-
-
-def _make(options: ShardsOptions, recipe: "Recipe") -> "ShardsResult":
-    from pipelines.shards import generate, run_job
-
-    if options.source:
-        return generate(options.source, options.out, recipe, options.workers, pairs=options.pairs)
-    return run_job(_job(options, recipe), options.workers)
+    return source_job(options.source, options.out, recipe, options.pairs, options.workers)
 
 
 def _planned(options: ShardsOptions, recipe: "Recipe") -> Outcome:

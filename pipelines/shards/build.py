@@ -51,7 +51,14 @@ class FromSources:
             for source, cut in zip(plan.sources, cuts, strict=True)
             for number in range(cut)
         )
-        with shard_draft(plan) as draft, self._each(pieces, plan, out, cpus) as each:
+        attempt = f"{ATTEMPTS}/{plan.id}"
+        tried = out.exists(attempt)
+        if not tried:
+            out.write(attempt, b"")
+        guard = _guarded(self.samples) if tried else nullcontext(self.samples)
+        with shard_draft(plan) as draft, guard as samples:
+            here = lambda piece: _drafts(piece, self.recipe, samples)
+            each = in_order(self._make, pieces, cpus, here=here, guarded=self._make_guarded)
             for source, cut in zip(plan.sources, cuts, strict=True):
                 drafts = _joined(source, list(islice(each, cut)))
                 draft.sources.append((source.path, drafts.sha256))
@@ -59,19 +66,8 @@ class FromSources:
                 for sample in drafts.samples:
                     draft.add(sample, source.uri)
             record = draft.commit(out)
-        out.delete(f"{ATTEMPTS}/{plan.id}")
+        out.delete(attempt)
         return record
-
-    @contextmanager
-    def _each(self, pieces: Iterator["_Piece"], plan: ShardPlan, out: Storage, cpus: int) -> Iterator[Iterator[Drafts]]:
-        """Samples and rejections of each piece, in order."""
-        attempt = f"{ATTEMPTS}/{plan.id}"
-        tried = out.exists(attempt)
-        if not tried:
-            out.write(attempt, b"")
-        with _guarded(self.samples) if tried else nullcontext(self.samples) as samples:
-            here = lambda piece: _drafts(piece, self.recipe, samples)
-            yield in_order(self._make, pieces, cpus, here=here, guarded=self._make_guarded)
 
     def _make(self, piece: "_Piece") -> Drafts:
         return _drafts(piece, self.recipe, self.samples)

@@ -9,12 +9,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
+from deedsr.dataset.manifest import HRSource, LatentsSource
+from deedsr.dataset.recipe import Recipe
 from deedsr.degradation.chain import prepare_worker
 from deedsr.errors import DeeDSRError
 from pipelines import cluster
+from pipelines.data.dataset import Dataset
 from pipelines.distribution import distribute, parts_per_item
 from pipelines.placement import NETWORK_WORKER, SHARD_WORKER, WorkPlan, place_shards
 from pipelines.shards.plan import ShardPlan
@@ -37,6 +41,22 @@ class ShardWork(Protocol):
 
         `cpus`: those of the cluster that the work may use at a time; it may leave them.
         """
+
+
+@dataclass(frozen=True)
+class Job:
+    """A dataset to be made in `out`: what its shards are and what builds them.
+
+    `made_of`: the dataset whose shards they are made of, None for shards of sources.
+    """
+
+    plans: Callable[[], Iterable[ShardPlan]]
+    work: ShardWork
+    out: Storage
+    recipe: Recipe
+    made_of: Dataset | None = None
+    hr_from: HRSource | None = None
+    latents: LatentsSource | None = None
 
 
 class PlanParts:
@@ -101,29 +121,20 @@ class _Item(NamedTuple):
     cpus: int = 1
 
 
-@dataclass(frozen=True)
-class _Building:
-    """What makes the shards of an item, in a task or an actor."""
-
-    folder: Storage
-    work: ShardWork
-    out: Storage
-
-    def __call__(self, item: _Item) -> Iterator[Built]:
-        started = time.time()
-        plans = read_part(self.folder, item.part)
-        for plan in (plans[number] for number in item.shards):
-            record = patiently(self.work.build, plan, self.out, item.cpus)
-            yield Built(plan.id, record_key(record), len(plan.sources), record.samples, started)
+def _built(folder: Storage, work: ShardWork, out: Storage, item: _Item) -> Iterator[Built]:
+    """Makes the shards of an item, in a task or an actor."""
+    started = time.time()
+    plans = read_part(folder, item.part)
+    for plan in (plans[number] for number in item.shards):
+        record = patiently(work.build, plan, out, item.cpus)
+        yield Built(plan.id, record_key(record), len(plan.sources), record.samples, started)
 
 
-def build_missing(
-    parts: PlanParts, work: ShardWork, out: Storage, workers: int | None, actors: WorkPlan | None = None
-) -> Iterator[Built]:
+def build_missing(parts: PlanParts, job: Job, workers: int | None, actors: WorkPlan | None = None) -> Iterator[Built]:
     """Builds every shard that is not there; yields each as it is committed, in any order.
 
     `workers`: CPUs in use at a time, None for every one that the memory does for. `actors`: shards are made in actors
-    of this plan, which keep their copy of `work`, because it is slow to set up.
+    of this plan, which keep their copy of the work, because it is slow to set up.
     """
     count = parts.missing_shards
     if not count:
@@ -146,7 +157,7 @@ def build_missing(
     memory = plan.workers * (NETWORK_WORKER if actors else SHARD_WORKER) / 1e9
     less = "fewer --workers or a smaller --batch-size need less" if actors else "fewer --workers need less"
     return distribute(
-        _Building(parts.folder, work, out),
+        partial(_built, parts.folder, job.work, job.out),
         items,
         actors=actors,
         # On a cluster that grows, what its autoscaler adds takes part.
