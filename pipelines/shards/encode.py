@@ -65,25 +65,14 @@ def latents_job(
     data: str, base: Base, learner: Learner | None, out: str, precision: Precision = "fp32", batch_size: int = 8
 ) -> Job:
     """Latents of the dataset `data` by the VAE of `base`, and the vectors of `learner`; without one the LR images are
-    kept instead."""
+    kept instead. Raises UsageError where the VAE cannot take the HR images."""
+    from deedsr.sampling.autoencoder import downsampling_factor
+
     dataset = Dataset.open(data).require_pixels("--data")
     storage = open_storage(out)
     if storage.uri == dataset.uri:
         raise UsageError(f"--out {storage.uri} is the dataset that the pixels come from: choose another")
     require_hr(dataset)
-    source = latents_source(dataset, base, learner, precision)
-    work = FromPixels(
-        replace(source, dataset="", uri=""), dataset.storage, index_of(dataset), dataset.hr_dataset().storage, base,
-        learner, dataset.scale, batch_size,
-    )  # fmt: skip
-    latents = replace(source, uri=relative_place(dataset.uri, storage.uri))
-    return Job(derived_plans(dataset, work.name), work, storage, dataset.recipe, dataset, latents=latents)
-
-
-def latents_source(dataset: Dataset, base: Base, learner: Learner | None, precision: Precision) -> LatentsSource:
-    """What the latents of a dataset would be made of. Raises UsageError where the VAE cannot take the HR images."""
-    from deedsr.sampling.autoencoder import downsampling_factor
-
     vae = load_part(base.path, "vae")
     factor, crop = downsampling_factor(vae), dataset.recipe.crop.size
     if crop % factor:
@@ -91,15 +80,18 @@ def latents_source(dataset: Dataset, base: Base, learner: Learner | None, precis
             f"the HR images in {dataset.uri} have {crop} px a side, and the VAE of {base.name} takes multiples of "
             f"{factor}: make shards with such a crop.size"
         )
-    return LatentsSource(
+    latents = LatentsSource(
         dataset=dataset.digest,
-        uri=dataset.uri,
+        uri=relative_place(dataset.uri, storage.uri),
         vae=part_digest(base.path / "vae"),
         learner=learner.digest if learner else None,
         precision=precision,
         factor=factor,
         channels=int(vae.config["latent_channels"]),
     )
+    hr = dataset.hr_dataset().storage
+    work = FromPixels(latents, dataset.storage, index_of(dataset), hr, base, learner, dataset.scale, batch_size)
+    return Job(derived_plans(dataset, work.name), work, storage, dataset.recipe, dataset, latents=latents)
 
 
 class Pair(NamedTuple):
@@ -114,8 +106,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class FromPixels:
-    """Shard work. `source` without digest and place of the dataset; `hr`: where the HR images lie; `index`: path of the
-    `samples.parquet` of `pixels`."""
+    """Shard work. `hr`: where the HR images lie; `index`: path of the `samples.parquet` of `pixels`."""
 
     source: LatentsSource
     pixels: Storage

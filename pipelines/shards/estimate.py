@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
-from typing import NamedTuple
 
 import cv2
 from tqdm import tqdm
@@ -140,15 +139,9 @@ def _chosen(sources: Iterable[Source], recipe: Recipe) -> list[Source]:
     return [source for _, _, source in heapq.nsmallest(_PROBED, ((rng.random(), n, s) for n, s in enumerate(sources)))]
 
 
-class _Probed(NamedTuple):
-    samples: int
-    bytes: int
-    seconds: float
-
-
-def _probed(sources: list[Source], recipe: Recipe, progress: bool) -> list[_Probed]:
-    """Makes the samples of each source in memory, on one thread, until there is no time left."""
-    found: list[_Probed] = []
+def _probed(sources: list[Source], recipe: Recipe, progress: bool) -> list[tuple[int, int, float]]:
+    """Makes the samples of each source in memory, on one thread, until time is up: samples, bytes, seconds."""
+    found = []
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:
@@ -159,8 +152,8 @@ def _probed(sources: list[Source], recipe: Recipe, progress: bool) -> list[_Prob
             except (FileNotFoundError, RejectedImage):
                 drafts = []
             size = sum(len(data) for draft in drafts for data in draft.members.values())
-            found.append(_Probed(len(drafts), size, time.perf_counter() - begin))
-            if sum(probed.seconds for probed in found) > _PROBE_SECONDS:
+            found.append((len(drafts), size, time.perf_counter() - begin))
+            if sum(seconds for _, _, seconds in found) > _PROBE_SECONDS:
                 break
     finally:
         cv2.setNumThreads(threads)

@@ -4,13 +4,14 @@ Workers read the plan from the output, a part at a time, so that neither the dri
 """
 
 import logging
-import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from itertools import count, islice
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from deedsr.dataset.manifest import HRSource, LatentsSource
@@ -70,25 +71,18 @@ class PlanParts:
         self._names: list[str] = []
 
     def write(self, plans: Iterable[ShardPlan], inventory: Inventory) -> None:
-        part: list[ShardPlan] = []
-        for plan in plans:
-            part.append(plan)
-            if len(part) == _SHARDS_PER_PART:
-                self._put(part, inventory)
-                part = []
-        if part:
-            self._put(part, inventory)
-
-    def _put(self, part: list[ShardPlan], inventory: Inventory) -> None:
-        name = f"plan-{len(self._names):07d}.jsonl"
-        self.folder.write(name, b"".join(plan.to_json() + b"\n" for plan in part))
-        self._names.append(name)
-        missing = [number for number, plan in enumerate(part) if not inventory.holds(plan)]
-        if missing:
-            self.missing.append((name, missing))
-        self.shards += len(part)
-        self.sources += sum(len(plan.sources) for plan in part)
-        self.reused_sources += sum(len(plan.sources) for plan in part) - sum(len(part[n].sources) for n in missing)
+        rest = iter(plans)
+        while part := list(islice(rest, _SHARDS_PER_PART)):
+            name = f"plan-{len(self._names):07d}.jsonl"
+            self.folder.write(name, b"".join(plan.to_json() + b"\n" for plan in part))
+            self._names.append(name)
+            missing = [number for number, plan in enumerate(part) if not inventory.holds(plan)]
+            if missing:
+                self.missing.append((name, missing))
+            sources = sum(len(plan.sources) for plan in part)
+            self.shards += len(part)
+            self.sources += sources
+            self.reused_sources += sources - sum(len(part[number].sources) for number in missing)
 
     @property
     def missing_shards(self) -> int:
@@ -204,79 +198,45 @@ def in_order(
 ) -> Iterator[Result]:
     """`function` of each piece, in order; `cpus` of them at a time: one in this process, the others in Ray tasks.
 
-    Pieces are taken as they are needed. `here`: `function` for those that this process makes. Elsewhere a piece whose
-    process dies, and dies again, is made by `guarded` instead; then its death is an error. Raises what `function`
-    raises.
+    Pieces are taken as they are needed, on this thread. `here`: `function` for those that this process makes. Elsewhere
+    a piece whose process dies, and dies again, is made by `guarded` instead; then its death is an error. Raises what
+    `function` raises.
     """
     here = here or function
     if cpus == 1:
         yield from map(here, pieces)
         return
-    rest, places, lock = iter(pieces), count(), threading.Lock()
-    room = threading.Semaphore(_AHEAD * cpus)  # for pieces that are taken and whose result is not yet given
-    made: dict[int, Future[Result]] = {}
-    tasks: dict[int, ObjectRef] = {}  # of pieces that are made elsewhere
-    over = threading.Event()  # nothing more is to be taken
-
-    def make_next(function: Callable[[Piece, int], Result]) -> bool:
-        """Takes a piece and makes it; False if there is none."""
-        future: Future[Result] = Future()
-        with lock:
-            if over.is_set():
-                return False
-            try:
-                piece = next(rest)
-            except StopIteration:
-                over.set()
-                return False
-            except Exception as error:  # raised in its turn
-                over.set()
-                future.set_exception(error)
-            made[number := next(places)] = future
-        try:
-            if not future.done():
-                future.set_result(function(piece, number))
-        except Exception as error:
-            future.set_exception(error)
-        return True
-
-    def work(function: Callable[[Piece, int], Result]) -> None:
-        while room.acquire() and make_next(function):
-            pass
-
-    elsewhere = _elsewhere(function, guarded, tasks)
-    for _ in range(cpus - 1):
-        threading.Thread(target=work, args=(elsewhere,), daemon=True).start()
-    try:
-        for number in count():
-            while not (number in made and made[number].done()):
-                if room.acquire(blocking=False):
-                    if make_next(lambda piece, number: here(piece)):
-                        continue
-                    room.release()
-                    if number not in made:
-                        return
-                _wait(made.get(number), tasks.get(number))
-            result = made.pop(number).result()
-            tasks.pop(number, None)
-            room.release()
-            yield result
-    finally:
-        over.set()
-        room.release(cpus)
-
-
-def _wait(future: "Future[Any] | None", task: "ObjectRef | None") -> None:
-    """A moment for the next result, in `ray.wait`: while the main thread of a task waits there, its CPU is free for the
-    tasks that it waits for. Waits of other threads free none, and shards could wait for each other for ever."""
     import ray
 
-    if task is not None:
-        ray.wait([task], timeout=1.0)
-    if future is None:
-        time.sleep(0.02)
-    else:
-        wait([future], timeout=0.02)
+    tasks: dict[int, ObjectRef] = {}  # of pieces that are made elsewhere
+    makers: SimpleQueue[Callable[[Piece, int], Result]] = SimpleQueue()
+    for maker in (lambda piece, number: here(piece), *[_elsewhere(function, guarded, tasks)] * (cpus - 1)):
+        makers.put(maker)
+
+    def make(number: int, piece: Piece) -> Result:
+        maker = makers.get()
+        try:
+            return maker(piece, number)
+        finally:
+            makers.put(maker)
+
+    rest, places, pool = enumerate(pieces), count(), ThreadPoolExecutor(cpus)
+    begun = deque(pool.submit(make, *piece) for piece in islice(rest, _AHEAD * cpus))
+    try:
+        while begun:
+            number = next(places)
+            while not begun[0].done():
+                # While the main thread of a task waits in `ray.wait`, its CPU is free for the tasks that it waits for.
+                # Waits of other threads free none, and shards could wait for each other for ever.
+                if task := tasks.get(number):
+                    ray.wait([task], timeout=1.0)
+                wait([begun[0]], timeout=0.02)
+            tasks.pop(number, None)
+            result = begun.popleft().result()
+            begun.extend(pool.submit(make, *piece) for piece in islice(rest, 1))
+            yield result
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _elsewhere(

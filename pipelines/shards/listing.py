@@ -65,7 +65,11 @@ def _files(root: int, uri: str) -> tuple[Iterable[Source], bool]:
     storage = open_storage(uri)
     folder, pattern = split_pattern(storage.uri)
     if pattern and has_wildcard(pattern):
-        return _matching(root, uri, open_storage(folder), pattern), True
+        storage = open_storage(folder)
+        found = [_file(root, storage, entry) for entry in matching(storage, pattern) if _named_as_pictures(entry.path)]
+        if not found:
+            raise UsageError(f"source {uri} matches no picture, tar or Parquet table")
+        return found, True
     if pattern:
         return _stated(root, folder, [f"{folder.rstrip('/')}/{path}" for path in expanded(pattern)]), True
     local = storage.local_path("")
@@ -104,14 +108,6 @@ def _single(root: int, uri: str) -> Source | None:
     except FileNotFoundError:
         return None  # or a prefix that is called so
     return Source(root, posixpath.basename(name), uri, entry.size, entry.version)
-
-
-def _matching(root: int, uri: str, storage: Storage, pattern: str) -> list[Source]:
-    """Files whose path below the last folder without a special character matches."""
-    found = [_file(root, storage, entry) for entry in matching(storage, pattern) if _named_as_pictures(entry.path)]
-    if not found:
-        raise UsageError(f"source {uri} matches no picture, tar or Parquet table")
-    return found
 
 
 def _list_file(root: int, uri: str) -> list[Source]:

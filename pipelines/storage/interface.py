@@ -87,9 +87,10 @@ class Storage(ABC):
     def delete(self, path: str) -> None:
         """Removes an object; none there is fine."""
 
-    @abstractmethod
     def delete_many(self, paths: Iterable[str]) -> None:
         """Removes objects, on S3 a thousand with each request."""
+        for path in paths:
+            self.delete(path)
 
     @abstractmethod
     def delete_all(self) -> None:
