@@ -29,7 +29,7 @@ from deedsr.dataset.recipe import Recipe, load_recipe
 from deedsr.degradation.chain import prepare_worker
 from deedsr.degradation.draws import draw_degradation
 from pipelines.data.dataset import Dataset
-from pipelines.shards import build, samples
+from pipelines.shards import samples, shard
 from pipelines.shards.assemble import assemble
 from pipelines.shards.build import FromHR, FromSources
 from pipelines.shards.execute import Job
@@ -47,7 +47,7 @@ STAGES = {
     "draw": (samples, "assign_degradation"),
     "encode": (samples, "encode"),
     "decode stored HR": (samples, "decode_stored"),
-    "write record": (build, "write_record"),
+    "write record": (shard, "write_record"),
 }
 
 

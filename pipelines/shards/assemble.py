@@ -26,7 +26,6 @@ from deedsr.dataset.manifest import (
     ShardEntry,
     kept_copy,
 )
-from deedsr.dataset.recipe import Recipe
 from deedsr.errors import DeeDSRError
 from pipelines.shards.execute import Job
 from pipelines.shards.plan import ShardPlan
@@ -62,7 +61,14 @@ def assemble(
             rejected.write_bytes(made_of.file(REJECTED))
             lines = map(json.loads, rejected.read_bytes().splitlines())
             sums.reasons = Counter(line["reason"] for line in lines if line["kind"] == "source")
-        _check_rejected(sums.given, sums.reasons, sums.samples, recipe)
+        rejected_sources = sums.reasons.total()
+        if rejected_sources > recipe.max_rejected_share * sums.given or not sums.samples:
+            counts = ", ".join(f"{reason}: {count}" for reason, count in sums.reasons.most_common())
+            raise DeeDSRError(
+                f"{rejected_sources} of {sums.given} sources were rejected ({counts}); recipe {recipe.name} allows a "
+                f"share of {recipe.max_rejected_share:g}: mend or remove them, or change the recipe "
+                "(max_rejected_share, crop)"
+            )
         files = {SAMPLES: samples, REJECTED: rejected}
         hashes = {name: _sha256(path) for name, path in files.items()}
         manifest = Manifest(
@@ -72,8 +78,8 @@ def assemble(
             recipe_digest=recipe.digest,
             source_digest=made_of.manifest.source_digest if made_of else sums.sources.hexdigest(),
             given=sums.given,
-            used=sums.given - sums.reasons.total(),
-            rejected=sums.reasons.total(),
+            used=sums.given - rejected_sources,
+            rejected=rejected_sources,
             samples=sums.samples,
             digest=sums.digest.hexdigest(),
             libraries={name: version(name) for name in _LIBRARIES + (_LATENTS_LIBRARIES if latents else ())},
@@ -157,16 +163,6 @@ def _write_parts(
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _check_rejected(given: int, reasons: Counter[str], samples: int, recipe: Recipe) -> None:
-    if reasons.total() <= recipe.max_rejected_share * given and samples:
-        return
-    counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
-    raise DeeDSRError(
-        f"{reasons.total()} of {given} sources were rejected ({counts}); recipe {recipe.name} allows a share of "
-        f"{recipe.max_rejected_share:g}: mend or remove them, or change the recipe (max_rejected_share, crop)"
-    )
 
 
 # Libraries that can change a shard's bytes. The lowest and highest version that the package's own requirements allow

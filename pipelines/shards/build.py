@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, islice
 from typing import BinaryIO, NamedTuple
 
@@ -57,8 +58,8 @@ class FromSources:
             out.write(attempt, b"")
         guard = _guarded(self.samples) if tried else nullcontext(self.samples)
         with shard_draft(plan) as draft, guard as samples:
-            here = lambda piece: _drafts(piece, self.recipe, samples)
-            each = in_order(self._make, pieces, cpus, here=here, guarded=self._make_guarded)
+            make, here = (partial(_drafts, self.recipe, function) for function in (self.samples, samples))
+            each = in_order(make, pieces, cpus, here=here, guarded=self._make_guarded)
             for source, cut in zip(plan.sources, cuts, strict=True):
                 drafts = _joined(source, list(islice(each, cut)))
                 draft.sources.append((source.path, drafts.sha256))
@@ -69,12 +70,9 @@ class FromSources:
         out.delete(attempt)
         return record
 
-    def _make(self, piece: "_Piece") -> Drafts:
-        return _drafts(piece, self.recipe, self.samples)
-
     def _make_guarded(self, piece: "_Piece") -> Drafts:
         with _guarded(self.samples) as samples:
-            return _drafts(piece, self.recipe, samples)
+            return _drafts(self.recipe, samples, piece)
 
 
 Content = tuple[bytes, bytes | None] | RejectedImage
@@ -127,7 +125,7 @@ def _guarded(samples: MakeSamples) -> Iterator[MakeSamples]:
             pool.shutdown()
 
 
-def _drafts(piece: _Piece, recipe: Recipe, make: MakeSamples) -> Drafts:
+def _drafts(recipe: Recipe, make: MakeSamples, piece: _Piece) -> Drafts:
     source, share, content = piece
     content = content or _read(source)
     if isinstance(content, RejectedImage):

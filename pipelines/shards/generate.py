@@ -215,7 +215,13 @@ def finished(job: Job) -> ShardsResult | None:
         return None
     manifest = dataset.manifest
     theirs, ours = (made and replace(made, uri="") for made in (manifest.latents, job.latents))  # either may have moved
-    if manifest.recipe_digest != job.recipe.digest or theirs != ours or not _holds(dataset, job):
+    if manifest.recipe_digest != job.recipe.digest or theirs != ours:
+        return None
+    inventory = Inventory.of(dataset.storage)
+    # Ends with the first planned shard that is not there, or not the manifest's.
+    held = (plan for plan in job.plans() if not inventory.holds(plan) or inventory.records[plan.id][1])
+    names = (tar_name(plan, inventory.records[plan.id][0]) if inventory.holds(plan) else "" for plan in held)
+    if any(name != entry for name, entry in zip_longest(names, (shard.name for shard in manifest.shards))):
         return None
     return ShardsResult(
         manifest=f"{dataset.uri}/{MANIFEST}",
@@ -226,11 +232,3 @@ def finished(job: Job) -> ShardsResult | None:
         reused=len(manifest.shards),
         rejected=manifest.rejected,
     )
-
-
-def _holds(dataset: Dataset, job: Job) -> bool:
-    """Whether the dataset's shards are those that the job plans, and there. Ends with the first that is not."""
-    inventory = Inventory.of(dataset.storage)
-    held = (plan for plan in job.plans() if not inventory.holds(plan) or inventory.records[plan.id][1])
-    names = (tar_name(plan, inventory.records[plan.id][0]) if inventory.holds(plan) else "" for plan in held)
-    return all(name == entry for name, entry in zip_longest(names, (s.name for s in dataset.manifest.shards)))
