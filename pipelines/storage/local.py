@@ -65,8 +65,7 @@ class LocalStorage(Storage):
         return self.directory / path
 
     def read(self, path: str) -> bytes:
-        with self.open(path) as file, explained("read", str(self.directory / path)):
-            return file.read()
+        return self.read_range(path, 0, -1)
 
     def read_range(self, path: str, offset: int, size: int) -> bytes:
         with self.open(path) as file, explained("read", str(self.directory / path)):
