@@ -4,6 +4,7 @@ Workers read the plan from the output, a part at a time, so that neither the dri
 """
 
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from deedsr.dataset.manifest import HRSource, LatentsSource
@@ -207,18 +207,31 @@ def in_order(
         yield from map(here, pieces)
         return
     import ray
+    from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError
 
+    run: Any = ray.remote(num_cpus=1, max_retries=_RETRIES)(_made)
     tasks: dict[int, ObjectRef] = {}  # of pieces that are made elsewhere
-    makers: SimpleQueue[Callable[[Piece, int], Result]] = SimpleQueue()
-    for maker in (lambda piece, number: here(piece), *[_elsewhere(function, guarded, tasks)] * (cpus - 1)):
-        makers.put(maker)
+    this_process = threading.Lock()
+
+    def elsewhere(function: Callable[[Piece], Result], number: int, piece: Piece) -> Result | DeeDSRError:
+        tasks[number] = run.remote(function, piece)
+        return ray.get(tasks[number])
 
     def make(number: int, piece: Piece) -> Result:
-        maker = makers.get()
+        if this_process.acquire(blocking=False):
+            try:
+                return here(piece)
+            finally:
+                this_process.release()
         try:
-            return maker(piece, number)
-        finally:
-            makers.put(maker)
+            result = elsewhere(function, number, piece)
+        except (NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError):
+            if guarded is None:
+                raise
+            result = elsewhere(guarded, number, piece)
+        if isinstance(result, DeeDSRError):
+            raise result
+        return result
 
     rest, places, pool = enumerate(pieces), count(), ThreadPoolExecutor(cpus)
     begun = deque(pool.submit(make, *piece) for piece in islice(rest, _AHEAD * cpus))
@@ -237,33 +250,6 @@ def in_order(
             yield result
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _elsewhere(
-    function: Callable[[Piece], Result], guarded: Callable[[Piece], Result] | None, tasks: dict[int, "ObjectRef"]
-) -> Callable[[Piece, int], Result]:
-    """`function` in a Ray task of one CPU; takes a piece and its number, under which `tasks` gets the task."""
-    import ray
-    from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError
-
-    run: Any = ray.remote(num_cpus=1, max_retries=_RETRIES)(_made)
-
-    def result_of(function: Callable[[Piece], Result], piece: Piece, number: int) -> Result | DeeDSRError:
-        tasks[number] = run.remote(function, piece)
-        return ray.get(tasks[number])
-
-    def made(piece: Piece, number: int) -> Result:
-        try:
-            result = result_of(function, piece, number)
-        except (NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError):
-            if guarded is None:
-                raise
-            result = result_of(guarded, piece, number)
-        if isinstance(result, DeeDSRError):
-            raise result
-        return result
-
-    return made
 
 
 def _made(function: Callable[[Piece], Result], piece: Piece) -> Result | DeeDSRError:
