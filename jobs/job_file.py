@@ -169,7 +169,7 @@ def _check_store(path: Path, job: JobFile, options: Any) -> None:
             raise UsageError(f"{path}: runtime_env.env_vars: {error}") from None
         if file is None or ":////" in store:
             return
-    no_run = any(getattr(options, name, False) for name in ("plan",)) or getattr(options, "tracking", True) is False
+    no_run = getattr(options, "plan", False) or not getattr(options, "tracking", True)
     if job.command in WITH_STORE and job.mlflow is None and not no_run:
         raise UsageError(
             f"{path}: "

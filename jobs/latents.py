@@ -46,11 +46,10 @@ def run(options: LatentsOptions) -> Outcome:
         chosen = {name: getattr(options, name) for name in names}
         return make_latents(options.data, base, learner, options.out, **chosen)
 
-    if not options.tracking:
-        return Outcome(dataclasses.asdict(make(None)))
-    pixels = Dataset.open(options.data)
-    made_by = {"deedsr.kind": "shards", "deedsr.dataset.digest": pixels.digest}
-    parents = {"shards": tracking.find_run(None, made_by), "learner": learner.run_id if learner else None}
+    pixels, parents = Dataset.open(options.data), {}
+    if options.tracking:
+        made_by = {"deedsr.kind": "shards", "deedsr.dataset.digest": pixels.digest}
+        parents = {"shards": tracking.find_run(None, made_by), "learner": learner.run_id if learner else None}
     return Outcome(tracked(options, "latents", make, config=dataclasses.asdict(options), parents=parents))
 
 

@@ -60,13 +60,9 @@ def run(options: ShardsOptions) -> Outcome:
     recipe = load_recipe(options.recipe)
     if options.plan:
         return _planned(options, recipe)
-    make = lambda: run_job(_job(options, recipe), options.workers)
-    if options.tracking:
-        config = dataclasses.asdict(options) | ({} if options.join else {"recipe": recipe.model_dump(mode="json")})
-        tags = {"deedsr.recipe.digest": recipe.digest}
-        outcome = tracked(options, "shards", lambda run: make(), config=config, tags=tags)
-    else:
-        outcome = dataclasses.asdict(make())
+    make = lambda run: run_job(_job(options, recipe), options.workers)
+    config = dataclasses.asdict(options) | ({} if options.join else {"recipe": recipe.model_dump(mode="json")})
+    outcome = tracked(options, "shards", make, config=config, tags={"deedsr.recipe.digest": recipe.digest})
     if not options.gc:
         return Outcome(outcome)
     collected = _collected(options)
@@ -153,11 +149,13 @@ def recorded(result: "ShardsResult | None", kind: str) -> dict[str, Any] | None:
 
 
 def tracked(
-    options: Any, kind: str, make: Callable[[tracking.Run], "ShardsResult"], **run_options: Any
+    options: Any, kind: str, make: Callable[[tracking.Run | None], "ShardsResult"], **run_options: Any
 ) -> dict[str, Any]:
-    """The result of `make`, which writes the dataset `options.out`, and its run: dataset, figures, some pairs."""
+    """The result of `make`, which writes the dataset `options.out`, and its run, if any: dataset, figures, pairs."""
     from pipelines.data.dataset import Dataset
 
+    if not options.tracking:
+        return dataclasses.asdict(make(None))
     name = options.out.rstrip("/").rpartition("/")[2]
     tags = {"deedsr.kind": kind} | run_options.pop("tags", {})
     with tracking.start_run(options.experiment, name=name, tags=tags, out=options.out, **run_options) as run:

@@ -134,17 +134,16 @@ def _drafts(recipe: Recipe, make: MakeSamples, piece: _Piece) -> Drafts:
 
 
 def _read(source: Source) -> Content:
+    if source.duplicate:
+        return RejectedImage("the same content as an earlier source")
     try:
-        if source.duplicate:
-            raise RejectedImage("the same content as an earlier source")
-        try:
-            source.path.encode()
-        except UnicodeEncodeError:
-            raise RejectedImage("file name is not valid UTF-8") from None
-        try:
-            return read_source(source)
-        except FileNotFoundError:
-            raise RejectedImage("no such file") from None
+        source.path.encode()
+    except UnicodeEncodeError:
+        return RejectedImage("file name is not valid UTF-8")
+    try:
+        return read_source(source)
+    except FileNotFoundError:
+        return RejectedImage("no such file")
     except RejectedImage as reason:
         return reason
 

@@ -87,7 +87,10 @@ def estimate(
     count = _Count()
     listing = plan_shards(listed(sources, pairs, recipe.scale), recipe)
     plans = tqdm(listing, unit="shard", desc="plan", disable=not progress, leave=False)
-    probed = _probed(_chosen(count.missing(plans, inventory), recipe), recipe, progress)
+    # A few sources, each as likely, the same ones every time.
+    rng = generator("probe", recipe.seed)
+    drawn = ((rng.random(), number, source) for number, source in enumerate(count.missing(plans, inventory)))
+    probed = _probed([source for _, _, source in heapq.nsmallest(_PROBED, drawn)], recipe, progress)
     made, sizes, durations = zip(*probed, strict=True) if probed else ((0,), (0,), (0.0,))
     deviation = stdev(made) / math.sqrt(len(made)) if len(made) > 1 else 0.0
     per_second = sum(made) / sum(durations) if probed else 0.0
@@ -131,12 +134,6 @@ class _Count:
         """How many the busiest core makes. It shares a shard with others only if there are more cores than shards."""
         equal = self.sources_to_make / (cores * (EFFICIENCY if cores > 1 else 1))
         return equal if self.shards_to_make < cores else max(equal, self.largest)
-
-
-def _chosen(sources: Iterable[Source], recipe: Recipe) -> list[Source]:
-    """A few, each as likely, the same ones every time."""
-    rng = generator("probe", recipe.seed)
-    return [source for _, _, source in heapq.nsmallest(_PROBED, ((rng.random(), n, s) for n, s in enumerate(sources)))]
 
 
 def _probed(sources: list[Source], recipe: Recipe, progress: bool) -> list[tuple[int, int, float]]:

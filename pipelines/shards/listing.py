@@ -22,9 +22,9 @@ _THREADS = 16  # files looked into at a time
 _AHEAD = 64  # files listed before the contents of one are needed
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _BYTE_ORDER_MARKS = {  # what editors and shells of Windows begin a text with, the longer ones first
-    codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
-    codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be",
-}  # fmt: skip
+    **{codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"},
+    **{codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"},
+}
 
 
 def list_sources(uris: Sequence[str]) -> Iterator[Source]:
@@ -141,14 +141,10 @@ def _list_file(root: int, uri: str) -> list[Source]:
 
 def _text(data: bytes) -> list[str]:
     """Lines; a name that is not UTF-8 is kept as its bytes, and rejected by itself later."""
-    for mark, encoding in _BYTE_ORDER_MARKS.items():
-        if data.startswith(mark):
-            text = data[len(mark) :].decode(encoding)
-            break
-    else:
-        if b"\0" in data:
-            raise DeeDSRError("it holds zero bytes")
-        text = data.decode(errors="surrogateescape")
+    encoding = next((encoding for mark, encoding in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), None)
+    if encoding is None and b"\0" in data:
+        raise DeeDSRError("it holds zero bytes")
+    text = data.decode(encoding) if encoding else data.decode(errors="surrogateescape")
     return [line.removesuffix("\r") for line in text.split("\n")]  # `splitlines` would split names
 
 
@@ -260,7 +256,9 @@ def matched(hrs: list[Source], lrs: list[Source], scale: int | None, option: str
 
     `option` names what was given, `lr_dir`, in messages.
     """
-    hr_left = {source: _hr_name(source) for source in hrs}
+    hr_left = {
+        source: _Name(posixpath.dirname(source.path), _stem(source), _HR_MARK.sub("", _stem(source))) for source in hrs
+    }
     lr_left = {source: _lr_name(source, scale) for source in lrs}
     found: dict[Source, Source] = {}
     keys: list[Callable[[_Name], tuple[str | None, ...]]] = [
@@ -294,11 +292,6 @@ def _grouped(
     for source, name in names.items():
         groups[key(name)].append(source)
     return groups
-
-
-def _hr_name(source: Source) -> _Name:
-    stem = _stem(source)
-    return _Name(posixpath.dirname(source.path), stem, _HR_MARK.sub("", stem))
 
 
 def _lr_name(source: Source, scale: int | None) -> _Name:
