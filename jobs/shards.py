@@ -60,7 +60,7 @@ def run(options: ShardsOptions) -> Outcome:
     recipe = load_recipe(options.recipe)
     if options.plan:
         return _planned(options, recipe)
-    make = lambda run: run_job(_job(options, recipe), options.workers)
+    make = lambda run: run_job(job(options), options.workers)
     config = dataclasses.asdict(options) | ({} if options.join else {"recipe": recipe.model_dump(mode="json")})
     outcome = tracked(options, "shards", make, config=config, tags={"deedsr.recipe.digest": recipe.digest})
     if not options.gc:
@@ -92,21 +92,15 @@ def check(options: ShardsOptions) -> None:
             raise UsageError(f"--{name} {getattr(options, name)} has no effect {where}: leave it out")
 
 
-def finished(options: ShardsOptions) -> dict[str, Any] | None:
-    """The result where no shard would be made and MLflow has the run of the dataset, else None. Makes nothing."""
+def job(options: ShardsOptions) -> "Job":
     from deedsr.dataset.recipe import load_recipe
-    from pipelines.shards.generate import finished
-
-    return recorded(finished(_job(options, load_recipe(options.recipe))), "shards")
-
-
-def _job(options: ShardsOptions, recipe: "Recipe") -> "Job":
     from pipelines.shards.generate import hr_job, join_job, source_job
 
-    if options.hr_from:
-        return hr_job(options.hr_from, options.out, recipe)
     if options.join:
         return join_job(options.join, options.out)
+    recipe = load_recipe(options.recipe)
+    if options.hr_from:
+        return hr_job(options.hr_from, options.out, recipe)
     return source_job(options.source, options.out, recipe, options.pairs, options.workers)
 
 
@@ -140,12 +134,6 @@ def _collected(options: ShardsOptions) -> Outcome:
         return Outcome(values, text=garbage.text())
     values = {"removed_objects": len(garbage.objects), "removed_bytes": garbage.bytes}
     return Outcome(values | {"removed_uploads": garbage.uploads})
-
-
-def recorded(result: "ShardsResult | None", kind: str) -> dict[str, Any] | None:
-    """A result with the run of its dataset, None without one."""
-    run_id = result and tracking.find_run(None, {"deedsr.kind": kind, "deedsr.dataset.digest": result.digest})
-    return dataclasses.asdict(result) | {"run_id": run_id} if result and run_id else None
 
 
 def tracked(
