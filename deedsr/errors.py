@@ -2,6 +2,7 @@
 
 import copyreg
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any, get_args
 
 
@@ -36,7 +37,10 @@ def explained(problem: Mapping[str, Any], model: Any) -> str:
     where = ".".join(map(str, problem["loc"]))
     match problem["type"]:
         case "extra_forbidden":
-            return f"unknown key {where}; accepted here: {', '.join(_keys(problem['loc'][:-1], model))}"
+            keys = _keys(problem["loc"][:-1], model)
+            close = get_close_matches(str(problem["loc"][-1]), keys, n=1, cutoff=0.5)
+            guess = f"did you mean {close[0]}? " if close else ""
+            return f"unknown key {where}; {guess}accepted here: {', '.join(keys)}"
         case "missing":
             return f"{where} is missing"
         case "value_error":  # our own messages already give the value
