@@ -234,8 +234,8 @@ def in_order(
         return result
 
     rest, places, pool = enumerate(pieces), count(), ThreadPoolExecutor(cpus)
-    begun = deque(pool.submit(make, *piece) for piece in islice(rest, _AHEAD * cpus))
     try:
+        begun = deque(pool.submit(make, *piece) for piece in islice(rest, _AHEAD * cpus))
         while begun:
             number = next(places)
             while not begun[0].done():
