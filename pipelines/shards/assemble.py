@@ -17,15 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from packaging.requirements import Requirement
 
-from deedsr.dataset.manifest import (
-    FORMAT_VERSION,
-    MANIFEST,
-    REJECTED,
-    SAMPLES,
-    Manifest,
-    ShardEntry,
-    kept_copy,
-)
+from deedsr.dataset.manifest import FORMAT_VERSION, MANIFEST, REJECTED, SAMPLES, Manifest, ShardEntry, kept_copy
 from deedsr.errors import DeeDSRError
 from pipelines.shards.execute import Job
 from pipelines.shards.plan import ShardPlan
