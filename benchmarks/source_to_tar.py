@@ -29,9 +29,10 @@ from deedsr.dataset.recipe import Recipe, load_recipe
 from deedsr.degradation.chain import prepare_worker
 from deedsr.degradation.draws import draw_degradation
 from pipelines.data.dataset import Dataset
-from pipelines.shards import build, samples
+from pipelines.shards import samples, shard
 from pipelines.shards.assemble import assemble
 from pipelines.shards.build import FromHR, FromSources
+from pipelines.shards.execute import Job
 from pipelines.shards.generate import index_of
 from pipelines.shards.listing import list_sources
 from pipelines.shards.plan import derived_plan, plan_shards
@@ -46,7 +47,7 @@ STAGES = {
     "draw": (samples, "assign_degradation"),
     "encode": (samples, "encode"),
     "decode stored HR": (samples, "decode_stored"),
-    "write record": (build, "write_record"),
+    "write record": (shard, "write_record"),
 }
 
 
@@ -135,7 +136,8 @@ def main() -> None:
         # The dataset whose HR is degraded anew.
         held = open_storage(f"{work}/held")
         records = [arms["lossless"][0].build(plan, held) for plan in arms["lossless"][1]]
-        assemble(zip(arms["lossless"][1], records, strict=True), lossless, held, expected=None)
+        job = Job(list, arms["lossless"][0], held, lossless)
+        assemble(job, zip(arms["lossless"][1], records, strict=True), expected=None)
         dataset = Dataset.open(held.uri)
         other = lossless.degrading(load_recipe("realesrgan"))
         derived = [derived_plan(shard, other.digest) for shard in dataset.manifest.shards]

@@ -10,7 +10,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from deedsr.dataset.manifest import MANIFEST
 from deedsr.errors import UsageError
@@ -24,6 +24,9 @@ from pipelines.claims import Claim, held
 from pipelines.storage import open_storage
 from pipelines.training.config import AdapterOptions, LearnerOptions
 from pipelines.training.schedules import PRESETS
+
+if TYPE_CHECKING:
+    from pipelines.shards.execute import Job
 
 logger = logging.getLogger(__name__)
 AUTO = "auto"
@@ -76,20 +79,20 @@ class ChainOptions:
 
 
 class Step(NamedTuple):
-    """A step: its section and command, and a function that returns its result if nothing is left to do.
+    """A step: its section and command, and the job of one that makes a dataset.
 
-    The commands of trainings and evaluations find that out themselves and start no run then.
+    The commands of trainings and evaluations find out themselves that nothing is left to do, and start no run then.
     """
 
     name: str
     command: Command
-    finished: Callable[[Any], dict[str, Any] | None] = lambda options: None
+    job: "Callable[[Any], Job] | None" = None
 
 
 STEPS = (
-    Step("shards", shards.COMMAND, shards.finished),
+    Step("shards", shards.COMMAND, shards.job),
     Step("learner", train_learner.COMMAND),
-    Step("latents", latents.COMMAND, latents.finished),
+    Step("latents", latents.COMMAND, latents.job),
     Step("adapter", train_adapter.COMMAND),
     Step("evaluate", evaluate.COMMAND),
 )
@@ -174,10 +177,14 @@ class Chain:
         return Outcome({"run_id": self.run_id, "skipped": skipped, **values}, complete=complete)
 
     def _done(self, step: Step, own: Any) -> Outcome:
-        """A step's result, made now or there already."""
+        """A step's result, made now or there already, with the run that made it."""
+        from pipelines.shards.generate import finished
+
         self.idle = True
-        if found := step.finished(own):
-            return Outcome(found)
+        made = finished(step.job(own)) if step.job else None
+        of_dataset = {"deedsr.kind": step.name, "deedsr.dataset.digest": made.digest} if made else {}
+        if made and (run_id := tracking.find_run(None, of_dataset)):
+            return Outcome(dataclasses.asdict(made) | {"run_id": run_id})
         with tracking.children_of(self._parent):
             return step.command(own)
 

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 # Modules that only `deedsr[pipeline]` installs.
-PIPELINE = {"aiohttp", "alembic", "boto3", "botocore", "deepspeed", "grpc", "jinja2", "markupsafe", "mlflow", "pyarrow"}
-PIPELINE |= {"ray", "requests", "s3transfer", "sqlalchemy", "webdataset"}
+PIPELINE = {"aiohttp", "alembic", "boto3", "botocore", "deepspeed", "grpc", "jinja2", "markupsafe", "mlflow"}
+PIPELINE |= {"packaging", "pyarrow", "ray", "requests", "s3transfer", "sqlalchemy", "webdataset"}
 
 COMMANDS = {
     "demo": ("jobs.demo", "the whole chain on the shipped photographs, on this machine"),
@@ -139,24 +139,21 @@ def overview() -> str:
 
 def _report(error: Exception) -> int:
     """Prints one error message; returns the exit code."""
-    lacking = next((link for link in _chain(error) if isinstance(link, ModuleNotFoundError)), None)
-    package = (lacking.name or "").partition(".")[0] if lacking else ""
-    if package in PIPELINE:
-        print(f"error: this needs {package}: pip install 'deedsr[pipeline]'", file=sys.stderr)
-        return FAILED
     ours = next((link for link in _chain(error) if isinstance(link, DeeDSRError)), None)
-    if ours is not None:
+    lacking = next((link.name or "" for link in _chain(error) if isinstance(link, ModuleNotFoundError)), "")
+    if (package := lacking.partition(".")[0]) in PIPELINE:
+        text = f"error: this needs {package}: pip install 'deedsr[pipeline]'"
+    elif ours is not None:
         print(f"error: {ours}", file=sys.stderr)
         return ours.exit_code
-    if os.environ.get("DEEDSR_DEBUG") == "1":
-        traceback.print_exception(error)
-        return FAILED
-    if isinstance(error, OSError) and error.strerror:
-        print(f"error: {error.strerror}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
-        return FAILED
-    first_line = (str(error).strip().splitlines() or [""])[0]
-    said = f"{type(error).__name__}: {first_line}"
-    print(f"internal error: {said}; set DEEDSR_DEBUG=1 for the traceback", file=sys.stderr)
+    elif os.environ.get("DEEDSR_DEBUG") == "1":
+        text = "".join(traceback.format_exception(error)).rstrip()
+    elif isinstance(error, OSError) and error.strerror:
+        text = f"error: {error.strerror}: {error.filename or ''}".rstrip(": ")
+    else:
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        text = f"internal error: {type(error).__name__}: {first_line}; set DEEDSR_DEBUG=1 for the traceback"
+    print(text, file=sys.stderr)
     return FAILED
 
 

@@ -19,6 +19,7 @@ from pydantic import PositiveInt
 from deedsr.errors import UsageError
 from jobs.command import Command, Outcome
 from pipelines import tracking
+from pipelines.reports.tables import text_table
 from pipelines.storage import open_storage
 from pipelines.tracking.store import sqlite_uri
 
@@ -121,15 +122,12 @@ def _farewell(values: dict[str, Any], evaluations: dict[str, Any]) -> str:
     bicubic = next(iter(evaluations.values()))["metrics"]["bicubic"]
     rows = {"bicubic": bicubic} | {LABELS[name]: found["metrics"]["model"] for name, found in evaluations.items()}
     names = list(bicubic)
-    width = max(map(len, rows))
-    table = [" " * width + "".join(f"{name:>10}" for name in names)]
-    for label, row in rows.items():
-        figures = ("-" if (mean := row[name]["mean"]) is None else f"{mean:.3f}" for name in names)
-        table.append(f"{label:<{width}}" + "".join(f"{figure:>10}" for figure in figures))
+    figure = lambda mean: "-" if mean is None else f"{mean:.3f}"
+    cells = [[label, *(figure(row[name]["mean"]) for name in names)] for label, row in rows.items()]
     store = tracking.masked_uri(values["tracking"])
     return "\n".join(
         [
-            *table,
+            text_table("", ["", *names], cells, 1 + len(names)),
             "",
             f"done in {values['seconds'] / 60:.1f} minutes",
             f"report    {values['report']}   (open it in a browser)",
@@ -144,6 +142,7 @@ def _degraded(photos: Path, out: Path) -> Path:
     from PIL import Image
 
     from deedsr.dataset.keys import generator
+    from deedsr.dataset.pictures import decode
     from deedsr.dataset.recipe import load_recipe
     from deedsr.degradation import degrade, draw_degradation
 
@@ -152,7 +151,7 @@ def _degraded(photos: Path, out: Path) -> Path:
     for folder in (low, high):
         folder.mkdir(exist_ok=True)
     for path in sorted((photos / "validation").glob("*.jpg"))[::2]:
-        photo = _rgb(path)
+        photo = decode(path.read_bytes())
         top, left = ((side - SHOWN_SIDE) // 2 for side in photo.shape[:2])
         hr = photo[top : top + SHOWN_SIDE, left : left + SHOWN_SIDE]
         rng = generator("demo", path.stem)
@@ -233,11 +232,12 @@ def _training_record(title: str, out: Path, run_id: str, names: tuple[str, ...])
 def _pictures(out: Path) -> list[Any]:
     import cv2
 
+    from deedsr.dataset.pictures import decode
     from pipelines.reports import report
 
     sets = []
     for low in sorted((out / "degraded").glob("*.png")):
-        lr = _rgb(low)
+        lr = decode(low.read_bytes())
         bicubic = cv2.resize(lr, None, fx=4, fy=4, interpolation=cv2.INTER_CUBIC)
         versions: dict[str, Any] = {"LR": lr, "Bicubic": bicubic}
         versions |= {label: out / "upscaled" / name / low.name for name, label in LABELS.items()}
@@ -247,13 +247,6 @@ def _pictures(out: Path) -> list[Any]:
     first = json.loads((next(iter(folders.values())) / "results.json").read_text())
     keys = [sample["key"] for sample in first["samples"]]
     return sets + report.evaluated_pictures(folders, keys[:: max(1, len(keys) // 4)][:4], shown=LABELS["tiny"])
-
-
-def _rgb(path: Path) -> Any:
-    import numpy as np
-    from PIL import Image
-
-    return np.asarray(Image.open(path).convert("RGB"))
 
 
 def _short(word: str, out: Path) -> str:

@@ -27,14 +27,13 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from deedsr.errors import UsageError
+from deedsr.errors import UsageError, explained
 from jobs.options import mapping_of, spelled, word_of
 from jobs.upload import EXCLUDES
 from pipelines.tracking.provenance import git_commit
@@ -64,7 +63,7 @@ class RuntimeEnvironment(BaseModel):
     def _no_path(cls, pip: list[str]) -> list[str]:
         for requirement in pip:
             if re.match(r"[./~]|file:|-r", requirement):
-                raise ValueError(f"{requirement!r} is a path of this machine, which the cluster cannot read")
+                raise ValueError(f"names {requirement!r}, a path of this machine, which the cluster cannot read")
         return pip
 
 
@@ -132,7 +131,7 @@ def _load(path: Path, tree: dict[str, Any]) -> JobFile:
     try:
         job = JobFile.model_validate(filled(tree, path))
     except ValidationError as error:
-        raise UsageError("\n".join(f"{path}: {_said(problem)}" for problem in error.errors())) from None
+        raise UsageError("\n".join(f"{path}: {explained(problem, JobFile)}" for problem in error.errors())) from None
     for key in suspicious(job.model_dump()):
         raise UsageError(f"{path}: {key} gets what looks like a credential from the site's names")
     # Pages and demos are written to the disk of whoever runs the command, here a node of the cluster.
@@ -170,7 +169,7 @@ def _check_store(path: Path, job: JobFile, options: Any) -> None:
             raise UsageError(f"{path}: runtime_env.env_vars: {error}") from None
         if file is None or ":////" in store:
             return
-    no_run = any(getattr(options, name, False) for name in ("plan",)) or getattr(options, "tracking", True) is False
+    no_run = getattr(options, "plan", False) or not getattr(options, "tracking", True)
     if job.command in WITH_STORE and job.mlflow is None and not no_run:
         raise UsageError(
             f"{path}: "
@@ -178,19 +177,6 @@ def _check_store(path: Path, job: JobFile, options: Any) -> None:
             + " a working directory that vanishes with the job; name the MLflow server there, or say `mlflow: nodes` "
             "where the nodes' environment names it, or `mlflow: none` where the run may be lost"
         )
-
-
-def _said(problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "missing":
-        return f"{key} is missing"
-    if problem["type"] == "extra_forbidden":
-        known = RuntimeEnvironment.model_fields if key.startswith("runtime_env.") else JobFile.model_fields
-        close = get_close_matches(key.rpartition(".")[2], known, n=1, cutoff=0.5)
-        return f"unknown key {key}" + (f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(known)}")
-    if problem["type"] == "value_error":  # of this file, which names the value
-        return f"{key}: {problem['ctx']['error']}"
-    return f"{key}: {problem['msg']}, got {problem['input']!r:.80}"
 
 
 # Values that look like credentials: the cluster stores and shows jobs, so they must not be sent

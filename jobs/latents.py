@@ -6,17 +6,18 @@ runs while training. The same command again continues, and reuses every shard of
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import PositiveInt
 
 from jobs.command import Command, Outcome
-from jobs.shards import recorded, tracked
+from jobs.shards import tracked
 from pipelines import tracking
 from pipelines.models import Base, Learner
 
 if TYPE_CHECKING:
     from pipelines.shards import ShardsResult
+    from pipelines.shards.execute import Job
 
 
 @dataclasses.dataclass
@@ -46,21 +47,17 @@ def run(options: LatentsOptions) -> Outcome:
         chosen = {name: getattr(options, name) for name in names}
         return make_latents(options.data, base, learner, options.out, **chosen)
 
-    if not options.tracking:
-        return Outcome(dataclasses.asdict(make(None)))
-    pixels = Dataset.open(options.data)
-    made_by = {"deedsr.kind": "shards", "deedsr.dataset.digest": pixels.digest}
-    parents = {"shards": tracking.find_run(None, made_by), "learner": learner.run_id if learner else None}
+    pixels, parents = Dataset.open(options.data), {}
+    if options.tracking:
+        made_by = {"deedsr.kind": "shards", "deedsr.dataset.digest": pixels.digest}
+        parents = {"shards": tracking.find_run(None, made_by), "learner": learner.run_id if learner else None}
     return Outcome(tracked(options, "latents", make, config=dataclasses.asdict(options), parents=parents))
 
 
-def finished(options: LatentsOptions) -> dict[str, Any] | None:
-    """The result where no shard would be made and MLflow has the run of the latents, else None. Makes nothing."""
+def job(options: LatentsOptions) -> "Job":
     from pipelines.shards.encode import latents_job
-    from pipelines.shards.generate import finished
 
-    job = latents_job(options.data, *_networks(options), options.out, options.precision)
-    return recorded(finished(job), "latents")
+    return latents_job(options.data, *_networks(options), options.out, options.precision)
 
 
 def _networks(options: LatentsOptions) -> tuple[Base, Learner | None]:

@@ -52,6 +52,7 @@ class ShardsOptions:
 
 def run(options: ShardsOptions) -> Outcome:
     from deedsr.dataset.recipe import load_recipe
+    from pipelines.shards import run_job
 
     check(options)
     if not (options.source or options.hr_from or options.join):
@@ -59,12 +60,9 @@ def run(options: ShardsOptions) -> Outcome:
     recipe = load_recipe(options.recipe)
     if options.plan:
         return _planned(options, recipe)
-    if options.tracking:
-        config = dataclasses.asdict(options) | ({} if options.join else {"recipe": recipe.model_dump(mode="json")})
-        tags = {"deedsr.recipe.digest": recipe.digest}
-        outcome = tracked(options, "shards", lambda run: _make(options, recipe), config=config, tags=tags)
-    else:
-        outcome = dataclasses.asdict(_make(options, recipe))
+    make = lambda run: run_job(job(options), options.workers)
+    config = dataclasses.asdict(options) | ({} if options.join else {"recipe": recipe.model_dump(mode="json")})
+    outcome = tracked(options, "shards", make, config=config, tags={"deedsr.recipe.digest": recipe.digest})
     if not options.gc:
         return Outcome(outcome)
     collected = _collected(options)
@@ -94,30 +92,16 @@ def check(options: ShardsOptions) -> None:
             raise UsageError(f"--{name} {getattr(options, name)} has no effect {where}: leave it out")
 
 
-def finished(options: ShardsOptions) -> dict[str, Any] | None:
-    """The result where no shard would be made and MLflow has the run of the dataset, else None. Makes nothing."""
+def job(options: ShardsOptions) -> "Job":
     from deedsr.dataset.recipe import load_recipe
-    from pipelines.shards.generate import finished
-
-    return recorded(finished(_job(options, load_recipe(options.recipe))), "shards")
-
-
-def _job(options: ShardsOptions, recipe: "Recipe") -> "Job":
     from pipelines.shards.generate import hr_job, join_job, source_job
 
-    if options.hr_from:
-        return hr_job(options.hr_from, options.out, recipe)
     if options.join:
         return join_job(options.join, options.out)
-    return source_job(options.source, options.out, recipe, options.pairs)
-
-
-def _make(options: ShardsOptions, recipe: "Recipe") -> "ShardsResult":
-    from pipelines.shards import generate, run_job
-
-    if options.source:
-        return generate(options.source, options.out, recipe, options.workers, pairs=options.pairs)
-    return run_job(_job(options, recipe), options.workers)
+    recipe = load_recipe(options.recipe)
+    if options.hr_from:
+        return hr_job(options.hr_from, options.out, recipe)
+    return source_job(options.source, options.out, recipe, options.pairs, options.workers)
 
 
 def _planned(options: ShardsOptions, recipe: "Recipe") -> Outcome:
@@ -152,18 +136,14 @@ def _collected(options: ShardsOptions) -> Outcome:
     return Outcome(values | {"removed_uploads": garbage.uploads})
 
 
-def recorded(result: "ShardsResult | None", kind: str) -> dict[str, Any] | None:
-    """A result with the run of its dataset, None without one."""
-    run_id = result and tracking.find_run(None, {"deedsr.kind": kind, "deedsr.dataset.digest": result.digest})
-    return dataclasses.asdict(result) | {"run_id": run_id} if result and run_id else None
-
-
 def tracked(
-    options: Any, kind: str, make: Callable[[tracking.Run], "ShardsResult"], **run_options: Any
+    options: Any, kind: str, make: Callable[[tracking.Run | None], "ShardsResult"], **run_options: Any
 ) -> dict[str, Any]:
-    """The result of `make`, which writes the dataset `options.out`, and its run: dataset, figures, some pairs."""
+    """The result of `make`, which writes the dataset `options.out`, and its run, if any: dataset, figures, pairs."""
     from pipelines.data.dataset import Dataset
 
+    if not options.tracking:
+        return dataclasses.asdict(make(None))
     name = options.out.rstrip("/").rpartition("/")[2]
     tags = {"deedsr.kind": kind} | run_options.pop("tags", {})
     with tracking.start_run(options.experiment, name=name, tags=tags, out=options.out, **run_options) as run:

@@ -2,10 +2,12 @@
 
 import os
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from deedsr.errors import UsageError
+from pipelines.tracking.provenance import flatten
 
 # Anchored where a folder of the code has the same name: /shards is a dataset, pipelines/shards is code. Without a
 # slash at the end, so that a folder that appears or goes changes nothing either.
@@ -20,7 +22,7 @@ _SHOWN = 5
 _ZIP_ENTRY = 128  # bytes of headers, besides the name twice
 
 
-def package(folder: Path, excludes: list[str], options: Any) -> str:
+def package(folder: Path, excludes: list[str], options: Mapping[str, Any]) -> str:
     """Ray's name for the upload: equal files, equal name. Raises UsageError where the Jobs API would refuse its size,
     or where one of the job's `options` names a file of `folder` that is left out.
     """
@@ -36,8 +38,13 @@ def package(folder: Path, excludes: list[str], options: Any) -> str:
             f"{DASHBOARD_CLIENT_MAX_SIZE >> 20}: name what the job does not need in excludes or .gitignore; the "
             f"largest: {', '.join(largest)}"
         )
-    for key, name in _strings(options):
-        if not os.path.isabs(name) and os.path.exists(folder / name):
+    strings = (
+        (key, word)
+        for key, given in flatten(options).items()
+        for word in (given if isinstance(given, list) else [given])
+    )
+    for key, name in strings:
+        if isinstance(name, str) and name and not os.path.isabs(name) and os.path.exists(folder / name):
             place = (folder / name).resolve()
             if not any(place == path.resolve() or place in path.resolve().parents for path in sizes):
                 raise UsageError(
@@ -71,11 +78,3 @@ def _largest(folder: Path, sizes: dict[Path, int]) -> list[tuple[str, int]]:
             place = heavy[0]
         found.append((str(place.relative_to(folder)) + ("/" if place.is_dir() else ""), below[place]))
     return sorted(found, key=lambda item: -item[1])[:_SHOWN]
-
-
-def _strings(tree: Any, key: str = "") -> list[tuple[str, str]]:
-    if isinstance(tree, dict):
-        return [item for name, value in tree.items() for item in _strings(value, f"{key}.{name}".lstrip("."))]
-    if isinstance(tree, list):
-        return [item for value in tree for item in _strings(value, key)]
-    return [(key, tree)] if isinstance(tree, str) and tree and "://" not in tree else []

@@ -358,7 +358,7 @@ JOB = {"command": "shards", "options": {"source": ["s3://b/photos"], "out": "s3:
         ({"comand": "x"}, "unknown key comand; did you mean command?"),
         ({"command": "shrads"}, "command must be one of shards, verify"),
         ({"command": "submit"}, "command must be one of shards, verify"),
-        ({"entrypoint_num_gpus": -1}, "entrypoint_num_gpus: Input should be greater than or equal to 0, got -1"),
+        ({"entrypoint_num_gpus": -1}, "entrypoint_num_gpus: input should be greater than or equal to 0, got -1"),
         (
             {"options": {"sorce": ["a"], "out": "s3://b/o"}},
             "options: unknown option --sorce = a; did you mean --source?",

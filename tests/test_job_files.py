@@ -170,7 +170,7 @@ def test_options_that_the_command_would_refuse_are_refused_before_sending(tmp_pa
 
 def test_packages_by_a_path_of_this_machine_are_refused(tmp_path):
     job = LEARNER | {"runtime_env": {"pip": ["./mine.whl"]}, "mlflow": "nodes"}
-    assert "runtime_env.pip: './mine.whl' is a path of this machine" in refusal(tmp_path / "job.yaml", job)
+    assert "runtime_env.pip names './mine.whl', a path of this machine" in refusal(tmp_path / "job.yaml", job)
 
 
 def test_options_are_set_over_those_of_the_file(tmp_path):

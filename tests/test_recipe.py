@@ -122,7 +122,7 @@ def test_a_file_overrides_its_base_key_by_key(tmp_path):
         ("scale: 5", r"scale: input should be 2, 3 or 4, got 5"),
         (
             "crop: {sise: 256}",
-            r"unknown key crop\.sise; accepted here: size, place, per_source, min_std",
+            r"unknown key crop\.sise; did you mean size\? accepted here: size, place, per_source, min_std",
         ),
         ("degradation: {blur1: {sigma: [3, 1]}}", r"degradation\.blur1\.sigma must be a range .* got \[3\.0, 1\.0\]"),
         ("degradation: {blur1: {sigma: [-1, 1]}}", r"degradation\.blur1\.sigma must be a range .* got \[-1\.0, 1\.0\]"),

@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from pipelines.distribution import _results
 from pipelines.shards import Estimate, collect_garbage, estimate, garbage, generate, verify
 from pipelines.shards.build import FromSources
 from pipelines.shards.estimate import _Count
-from pipelines.shards.execute import _Building, _Item
+from pipelines.shards.execute import _built, _Item
 from pipelines.shards.generate import Job, run_job
 from pipelines.shards.listing import list_sources
 from pipelines.shards.plan import plan_shards
@@ -252,7 +253,7 @@ def test_a_plan_that_cannot_be_read_is_the_error_of_its_row(bucket, s3_server, t
     monkeypatch.setenv("DEEDSR_STORAGE_SECONDS", "0")
     with FaultProxy(s3_server, lambda number: "reset") as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        work = _Building(folder, None, folder)
+        work = partial(_built, folder, None, folder)
         [row] = _results(work, {"item": pickle.dumps(_Item("plan-0000000.jsonl", [0]))})
     with pytest.raises(DeeDSRError, match="cannot read .*/plan-0000000.jsonl: no connection to the S3 endpoint"):
         raise pickle.loads(row["result"])

@@ -251,14 +251,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 # rounding, so that equal numbers give equal bytes on every processor.
 
 _D50 = np.array([Fraction(0xF6D6, 65536), Fraction(1), Fraction(0xD32D, 65536)])  # as ICC rounds it
-_BRADFORD = np.array(
-    [
-        [Fraction("0.8951"), Fraction("0.2664"), Fraction("-0.1614")],
-        [Fraction("-0.7502"), Fraction("1.7135"), Fraction("0.0367")],
-        [Fraction("0.0389"), Fraction("-0.0685"), Fraction("1.0296")],
-    ]
-)
-
+_BRADFORD = np.array([[8951, 2664, -1614], [-7502, 17135, 367], [389, -685, 10296]]) * Fraction(1, 10**4)
 
 # IEC 61966-2-1: ((value + 0.055) / 1.055) ** 2.4 above 0.04045, else value / 12.92
 _SRGB_CURVE = (

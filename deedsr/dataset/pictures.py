@@ -310,10 +310,7 @@ def _over_white(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 def upright(rgb: np.ndarray, orientation: int) -> np.ndarray:
     """Turned, then mirrored, as EXIF says; other numbers are ignored."""
-    if orientation in (3, 4):
-        rgb = cv2.rotate(rgb, cv2.ROTATE_180)
-    elif orientation in (5, 6):
-        rgb = cv2.rotate(rgb, cv2.ROTATE_90_CLOCKWISE)
-    elif orientation in (7, 8):
-        rgb = cv2.rotate(rgb, cv2.ROTATE_90_COUNTERCLOCKWISE)
+    turns = dict.fromkeys((3, 4), cv2.ROTATE_180) | dict.fromkeys((5, 6), cv2.ROTATE_90_CLOCKWISE)
+    turns |= dict.fromkeys((7, 8), cv2.ROTATE_90_COUNTERCLOCKWISE)
+    rgb = cv2.rotate(rgb, turns[orientation]) if orientation in turns else rgb
     return cv2.flip(rgb, 1) if orientation in (2, 4, 5, 7) else rgb

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from deedsr.degradation.ranges import DegradationRanges, Probability, Strict
-from deedsr.errors import UsageError
+from deedsr.errors import UsageError, explained
 
 # Increased whenever the same recipe and sources would give other bytes than before. Not for
 # corrections in reading a few kinds of sources (docs/data.md lists them): every dataset would be made anew.
@@ -169,7 +169,7 @@ def load_recipe(given: str | Path | Mapping[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:
-        problems = "; ".join(_explain(problem) for problem in error.errors())
+        problems = "; ".join(explained(problem, Recipe) for problem in error.errors())
         raise UsageError(f"recipe {name}: {problems}") from None
 
 
@@ -233,29 +233,3 @@ def _override(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
         old = merged.get(key)
         merged[key] = _override(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return merged
-
-
-def _explain(problem: Mapping[str, Any]) -> str:
-    """One line on one wrong key: its dotted name, what is accepted, what was given."""
-    where = ".".join(str(part) for part in problem["loc"])
-    match problem["type"]:
-        case "extra_forbidden":
-            return f"unknown key {where}; accepted here: {', '.join(_keys(problem['loc'][:-1]))}"
-        case "missing":
-            return f"{where} is missing"
-        case "value_error":  # our own messages already give the value
-            return f"{where} {problem['ctx']['error']}".strip()
-        case "model_type":
-            return f"{where} must be a mapping of {', '.join(_keys(problem['loc']))}, got {problem['input']!r}"
-    message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{where}: {message}, got {problem['input']!r}"
-
-
-def _keys(location: tuple[int | str, ...]) -> list[str]:
-    model: Any = Recipe
-    for part in location:
-        if isinstance(model, type) and issubclass(model, BaseModel):
-            model = model.model_fields[str(part)].annotation
-        else:  # a list's position or a mapping's key: the members' model comes last, but for an ellipsis
-            model = [kind for kind in get_args(model) if kind is not ...][-1]
-    return list(model.model_fields)

@@ -5,47 +5,36 @@ pixel.
 """
 
 import math
-from typing import Annotated, Literal, Self
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 
-def _probability(value: float) -> float:
-    if not 0 <= value <= 1:
-        raise ValueError(f"must be a probability between 0 and 1, got {value}")
-    return value
+def _must_be(what: str, holds: Callable[[Any], bool]) -> AfterValidator:
+    """A check of a value, or of a pair of values."""
 
-
-def _range(low: float, high: float):
-    """A check that a pair is ordered and lies in [low, high]."""
-
-    def check(pair: tuple[float, float]) -> tuple[float, float]:
-        if not low <= pair[0] <= pair[1] <= high:
-            limit = f"{low:g} <= low <= high" + (f" <= {high:g}" if math.isfinite(high) else "")
-            raise ValueError(f"must be a range [low, high] with {limit}, got {list(pair)}")
-        return pair
+    def check(value: Any) -> Any:
+        if not holds(value):
+            raise ValueError(f"must be {what}, got {list(value) if isinstance(value, tuple) else value}")
+        return value
 
     return AfterValidator(check)
 
 
-def _around_one(pair: tuple[float, float]) -> tuple[float, float]:
-    if not 0 < pair[0] <= 1 <= pair[1]:
-        raise ValueError(f"must be a range [low, high] with 0 < low <= 1 <= high, got {list(pair)}")
-    return pair
+def _range(low: float, high: float) -> AfterValidator:
+    limit = f"{low:g} <= low <= high" + (f" <= {high:g}" if math.isfinite(high) else "")
+    return _must_be(f"a range [low, high] with {limit}", lambda pair: low <= pair[0] <= pair[1] <= high)
 
 
-def _odd(pair: tuple[int, int]) -> tuple[int, int]:
-    if pair[0] % 2 == 0 or pair[1] % 2 == 0:
-        raise ValueError(f"must be odd kernel sizes [low, high], got {list(pair)}")
-    return pair
-
-
-Probability = Annotated[float, AfterValidator(_probability)]
+_AROUND_ONE = _must_be("a range [low, high] with 0 < low <= 1 <= high", lambda pair: 0 < pair[0] <= 1 <= pair[1])
+_ODD = _must_be("odd kernel sizes [low, high]", lambda pair: pair[0] % 2 == 1 and pair[1] % 2 == 1)
+Probability = Annotated[float, _must_be("a probability between 0 and 1", lambda value: 0 <= value <= 1)]
 Sigma = Annotated[tuple[float, float], _range(0.01, 50)]
 Level = Annotated[tuple[float, float], _range(0, 255)]
-Shape = Annotated[tuple[float, float], AfterValidator(_around_one)]
-Factor = Annotated[tuple[float, float], _range(0.1, 4), AfterValidator(_around_one)]
-KernelSizes = Annotated[tuple[int, int], _range(3, 51), AfterValidator(_odd)]
+Shape = Annotated[tuple[float, float], _AROUND_ONE]
+Factor = Annotated[tuple[float, float], _range(0.1, 4), _AROUND_ONE]
+KernelSizes = Annotated[tuple[int, int], _range(3, 51), _ODD]
 Cutoff = Annotated[tuple[float, float], _range(0.1, math.pi)]
 Quality = Annotated[tuple[int, int], _range(1, 100)]
 ResizeMode = Literal["area", "bilinear", "bicubic"]

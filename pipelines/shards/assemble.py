@@ -6,33 +6,22 @@ Everything is written as a stream, record by record: what is held does not grow 
 import hashlib
 import json
 import logging
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import requires, version
 from pathlib import Path
 
+import cv2
 import pyarrow as pa
 import pyarrow.parquet
+from packaging.requirements import Requirement
 
-from deedsr.dataset.manifest import (
-    FORMAT_VERSION,
-    MANIFEST,
-    REJECTED,
-    SAMPLES,
-    HRSource,
-    LatentsSource,
-    Manifest,
-    ShardEntry,
-    kept_copy,
-)
-from deedsr.dataset.recipe import Recipe
+from deedsr.dataset.manifest import FORMAT_VERSION, MANIFEST, REJECTED, SAMPLES, Manifest, ShardEntry, kept_copy
 from deedsr.errors import DeeDSRError
-from pipelines.data.dataset import Dataset
-from pipelines.distribution import in_threads
+from pipelines.shards.execute import Job
 from pipelines.shards.plan import ShardPlan
-from pipelines.shards.shard import COLUMNS, LATENTS_COLUMNS, ShardRecord, read_record
+from pipelines.shards.shard import COLUMNS, LATENTS_COLUMNS, ShardRecord
 from pipelines.storage import Conflict, Storage
 from pipelines.storage.lock import scratch_folder
 from pipelines.storage.waiting import patiently
@@ -42,32 +31,20 @@ logger = logging.getLogger(__name__)
 _LIBRARIES = ("numpy", "opencv-python-headless", "pillow", "scipy")
 _LATENTS_LIBRARIES = ("torch", "diffusers")
 _ROWS = 65_536  # of a row group of `samples.parquet`
-_AHEAD = 32  # records read before they are needed
 _TABLES = 256  # held before they are made one: a table of few rows takes 70 KB
 
 
-def records_of(paths: Iterable[str], out: Storage) -> Iterator[ShardRecord]:
-    """Records in the order of their paths, read ahead of need."""
-    return in_threads(lambda path: read_record(path, out), paths, 16, _AHEAD)
-
-
 def assemble(
-    planned: Iterable[tuple[ShardPlan, ShardRecord]],
-    recipe: Recipe,
-    out: Storage,
-    *,
-    expected: str | None,
-    hr_from: HRSource | None = None,
-    made_of: Dataset | None = None,
-    latents: LatentsSource | None = None,
+    job: Job, planned: Iterable[tuple[ShardPlan, ShardRecord]], expected: str | None
 ) -> tuple[Manifest, "Sums"]:
     """Writes the dataset's files from its shards in the manifest's order.
 
-    Returns the manifest, its shards left out, and what was counted. `made_of`: the dataset whose shards its shards are
-    made of. `expected`: version of the manifest that this one replaces, None if there is to be none. Raises
-    DeeDSRError, and writes nothing, if more than `recipe.max_rejected_share` of the sources were rejected or there is
-    no sample; and if another run replaced the manifest meanwhile by another dataset, which then stands.
+    Returns the manifest, its shards left out, and what was counted. `expected`: version of the manifest that this one
+    replaces, None if there is to be none. Raises DeeDSRError, and writes nothing, if more than
+    `recipe.max_rejected_share` of the sources were rejected or there is no sample; and if another run replaced the
+    manifest meanwhile by another dataset, which then stands.
     """
+    recipe, out, made_of, latents = job.recipe, job.out, job.made_of, job.latents
     with scratch_folder() as folder:
         samples, rejected, entries, whole = (folder / n for n in (SAMPLES, REJECTED, "shards.jsonl", MANIFEST))
         sums = _write_parts(planned, LATENTS_COLUMNS if latents else COLUMNS, samples, rejected, entries)
@@ -76,7 +53,14 @@ def assemble(
             rejected.write_bytes(made_of.file(REJECTED))
             lines = map(json.loads, rejected.read_bytes().splitlines())
             sums.reasons = Counter(line["reason"] for line in lines if line["kind"] == "source")
-        _check_rejected(sums.given, sums.reasons, sums.samples, recipe)
+        rejected_sources = sums.reasons.total()
+        if rejected_sources > recipe.max_rejected_share * sums.given or not sums.samples:
+            counts = ", ".join(f"{reason}: {count}" for reason, count in sums.reasons.most_common())
+            raise DeeDSRError(
+                f"{rejected_sources} of {sums.given} sources were rejected ({counts}); recipe {recipe.name} allows a "
+                f"share of {recipe.max_rejected_share:g}: mend or remove them, or change the recipe "
+                "(max_rejected_share, crop)"
+            )
         files = {SAMPLES: samples, REJECTED: rejected}
         hashes = {name: _sha256(path) for name, path in files.items()}
         manifest = Manifest(
@@ -86,20 +70,19 @@ def assemble(
             recipe_digest=recipe.digest,
             source_digest=made_of.manifest.source_digest if made_of else sums.sources.hexdigest(),
             given=sums.given,
-            used=sums.given - sums.reasons.total(),
-            rejected=sums.reasons.total(),
+            used=sums.given - rejected_sources,
+            rejected=rejected_sources,
             samples=sums.samples,
             digest=sums.digest.hexdigest(),
             libraries={name: version(name) for name in _LIBRARIES + (_LATENTS_LIBRARIES if latents else ())},
             files=hashes,
-            hr_from=hr_from,
+            hr_from=job.hr_from,
             latents=latents,
         )
         with whole.open("wb") as file, entries.open() as shards:
             file.writelines(manifest.json_lines(line.rstrip("\n") for line in shards))
         for name, path in files.items():
             patiently(out.write, kept_copy(name, hashes[name]), path)
-        for name, path in files.items():
             patiently(out.write, name, path)
         try:
             patiently(out.write, MANIFEST, whole, expected=expected)
@@ -174,52 +157,19 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_rejected(given: int, reasons: Counter[str], samples: int, recipe: Recipe) -> None:
-    if reasons.total() <= recipe.max_rejected_share * given and samples:
-        return
-    counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
-    raise DeeDSRError(
-        f"{reasons.total()} of {given} sources were rejected ({counts}); recipe {recipe.name} allows a share of "
-        f"{recipe.max_rejected_share:g}: mend or remove them, or change the recipe (max_rejected_share, crop)"
-    )
-
-
-# Versions of the libraries that can change a shard's bytes: the ranges of pyproject.toml, from, and below. The lowest
-# and highest version in each made equal shards.
-SEEN = {
-    "numpy": ("2.1", "2.6"),
-    "opencv-python-headless": ("4.13", "5.0.1"),
-    "pillow": ("12.3", "13.1"),
-    "scipy": ("1.15", "1.19"),
-    "simplejpeg": ("1.8.2", "1.10"),
-    "webdataset": ("1.0.2", "1.1"),
-}
+# Libraries that can change a shard's bytes. The lowest and highest version that the package's own requirements allow
+# made equal shards.
+_OF_BYTES = ("numpy", "opencv-python-headless", "pillow", "scipy", "simplejpeg", "webdataset")
 
 
 def warn_of_versions() -> None:
-    """One line for each library of this process whose version is outside."""
-    for name, (low, high) in SEEN.items():
-        found = _found(name)
-        if found is not None and not _numbers(low) <= _numbers(found) < _numbers(high):
-            logger.warning(
-                "shards: %s %s is outside %s to below %s, where the bytes of shards are known to be equal",
-                name,
-                found,
-                low,
-                high,
-            )
-
-
-def _found(name: str) -> str | None:
-    if name.startswith("opencv"):  # several packages bring it
-        import cv2
-
-        return cv2.__version__
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(int, re.findall(r"\d+", text)[:4]))
+    """One line for each of them whose version is outside."""
+    for requirement in map(Requirement, requires("deedsr") or ()):
+        if requirement.name in _OF_BYTES:
+            # Several packages bring OpenCV.
+            found = cv2.__version__ if requirement.name.startswith("opencv") else version(requirement.name)
+            if not requirement.specifier.contains(found, prereleases=True):
+                logger.warning(
+                    "shards: %s %s is outside %s, where the bytes of shards are known to be equal",
+                    requirement.name, found, requirement.specifier,
+                )  # fmt: skip

@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, islice
 from typing import BinaryIO, NamedTuple
 
@@ -51,7 +52,14 @@ class FromSources:
             for source, cut in zip(plan.sources, cuts, strict=True)
             for number in range(cut)
         )
-        with shard_draft(plan) as draft, self._each(pieces, plan, out, cpus) as each:
+        attempt = f"{ATTEMPTS}/{plan.id}"
+        tried = out.exists(attempt)
+        if not tried:
+            out.write(attempt, b"")
+        guard = _guarded(self.samples) if tried else nullcontext(self.samples)
+        with shard_draft(plan) as draft, guard as samples:
+            make, here = (partial(_drafts, self.recipe, function) for function in (self.samples, samples))
+            each = in_order(make, pieces, cpus, here=here, guarded=self._make_guarded)
             for source, cut in zip(plan.sources, cuts, strict=True):
                 drafts = _joined(source, list(islice(each, cut)))
                 draft.sources.append((source.path, drafts.sha256))
@@ -59,26 +67,12 @@ class FromSources:
                 for sample in drafts.samples:
                     draft.add(sample, source.uri)
             record = draft.commit(out)
-        out.delete(f"{ATTEMPTS}/{plan.id}")
+        out.delete(attempt)
         return record
-
-    @contextmanager
-    def _each(self, pieces: Iterator["_Piece"], plan: ShardPlan, out: Storage, cpus: int) -> Iterator[Iterator[Drafts]]:
-        """Samples and rejections of each piece, in order."""
-        attempt = f"{ATTEMPTS}/{plan.id}"
-        tried = out.exists(attempt)
-        if not tried:
-            out.write(attempt, b"")
-        with _guarded(self.samples) if tried else nullcontext(self.samples) as samples:
-            here = lambda piece: _drafts(piece, self.recipe, samples)
-            yield in_order(self._make, pieces, cpus, here=here, guarded=self._make_guarded)
-
-    def _make(self, piece: "_Piece") -> Drafts:
-        return _drafts(piece, self.recipe, self.samples)
 
     def _make_guarded(self, piece: "_Piece") -> Drafts:
         with _guarded(self.samples) as samples:
-            return _drafts(piece, self.recipe, samples)
+            return _drafts(self.recipe, samples, piece)
 
 
 Content = tuple[bytes, bytes | None] | RejectedImage
@@ -131,7 +125,7 @@ def _guarded(samples: MakeSamples) -> Iterator[MakeSamples]:
             pool.shutdown()
 
 
-def _drafts(piece: _Piece, recipe: Recipe, make: MakeSamples) -> Drafts:
+def _drafts(recipe: Recipe, make: MakeSamples, piece: _Piece) -> Drafts:
     source, share, content = piece
     content = content or _read(source)
     if isinstance(content, RejectedImage):
@@ -140,17 +134,16 @@ def _drafts(piece: _Piece, recipe: Recipe, make: MakeSamples) -> Drafts:
 
 
 def _read(source: Source) -> Content:
+    if source.duplicate:
+        return RejectedImage("the same content as an earlier source")
     try:
-        if source.duplicate:
-            raise RejectedImage("the same content as an earlier source")
-        try:
-            source.path.encode()
-        except UnicodeEncodeError:
-            raise RejectedImage("file name is not valid UTF-8") from None
-        try:
-            return read_source(source)
-        except FileNotFoundError:
-            raise RejectedImage("no such file") from None
+        source.path.encode()
+    except UnicodeEncodeError:
+        return RejectedImage("file name is not valid UTF-8")
+    try:
+        return read_source(source)
+    except FileNotFoundError:
+        return RejectedImage("no such file")
     except RejectedImage as reason:
         return reason
 

@@ -37,18 +37,15 @@ def mark_duplicates(sources: Iterable[Source], workers: int | None, progress: bo
             count += 1
         contents = _contents(listing, count, workers, progress)
         first: dict[int, tuple[int, str, int]] = {}
-        for number, source in enumerate(_sources(_lines(listing))):
+        listing.seek(0)
+        for number, source in enumerate(_sources(listing)):
             if (content := int(contents[number])) >= 0:
                 here = (source.root, source.path, number)
                 first[content] = min(first.get(content, here), here)
-        for number, source in enumerate(_sources(_lines(listing))):
+        listing.seek(0)
+        for number, source in enumerate(_sources(listing)):
             content = int(contents[number])
             yield source._replace(duplicate=content >= 0 and first[content][2] != number)
-
-
-def _lines(listing: IO[bytes]) -> IO[bytes]:
-    listing.seek(0)
-    return listing
 
 
 def _sources(lines: Iterable[bytes]) -> Iterator[Source]:
@@ -58,8 +55,8 @@ def _sources(lines: Iterable[bytes]) -> Iterator[Source]:
 def _contents(listing: IO[bytes], count: int, workers: int | None, progress: bool) -> np.ndarray:
     """For each source the number of its content, int64; -1 for what no other source holds, or cannot be read."""
     hashes = np.zeros(count, f"S{_HASH}")
-    lines = _lines(listing)
-    chunks = ((start, list(islice(lines, _CHUNK))) for start in range(0, count, _CHUNK))
+    listing.seek(0)
+    chunks = ((start, list(islice(listing, _CHUNK))) for start in range(0, count, _CHUNK))
     few = count <= _FEW
     with tqdm(total=count, unit="source", desc="duplicates", disable=not progress, leave=False) as bar:
         for start, found in chain.from_iterable(map(_hashed, chunks)) if few else _on_ray(chunks, workers):

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -65,25 +65,14 @@ def latents_job(
     data: str, base: Base, learner: Learner | None, out: str, precision: Precision = "fp32", batch_size: int = 8
 ) -> Job:
     """Latents of the dataset `data` by the VAE of `base`, and the vectors of `learner`; without one the LR images are
-    kept instead."""
+    kept instead. Raises UsageError where the VAE cannot take the HR images."""
+    from deedsr.sampling.autoencoder import downsampling_factor
+
     dataset = Dataset.open(data).require_pixels("--data")
     storage = open_storage(out)
     if storage.uri == dataset.uri:
         raise UsageError(f"--out {storage.uri} is the dataset that the pixels come from: choose another")
     require_hr(dataset)
-    source = latents_source(dataset, base, learner, precision)
-    work = FromPixels(
-        replace(source, dataset="", uri=""), dataset.storage, index_of(dataset), dataset.hr_dataset().storage, base,
-        learner, dataset.scale, batch_size,
-    )  # fmt: skip
-    latents = replace(source, uri=relative_place(dataset.uri, storage.uri))
-    return Job(derived_plans(dataset, work.name), work, storage, dataset.recipe, dataset, latents=latents)
-
-
-def latents_source(dataset: Dataset, base: Base, learner: Learner | None, precision: Precision) -> LatentsSource:
-    """What the latents of a dataset would be made of. Raises UsageError where the VAE cannot take the HR images."""
-    from deedsr.sampling.autoencoder import downsampling_factor
-
     vae = load_part(base.path, "vae")
     factor, crop = downsampling_factor(vae), dataset.recipe.crop.size
     if crop % factor:
@@ -91,15 +80,18 @@ def latents_source(dataset: Dataset, base: Base, learner: Learner | None, precis
             f"the HR images in {dataset.uri} have {crop} px a side, and the VAE of {base.name} takes multiples of "
             f"{factor}: make shards with such a crop.size"
         )
-    return LatentsSource(
+    latents = LatentsSource(
         dataset=dataset.digest,
-        uri=dataset.uri,
+        uri=relative_place(dataset.uri, storage.uri),
         vae=part_digest(base.path / "vae"),
         learner=learner.digest if learner else None,
         precision=precision,
         factor=factor,
         channels=int(vae.config["latent_channels"]),
     )
+    hr = dataset.hr_dataset().storage
+    work = FromPixels(latents, dataset.storage, index_of(dataset), hr, base, learner, dataset.scale, batch_size)
+    return Job(derived_plans(dataset, work.name), work, storage, dataset.recipe, dataset, latents=latents)
 
 
 class Pair(NamedTuple):
@@ -114,8 +106,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class FromPixels:
-    """Shard work. `source` without digest and place of the dataset; `hr`: where the HR images lie; `index`: path of the
-    `samples.parquet` of `pixels`."""
+    """Shard work. `hr`: where the HR images lie; `index`: path of the `samples.parquet` of `pixels`."""
 
     source: LatentsSource
     pixels: Storage
@@ -133,8 +124,23 @@ class FromPixels:
         return json.dumps(["latents", _VERSION, self.source.vae, self.source.learner, self.source.precision])
 
     @cached_property
-    def _networks(self) -> "Networks":
-        return Networks(self.base, self.learner, self.source, self.device)
+    def _networks(self) -> tuple[Any, Any]:
+        """VAE and learner, frozen, on the device. Raises DeeDSRError if this node has others than `source` names."""
+        import torch
+
+        from deedsr.adapter.adapter import freeze
+        from deedsr.learner.resnet import DegradationLearner
+
+        device = usable_device(self.device)
+        _require_same("base", self.base, part_digest(self.base.path / "vae"), self.source.vae)
+        dtype = torch.bfloat16 if self.source.precision == "bf16" else torch.float32
+        vae = freeze(load_part(self.base.path, "vae", torch_dtype=dtype))
+        vae.to(device, memory_format=torch.channels_last)
+        if self.learner is None:
+            return vae, None
+        _require_same("learner", self.learner, self.learner.digest, self.source.learner)
+        learner = freeze(DegradationLearner.from_pretrained(self.learner.path, low_cpu_mem_usage=False))
+        return vae, learner.to(device)
 
     def build(self, plan: ShardPlan, out: Storage, cpus: int = 1) -> ShardRecord:
         with shard_draft(plan, LATENTS_COLUMNS) as draft, ThreadPoolExecutor(1) as reader:
@@ -143,7 +149,7 @@ class FromPixels:
             ahead = reader.submit(next, batches, ())
             while pairs := ahead.result():
                 ahead = reader.submit(next, batches, ())  # read and decoded while the networks work
-                for pair, latents in zip(pairs, self._networks.encode(pairs, self.scale), strict=True):
+                for pair, latents in zip(pairs, self._encoded(pairs), strict=True):
                     draft.add(self._draft(pair, latents), pair.row["source_uri"])
             return draft.commit(out)
 
@@ -165,44 +171,24 @@ class FromPixels:
         row = {name: value for name, value in pair.row.items() if name not in PLACES}
         return Draft({"latents": packed, **kept, "json": pair.info}, row | {"latents_ext": LATENTS_EXTENSION})
 
-
-class Networks:
-    """Frozen networks on one device. Raises DeeDSRError if those found on this node are not those of `source`."""
-
-    def __init__(self, base: Base, learner: Learner | None, source: LatentsSource, device: str):
-        import torch
-
-        from deedsr.adapter.adapter import freeze
-        from deedsr.learner.resnet import DegradationLearner
-
-        self.device = usable_device(device)
-        _require_same("base", base, part_digest(base.path / "vae"), source.vae)
-        dtype = torch.bfloat16 if source.precision == "bf16" else torch.float32
-        vae = freeze(load_part(base.path, "vae", torch_dtype=dtype))
-        self.vae = vae.to(self.device, memory_format=torch.channels_last)
-        self.learner = None
-        if learner is not None:
-            _require_same("learner", learner, learner.digest, source.learner)
-            loaded = DegradationLearner.from_pretrained(learner.path, low_cpu_mem_usage=False)
-            self.learner = freeze(loaded).to(self.device)
-
-    def encode(self, pairs: tuple[Pair, ...], scale: int) -> list[Latents]:
+    def _encoded(self, pairs: tuple[Pair, ...]) -> list[Latents]:
         """Means and deviations of HR and enlarged LR, and the vectors of the LR."""
         import torch
 
         from deedsr.sampling.autoencoder import latent_moments
         from deedsr.sampling.images import enlarge
 
+        vae, learner = self._networks
         hr_BCHW, lr_BCHW = (
-            torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2).float() / 255
+            torch.from_numpy(np.stack(images)).to(vae.device).permute(0, 3, 1, 2).float() / 255
             for images in ([pair.hr for pair in pairs], [pair.lr for pair in pairs])
         )
         with torch.inference_mode():
             moments: list[Sequence[np.ndarray | None]] = []
-            for x_BCHW in (hr_BCHW, enlarge(lr_BCHW, scale)):
-                for moment in latent_moments(self.vae, (2 * x_BCHW - 1).to(self.vae.dtype)):
+            for x_BCHW in (hr_BCHW, enlarge(lr_BCHW, self.scale)):
+                for moment in latent_moments(vae, (2 * x_BCHW - 1).to(vae.dtype)):
                     moments.append([None] * len(pairs) if moment is None else [*moment.half().cpu().numpy()])
-            vectors = [None] * len(pairs) if self.learner is None else [*self.learner(lr_BCHW).cpu().numpy()]
+            vectors = [*learner(lr_BCHW).cpu().numpy()] if learner else [None] * len(pairs)
         return [Latents(*parts) for parts in zip(*moments, vectors, strict=True)]
 
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
-from typing import NamedTuple
 
 import cv2
 from tqdm import tqdm
@@ -88,7 +87,10 @@ def estimate(
     count = _Count()
     listing = plan_shards(listed(sources, pairs, recipe.scale), recipe)
     plans = tqdm(listing, unit="shard", desc="plan", disable=not progress, leave=False)
-    probed = _probed(_chosen(count.missing(plans, inventory), recipe), recipe, progress)
+    # A few sources, each as likely, the same ones every time.
+    rng = generator("probe", recipe.seed)
+    drawn = ((rng.random(), number, source) for number, source in enumerate(count.missing(plans, inventory)))
+    probed = _probed([source for _, _, source in heapq.nsmallest(_PROBED, drawn)], recipe, progress)
     made, sizes, durations = zip(*probed, strict=True) if probed else ((0,), (0,), (0.0,))
     deviation = stdev(made) / math.sqrt(len(made)) if len(made) > 1 else 0.0
     per_second = sum(made) / sum(durations) if probed else 0.0
@@ -134,21 +136,9 @@ class _Count:
         return equal if self.shards_to_make < cores else max(equal, self.largest)
 
 
-def _chosen(sources: Iterable[Source], recipe: Recipe) -> list[Source]:
-    """A few, each as likely, the same ones every time."""
-    rng = generator("probe", recipe.seed)
-    return [source for _, _, source in heapq.nsmallest(_PROBED, ((rng.random(), n, s) for n, s in enumerate(sources)))]
-
-
-class _Probed(NamedTuple):
-    samples: int
-    bytes: int
-    seconds: float
-
-
-def _probed(sources: list[Source], recipe: Recipe, progress: bool) -> list[_Probed]:
-    """Makes the samples of each source in memory, on one thread, until there is no time left."""
-    found: list[_Probed] = []
+def _probed(sources: list[Source], recipe: Recipe, progress: bool) -> list[tuple[int, int, float]]:
+    """Makes the samples of each source in memory, on one thread, until time is up: samples, bytes, seconds."""
+    found = []
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:
@@ -159,8 +149,8 @@ def _probed(sources: list[Source], recipe: Recipe, progress: bool) -> list[_Prob
             except (FileNotFoundError, RejectedImage):
                 drafts = []
             size = sum(len(data) for draft in drafts for data in draft.members.values())
-            found.append(_Probed(len(drafts), size, time.perf_counter() - begin))
-            if sum(probed.seconds for probed in found) > _PROBE_SECONDS:
+            found.append((len(drafts), size, time.perf_counter() - begin))
+            if sum(seconds for _, _, seconds in found) > _PROBE_SECONDS:
                 break
     finally:
         cv2.setNumThreads(threads)

@@ -6,15 +6,20 @@ Workers read the plan from the output, a part at a time, so that neither the dri
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from itertools import count
+from functools import partial
+from itertools import count, islice
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
+from deedsr.dataset.manifest import HRSource, LatentsSource
+from deedsr.dataset.recipe import Recipe
 from deedsr.degradation.chain import prepare_worker
 from deedsr.errors import DeeDSRError
 from pipelines import cluster
+from pipelines.data.dataset import Dataset
 from pipelines.distribution import distribute, parts_per_item
 from pipelines.placement import NETWORK_WORKER, SHARD_WORKER, WorkPlan, place_shards
 from pipelines.shards.plan import ShardPlan
@@ -39,6 +44,22 @@ class ShardWork(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Job:
+    """A dataset to be made in `out`: what its shards are and what builds them.
+
+    `made_of`: the dataset whose shards they are made of, None for shards of sources.
+    """
+
+    plans: Callable[[], Iterable[ShardPlan]]
+    work: ShardWork
+    out: Storage
+    recipe: Recipe
+    made_of: Dataset | None = None
+    hr_from: HRSource | None = None
+    latents: LatentsSource | None = None
+
+
 class PlanParts:
     """A plan in files of some dozen shards each, and which of its shards are to be made."""
 
@@ -50,25 +71,18 @@ class PlanParts:
         self._names: list[str] = []
 
     def write(self, plans: Iterable[ShardPlan], inventory: Inventory) -> None:
-        part: list[ShardPlan] = []
-        for plan in plans:
-            part.append(plan)
-            if len(part) == _SHARDS_PER_PART:
-                self._put(part, inventory)
-                part = []
-        if part:
-            self._put(part, inventory)
-
-    def _put(self, part: list[ShardPlan], inventory: Inventory) -> None:
-        name = f"plan-{len(self._names):07d}.jsonl"
-        self.folder.write(name, b"".join(plan.to_json() + b"\n" for plan in part))
-        self._names.append(name)
-        missing = [number for number, plan in enumerate(part) if not inventory.holds(plan)]
-        if missing:
-            self.missing.append((name, missing))
-        self.shards += len(part)
-        self.sources += sum(len(plan.sources) for plan in part)
-        self.reused_sources += sum(len(plan.sources) for plan in part) - sum(len(part[n].sources) for n in missing)
+        rest = iter(plans)
+        while part := list(islice(rest, _SHARDS_PER_PART)):
+            name = f"plan-{len(self._names):07d}.jsonl"
+            self.folder.write(name, b"".join(plan.to_json() + b"\n" for plan in part))
+            self._names.append(name)
+            missing = [number for number, plan in enumerate(part) if not inventory.holds(plan)]
+            if missing:
+                self.missing.append((name, missing))
+            sources = sum(len(plan.sources) for plan in part)
+            self.shards += len(part)
+            self.sources += sources
+            self.reused_sources += sources - sum(len(part[number].sources) for number in missing)
 
     @property
     def missing_shards(self) -> int:
@@ -101,29 +115,20 @@ class _Item(NamedTuple):
     cpus: int = 1
 
 
-@dataclass(frozen=True)
-class _Building:
-    """What makes the shards of an item, in a task or an actor."""
-
-    folder: Storage
-    work: ShardWork
-    out: Storage
-
-    def __call__(self, item: _Item) -> Iterator[Built]:
-        started = time.time()
-        plans = read_part(self.folder, item.part)
-        for plan in (plans[number] for number in item.shards):
-            record = patiently(self.work.build, plan, self.out, item.cpus)
-            yield Built(plan.id, record_key(record), len(plan.sources), record.samples, started)
+def _built(folder: Storage, work: ShardWork, out: Storage, item: _Item) -> Iterator[Built]:
+    """Makes the shards of an item, in a task or an actor."""
+    started = time.time()
+    plans = read_part(folder, item.part)
+    for plan in (plans[number] for number in item.shards):
+        record = patiently(work.build, plan, out, item.cpus)
+        yield Built(plan.id, record_key(record), len(plan.sources), record.samples, started)
 
 
-def build_missing(
-    parts: PlanParts, work: ShardWork, out: Storage, workers: int | None, actors: WorkPlan | None = None
-) -> Iterator[Built]:
+def build_missing(parts: PlanParts, job: Job, workers: int | None, actors: WorkPlan | None = None) -> Iterator[Built]:
     """Builds every shard that is not there; yields each as it is committed, in any order.
 
     `workers`: CPUs in use at a time, None for every one that the memory does for. `actors`: shards are made in actors
-    of this plan, which keep their copy of `work`, because it is slow to set up.
+    of this plan, which keep their copy of the work, because it is slow to set up.
     """
     count = parts.missing_shards
     if not count:
@@ -146,7 +151,7 @@ def build_missing(
     memory = plan.workers * (NETWORK_WORKER if actors else SHARD_WORKER) / 1e9
     less = "fewer --workers or a smaller --batch-size need less" if actors else "fewer --workers need less"
     return distribute(
-        _Building(parts.folder, work, out),
+        partial(_built, parts.folder, job.work, job.out),
         items,
         actors=actors,
         # On a cluster that grows, what its autoscaler adds takes part.
@@ -193,106 +198,58 @@ def in_order(
 ) -> Iterator[Result]:
     """`function` of each piece, in order; `cpus` of them at a time: one in this process, the others in Ray tasks.
 
-    Pieces are taken as they are needed. `here`: `function` for those that this process makes. Elsewhere a piece whose
-    process dies, and dies again, is made by `guarded` instead; then its death is an error. Raises what `function`
-    raises.
+    Pieces are taken as they are needed, on this thread. `here`: `function` for those that this process makes. Elsewhere
+    a piece whose process dies, and dies again, is made by `guarded` instead; then its death is an error. Raises what
+    `function` raises.
     """
     here = here or function
     if cpus == 1:
         yield from map(here, pieces)
         return
-    rest, places, lock = iter(pieces), count(), threading.Lock()
-    room = threading.Semaphore(_AHEAD * cpus)  # for pieces that are taken and whose result is not yet given
-    made: dict[int, Future[Result]] = {}
-    tasks: dict[int, ObjectRef] = {}  # of pieces that are made elsewhere
-    over = threading.Event()  # nothing more is to be taken
-
-    def make_next(function: Callable[[Piece, int], Result]) -> bool:
-        """Takes a piece and makes it; False if there is none."""
-        future: Future[Result] = Future()
-        with lock:
-            if over.is_set():
-                return False
-            try:
-                piece = next(rest)
-            except StopIteration:
-                over.set()
-                return False
-            except Exception as error:  # raised in its turn
-                over.set()
-                future.set_exception(error)
-            made[number := next(places)] = future
-        try:
-            if not future.done():
-                future.set_result(function(piece, number))
-        except Exception as error:
-            future.set_exception(error)
-        return True
-
-    def work(function: Callable[[Piece, int], Result]) -> None:
-        while room.acquire() and make_next(function):
-            pass
-
-    elsewhere = _elsewhere(function, guarded, tasks)
-    for _ in range(cpus - 1):
-        threading.Thread(target=work, args=(elsewhere,), daemon=True).start()
-    try:
-        for number in count():
-            while not (number in made and made[number].done()):
-                if room.acquire(blocking=False):
-                    if make_next(lambda piece, number: here(piece)):
-                        continue
-                    room.release()
-                    if number not in made:
-                        return
-                _wait(made.get(number), tasks.get(number))
-            result = made.pop(number).result()
-            tasks.pop(number, None)
-            room.release()
-            yield result
-    finally:
-        over.set()
-        room.release(cpus)
-
-
-def _wait(future: "Future[Any] | None", task: "ObjectRef | None") -> None:
-    """A moment for the next result, in `ray.wait`: while the main thread of a task waits there, its CPU is free for the
-    tasks that it waits for. Waits of other threads free none, and shards could wait for each other for ever."""
-    import ray
-
-    if task is not None:
-        ray.wait([task], timeout=1.0)
-    if future is None:
-        time.sleep(0.02)
-    else:
-        wait([future], timeout=0.02)
-
-
-def _elsewhere(
-    function: Callable[[Piece], Result], guarded: Callable[[Piece], Result] | None, tasks: dict[int, "ObjectRef"]
-) -> Callable[[Piece, int], Result]:
-    """`function` in a Ray task of one CPU; takes a piece and its number, under which `tasks` gets the task."""
     import ray
     from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError
 
     run: Any = ray.remote(num_cpus=1, max_retries=_RETRIES)(_made)
+    tasks: dict[int, ObjectRef] = {}  # of pieces that are made elsewhere
+    this_process = threading.Lock()
 
-    def result_of(function: Callable[[Piece], Result], piece: Piece, number: int) -> Result | DeeDSRError:
+    def elsewhere(function: Callable[[Piece], Result], number: int, piece: Piece) -> Result | DeeDSRError:
         tasks[number] = run.remote(function, piece)
         return ray.get(tasks[number])
 
-    def made(piece: Piece, number: int) -> Result:
+    def make(number: int, piece: Piece) -> Result:
+        if this_process.acquire(blocking=False):
+            try:
+                return here(piece)
+            finally:
+                this_process.release()
         try:
-            result = result_of(function, piece, number)
+            result = elsewhere(function, number, piece)
         except (NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError):
             if guarded is None:
                 raise
-            result = result_of(guarded, piece, number)
+            result = elsewhere(guarded, number, piece)
         if isinstance(result, DeeDSRError):
             raise result
         return result
 
-    return made
+    rest, places, pool = enumerate(pieces), count(), ThreadPoolExecutor(cpus)
+    try:
+        begun = deque(pool.submit(make, *piece) for piece in islice(rest, _AHEAD * cpus))
+        while begun:
+            number = next(places)
+            while not begun[0].done():
+                # While the main thread of a task waits in `ray.wait`, its CPU is free for the tasks that it waits for.
+                # Waits of other threads free none, and shards could wait for each other for ever.
+                if task := tasks.get(number):
+                    ray.wait([task], timeout=1.0)
+                wait([begun[0]], timeout=0.02)
+            tasks.pop(number, None)
+            result = begun.popleft().result()
+            begun.extend(pool.submit(make, *piece) for piece in islice(rest, 1))
+            yield result
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _made(function: Callable[[Piece], Result], piece: Piece) -> Result | DeeDSRError:

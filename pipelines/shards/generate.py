@@ -9,25 +9,27 @@ from itertools import chain, zip_longest
 
 from tqdm import tqdm
 
-from deedsr.dataset.manifest import MANIFEST, SAMPLES, HRSource, LatentsSource, kept_copy
+from deedsr.dataset.manifest import MANIFEST, SAMPLES, HRSource, kept_copy
 from deedsr.dataset.recipe import Recipe
 from deedsr.errors import DatasetNotCommitted, DeeDSRError, UsageError
 from pipelines.claims import running
 from pipelines.data.dataset import Dataset, no_validation, relative_place
 from pipelines.data.index import require_hr
+from pipelines.distribution import in_threads
 from pipelines.placement import WorkPlan
-from pipelines.shards.assemble import assemble, records_of, warn_of_versions
+from pipelines.shards.assemble import assemble, warn_of_versions
 from pipelines.shards.build import FromHR, FromSources, Joined
 from pipelines.shards.duplicates import mark_duplicates
-from pipelines.shards.execute import PlanParts, ShardWork, build_missing
+from pipelines.shards.execute import Job, PlanParts, build_missing
 from pipelines.shards.garbage import record_derived
 from pipelines.shards.listing import listed
 from pipelines.shards.plan import ShardPlan, derived_plan, plan_shards
-from pipelines.shards.shard import Inventory, tar_name
+from pipelines.shards.shard import Inventory, read_record, tar_name
 from pipelines.shards.source import Source
 from pipelines.storage import Storage, open_storage
 
 logger = logging.getLogger(__name__)
+_AHEAD = 32  # records read before they are needed
 
 
 @dataclass(kw_only=True)
@@ -47,25 +49,25 @@ class ShardsResult:
     samples_per_second: float = 0.0
 
 
-@dataclass(frozen=True)
-class Job:
-    """A dataset to be made in `out`: what its shards are and what builds them.
+def source_job(
+    sources: Sequence[str],
+    out: str,
+    recipe: Recipe,
+    pairs: Sequence[str] = (),
+    workers: int | None = None,
+    progress: bool = True,
+) -> Job:
+    """Shards of the pictures in `sources` (see `list_sources`) or, with `pairs`, of real pairs (see `list_pairs`).
 
-    `made_of`: the dataset whose shards they are made of, None for shards of sources.
+    `workers`, `progress`: of the search for duplicates, where the recipe rejects them.
     """
 
-    plans: Callable[[], Iterable[ShardPlan]]
-    work: ShardWork
-    out: Storage
-    recipe: Recipe
-    made_of: Dataset | None = None
-    hr_from: HRSource | None = None
-    latents: LatentsSource | None = None
+    def plans() -> Iterator[ShardPlan]:
+        listing: Iterable[Source] = listed(sources, pairs, recipe.scale)
+        if recipe.duplicates == "reject":
+            listing = mark_duplicates(listing, workers, progress)
+        return plan_shards(_matched(listing, recipe), recipe)
 
-
-def source_job(sources: Sequence[str], out: str, recipe: Recipe, pairs: Sequence[str] = ()) -> Job:
-    """Shards of the pictures in `sources` (see `list_sources`) or, with `pairs`, of real pairs (see `list_pairs`)."""
-    plans = lambda: plan_shards(listed(sources, pairs, recipe.scale), recipe)
     return Job(plans, FromSources(recipe), open_storage(out), recipe)
 
 
@@ -112,24 +114,8 @@ def generate(
     progress: bool = True,
     pairs: Sequence[str] = (),
 ) -> ShardsResult:
-    """Makes or completes the dataset `out` of the pictures in `sources`, or of real pairs (`source_job`, `run_job`).
-
-    Shards whose sources, recipe and algorithm are as before are reused. Raises UsageError for sources or a place that
-    cannot be used.
-    """
-
-    def plans() -> Iterator[ShardPlan]:
-        listing: Iterable[Source] = listed(sources, pairs, recipe.scale)
-        if recipe.duplicates == "reject":
-            listing = mark_duplicates(listing, workers, progress)
-        return plan_shards(_matched(listing, recipe), recipe)
-
-    job = replace(source_job(sources, out, recipe, pairs), plans=plans)
-    result = run_job(job, workers, progress)
-    wanted = recipe.split.validation_patterns or recipe.split.validation_share
-    if wanted and not result.validation:
-        logger.warning("%s", no_validation(job.out.uri, recipe))
-    return result
+    """Makes or completes the dataset `out` of `source_job`."""
+    return run_job(source_job(sources, out, recipe, pairs, workers, progress), workers, progress)
 
 
 def _matched(listing: Iterable[Source], recipe: Recipe) -> Iterator[Source]:
@@ -150,13 +136,14 @@ def run_job(
     """Makes the shards that the job plans and its place does not hold, and the dataset of all of them.
 
     `workers`: CPUs in use at a time, None for all of the cluster's; `actors`: shards are made in actors of this plan.
-    Raises DeeDSRError if the work failed; what was committed stays, and the same call continues from there.
+    Raises UsageError for sources or a place that cannot be used, DeeDSRError if the work failed; what was committed
+    stays, and the same call continues from there.
     """
-    out = job.out
+    out, split = job.out, job.recipe.split
     begin = time.time()
     warn_of_versions()
     out.require_writable()
-    before = _version(out)
+    before = out.version(MANIFEST)
     rest = iter(job.plans())
     first = next(rest)  # raises for unusable sources before anything is written
     with running(out) as folder:
@@ -171,7 +158,7 @@ def run_job(
             unit, total, done = "shard", parts.shards, parts.shards - parts.missing_shards
         first_start, built, written = time.time(), 0, 0
         with tqdm(total=total, initial=done, unit=unit, desc="shards", disable=not progress) as bar:
-            for shard in build_missing(parts, job.work, out, workers, actors):
+            for shard in build_missing(parts, job, workers, actors):
                 first_start = shard.started if not built else min(first_start, shard.started)
                 built += shard.samples
                 written += shard.samples > 0
@@ -179,11 +166,10 @@ def run_job(
                 bar.set_postfix_str(f"{built / max(time.time() - first_start, 1e-3):.1f} samples/s", refresh=False)
                 bar.update(shard.sources if unit == "source" else 1)
         _require_tars(parts, inventory, out)
-        records = records_of((inventory.record(plan) for plan in parts), out)
-        manifest, sums = assemble(
-            zip(parts, records, strict=True), job.recipe, out, expected=before,
-            made_of=job.made_of, hr_from=job.hr_from, latents=job.latents,
-        )  # fmt: skip
+        records = in_threads(lambda plan: read_record(inventory.record(plan), out), parts, 16, _AHEAD)
+        manifest, sums = assemble(job, zip(parts, records, strict=True), before)
+    if not (job.made_of or sums.splits["validation"]) and (split.validation_patterns or split.validation_share):
+        logger.warning("%s", no_validation(out.uri, job.recipe))
     end = time.time()
     return ShardsResult(
         manifest=f"{out.uri}/{MANIFEST}",
@@ -198,14 +184,6 @@ def run_job(
         start_up_seconds=round(max(first_start - begin, 0.0), 3),
         samples_per_second=round(built / max(end - first_start, 1e-3), 3),
     )
-
-
-def _version(out: Storage) -> str | None:
-    """Version of the present manifest, None without one."""
-    try:
-        return out.stat(MANIFEST).version
-    except FileNotFoundError:
-        return None
 
 
 def _require_tars(parts: PlanParts, inventory: Inventory, out: Storage) -> None:
@@ -237,7 +215,13 @@ def finished(job: Job) -> ShardsResult | None:
         return None
     manifest = dataset.manifest
     theirs, ours = (made and replace(made, uri="") for made in (manifest.latents, job.latents))  # either may have moved
-    if manifest.recipe_digest != job.recipe.digest or theirs != ours or not _holds(dataset, job):
+    if manifest.recipe_digest != job.recipe.digest or theirs != ours:
+        return None
+    inventory = Inventory.of(dataset.storage)
+    # Ends with the first planned shard that is not there, or not the manifest's.
+    held = (plan for plan in job.plans() if not inventory.holds(plan) or inventory.records[plan.id][1])
+    names = (tar_name(plan, inventory.records[plan.id][0]) if inventory.holds(plan) else "" for plan in held)
+    if any(name != entry for name, entry in zip_longest(names, (shard.name for shard in manifest.shards))):
         return None
     return ShardsResult(
         manifest=f"{dataset.uri}/{MANIFEST}",
@@ -248,11 +232,3 @@ def finished(job: Job) -> ShardsResult | None:
         reused=len(manifest.shards),
         rejected=manifest.rejected,
     )
-
-
-def _holds(dataset: Dataset, job: Job) -> bool:
-    """Whether the dataset's shards are those that the job plans, and there. Ends with the first that is not."""
-    inventory = Inventory.of(dataset.storage)
-    held = (plan for plan in job.plans() if not inventory.holds(plan) or inventory.records[plan.id][1])
-    names = (tar_name(plan, inventory.records[plan.id][0]) if inventory.holds(plan) else "" for plan in held)
-    return all(name == entry for name, entry in zip_longest(names, (s.name for s in dataset.manifest.shards)))

@@ -22,9 +22,9 @@ _THREADS = 16  # files looked into at a time
 _AHEAD = 64  # files listed before the contents of one are needed
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _BYTE_ORDER_MARKS = {  # what editors and shells of Windows begin a text with, the longer ones first
-    codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
-    codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be",
-}  # fmt: skip
+    **{codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"},
+    **{codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"},
+}
 
 
 def list_sources(uris: Sequence[str]) -> Iterator[Source]:
@@ -65,7 +65,11 @@ def _files(root: int, uri: str) -> tuple[Iterable[Source], bool]:
     storage = open_storage(uri)
     folder, pattern = split_pattern(storage.uri)
     if pattern and has_wildcard(pattern):
-        return _matching(root, uri, open_storage(folder), pattern), True
+        storage = open_storage(folder)
+        found = [_file(root, storage, entry) for entry in matching(storage, pattern) if _named_as_pictures(entry.path)]
+        if not found:
+            raise UsageError(f"source {uri} matches no picture, tar or Parquet table")
+        return found, True
     if pattern:
         return _stated(root, folder, [f"{folder.rstrip('/')}/{path}" for path in expanded(pattern)]), True
     local = storage.local_path("")
@@ -106,14 +110,6 @@ def _single(root: int, uri: str) -> Source | None:
     return Source(root, posixpath.basename(name), uri, entry.size, entry.version)
 
 
-def _matching(root: int, uri: str, storage: Storage, pattern: str) -> list[Source]:
-    """Files whose path below the last folder without a special character matches."""
-    found = [_file(root, storage, entry) for entry in matching(storage, pattern) if _named_as_pictures(entry.path)]
-    if not found:
-        raise UsageError(f"source {uri} matches no picture, tar or Parquet table")
-    return found
-
-
 def _list_file(root: int, uri: str) -> list[Source]:
     """Lines are relative to the list's folder, and name their sources as they are.
 
@@ -145,14 +141,10 @@ def _list_file(root: int, uri: str) -> list[Source]:
 
 def _text(data: bytes) -> list[str]:
     """Lines; a name that is not UTF-8 is kept as its bytes, and rejected by itself later."""
-    for mark, encoding in _BYTE_ORDER_MARKS.items():
-        if data.startswith(mark):
-            text = data[len(mark) :].decode(encoding)
-            break
-    else:
-        if b"\0" in data:
-            raise DeeDSRError("it holds zero bytes")
-        text = data.decode(errors="surrogateescape")
+    encoding = next((encoding for mark, encoding in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), None)
+    if encoding is None and b"\0" in data:
+        raise DeeDSRError("it holds zero bytes")
+    text = data.decode(encoding) if encoding else data.decode(errors="surrogateescape")
     return [line.removesuffix("\r") for line in text.split("\n")]  # `splitlines` would split names
 
 

@@ -120,17 +120,14 @@ def _read(run: Path) -> Iterator[_Placed]:
 def _cut(ordered: Iterable[_Placed], shard: Shard) -> Iterator[list[_Placed]]:
     run: list[_Placed] = []
     for placed in ordered:
-        if run and _ends(run, shard):
+        run.append(placed)
+        # Other bytes of the hash than those that define the order, which are not uniform at the end of a run.
+        divisible = int(placed.hash[32:], 16) % shard.target_sources == 0
+        if len(run) >= shard.max_sources or (len(run) >= shard.min_sources and divisible):
             yield run
             run = []
-        run.append(placed)
-    yield run
-
-
-def _ends(run: list[_Placed], shard: Shard) -> bool:
-    # Other bytes of the hash than those that define the order, which are not uniform at the end of a run.
-    divisible = int(run[-1].hash[32:], 16) % shard.target_sources == 0
-    return len(run) >= shard.max_sources or (len(run) >= shard.min_sources and divisible)
+    if run:
+        yield run
 
 
 def _plan(root: int, split: str, run: list[_Placed], recipe_digest: str) -> ShardPlan:

@@ -79,46 +79,23 @@ WHOLE = Share(0, 1)
 def samples_of(source: Source, data: bytes, lr_data: bytes | None, recipe: Recipe, share: Share = WHOLE) -> Drafts:
     """A share of the samples of one source, and all that is rejected; never raises for what `data` is."""
     sha256 = hashlib.sha256(data).hexdigest()
-    rejected: list[Rejection] = []
-    samples: list[Draft] = []
+    rng = generator("crops", recipe.seed, source.root, source.path)
+    s, partner = recipe.scale, None
     try:
-        for crop, pixels, lr, variants in _crops(source, sha256, data, lr_data, recipe, share, rejected):
-            samples += _stored(crop, pixels, lr, recipe, variants)
+        image = decode(data, source.path, recipe.alpha)
+        if lr_data is not None:
+            partner = decode(lr_data, source.lr, recipe.alpha)
+            if partner.shape[:2] != tuple(side // s for side in image.shape[:2]):
+                raise RejectedImage("the LR partner is not HR size / scale")
+        places, smooth = choose_crops(image, recipe.crop, rng)
     except RejectedImage as reason:
         return Drafts(sha256, [], [rejection(source, str(reason))])
-    return Drafts(sha256, samples, rejected)
-
-
-def rejection(source: Source, reason: str) -> Rejection:
-    """The line of `rejected.jsonl` for a whole source."""
-    return {"kind": "source", "root": source.root, "source": source.path, "reason": reason}
-
-
-def _crops(
-    source: Source,
-    sha256: str,
-    data: bytes,
-    lr_data: bytes | None,
-    recipe: Recipe,
-    share: Share,
-    rejected: list[Rejection],
-) -> Iterator[tuple[Crop, np.ndarray, np.ndarray | None, list[int]]]:
-    """The crops of a share as turned, each with its real LR partner if it has one, and with its variants in the share;
-    `rejected` gets the smooth ones of the source."""
-    rng = generator("crops", recipe.seed, source.root, source.path)
-    image = decode(data, source.path, recipe.alpha)
-    partner = None
-    if lr_data is not None:
-        partner = decode(lr_data, source.lr, recipe.alpha)
-        expected = tuple(side // recipe.scale for side in image.shape[:2])
-        if partner.shape[:2] != expected:
-            raise RejectedImage("the LR partner is not HR size / scale")
-    places, smooth = choose_crops(image, recipe.crop, rng)
-    for place in smooth:
-        rejected.append({**rejection(source, "too little texture"), "kind": "crop", "crop": _corners(place)})
+    about = rejection(source, "too little texture")
+    rejected: list[Rejection] = [{**about, "kind": "crop", "crop": _corners(place)} for place in smooth]
     each = 1 if partner is not None else recipe.variants_of(source.path)
     shared = groupby(share.range(len(places) * each), key=lambda sample: sample // each)
-    variants = {number: [sample % each for sample in samples] for number, samples in shared}
+    variants = {number: [sample % each for sample in of_crop] for number, of_crop in shared}
+    samples: list[Draft] = []
     for number, place in enumerate(places):
         flip = bool(rng.random() < recipe.flip)
         rotate = 90 * int(rng.integers(1, 4)) if recipe.rotate and rng.random() < recipe.rotate else 0
@@ -126,12 +103,17 @@ def _crops(
             continue
         lr = None
         if partner is not None:
-            s = recipe.scale
             place = CropPlace(place.top - place.top % s, place.left - place.left % s, place.size)
             lr = _turned(cut(partner, CropPlace(place.top // s, place.left // s, place.size // s)), flip, rotate)
         content = content_key(source.root, source.path, place.top, place.left)
         crop = Crop(content, source.root, source.path, sha256, _corners(place), flip, rotate)
-        yield crop, _turned(cut(image, place), flip, rotate), lr, variants[number]
+        samples += _stored(crop, _turned(cut(image, place), flip, rotate), lr, recipe, variants[number])
+    return Drafts(sha256, samples, rejected)
+
+
+def rejection(source: Source, reason: str) -> Rejection:
+    """The line of `rejected.jsonl` for a whole source."""
+    return {"kind": "source", "root": source.root, "source": source.path, "reason": reason}
 
 
 def _turned(pixels: np.ndarray, flip: bool, rotate: int) -> np.ndarray:

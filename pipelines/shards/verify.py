@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import BinaryIO, NamedTuple, cast
 
@@ -15,9 +16,8 @@ import pyarrow as pa
 import pyarrow.compute
 from tqdm import tqdm
 
-from deedsr.dataset.manifest import REJECTED, SAMPLES, LatentsSource, ShardEntry
+from deedsr.dataset.manifest import REJECTED, SAMPLES, ShardEntry
 from deedsr.dataset.members import LATENTS_EXTENSION, decode_stored, encode, unpack
-from deedsr.dataset.recipe import Recipe
 from deedsr.degradation.chain import degrade
 from deedsr.errors import DeeDSRError
 from pipelines.data.dataset import Dataset
@@ -61,10 +61,7 @@ def verify(uri: str, replay: int = 0, progress: bool = True) -> VerifyResult:
     except DeeDSRError as error:  # once, and not for each sample
         return VerifyResult(False, len(manifest.shards), 0, 0, [*problems, str(error)])
 
-    def check(shard: ShardEntry) -> tuple[int, list[str]]:
-        rows = index.filter(pa.compute.equal(index["shard"], shard.name)).to_pylist() if index is not None else None
-        return _check_shard(shard, rows, dataset)
-
+    check = partial(_check_shard, dataset, index)
     with (
         ThreadPoolExecutor(this_machine().cpus) as threads,
         tqdm(total=manifest.samples, unit="sample", desc="verify", disable=not progress) as bar,
@@ -127,12 +124,15 @@ def _check_files(dataset: Dataset) -> Iterator[str]:
         yield str(error)
 
 
-def _check_shard(shard: ShardEntry, rows: list[Row] | None, dataset: Dataset) -> tuple[int, list[str]]:
-    """Number of samples that are complete, and problems. `rows`: the shard's part of the index, if any.
+def _check_shard(dataset: Dataset, index: pa.Table | None, shard: ShardEntry) -> tuple[int, list[str]]:
+    """Number of samples that are complete, and problems. `index`: the dataset's, if it can be read.
 
     The shard is read once, from beginning to end, and a sample at a time is held.
     """
-    expected = {row["key"]: row for row in rows} if rows is not None else None
+    expected: dict[str, Row] | None = None
+    if index is not None:
+        rows = index.filter(pa.compute.equal(index["shard"], shard.name)).to_pylist()
+        expected = {row["key"]: row for row in rows}
     problems: list[str] = []
     good = extra = 0
     seen: set[str] = set()
@@ -149,10 +149,7 @@ def _check_shard(shard: ShardEntry, rows: list[Row] | None, dataset: Dataset) ->
                     extra += len(members)
                     continue
                 seen.add(key)
-                if dataset.manifest.latents:
-                    problem = _check_latents(row, members, dataset.manifest.latents, dataset.recipe)
-                else:
-                    problem = _check_sample(row, members, hrs, dataset.recipe)
+                problem = _problem_of(row, members, hrs, dataset)
                 good += not problem
                 problems += [f"{shard.name}: {problem}"] if problem else []
         except (tarfile.TarError, OSError) as error:
@@ -199,64 +196,41 @@ def _row_of(key: str, members: dict[str, Member]) -> Row:
     return row
 
 
-def _check_sample(row: Row, members: dict[str, Member], hrs: Tars, recipe: Recipe) -> str | None:
-    """Problem with one sample, None without one."""
-    key = row["key"]
+def _problem_of(row: Row, members: dict[str, Member], hrs: Tars, dataset: Dataset) -> str | None:
+    """What is wrong with one sample: names and places of its members, what they hold, its recipe."""
+    key, recipe, source = row["key"], dataset.recipe, dataset.manifest.latents
     own_hr = row.get("hr_shard") == row.get("shard")
-    if problem := _check_members(row, members, ("hr", "lr", "json") if own_hr else ("lr", "json")):
-        return problem
-    try:
-        hr = members["hr"].data if own_hr else member_of(hrs, row, "hr")
-        sizes = decode_stored(hr).shape[:2], decode_stored(members["lr"].data).shape[:2]
-    except ValueError:
-        return f"sample {key}: an image cannot be decoded"
-    except DeeDSRError as error:
-        return f"sample {key}: its HR cannot be read ({error})"
-    side = recipe.crop.size
-    expected = (side, side), (side // recipe.scale, side // recipe.scale)
-    if sizes != expected:
-        return f"sample {key}: HR {sizes[0]} and LR {sizes[1]}, the recipe says {expected[0]} and {expected[1]}"
-    return _check_info(key, members["json"].data, recipe)
-
-
-def _check_latents(row: Row, members: dict[str, Member], source: LatentsSource, recipe: Recipe) -> str | None:
-    """The same of a sample of latents."""
-    key, images = row["key"], () if source.learner else ("lr",)
-    if problem := _check_members(row, members, ("latents", *images, "json")):
-        return problem
-    try:
-        latents = unpack(members["latents"].data)
-        for name in images:
-            decode_stored(members[name].data)
-    except ValueError:
-        return f"sample {key}: its latents or its LR cannot be read"
-    side = recipe.crop.size // source.factor
-    for name, array in latents._asdict().items():
-        shape = (source.channels, side, side)
-        if name != "degradation" and array is not None and array.shape != shape:
-            return f"sample {key}: {name} {array.shape}, recipe and VAE say {shape}"
-    if (latents.degradation is None) == bool(source.learner):
-        return f"sample {key} has no degradation vector" if source.learner else f"sample {key} has a degradation vector"
-    return _check_info(key, members["json"].data, recipe)
-
-
-def _check_members(row: Row, members: dict[str, Member], wanted: tuple[str, ...]) -> str | None:
-    """Problem with the names or places of a sample's members, None without one."""
-    key = row["key"]
-    for name in wanted:
+    images = () if source and source.learner else ("hr", "lr") if own_hr and not source else ("lr",)
+    for name in (*images, *(["latents"] if source else []), "json"):
         ext = LATENTS_EXTENSION if name == "latents" else row.get(f"{name}_ext", "")
         member, called = members.get(name), f"{key}.{name}{ext and '.'}{ext}"
         if member is None or (name != "json" and member.ext != ext):
             return f"sample {key} has no member {called}"
         if (member.offset, len(member.data)) != (row[f"{name}_offset"], row[f"{name}_size"]):
             return f"sample {key}: {SAMPLES} points beside its member {called}"
-    return None
-
-
-def _check_info(key: str, data: bytes, recipe: Recipe) -> str | None:
     try:
-        if json.loads(data)["recipe_digest"] != recipe.digest:
-            return f"sample {key} was made by another recipe"
+        sizes = {name: decode_stored(members[name].data).shape[:2] for name in images}
+        latents = unpack(members["latents"].data) if source else None
+        if not source and not own_hr:
+            sizes["hr"] = decode_stored(member_of(hrs, row, "hr")).shape[:2]
+    except ValueError:
+        return f"sample {key}: " + ("its latents or its LR cannot be read" if source else "an image cannot be decoded")
+    except DeeDSRError as error:
+        return f"sample {key}: its HR cannot be read ({error})"
+    side = recipe.crop.size
+    if source and latents:
+        shape = (source.channels, side // source.factor, side // source.factor)
+        for name, array in latents._asdict().items():
+            if name != "degradation" and array is not None and array.shape != shape:
+                return f"sample {key}: {name} {array.shape}, recipe and VAE say {shape}"
+        if (latents.degradation is None) == bool(source.learner):
+            return f"sample {key} has {'no' if source.learner else 'a'} degradation vector"
+    else:
+        hr, lr = (side, side), (side // recipe.scale, side // recipe.scale)
+        if (sizes["hr"], sizes["lr"]) != (hr, lr):
+            return f"sample {key}: HR {sizes['hr']} and LR {sizes['lr']}, the recipe says {hr} and {lr}"
+    try:
+        made_by = json.loads(members["json"].data)["recipe_digest"]
     except (ValueError, KeyError, TypeError):
         return f"sample {key}: its JSON cannot be read"
-    return None
+    return None if made_by == recipe.digest else f"sample {key} was made by another recipe"

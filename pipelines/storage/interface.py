@@ -73,20 +73,24 @@ class Storage(ABC):
     def stat(self, path: str) -> Entry:
         """Size and version of one object. Raises FileNotFoundError if there is none."""
 
-    def exists(self, path: str) -> bool:
+    def version(self, path: str) -> str | None:
+        """Version of one object, None if there is none: what `write` expects."""
         try:
-            self.stat(path)
+            return self.stat(path).version
         except FileNotFoundError:
-            return False
-        return True
+            return None
+
+    def exists(self, path: str) -> bool:
+        return self.version(path) is not None
 
     @abstractmethod
     def delete(self, path: str) -> None:
         """Removes an object; none there is fine."""
 
-    @abstractmethod
     def delete_many(self, paths: Iterable[str]) -> None:
         """Removes objects, on S3 a thousand with each request."""
+        for path in paths:
+            self.delete(path)
 
     @abstractmethod
     def delete_all(self) -> None:

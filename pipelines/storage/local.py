@@ -7,7 +7,7 @@ import shutil
 import stat
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
@@ -65,8 +65,7 @@ class LocalStorage(Storage):
         return self.directory / path
 
     def read(self, path: str) -> bytes:
-        with self.open(path) as file, explained("read", str(self.directory / path)):
-            return file.read()
+        return self.read_range(path, 0, -1)
 
     def read_range(self, path: str, offset: int, size: int) -> bytes:
         with self.open(path) as file, explained("read", str(self.directory / path)):
@@ -82,7 +81,7 @@ class LocalStorage(Storage):
         target = self._place(path)
         partial = target.with_name(f".{begun_name(target.name)}.{uuid.uuid4().hex[:_ID]}{PARTIAL}")
         with explained("write", str(target)):
-            if expected not in (ANYTHING, None) and expected != _modified(target):
+            if expected not in (ANYTHING, None) and expected != self.version(path):
                 raise Conflict(str(target))  # before anything is made
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -95,7 +94,7 @@ class LocalStorage(Storage):
                     file.flush()
                     os.fsync(file.fileno())
                 with nullcontext() if expected == ANYTHING else locked(target.parent / f".lock{PARTIAL}"):
-                    present = _modified(target)
+                    present = self.version(path)
                     if expected != ANYTHING and expected != present:
                         raise Conflict(str(target))
                     version = partial.stat().st_mtime_ns
@@ -128,10 +127,6 @@ class LocalStorage(Storage):
                     if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                         raise
                     break
-
-    def delete_many(self, paths: Iterable[str]) -> None:
-        for path in paths:
-            self.delete(path)
 
     def delete_all(self) -> None:
         with explained("delete", self.uri), suppress(FileNotFoundError):
@@ -199,10 +194,3 @@ def _entry(place: str | Path, path: str) -> Entry:
     if stat.S_ISREG(status.st_mode) and machine.may_read(place):
         return Entry(path, status.st_size, str(status.st_mtime_ns))
     return Entry(path, 0, "")
-
-
-def _modified(target: Path) -> str | None:
-    try:
-        return str(target.stat().st_mtime_ns)
-    except FileNotFoundError:
-        return None

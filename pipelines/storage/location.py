@@ -15,7 +15,7 @@ from braceexpand import braceexpand
 
 from deedsr.errors import UsageError
 from pipelines.storage.errors import not_shared
-from pipelines.storage.interface import Entry, Storage
+from pipelines.storage.interface import Entry, Storage, is_hidden
 from pipelines.storage.local import LocalStorage
 from pipelines.storage.s3 import S3Storage
 
@@ -125,8 +125,8 @@ def _matches(path: list[str], pattern: list[str]) -> bool:
     if pattern[0] != "**":
         return _is(path[0], pattern[0]) and _matches(path[1:], pattern[1:])
     if pattern == ["**"]:
-        return not any(map(_hidden, path))
-    return _matches(path, pattern[1:]) or (not _hidden(path[0]) and _matches(path[1:], pattern))
+        return not is_hidden("/".join(path))
+    return _matches(path, pattern[1:]) or (not is_hidden(path[0]) and _matches(path[1:], pattern))
 
 
 def _may_hold(folder: list[str], pattern: list[str]) -> bool:
@@ -137,8 +137,4 @@ def _may_hold(folder: list[str], pattern: list[str]) -> bool:
 
 
 def _is(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) and (not _hidden(name) or pattern.startswith("."))
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".")
+    return fnmatchcase(name, pattern) and (not is_hidden(name) or pattern.startswith("."))

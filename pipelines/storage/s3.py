@@ -185,7 +185,7 @@ class S3Storage(Storage):
             except ClientError as error:
                 code = _code(error)
                 if code in ("NotImplemented", "501"):  # two processes that write in the same moment may both succeed
-                    if expected != (self.stat(path).version if self.exists(path) else None):
+                    if expected != self.version(path):
                         raise Conflict(f"{self.uri}/{path}") from None
                     return self._put(path, data)
                 if code == "ConditionalRequestConflict" and left:  # another write was under way

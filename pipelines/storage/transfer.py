@@ -10,11 +10,11 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import IO, TypeVar
+from typing import IO
 
 from deedsr.errors import UsageError
 from pipelines import machine
@@ -26,7 +26,6 @@ from pipelines.storage.lock import PARTIAL, is_at, locked, remove_abandoned
 from pipelines.storage.s3 import TRANSFERS
 
 logger = logging.getLogger(__name__)
-Item = TypeVar("Item")
 _NAME = re.compile("[0-9a-f]{64}")
 _used: dict[Path, IO[bytes]] = {}  # by this process: files beside the folders, under a shared lock while it lives
 
@@ -55,7 +54,8 @@ def localize(uri: str | Path, wanted: Callable[[str], bool] = lambda path: True)
 
     def download(folder: Path) -> None:
         place = LocalStorage(folder).local_path
-        _each(lambda entry: storage.download(entry.path, place(entry.path)), files)
+        with ThreadPoolExecutor(TRANSFERS) as threads:
+            list(threads.map(lambda entry: storage.download(entry.path, place(entry.path)), files))
 
     return kept(name, download)
 
@@ -67,15 +67,11 @@ def publish(folder: Path, uri: str | Path) -> None:
         return
     paths = [entry.path for entry in source.list()]
     committing = sorted((path for path in paths if path.endswith(".json")), key=lambda path: -path.count("/"))
-    _each(lambda path: target.write(path, source.local_path(path)), [path for path in paths if path not in committing])
-    for path in committing:
-        target.write(path, source.local_path(path))
-
-
-def _each(transfer: Callable[[Item], object], items: Iterable[Item]) -> None:
+    put = lambda path: target.write(path, source.local_path(path))
     with ThreadPoolExecutor(TRANSFERS) as threads:
-        for done in [threads.submit(transfer, item) for item in items]:
-            done.result()
+        list(threads.map(put, [path for path in paths if path not in committing]))
+    for path in committing:
+        put(path)
 
 
 def kept(name: str, fill: Callable[[Path], object]) -> Path:
