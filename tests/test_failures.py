@@ -293,7 +293,7 @@ from pipelines.data.dataset import Dataset
 from pipelines.training.config import LearnerOptions, from_resolved
 from pipelines.training.health import Stop, Unwritable
 from pipelines.training.learner_stage import LearnerStage
-from pipelines.training.loop import train
+from pipelines.training.loop import Loop
 
 options = from_resolved(LearnerOptions, json.loads(sys.argv[1]))
 torch.set_num_threads(1)
@@ -301,8 +301,8 @@ torch.distributed.init_process_group("gloo")
 said = []
 asked = lambda: Stop.END if said else Stop.NO  # the user hears of it on rank 0 alone, and ends the run
 try:
-    train(LearnerStage(options), options, Dataset.open(options.data), torch.device("cpu"), None,
-          asked=asked, say=said.append)
+    dataset = Dataset.open(options.data)
+    Loop(LearnerStage(options), options, dataset, torch.device("cpu"), None, asked=asked, say=said.append).train()
 except Unwritable as error:
     print(json.dumps([said[:1], str(error)]))
 torch.distributed.destroy_process_group()

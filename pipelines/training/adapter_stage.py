@@ -27,7 +27,7 @@ from pipelines.data.dataset import Dataset
 from pipelines.models import Adapter, Base, Learner
 from pipelines.training.config import AdapterOptions
 from pipelines.training.metrics import by_timestep, middles
-from pipelines.training.stage import Workers, compile_blocks, initial_weights, save_model, unit
+from pipelines.training.stage import Stage, Weights, compile_blocks, initial_weights, save_model, unit
 
 if TYPE_CHECKING:
     from deedsr.sampling.pipeline import DeeDSRPipeline
@@ -57,20 +57,15 @@ class AdapterBatch(TypedDict):
     degradation: NotRequired[Tensor]  # (B, D)
 
 
-class AdapterStage:
+class AdapterStage(Stage):
     name = "adapter"
-    together = False
-    unit = 1
 
     def __init__(self, options: AdapterOptions, scale: int, latents: LatentsSource | None = None):
         """`latents`: the dataset holds latents made of these; then neither VAE nor learner is loaded to train."""
         self.options, self.scale, self.latents = options, scale, latents
         self.base, self.trained_learner = Base(options.base), Learner(options.learner)
         self.init = Adapter(options.init) if options.init else None
-
-    def fetch(self) -> None:
-        for reference in (self.base, self.trained_learner, *([self.init] if self.init else [])):
-            _ = reference.path
+        self.models = [self.base, self.trained_learner, *([self.init] if self.init else [])]
 
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         base = self.base.path
@@ -217,21 +212,7 @@ class AdapterStage:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def end_step(self, workers: Workers) -> None:
-        """Nothing but the trained parameters advances."""
-
-    def drop_step(self) -> None:
-        """Nothing is collected."""
-
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Nothing but the trained parameters advances."""
-
-    def export(
-        self, folder: Path, trained: dict[str, Tensor], state: dict[str, Tensor], history: dict[str, Any] | None = None
-    ) -> None:
+    def export(self, folder: Path, trained: Weights, state: Weights, history: dict[str, Any] | None = None) -> None:
         learner = self._trained_learner()
         save_model(self.adapter, trained, folder / "adapter")
         save_model(learner, learner.state_dict(), folder / "learner")

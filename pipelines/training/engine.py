@@ -26,7 +26,7 @@ AVERAGE = "average"  # kept beside the moments, of the same part of the weights 
 
 
 class Engine:
-    """`forward`, `backward` and `step` of one worker, and the `Workers` of `stage.py`.
+    """`forward`, `backward` and `step` of one worker, and its collectives: every worker calls these alike.
 
     Args:
         optimizer_state: what `optimizer_state()` of an earlier engine gave: `{parameter}.{moment}` and `step`.
@@ -146,11 +146,13 @@ class Engine:
         return self._norm
 
     def sum(self, x: Tensor) -> Tensor:
+        """Element-wise sum over the workers."""
         if self.world_size > 1:
             dist.all_reduce(x)
         return x
 
     def gather(self, x: Tensor) -> Tensor:
+        """Concatenation over the workers, in rank order, along the first axis."""
         if self.world_size == 1:
             return x
         parts = [torch.empty_like(x) for _ in range(self.world_size)]

@@ -1,14 +1,12 @@
-"""The training loop of every worker: `train` reads top to bottom, and its steps are the methods of `Loop`."""
+"""The training loop of every worker: `Loop.train` reads top to bottom, and its steps are the other methods."""
 
 import logging
 import math
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,7 +50,7 @@ POLL_SECONDS = 1.0  # between two looks at a checkpoint that is being written
 VALIDATION_SECONDS = 1800.0  # that a validation may take before a worker counts as hung
 
 
-def make_stage(options: LearnerOptions | AdapterOptions, dataset: Dataset) -> Stage[Any]:
+def make_stage(options: LearnerOptions | AdapterOptions, dataset: Dataset) -> Stage:
     if isinstance(options, LearnerOptions):
         from pipelines.training.learner_stage import LearnerStage
 
@@ -60,50 +58,6 @@ def make_stage(options: LearnerOptions | AdapterOptions, dataset: Dataset) -> St
     from pipelines.training.adapter_stage import AdapterStage
 
     return AdapterStage(options, dataset.scale, dataset.manifest.latents)
-
-
-def train(
-    stage: Stage[Any],
-    options: LearnerOptions | AdapterOptions,
-    dataset: Dataset,
-    device: torch.device,
-    run: "Run | None",
-    report: Callable[[int, dict[str, float]], Any] = lambda step, values: None,
-    asked: Callable[[], Stop] = lambda: Stop.NO,
-    claim: Claim | None = None,
-    say: Callable[[str], Any] = logger.warning,
-) -> None:
-    """Train `stage` from its last checkpoint to `train.max_steps`. Needs a process group; every worker calls it.
-
-    Args:
-        run: where rank 0 logs metrics; None on the others.
-        report: gets each logged step and its numbers, on rank 0.
-        asked: whether this worker is to stop. Once one is, all checkpoint after the same step and raise Moved or Ended.
-        claim: of these workers on `options.out`; rank 0 raises Superseded before it would write there when it is
-            another's.
-        say: gets a line every half minute while storage is waited for.
-
-    Raises:
-        Untrainable: the loss is of no use.
-        Unwritable: storage takes no checkpoint.
-    """
-    plan = options.train
-    with Loop(stage, options, dataset, device, run, report, asked, claim, say) as loop:
-        loop.restore()
-        for step in range(loop.first_step + 1, plan.max_steps + 1):
-            micro = loop.gradients()
-            values, stop = loop.agreed(micro.sums)
-            loop.update(step, values, micro)
-            if step % plan.log_every == 0 or step == plan.max_steps:
-                loop.log(step)
-            if loop.validation.due(step):
-                loop.validate(step)
-            loop.watchdog.beat()
-            if stop or step % plan.checkpoint_every == 0 or step == plan.max_steps:
-                loop.save(step)
-            if stop:
-                loop.leave(step, stop)
-        loop.export()
 
 
 class MicroBatches(NamedTuple):
@@ -115,19 +69,28 @@ class MicroBatches(NamedTuple):
 
 
 class Loop:
-    """One worker's networks, engine and data, and the steps of `train`, whose arguments these are."""
+    """The training of one worker: `train` is called once. Needs a process group; every worker makes one.
+
+    Args:
+        run: where rank 0 logs metrics; None on the others.
+        report: gets each logged step and its numbers, on rank 0.
+        asked: whether this worker is to stop. Once one is, all checkpoint after the same step and raise Moved or Ended.
+        claim: of these workers on `options.out`; rank 0 raises Superseded before it would write there when it is
+            another's.
+        say: gets a line every half minute while storage is waited for.
+    """
 
     def __init__(
         self,
-        stage: Stage[Any],
+        stage: Stage,
         options: LearnerOptions | AdapterOptions,
         dataset: Dataset,
         device: torch.device,
         run: "Run | None",
-        report: Callable[[int, dict[str, float]], Any],
-        asked: Callable[[], Stop],
-        claim: Claim | None,
-        say: Callable[[str], Any],
+        report: Callable[[int, dict[str, float]], Any] = lambda step, values: None,
+        asked: Callable[[], Stop] = lambda: Stop.NO,
+        claim: Claim | None = None,
+        say: Callable[[str], Any] = logger.warning,
     ):
         self.stage, self.device, self.run = stage, device, run
         self.plan = options.train
@@ -156,15 +119,31 @@ class Loop:
         self.first_step = 0
         self.saved: tuple[checkpoint.Checkpoint, checkpoint.Tensors] | None = None  # of rank 0, after the last step
 
-    def __enter__(self) -> Self:
-        with ExitStack() as contexts:
-            for context in (self.watchdog, self.blocked, self.writer, self.records, self.shards):
-                contexts.enter_context(context)
-            self._contexts = contexts.pop_all()
-        return self
+    def train(self) -> None:
+        """From the last checkpoint to `train.max_steps`, and write the model.
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        self._contexts.__exit__(kind, error, trace)
+        Raises:
+            Moved, Ended: `asked` to.
+            Untrainable: the loss is of no use.
+            Unwritable: storage takes no checkpoint.
+        """
+        plan = self.plan
+        with self.watchdog, self.blocked, self.writer, self.records, self.shards:
+            self.restore()
+            for step in range(self.first_step + 1, plan.max_steps + 1):
+                micro = self.gradients()
+                values, stop = self.agreed(micro.sums)
+                self.update(step, values, micro)
+                if step % plan.log_every == 0 or step == plan.max_steps:
+                    self.log(step)
+                if self.validation.due(step):
+                    self.validate(step)
+                self.watchdog.beat()
+                if stop or step % plan.checkpoint_every == 0 or step == plan.max_steps:
+                    self.save(step)
+                if stop:
+                    self.leave(step, stop)
+            self.export()
 
     def restore(self) -> None:
         """Networks, engine and data, as the last checkpoint left them."""

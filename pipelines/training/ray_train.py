@@ -33,7 +33,7 @@ from pipelines.storage import Storage, open_storage, require_here
 from pipelines.training.config import AdapterOptions, LearnerOptions, from_resolved
 from pipelines.training.health import Ended, Moved, Stop, Untrainable, Unwritable, listen, terminated
 from pipelines.training.identity import Claim
-from pipelines.training.loop import make_stage, train
+from pipelines.training.loop import Loop, make_stage
 from pipelines.training.metrics import record_part, recorded
 
 logger = logging.getLogger(__name__)
@@ -266,7 +266,8 @@ def train_worker(config: dict[str, Any]) -> str | None:
     try:
         device = ray.train.torch.get_device() if config["device"] == "cuda" else torch.device("cpu")
         progress = config["progress"]
-        train(stage, options, dataset, device, run, progress.report.remote, asked, claim, progress.say.remote)
+        report, say = progress.report.remote, progress.say.remote
+        Loop(stage, options, dataset, device, run, report, asked, claim, say).train()
     except (Ended, Untrainable, Unwritable) as end:  # every worker has the same
         return str(end)
     finally:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -38,7 +38,7 @@ class Validation:
     Its pairs are the `train.validation_samples` of the validation split whose keys have the smallest SHA-256.
     """
 
-    def __init__(self, stage: Stage[Any], dataset: Dataset, engine: Engine, micro: int):
+    def __init__(self, stage: Stage, dataset: Dataset, engine: Engine, micro: int):
         self.stage, self.dataset, self.engine, self.micro = stage, dataset, engine, micro
         self.plan = stage.options.train
         self.fixed = copy.copy(stage)
