@@ -290,12 +290,13 @@ ENDED = """
 import json, sys
 import torch
 from pipelines.data.dataset import Dataset
-from pipelines.training.config import LearnerOptions, from_resolved
+from pydantic import TypeAdapter
+from pipelines.training.config import LearnerOptions
 from pipelines.training.health import Stop, Unwritable
 from pipelines.training.learner_stage import LearnerStage
 from pipelines.training.loop import Loop
 
-options = from_resolved(LearnerOptions, json.loads(sys.argv[1]))
+options = TypeAdapter(LearnerOptions).validate_python(json.loads(sys.argv[1]))
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
 said = []

@@ -205,6 +205,6 @@ def test_impossible_sizes_are_refused_and_the_default_is_two_threads():
     for cpus, threads in ((1, 2), (6, 6), (32, 8)):
         assert place_training(offer, TrainOptions(num_workers=1, cpus_per_worker=cpus)).loader_threads == threads
     assert place_training(offer, TrainOptions(loader_threads=12)).loader_threads == 12
-    for change in ({"cache_gb": -1}, {"loader_threads": 0}):
-        with pytest.raises(UsageError, match="train.cache_gb must be 0 or more and train.loader_threads 1 or more"):
-            check(LearnerOptions(train=TrainOptions(global_batch_size=96, **change)))
+    for name, wrong in (("cache_gb", -1), ("loader_threads", 0)):
+        with pytest.raises(UsageError, match=f"train.{name}: .* greater than .*, got {wrong}"):
+            check(LearnerOptions(train=TrainOptions(global_batch_size=96, **{name: wrong})))

@@ -256,7 +256,8 @@ if os.environ.get("FLOAT64"):  # all that the project computes in fp32
     get_accelerator().supported_dtypes = lambda: [torch.float64]
 dist.init_process_group("gloo")
 from pipelines.data.dataset import Dataset
-from pipelines.training.config import AdapterOptions, LearnerOptions, from_resolved
+from pydantic import TypeAdapter
+from pipelines.training.config import AdapterOptions, LearnerOptions
 from pipelines.training.loop import Loop, make_stage
 
 class Curve(list):
@@ -266,7 +267,7 @@ class Curve(list):
 
 curves = []
 for kind, tree in json.loads(sys.argv[1]):
-    options = from_resolved({"learner": LearnerOptions, "adapter": AdapterOptions}[kind], tree)
+    options = TypeAdapter({"learner": LearnerOptions, "adapter": AdapterOptions}[kind]).validate_python(tree)
     dataset = Dataset.open(options.data)
     stage = make_stage(options, dataset)
     def loss(model, batch, loss=stage.loss):

@@ -255,8 +255,7 @@ class Launch:
             trainer = RestartingTrainer(
                 train_worker,
                 train_loop_config={
-                    "stage": self.stage,
-                    "options": asdict(placed),
+                    "options": placed,
                     "claim": claim,
                     "tracking_uri": uri,
                     "device": plan.device,

@@ -30,7 +30,6 @@ from pipelines.claims import Superseded
 from pipelines.data.dataset import Dataset
 from pipelines.models import usable_device
 from pipelines.storage import Storage, open_storage, require_here
-from pipelines.training.config import AdapterOptions, LearnerOptions, from_resolved
 from pipelines.training.health import Ended, Moved, Stop, Untrainable, Unwritable, listen, terminated
 from pipelines.training.identity import Claim
 from pipelines.training.loop import Loop, make_stage
@@ -236,14 +235,12 @@ def _reason(error: TrainingFailedError) -> str:
 
 
 def train_worker(config: dict[str, Any]) -> str | None:
-    """Ray Train's loop of one worker. `config`: `stage`, `options`, `claim`, `tracking_uri`, `device`, `threads`,
-    `progress`.
+    """Ray Train's loop of one worker. `config`: `options`, `claim`, `tracking_uri`, `device`, `threads`, `progress`.
 
     Returns a message for the user where starting the workers again would be of no use.
     """
     torch.set_num_threads(config["threads"])
-    kind = LearnerOptions if config["stage"] == "learner" else AdapterOptions
-    options = from_resolved(kind, config["options"])
+    options = config["options"]
     for place in (options.data, options.out):
         require_here(place)
     dataset = Dataset.open(options.data)
