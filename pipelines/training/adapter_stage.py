@@ -58,8 +58,6 @@ class AdapterBatch(TypedDict):
 
 
 class AdapterStage(Stage):
-    name = "adapter"
-
     def __init__(self, options: AdapterOptions, scale: int, latents: LatentsSource | None = None):
         """`latents`: the dataset holds latents made of these; then neither VAE nor learner is loaded to train."""
         self.options, self.scale, self.latents = options, scale, latents

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     ConfigDict,
@@ -95,6 +95,8 @@ class LearnerModelOptions:
 class LearnerOptions:
     """`deedsr train learner`"""
 
+    stage: ClassVar = "learner"
+
     data: Annotated[str, "degradation shards"] = ""
     out: Annotated[str, "checkpoints and the trained learner"] = ""
     init: Annotated[str | None, "initial weights: learner or model of the same geometry; null = random"] = None
@@ -103,6 +105,11 @@ class LearnerOptions:
     train: TrainOptions = field(default_factory=TrainOptions)
     experiment: Annotated[str, "MLflow experiment"] = "deedsr-learner"
     register_as: Annotated[str | None, "name in MLflow's model registry; null = not registered"] = "deedsr-learner"
+
+    @property
+    def unit(self) -> int:
+        """Samples that must share a forward."""
+        return self.contrast.batch_block
 
 
 @dataclass
@@ -128,6 +135,9 @@ class DiffusionOptions:
 @dataclass
 class AdapterOptions:
     """`deedsr train adapter`"""
+
+    stage: ClassVar = "adapter"
+    unit: ClassVar = 1
 
     data: Annotated[str, "degradation shards"] = ""
     learner: Annotated[str, "output of `deedsr train learner`: folder, URI or models:/NAME/VERSION"] = ""
@@ -183,13 +193,15 @@ def check(options: LearnerOptions | AdapterOptions) -> None:
             f"register_as must be a name that MLflow's registry takes, without / and :, and not with quotes of both "
             f"kinds, or null, got {model!r}"
         )
+    if given := worker_range(train.num_workers):
+        for workers in range(given[0], given[1] + 1):  # an elastic run may come to have any number between
+            micro_batch(train, workers, options.unit)
     if isinstance(options, AdapterOptions):
         if {"global", "local"} <= set(options.model.ablate):
             raise UsageError(
                 "model.ablate global and local together leave nothing that tells the base of the LR image: leave out "
                 "one"
             )
-        _check_workers(train, 1)
         return
     block, group = options.contrast.batch_block, options.model.norm_group
     if options.contrast.batch_negatives and block == 1:
@@ -202,7 +214,6 @@ def check(options: LearnerOptions | AdapterOptions) -> None:
         raise UsageError(f"model.norm_group must divide contrast.batch_block ({block}), got {group}")
     if options.model.statistics == [] and options.model.preset == "tiny":
         raise UsageError("model.statistics must not be empty with preset tiny, which has no convolutions: give widths")
-    _check_workers(train, block)
 
 
 def _check_types(options: LearnerOptions | AdapterOptions) -> None:
@@ -213,12 +224,6 @@ def _check_types(options: LearnerOptions | AdapterOptions) -> None:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"] if str(part).isidentifier())
         raise UsageError(f"{key}: {problem['msg']}, got {problem['input']!r}") from None
-
-
-def _check_workers(train: TrainOptions, unit: int) -> None:
-    if given := worker_range(train.num_workers):
-        for workers in range(given[0], given[1] + 1):  # an elastic run may come to have any number between
-            micro_batch(train, workers, unit)
 
 
 def micro_batch(train: TrainOptions, world_size: int, unit: int = 1) -> tuple[int, int]:

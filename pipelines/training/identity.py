@@ -85,17 +85,16 @@ class TrainingRecord:
         fields = {key: value for key, value in vars(self).items() if key != "version" and value is not None}
         self.version = out.write(RECORD, json.dumps(fields, indent=1).encode(), expected=self.version)
 
-    def refuse_differences(self, stage: str, options: LearnerOptions | AdapterOptions, inputs: dict[str, str]) -> None:
+    def refuse_differences(self, options: LearnerOptions | AdapterOptions, inputs: dict[str, str]) -> None:
         """Raises UsageError, naming what differs, where the training is of another stage, configuration or input."""
         where = f"{options.out} holds a training of"
-        if self.stage != stage:
-            raise UsageError(f"{where} the {self.stage}, not of the {stage}: choose another --out")
-        before, now = flatten(self.config), flatten(json.loads(json.dumps(asdict(options))))
+        if self.stage != options.stage:
+            raise UsageError(f"{where} the {self.stage}, not of the {options.stage}: choose another --out")
+        # A training from before there was an option has its default.
+        defaults, now = (flatten(json.loads(json.dumps(asdict(of)))) for of in (type(options)(), options))
+        before = {key: value for key, value in defaults.items() if value != {}} | flatten(self.config)
         # Data, learner, base and initial weights are compared by content: they may have moved.
         same_by_content = MAY_CHANGE | {"data", "learner", "init", "base"}
-        # A training from before there was an option has its default.
-        defaults = flatten(json.loads(json.dumps(asdict(type(options)()))))
-        before = {key: value for key, value in defaults.items() if value != {}} | before
         if before["train.schedule"] == "cosine":
             before["train.schedule_steps"] = recorded_length(self.config)
         differing = sorted(
@@ -117,15 +116,17 @@ class TrainingRecord:
 
 
 def continued(
-    out: Storage, stage: str, options: LearnerOptions | AdapterOptions, inputs: dict[str, str]
-) -> TrainingRecord | None:
-    """The record of what lies in `out`, None where nothing does. Raises UsageError where that is another training."""
-    record = TrainingRecord.read(out)
+    out: Storage, options: LearnerOptions | AdapterOptions, inputs: dict[str, str]
+) -> tuple[TrainingRecord | None, Checkpoint | None]:
+    """The record of what lies in `out`, if anything does, and the last checkpoint where all steps are done and the
+    model is exported. Raises UsageError where it is another training."""
+    record, last = TrainingRecord.read(out), None
     if record:
-        record.refuse_differences(stage, options, inputs)
-    for found in committed(out):
-        refuse_of_others(out, found, record.run_id if record else None)
-    return record
+        record.refuse_differences(options, inputs)
+    for last in committed(out):
+        refuse_of_others(out, last, record.run_id if record else None)
+    done = record and last and options.train.max_steps <= last.step == record.exported
+    return record, last if done else None
 
 
 def refuse_of_others(out: Storage, found: Checkpoint, run_id: str | None) -> None:
@@ -136,16 +137,6 @@ def refuse_of_others(out: Storage, found: Checkpoint, run_id: str | None) -> Non
             f"{out.uri}/{found.folder} is of MLflow run {found.run_id}, and {RECORD} there of {run_id}: choose another "
             "--out, or delete what does not belong there"
         )
-
-
-def finished(
-    out: Storage, record: TrainingRecord | None, options: LearnerOptions | AdapterOptions
-) -> Checkpoint | None:
-    """The last checkpoint where all steps are done and the model is exported."""
-    found = committed(out)[-1:]
-    if record and found and options.train.max_steps <= found[0].step == record.exported:
-        return found[0]
-    return None
 
 
 def weights_digest(folder: Path) -> str:

@@ -41,14 +41,12 @@ class LearnerBatch(TypedDict):
 
 
 class LearnerStage(Stage):
-    name = "learner"
     together = True
 
     def __init__(self, options: LearnerOptions):
         self.options = options
         self.init = Learner(options.init) if options.init else None
         self.models = [self.init] if self.init else []
-        self.unit = options.contrast.batch_block
 
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         torch.manual_seed(self.options.train.seed)

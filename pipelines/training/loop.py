@@ -163,7 +163,7 @@ class Loop:
             state = tensors["state"]
             self.stage.load_state(under(state, "stage."))
             self.losses.load_state(under(state, "losses."))
-        micro, self.accumulation = micro_batch(plan, self.world_size, self.stage.unit)
+        micro, self.accumulation = micro_batch(plan, self.world_size, self.stage.options.unit)
         self.engine = Engine(
             module,
             plan,

@@ -33,10 +33,8 @@ class Stage:
     """One of the two trainings. The loop calls, in this order: `build` once, for every micro-batch `loss`, and once
     per optimizer step `end_step`, or `drop_step` where the step was not taken."""
 
-    name: str
     options: Any  # LearnerOptions or AdapterOptions
     together = False  # the variants of one content stay adjacent in the order of samples
-    unit = 1  # samples that must share a forward
     models: list[Reference]  # that `build` reads
 
     def fetch(self) -> None:
