@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
 import numpy as np
 import pyarrow as pa
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 import deedsr
@@ -65,6 +66,15 @@ class AdapterStage(Stage):
         self.init = Adapter(options.init) if options.init else None
         self.models = [self.base, self.trained_learner, *([self.init] if self.init else [])]
 
+    def network(self, unet: UNet2DConditionModel | None = None, **more: Any) -> DegradationAwareAdapter:
+        """The adapter of `unet`, or of one with the base's geometry."""
+        model = self.options.model
+        unet = unet or UNet2DConditionModel.from_config(
+            UNet2DConditionModel.load_config(self.base.path, subfolder="unet")
+        )
+        dim = DegradationLearner.load_config(self.trained_learner.path)["widths"][-1]
+        return DegradationAwareAdapter.for_unet(unet, model.preset, dim, model.tokens, model.ablate, **more)
+
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         base = self.base.path
         frozen = {"torch_dtype": dtype}
@@ -81,14 +91,7 @@ class AdapterStage(Stage):
             self.learner = freeze(self._trained_learner()).to(device)
         self.scheduler = ddim(load_part(base, "scheduler"))
         torch.manual_seed(self.options.train.seed)
-        self.adapter = DegradationAwareAdapter.for_unet(
-            self.unet,
-            preset=self.options.model.preset,
-            tokens=self.options.model.tokens,
-            degradation_dim=DegradationLearner.load_config(self.trained_learner.path)["widths"][-1],
-            ablate=self.options.model.ablate,
-            prediction_type=self.scheduler.config["prediction_type"],
-        )
+        self.adapter = self.network(self.unet, prediction_type=self.scheduler.config["prediction_type"])
         self.adapter.initialize_from(self.unet)
         if self.init:
             self.adapter.load_state_dict(initial_weights(self.init, self.adapter))

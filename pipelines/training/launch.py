@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from deedsr.errors import UsageError
 from deedsr.metrics.fidelity import PSNR
@@ -43,6 +43,9 @@ from pipelines.training.placement import TrainingPlan, arithmetic, decided, plac
 from pipelines.training.schedules import with_schedule
 from pipelines.training.supervision import WITHOUT_GPUS, progress_bar, supervised
 
+if TYPE_CHECKING:
+    from pipelines.models import Adapter, Learner
+
 logger = logging.getLogger(__name__)
 Options = TypeVar("Options", LearnerOptions, AdapterOptions)
 START_SECONDS = 20  # Ray's 60 are mostly spent waiting for a node that is lost; nothing is lost by asking again
@@ -75,10 +78,7 @@ def train_learner(options: LearnerOptions, *, progress: bool = True) -> TrainRes
     require_best_metric(options, dataset)
     inputs = {"dataset": dataset.digest}
     if init:
-        from pipelines.training.stage import check_initial_learner
-
-        check_initial_learner(init, options)
-        inputs["init"] = weights_digest(init.path)
+        inputs["init"] = _checked(init, options, dataset)
     return Launch(options, dataset, inputs, {}, progress).fit()
 
 
@@ -99,10 +99,7 @@ def train_adapter(options: AdapterOptions, *, progress: bool = True) -> TrainRes
     require_latents_of(dataset, options, base, learner)
     inputs = {"dataset": dataset.digest, "learner": weights_digest(learner.path), "base": base.digest}
     if init:
-        from pipelines.training.stage import check_initial_adapter
-
-        check_initial_adapter(init, options, base, learner)
-        inputs["init"] = weights_digest(init.path)
+        inputs["init"] = _checked(init, options, dataset)
     return Launch(options, dataset, inputs, {"learner": learner.run_id}, progress).fit()
 
 
@@ -123,6 +120,14 @@ def _open(options: LearnerOptions | AdapterOptions) -> Dataset:
         raise UsageError(f"{options.data} has no sample in its train split: the recipe's split leaves none")
     require_hr(dataset)
     return dataset
+
+
+def _checked(init: "Learner | Adapter", options: LearnerOptions | AdapterOptions, dataset: Dataset) -> str:
+    """Digest of initial weights that fit."""
+    from pipelines.training.loop import make_stage
+
+    make_stage(options, dataset).check_init()
+    return weights_digest(init.path)
 
 
 @dataclass

@@ -48,9 +48,12 @@ class LearnerStage(Stage):
         self.init = Learner(options.init) if options.init else None
         self.models = [self.init] if self.init else []
 
+    def network(self) -> DegradationLearner:
+        return DegradationLearner(**learner_config(self.options.model))
+
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         torch.manual_seed(self.options.train.seed)
-        self.learner = DegradationLearner(**learner_config(self.options.model)).to(device)
+        self.learner = self.network().to(device)
         if self.init:
             self.learner.load_state_dict(initial_weights(self.init, self.learner))
         if self.options.train.gradient_checkpointing:

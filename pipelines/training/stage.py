@@ -7,18 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from deedsr.adapter.adapter import DegradationAwareAdapter
 from deedsr.errors import UsageError
 from deedsr.hub.model_folder import load_part
-from deedsr.learner.resnet import DegradationLearner
 from deedsr.presets import LEARNER_PRESETS
 from pipelines.data.dataset import Dataset
-from pipelines.models import Adapter, Base, Learner, Reference
+from pipelines.models import Adapter, Learner, Reference
 from pipelines.training.checkpoint import Checkpoint, Tensors
-from pipelines.training.config import AdapterOptions, LearnerModelOptions, LearnerOptions
+from pipelines.training.config import LearnerModelOptions
 from pipelines.training.engine import Engine
 
 if TYPE_CHECKING:
@@ -36,11 +33,22 @@ class Stage:
     options: Any  # LearnerOptions or AdapterOptions
     together = False  # the variants of one content stay adjacent in the order of samples
     models: list[Reference]  # that `build` reads
+    init: Learner | Adapter | None
 
     def fetch(self) -> None:
         """Bring what `build` reads to this node, which may take longer than a step."""
         for model in self.models:
             _ = model.path
+
+    def check_init(self) -> None:
+        """The UsageError of `initial_weights` before any worker starts."""
+        if self.init:
+            with torch.device("meta"):
+                initial_weights(self.init, self.network())
+
+    def network(self) -> nn.Module:
+        """What trains, with the default initial weights."""
+        raise NotImplementedError
 
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """Make the networks from the options' seed; return the module whose parameters with gradients train."""
@@ -122,7 +130,7 @@ def save_model(like: Any, weights: dict[str, Tensor], folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def initial_weights(init: Learner | Adapter, like: Any) -> dict[str, Tensor]:
+def initial_weights(init: Learner | Adapter, like: Any) -> Weights:
     """State dict of `init` for a module `like` this one (its weights may be on `meta`).
 
     Raises UsageError where there is none or it has another geometry.
@@ -137,23 +145,6 @@ def initial_weights(init: Learner | Adapter, like: Any) -> dict[str, Tensor]:
             "Choose the preset and the base that it was made with, or leave --init out"
         )
     return stored.state_dict()
-
-
-def check_initial_learner(init: Learner, options: LearnerOptions) -> None:
-    """The UsageError of `initial_weights` before any worker starts."""
-    with torch.device("meta"):
-        like = DegradationLearner(**learner_config(options.model))
-    initial_weights(init, like)
-
-
-def check_initial_adapter(init: Adapter, options: AdapterOptions, base: Base, learner: Learner) -> None:
-    """The UsageError of `initial_weights` before any worker starts."""
-    dim = DegradationLearner.load_config(learner.path)["widths"][-1]
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base.path, subfolder="unet"))
-        model = options.model
-        like = DegradationAwareAdapter.for_unet(unet, model.preset, dim, model.tokens, model.ablate)
-    initial_weights(init, like)
 
 
 def learner_config(model: LearnerModelOptions) -> dict[str, Any]:
