@@ -192,7 +192,7 @@ def test_batches_come_in_order_for_any_number_of_threads(small_dataset, tmp_path
     order = SampleOrder(index, dataset.digest, 0, together=False)
 
     def batches(threads: int) -> np.ndarray:
-        read = lambda epoch, row: {"row": np.int64(row), "lr": dataset.read_lr(index, row).lr}
+        read = lambda epoch, row: {"row": np.int64(row), "lr": dataset.read_lr(index, row)[1]}
         steps = {"first_step": 2, "last_step": 12, "global_batch": 8, "micro": 4, "world_size": 2, "rank": 1}
         return np.concatenate([batch["row"] for batch in micro_batches(order, read, threads=threads, **steps)])
 

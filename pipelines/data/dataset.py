@@ -7,7 +7,7 @@ import json
 import os
 import posixpath
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, Self, TypedDict
 
@@ -64,14 +64,6 @@ class Sample(NamedTuple):
     info: SampleInfo
 
 
-class LRSample(NamedTuple):
-    """A sample without its HR."""
-
-    key: str
-    lr: np.ndarray
-    info: SampleInfo
-
-
 class LatentSample(NamedTuple):
     """A sample of a dataset of latents; `lr` (uint8 RGB) only where that holds no degradation vector."""
 
@@ -117,10 +109,6 @@ def _damaged(key: str, uri: str) -> str:
     return f"{uri}: sample {key} is damaged: run `deedsr verify {uri}`"
 
 
-def _directly(storage: Storage, manifest: Manifest) -> Shards:
-    return storage
-
-
 @dataclass(frozen=True)
 class Dataset:
     """A dataset whose generation finished.
@@ -130,7 +118,7 @@ class Dataset:
 
     storage: Storage
     manifest: Manifest
-    through: Callable[[Storage, Manifest], Shards] = _directly
+    through: Callable[[Storage, Manifest], Shards] | None = None
 
     @classmethod
     def open(cls, uri: str) -> "Dataset":
@@ -210,12 +198,11 @@ class Dataset:
 
     @cached_property
     def _shards(self) -> Shards:
-        return self.through(self.storage, self.manifest)
+        return self.through(self.storage, self.manifest) if self.through else self.storage
 
     @cached_property
     def _hr_shards(self) -> Shards:
-        hr = self.hr_dataset()
-        return self.through(hr.storage, hr.manifest)
+        return replace(self.hr_dataset(), through=self.through)._shards
 
     def file(self, name: str) -> bytes:
         """`samples.parquet` or `rejected.jsonl` as the manifest has it. Raises DeeDSRError if it is gone or altered."""
@@ -255,11 +242,11 @@ class Dataset:
         hr_pixels, lr_pixels = (decode_member(data, key, self.uri) for data in (hr, lr))
         return Sample(key, hr_pixels, lr_pixels, json.loads(info))
 
-    def read_lr(self, table: pa.Table, row: int) -> LRSample:
-        """The same without the HR, which is neither read nor decoded."""
+    def read_lr(self, table: pa.Table, row: int) -> tuple[str, np.ndarray]:
+        """Key and LR of a sample; nothing else is read."""
         self.require_pixels()
-        key, (lr, info) = self._members(table, row, ("lr", "json"))
-        return LRSample(key, decode_member(lr, key, self.uri), json.loads(info))
+        key, (lr,) = self._members(table, row, ("lr",))
+        return key, decode_member(lr, key, self.uri)
 
     def read_latents(self, table: pa.Table, row: int) -> LatentSample:
         """The sample in row `row` of the index of a dataset of latents."""

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any, Literal, Self
 
 import torch
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
 
-from deedsr.errors import DeeDSRError, UsageError
+from deedsr.errors import DeeDSRError
 from pipelines.claims import Superseded
 from pipelines.storage import Storage, waiting
 from pipelines.storage.errors import Faulty
@@ -80,8 +80,7 @@ def write(
     """
     for part in PARTS:
         check()
-        data = save(tensors[part])
-        path = f"{checkpoint.folder}/{part}.safetensors"
+        data, path = save(tensors[part]), f"{checkpoint.folder}/{part}.safetensors"
         with ThreadPoolExecutor(1) as hashing:
             hashed = hashing.submit(hashlib.sha256, data)
             out.write(path, data)
@@ -98,12 +97,9 @@ def write(
         out.write(path, data)
     check()
     out.write(f"{checkpoint.folder}/{RECORD}", json.dumps(asdict(checkpoint)).encode())
-    _drop_others(out, {c.folder for c in keep.kept(committed(out))}, checkpoint)
-
-
-def _drop_others(out: Storage, kept: set[str], newest: Checkpoint) -> None:
+    kept = {c.folder for c in keep.kept(committed(out))}
     paths = [e.path for e in out.list("checkpoints/")]
-    gone = [p for p in paths if (folder := p.rpartition("/")[0]) not in kept and folder <= newest.folder]
+    gone = [p for p in paths if (folder := p.rpartition("/")[0]) not in kept and folder <= checkpoint.folder]
     # The commit records go first: a half-deleted checkpoint no longer counts.
     out.delete_many(sorted(gone, key=lambda path: not path.endswith(f"/{RECORD}")))
 
@@ -144,14 +140,13 @@ def read_step(out: Storage, step: int) -> tuple[Checkpoint, Tensors]:
 
 def read(out: Storage, checkpoint: Checkpoint) -> Tensors:
     """The tensors of a committed checkpoint. FileNotFoundError or ValueError where it is damaged."""
-    return {part: _read(out, checkpoint, part) for part in PARTS}
-
-
-def _read(out: Storage, checkpoint: Checkpoint, part: str) -> dict[str, Tensor]:
-    data = out.read(f"{checkpoint.folder}/{part}.safetensors")
-    if hashlib.sha256(data).hexdigest() != checkpoint.sha256[part]:
-        raise ValueError(f"{part}.safetensors does not match its SHA-256")
-    return load(data)
+    tensors: Tensors = {}
+    for part in PARTS:
+        data = out.read(f"{checkpoint.folder}/{part}.safetensors")
+        if hashlib.sha256(data).hexdigest() != checkpoint.sha256[part]:
+            raise ValueError(f"{part}.safetensors does not match its SHA-256")
+        tensors[part] = load(data)
+    return tensors
 
 
 class WriterThread:
@@ -165,7 +160,7 @@ class WriterThread:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is not None:
             self._given_up.set()
         self._pool.shutdown(wait=kind is None)
@@ -237,9 +232,8 @@ class Writer(WriterThread):
             if self.out.local_path("") is not None:  # of a full disk; elsewhere the next commit drops it
                 with contextlib.suppress(DeeDSRError):
                     self._check()
-                    self.out.delete_many([f"{checkpoint.folder}/{part}.safetensors" for part in PARTS])
-            kind = UsageError if isinstance(error, UsageError) else DeeDSRError
-            raise kind(f"the checkpoint of step {checkpoint.step} could not be written: {error}") from error
+                    self.out.delete_many(f"{checkpoint.folder}/{part}.safetensors" for part in PARTS)
+            raise DeeDSRError(f"the checkpoint of step {checkpoint.step} could not be written: {error}") from error
 
 
 def read_agreed(out: Storage, device: torch.device) -> tuple[Checkpoint, Tensors] | None:
@@ -248,23 +242,24 @@ def read_agreed(out: Storage, device: torch.device) -> tuple[Checkpoint, Tensors
     Raises the DeeDSRError of rank 0 on every worker, and one where a worker cannot read what rank 0 has chosen.
     """
     rank = dist.get_rank()
-    mine, error = None, None
+    found: tuple[Checkpoint, Tensors] | None = None
+    chosen: list[Any] = [None]
+    if rank == 0:
+        try:
+            found = read_latest(out)
+            chosen = [found and found[0]]
+        except DeeDSRError as error:
+            chosen = [error]
+    dist.broadcast_object_list(chosen, src=0, device=device)
+    [last] = chosen
+    if isinstance(last, DeeDSRError):
+        raise last
+    if rank == 0 or last is None:
+        return found
     try:
-        mine = read_latest(out)
-    except DeeDSRError as reason:
-        error = reason
-    said: list[Any] = [error or (mine and mine[0])]
-    dist.broadcast_object_list(said, src=0, device=device)
-    chosen = said[0]
-    if isinstance(chosen, DeeDSRError):
-        raise chosen
-    if chosen is None or (mine and mine[0].sha256 == chosen.sha256 and mine[0].step == chosen.step):
-        return mine if chosen else None
-    mine = None  # another one than rank 0's: its memory is needed
-    try:
-        return chosen, read(out, chosen)
+        return last, read(out, last)
     except (FileNotFoundError, ValueError) as reason:
         raise DeeDSRError(
-            f"worker {rank} cannot read {out.uri}/{chosen.folder}, from which worker 0 continues ({reason}): "
+            f"worker {rank} cannot read {out.uri}/{last.folder}, from which worker 0 continues ({reason}): "
             f"{out.uri} must be the same storage on every node"
         ) from reason

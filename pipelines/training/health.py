@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from enum import Enum
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -218,7 +217,7 @@ class Watchdog:
         self._arm(FIRST_STEPS * self.seconds)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(self, *error: object) -> None:
         faulthandler.cancel_dump_traceback_later()
 
 

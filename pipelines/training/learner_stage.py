@@ -66,9 +66,9 @@ class LearnerStage(Stage):
 
     def sample(self, dataset: Dataset, index: pa.Table, row: int, epoch: int) -> dict[str, Any]:
         """Two quadrants of one LR image, drawn anew each epoch."""
-        sample = dataset.read_lr(index, row)
-        rng = generator("quadrants", self.options.train.seed, epoch, sample.key)
-        query, key = quadrant_pair(sample.lr.transpose(2, 0, 1), rng)
+        name, lr = dataset.read_lr(index, row)
+        rng = generator("quadrants", self.options.train.seed, epoch, name)
+        query, key = quadrant_pair(lr.transpose(2, 0, 1), rng)
         group = index["degradation_group"][row].as_py()
         return {
             "query": query,
