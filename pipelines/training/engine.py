@@ -82,13 +82,17 @@ class Engine:
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.averaged = bool(averages)
         self._make_optimizer_state(optimizer_state or {}, averages or {}, bool(options.ema_decay))
-        self.exact = None
-        if options.exact_sums:
-            self.exact = ExactSum(parameters, [_shape(p) for p in parameters], self.device)
+        self.exact = bool(options.exact_sums)
+        if self.exact:  # sums of what every backward leaves at each parameter, 8 bytes per element
+            sizes = [_shape(p).numel() for p in parameters]
+            self._sum_N = torch.zeros(sum(sizes), dtype=torch.float64, device=self.device)
+            self._sums = [part.view(_shape(p)) for part, p in zip(self._sum_N.split(sizes), parameters, strict=True)]
+            for p, part in zip(parameters, self._sums, strict=True):
+                p.register_hook(partial(_add, part))
             self._omit_reduction()
             if self.stage != 3:
-                for part in module.modules():
-                    part.register_forward_pre_hook(_apart)
+                for module_part in module.modules():
+                    module_part.register_forward_pre_hook(_apart)
 
     @property
     def module(self) -> nn.Module:
@@ -103,7 +107,8 @@ class Engine:
         return self.engine(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
-        self.engine.backward(loss, scale_wrt_gas=self.exact is None)
+        # An exact sum is not of losses divided by the number of micro-batches: each division would be rounded.
+        self.engine.backward(loss, scale_wrt_gas=not self.exact)
 
     def accumulate(self) -> None:
         """After the `backward` of every micro-batch but the last one of an optimizer step."""
@@ -118,23 +123,25 @@ class Engine:
         self.base_optimizer.take = take
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        if self.exact is not None:
-            gradients, self._norm = self.exact.mean(self.micro_batches, self.clip)
+        if self.exact:
+            self._norm = float(self.sum(self._sum_N).div_(self.micro_batches).norm())
+            if 0 < self.clip < self._norm:
+                self._sum_N.mul_(self.clip / self._norm)
             self.base_optimizer.take = take = take and math.isfinite(self._norm)
             if not take:  # DeepSpeed shall see nothing that it reads as an overflow
-                self.exact.clear()
-            for (_, p), gradient in zip(self.named, gradients, strict=True):
+                self._sum_N.zero_()
+            for (_, p), gradient in zip(self.named, self._sums, strict=True):
                 self._set_gradient(p, gradient)
             self.engine.step()
-            self.exact.clear()
+            self._sum_N.zero_()
             return take
         if self.stage == 0:
             gradients = [p.grad for _, p in self.named if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
+            norm = nn.utils.get_total_norm(gradients)
             self._norm = float(norm)
             self.base_optimizer.take = take = take and math.isfinite(self._norm)
             if self.clip:
-                torch.nn.utils.clip_grads_with_norm_([p for _, p in self.named], self.clip, norm)
+                nn.utils.clip_grads_with_norm_([p for _, p in self.named], self.clip, norm)
             self.engine.step()
             return take
         self.engine.step()  # leaves out by itself a step whose gradient has no finite norm
@@ -311,34 +318,6 @@ def _import_deepspeed(device: torch.device) -> Any:
         if "deepspeed_shm_comm" in compatible:
             compatible["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-class ExactSum:
-    """Sums what every backward leaves at `parameters`, micro-batch after micro-batch; 8 bytes per element.
-
-    The losses must not be divided by the number of micro-batches: that division is rounded, `mean` makes it once.
-    """
-
-    def __init__(self, parameters: list[nn.Parameter], shapes: list[torch.Size], device: torch.device):
-        sizes = [shape.numel() for shape in shapes]
-        self._sum_N = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
-        self._parts = [part.view(shape) for part, shape in zip(self._sum_N.split(sizes), shapes, strict=True)]
-        for parameter, part in zip(parameters, self._parts, strict=True):
-            parameter.register_hook(partial(_add, part))
-
-    def mean(self, micro_batches: int, clip: float = 0.0) -> tuple[list[Tensor], float]:
-        """Mean gradients over `micro_batches` of all workers, float64, with norm `clip` at most (0: any), and the norm
-        before clipping. A collective, to be called once per optimizer step; the tensors hold until `clear`.
-        """
-        if dist.get_world_size() > 1:
-            dist.all_reduce(self._sum_N)
-        norm = float(self._sum_N.div_(micro_batches).norm())
-        if 0 < clip < norm:
-            self._sum_N.mul_(clip / norm)
-        return self._parts, norm
-
-    def clear(self) -> None:
-        self._sum_N.zero_()
 
 
 def _add(total: Tensor, gradient: Tensor) -> None:

@@ -7,9 +7,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from functools import cached_property, partial
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import psutil
@@ -21,6 +21,7 @@ from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
@@ -29,7 +30,7 @@ from deedsr.errors import DeeDSRError, UsageError
 from pipelines.claims import Superseded
 from pipelines.data.dataset import Dataset
 from pipelines.models import usable_device
-from pipelines.storage import Storage, open_storage, require_here
+from pipelines.storage import open_storage, require_here
 from pipelines.training.health import Ended, Moved, Stop, Untrainable, Unwritable, listen, terminated
 from pipelines.training.identity import Claim
 from pipelines.training.loop import Loop, make_stage
@@ -140,31 +141,16 @@ class Asked:
         self._lock = threading.Lock()  # the loop asks, and while it waits for storage another thread
 
     def __call__(self) -> Stop:
-        if self.rank == 0 and self._last is not Stop.END:
-            with self._lock:
-                self._last = self._answered() or self._last
+        with self._lock:
+            if self.rank == 0 and self._last is not Stop.END:
+                self._answer = self._answer or self.progress.stop.remote()
+                if ray.wait([self._answer], timeout=0)[0]:
+                    self._last, self._answer = ray.get(self._answer) or self._last, None
         if self._last is Stop.END:
             return Stop.END
-        return Stop.MOVE if self._last or self._node_is_drained() else terminated()
-
-    def _answered(self) -> Stop:
-        if self._answer is None:
-            self._answer = self.progress.stop.remote()
-        ready, _ = ray.wait([self._answer], timeout=0)
-        if not ready:
-            return Stop.NO
-        answer, self._answer = self._answer, None
-        return ray.get(answer)
-
-    @cached_property
-    def _preemption(self) -> Any:
         # ray.train.get_preemption_info() is a barrier of all workers; the loop agrees by itself.
-        from ray.train.v2._internal.execution.context import get_train_context
-
-        return get_train_context().preemption_context
-
-    def _node_is_drained(self) -> bool:
-        return self._preemption.preemption_info is not None
+        drained = get_train_context().preemption_context.preemption_info is not None
+        return Stop.MOVE if self._last or drained else terminated()
 
 
 class RestartPolicy(DefaultFailurePolicy):
@@ -212,9 +198,8 @@ class GroupWatch(ControllerCallback):
         self._state = ""
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        # As `ScalingPolicy` names itself.
-        requester = f"train-{train_run_context.run_id}"
-        self.progress.controlled.remote(ray.get_runtime_context().current_actor, requester)
+        # `train-...`: as `ScalingPolicy` names itself.
+        self.progress.controlled.remote(ray.get_runtime_context().current_actor, f"train-{train_run_context.run_id}")
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         name = current_state._state_type.state_name
@@ -270,16 +255,12 @@ def train_worker(config: dict[str, Any]) -> str | None:
     finally:
         if run is not None:
             run.close()
-            with suppress(Superseded):
+            try:
                 claim.check()
-                _keep(out, record_part(run.logged(), claim.attempt))
+                for path, data in record_part(run.logged(), claim.attempt).items():
+                    out.write(path, data)
+            except Superseded:
+                pass
+            except DeeDSRError as error:
+                logger.warning("metrics since the last checkpoint could not be kept: %s", error)
     return None
-
-
-def _keep(out: Storage, files: Mapping[str, bytes]) -> None:
-    """The end of the record of metrics, behind the last checkpoint."""
-    try:
-        for path, data in files.items():
-            out.write(path, data)
-    except DeeDSRError as error:
-        logger.warning("metrics since the last checkpoint could not be kept: %s", error)

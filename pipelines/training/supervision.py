@@ -77,12 +77,9 @@ class Progress:
         """Whether workers are running, and so can checkpoint."""
         self.working = working
 
-    def group(self) -> tuple[Any, bool]:
-        """The controller, None before it has started, and whether its workers are running."""
-        return self.controller, self.working
-
-    def reserved_by(self) -> str:
-        return self.requester
+    def group(self) -> tuple[Any, str, bool]:
+        """The controller, None before it has started, its name in requests, and whether its workers are running."""
+        return self.controller, self.requester, self.working
 
     def look(self) -> tuple[int, dict[str, float], list[str]]:
         messages, self.messages = self.messages, []
@@ -188,7 +185,7 @@ def _awaited(
 
     waiting: cluster.Waiting | None = None
     while not wait([outcome], POLL_SECONDS).done:
-        controller, working = ray.get(progress.group.remote())
+        controller, _, working = ray.get(progress.group.remote())
         if controller is None:  # not started yet
             continue
         waiting = None if working else waiting or cluster.Waiting(plan, WITHOUT_GPUS if plan.gpus else "")
@@ -214,8 +211,7 @@ def _ending_controller(progress: Any) -> Iterator[None]:
         import ray
 
         with suppress(Exception):  # it has ended by itself, or Ray is gone
-            asked = [progress.group.remote(), progress.reserved_by.remote()]
-            (controller, _), requester = ray.get(asked, timeout=_ANSWER_SECONDS)
+            controller, requester, _ = ray.get(progress.group.remote(), timeout=_ANSWER_SECONDS)
             if controller is not None:
                 ray.kill(controller)
                 coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
