@@ -102,6 +102,7 @@ class AdapterStage(Stage):
         if self.options.train.compile:
             compile_blocks(self.adapter.blocks())
         self.latent_channels = int(self.unet.config["in_channels"])
+        self.timesteps = self.options.diffusion.timesteps(self.scheduler.config["num_train_timesteps"])
         return self.adapter
 
     def _trained_learner(self) -> DegradationLearner:
@@ -174,12 +175,6 @@ class AdapterStage(Stage):
     def loss(self, model: Callable[..., Tensor], batch: AdapterBatch) -> tuple[Tensor, dict[str, Tensor]]:
         loss_B = self.losses(model, batch)
         return loss_B.mean(), by_timestep(loss_B.detach(), batch["timestep"], self.timesteps)
-
-    @property
-    def timesteps(self) -> int:
-        """Timesteps from 0 to below this one are trained."""
-        steps = self.scheduler.config["num_train_timesteps"]
-        return min(self.options.diffusion.max_timestep or steps, steps)
 
     def losses(self, model: Callable[..., Tensor], batch: AdapterBatch) -> Tensor:
         """The loss of each sample (B,), in fp32 whatever the networks compute in."""

@@ -131,6 +131,10 @@ class DiffusionOptions:
     noise_guidance: Annotated[Share, "maximum blend of the LR latent into the noisy latent; 0 = off"] = 0.0
     snr_gamma: Annotated[NonNegativeFloat, "min-SNR weighting, min(SNR, gamma) on the clean latent; 0 = off"] = 0.0
 
+    def timesteps(self, steps: int) -> int:
+        """Timesteps from 0 to below this one are trained. `steps`: of the base's schedule."""
+        return min(self.max_timestep or steps, steps)
+
 
 @dataclass
 class AdapterOptions:

@@ -119,6 +119,7 @@ def _open(options: LearnerOptions | AdapterOptions) -> Dataset:
     if dataset.index("train").num_rows == 0:
         raise UsageError(f"{options.data} has no sample in its train split: the recipe's split leaves none")
     require_hr(dataset)
+    warn_of_idle(options, dataset)
     return dataset
 
 
@@ -144,7 +145,6 @@ class Launch:
         out = open_storage(self.options.out)
         began = TrainingRecord.read(out)
         self.options = with_schedule(self.options, began.config if began else None)
-        warn_of_idle(self.options, self.dataset)
         record, done = continued(out, self.options, self.inputs)
         if not (record and done and record.published == done.step):
             with held(Claim(out)) as claim:
