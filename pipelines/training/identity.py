@@ -8,6 +8,7 @@ of the inputs and the MLflow run; a continuation may change what `MAY_CHANGE` na
 
 import hashlib
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -97,22 +98,21 @@ class TrainingRecord:
         same_by_content = MAY_CHANGE | {"data", "learner", "init", "base"}
         if before["train.schedule"] == "cosine":
             before["train.schedule_steps"] = recorded_length(self.config)
-        differing = sorted(
-            k for k in before.keys() | now.keys() if k not in same_by_content and before.get(k) != now.get(k)
-        )
-        lines = [f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in differing]
+        lines = _differences({k: before.get(k) for k in before | now if k not in same_by_content}, now, repr)
         had = self.inputs
         if "base" in inputs and "base" not in had:  # a training from before the digest was kept: by name
             inputs = {name: digest for name, digest in inputs.items() if name != "base"}
-            name, given = before["base"].partition("@")[0], now["base"].partition("@")[0]
-            lines += [f"base was {name!r}, is {given!r}"] if name != given else []
-        lines += [
-            f"{k} was {had.get(k)}, is {inputs.get(k)}" for k in sorted(had | inputs) if had.get(k) != inputs.get(k)
-        ]
+            name, given = ({"base": values["base"].partition("@")[0]} for values in (before, now))
+            lines += _differences(name, given, repr)
+        lines += _differences({k: had.get(k) for k in had | inputs}, inputs, str)
         if lines:
             raise UsageError(
                 f"{where} another configuration: {'; '.join(lines)}. Choose another --out, or the old values"
             )
+
+
+def _differences(had: Mapping[str, Any], now: Mapping[str, Any], text: Callable[[Any], str]) -> list[str]:
+    return [f"{k} was {text(had[k])}, is {text(now.get(k))}" for k in sorted(had) if had[k] != now.get(k)]
 
 
 def continued(

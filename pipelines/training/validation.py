@@ -19,6 +19,7 @@ from torch import Tensor
 from deedsr.dataset.keys import generator
 from deedsr.metrics import psnr_y
 from pipelines.data.dataset import Dataset
+from pipelines.data.loader import stacked
 from pipelines.reports.page import picture_name, strip
 from pipelines.training.engine import Engine
 from pipelines.training.stage import Stage
@@ -82,8 +83,8 @@ class Validation:
 
     def _rows(self, rows: list[int]) -> Tensor:
         samples = [self.fixed.sample(self.dataset, self.index, row, DRAWS) for row in rows]
-        batch = {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in samples[0]}
-        return self.stage.validation_step(self.engine, {name: t.to(self.engine.device) for name, t in batch.items()})
+        batch = {name: t.to(self.engine.device) for name, t in stacked(samples).items()}
+        return self.stage.validation_step(self.engine, batch)
 
     def _pictures(self, step: int, run: "Run | None") -> dict[str, float]:
         """Sampled pictures beside what they came from and should be; PSNR of Y, of them and of bicubic ones."""
