@@ -102,11 +102,11 @@ def decode_member(data: bytes, key: str, uri: str) -> np.ndarray:
     try:
         return decode_stored(data)
     except ValueError:
-        raise DeeDSRError(_damaged(key, uri)) from None
+        raise damaged(key, uri) from None
 
 
-def _damaged(key: str, uri: str) -> str:
-    return f"{uri}: sample {key} is damaged: run `deedsr verify {uri}`"
+def damaged(key: str, uri: str) -> DeeDSRError:
+    return DeeDSRError(f"{uri}: sample {key} is damaged: run `deedsr verify {uri}`")
 
 
 @dataclass(frozen=True)
@@ -233,11 +233,10 @@ class Dataset:
         Raises UsageError if the dataset holds latents.
         """
         self.require_pixels()
-        shard, hr_shard = (table[name][row].as_py() for name in ("shard", "hr_shard"))
-        if shard == hr_shard:
+        if table["shard"][row].as_py() == table["hr_shard"][row].as_py():
             key, (hr, lr, info) = self._members(table, row, ("hr", "lr", "json"))
         else:
-            key, (hr,) = self._members(table, row, ("hr",), self._hr_shards, hr_shard)
+            _, (hr,) = self._members(table, row, ("hr",), of_hr=True)
             key, (lr, info) = self._members(table, row, ("lr", "json"))
         hr_pixels, lr_pixels = (decode_member(data, key, self.uri) for data in (hr, lr))
         return Sample(key, hr_pixels, lr_pixels, json.loads(info))
@@ -257,26 +256,22 @@ class Dataset:
         try:
             latents = unpack(packed)
         except ValueError:
-            raise DeeDSRError(_damaged(key, self.uri)) from None
+            raise damaged(key, self.uri) from None
         return LatentSample(key, latents, decode_member(lr[0], key, self.uri) if lr else None)
 
     def _members(
-        self,
-        table: pa.Table,
-        row: int,
-        members: tuple[str, ...],
-        shards: Shards | None = None,
-        shard: str | None = None,
+        self, table: pa.Table, row: int, members: tuple[str, ...], of_hr: bool = False
     ) -> tuple[str, list[bytes]]:
-        shards, shard = shards or self._shards, shard or table["shard"][row].as_py()
-        key = table["key"][row].as_py()
+        """Key and members of a sample; `of_hr`: from the dataset that holds the HR."""
+        shards = self._hr_shards if of_hr else self._shards
+        shard, key = table["hr_shard" if of_hr else "shard"][row].as_py(), table["key"][row].as_py()
         spans = [(table[f"{name}_offset"][row].as_py(), table[f"{name}_size"][row].as_py()) for name in members]
         (start, _), (last, size) = spans[0], spans[-1]  # a sample's members lie one after the other
         try:
             data = read_member(shards, shard, start, last + size - start)
         except MissingShard:
             source = self.manifest.hr_from
-            if source and shards.uri != self.uri and self.hr_dataset().digest != source.digest:
+            if of_hr and source and self.hr_dataset().digest != source.digest:
                 raise DeeDSRError(self.hr_is_gone(f"{shard} with the HR of sample {key} is gone")) from None
             raise
         return key, [data[offset - start : offset - start + size] for offset, size in spans]

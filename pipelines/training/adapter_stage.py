@@ -88,7 +88,8 @@ class AdapterStage(Stage):
             self.vae_factor = self.latents.factor
         if self.latents is None or self.latents.learner is None:
             # The learner stays in fp32: its vectors are computed once per image, and its statistics do not fit bf16.
-            self.learner = freeze(self._trained_learner()).to(device)
+            learner = DegradationLearner.from_pretrained(self.trained_learner.path, low_cpu_mem_usage=False)
+            self.learner = freeze(learner).to(device)
         self.scheduler = ddim(load_part(base, "scheduler"))
         torch.manual_seed(self.options.train.seed)
         self.adapter = self.network(self.unet, prediction_type=self.scheduler.config["prediction_type"])
@@ -105,9 +106,6 @@ class AdapterStage(Stage):
         self.timesteps = self.options.diffusion.timesteps(self.scheduler.config["num_train_timesteps"])
         return self.adapter
 
-    def _trained_learner(self) -> DegradationLearner:
-        return DegradationLearner.from_pretrained(self.trained_learner.path, low_cpu_mem_usage=False)
-
     def sample(self, dataset: Dataset, index: pa.Table, row: int, epoch: int) -> dict[str, Any]:
         """The whole LR for the learner; an aligned LR/HR crop, a timestep and the noise for the denoiser. Of latents:
         the vector, and crops of the latents at the nearest cells."""
@@ -120,13 +118,8 @@ class AdapterStage(Stage):
         lr = sample.lr[top : top + rows, left : left + columns]
         s = self.scale
         hr = sample.hr[s * top : s * (top + rows), s * left : s * (left + columns)]
-        return {
-            "lr": _planes(sample.lr),
-            "lr_crop": _planes(lr),
-            "hr_crop": _planes(hr),
-            "encoding_noise": draws.encoding_noise,
-            **draws.questions,
-        }
+        planes = {"lr": _planes(sample.lr), "lr_crop": _planes(lr), "hr_crop": _planes(hr)}
+        return {**planes, "encoding_noise": draws.encoding_noise, **draws.questions}
 
     def _sample_latents(self, dataset: Dataset, index: pa.Table, row: int, epoch: int) -> dict[str, Any]:
         key, stored, lr = dataset.read_latents(index, row)
@@ -209,14 +202,13 @@ class AdapterStage(Stage):
         return pipeline
 
     def export(self, folder: Path, trained: Weights, state: Weights, history: dict[str, Any] | None = None) -> None:
-        learner = self._trained_learner()
+        learner = DegradationLearner.from_pretrained(self.trained_learner.path, low_cpu_mem_usage=False)
         save_model(self.adapter, trained, folder / "adapter")
         save_model(learner, learner.state_dict(), folder / "learner")
-        configuration = asdict(self.options)
         training = (history or {}) | {
             "learner": self.trained_learner.digest,
             "prediction_type": self.scheduler.config["prediction_type"],
-            "configuration": {part: configuration[part] for part in ("model", "diffusion", "train")},
+            "configuration": {part: asdict(getattr(self.options, part)) for part in ("model", "diffusion", "train")},
             "created_by": f"deedsr {deedsr.__version__}",
         }
         lineage = {"base": self.options.base, "license": self.options.license, "training": training}
