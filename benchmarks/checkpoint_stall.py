@@ -75,7 +75,7 @@ def main() -> None:
 
         chosen, clock = options(arguments, f"{folder}/out"), Clock()
         dataset = Dataset.open(chosen.data)
-        Loop(make_stage(chosen, dataset), chosen, dataset, torch.device("cpu"), clock).train()
+        Loop(make_stage(chosen, dataset), dataset, torch.device("cpu"), clock).train()
         torch.distributed.destroy_process_group()
         records = sorted(Path(folder).glob("out/checkpoints/*/checkpoint.json"))
         committed = {json.loads(r.read_text())["step"]: r.stat().st_mtime for r in records}

@@ -19,7 +19,7 @@ from pipelines.data.dataset import Dataset
 from pipelines.data.order import SampleOrder
 from pipelines.storage import open_storage, publish
 from pipelines.training import checkpoint
-from pipelines.training.health import WINDOW, LossWindow, Records
+from pipelines.training.health import WINDOW, LossWindow, record_of_skipped
 
 
 def model(out: Path) -> bytes:
@@ -146,9 +146,9 @@ def test_a_bad_step_while_storage_is_away_stops_nothing_and_its_record_follows(
 
 def test_a_record_that_can_never_be_written_is_left_out_with_a_warning(tmp_path, caplog):
     (tmp_path / "incidents").write_text("a file where a folder must be")
-    with Records(open_storage(str(tmp_path))) as records:
-        records.add(3, {"reason": "the loss is nan"}, {"x": torch.zeros(2)}, 0)
-        records.wait()
+    files = record_of_skipped(3, {"reason": "the loss is nan"}, {"x": torch.zeros(2)}, 0)
+    with checkpoint.Writer(open_storage(str(tmp_path)), checkpoint.Keep(1)) as writer:
+        writer.record(3, files)
     assert "there is no record of step 3" in caplog.text
 
 
@@ -303,7 +303,7 @@ said = []
 asked = lambda: Stop.END if said else Stop.NO  # the user hears of it on rank 0 alone, and ends the run
 try:
     dataset = Dataset.open(options.data)
-    Loop(LearnerStage(options), options, dataset, torch.device("cpu"), None, asked=asked, say=said.append).train()
+    Loop(LearnerStage(options), dataset, torch.device("cpu"), None, asked=asked, say=said.append).train()
 except Unwritable as error:
     print(json.dumps([said[:1], str(error)]))
 torch.distributed.destroy_process_group()

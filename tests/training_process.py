@@ -139,7 +139,7 @@ def work(
     stage.end_step, stage.drop_step = ended(end_step), ended(drop_step)
     health.listen()
     run = Curve(folder) if rank == 0 else None
-    Loop(stage, options, dataset, torch.device("cpu"), run, asked=health.terminated).train()
+    Loop(stage, dataset, torch.device("cpu"), run, asked=health.terminated).train()
     torch.distributed.destroy_process_group()
 
 
@@ -277,7 +277,7 @@ for kind, tree in json.loads(sys.argv[1]):
     stage.loss = loss
     stage.build = lambda device, dtype, build=stage.build: build(device, wide)
     curve = Curve()
-    Loop(stage, options, dataset, torch.device("cpu"), curve).train()
+    Loop(stage, dataset, torch.device("cpu"), curve).train()
     curves.append(curve)
 if dist.get_rank() == 0:
     print("CURVES" + json.dumps(curves))

@@ -149,28 +149,12 @@ def read(out: Storage, checkpoint: Checkpoint) -> Tensors:
     return tensors
 
 
-class WriterThread:
-    """A thread that writes to storage while training goes on. Used as a context; leaving it by an exception gives up
-    what is still tried."""
-
-    def __init__(self, name: str):
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
-        self._given_up = threading.Event()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if kind is not None:
-            self._given_up.set()
-        self._pool.shutdown(wait=kind is None)
-
-
-class Writer(WriterThread):
-    """Writes checkpoints on a thread while training goes on, one at a time.
+class Writer:
+    """Writes checkpoints, one at a time, and records of skipped steps on a thread while training goes on.
 
     What fails is tried again for as long as `pipelines.storage.waiting` says; then `start` or `wait` raises it, and
-    `failure` returns it. `check`: see `write`. `say` gets the lines on what is waited for.
+    `failure` returns it. `check`: see `write`. `say` gets the lines on what is waited for. A context, in which an
+    exception gives up what is still tried.
     """
 
     def __init__(
@@ -180,10 +164,40 @@ class Writer(WriterThread):
         check: Callable[[], object] = lambda: None,
         say: Callable[[str], object] = logger.warning,
     ):
-        super().__init__("checkpoint")
         self.out, self.keep, self._check, self._say = out, keep, check, say
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._given_up = threading.Event()
         self._running: Future[None] | None = None
+        self._records: list[Future[None]] = []
         self.failing = False  # what is being written had to be tried again
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is not None:
+            self._given_up.set()
+        self._pool.shutdown(wait=kind is None)
+
+    def record(self, step: int, files: Mapping[str, bytes]) -> None:
+        """Begin to write what is kept of a skipped step; dropped with a warning where storage does not take it."""
+        self._records.append(self._pool.submit(self._record, step, files))
+
+    def _record(self, step: int, files: Mapping[str, bytes]) -> None:
+        def write_all() -> None:
+            for path, data in files.items():
+                self._check()
+                self.out.write(path, data)
+
+        try:
+            with waiting.within(over=self._given_up):
+                waiting.patiently(write_all)
+        except DeeDSRError as error:
+            logger.warning("there is no record of step %d, which was not taken: %s", step, error)
+
+    def wait_for_records(self) -> None:
+        """Until they are written or dropped."""
+        wait(self._records)
 
     def start(
         self, checkpoint: Checkpoint, tensors: Tensors, beside: Mapping[str, bytes] = MappingProxyType({})

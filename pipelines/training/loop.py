@@ -21,7 +21,7 @@ from pipelines.storage import open_storage, publish, waiting
 from pipelines.storage.errors import FAILURES
 from pipelines.storage.lock import scratch_folder
 from pipelines.training import checkpoint
-from pipelines.training.config import AdapterOptions, LearnerOptions, micro_batch
+from pipelines.training.config import AdapterOptions, LearnerOptions, TrainOptions, micro_batch
 from pipelines.training.engine import Engine, on_cpu
 from pipelines.training.health import (
     MOST_IN_A_ROW,
@@ -29,11 +29,11 @@ from pipelines.training.health import (
     Ended,
     LossWindow,
     Moved,
-    Records,
     Stop,
     Untrainable,
     Unwritable,
     Watchdog,
+    record_of_skipped,
 )
 from pipelines.training.identity import Claim
 from pipelines.training.metrics import Meter, record_part
@@ -75,7 +75,7 @@ class Loop:
         run: where rank 0 logs metrics; None on the others.
         report: gets each logged step and its numbers, on rank 0.
         asked: whether this worker is to stop. Once one is, all checkpoint after the same step and raise Moved or Ended.
-        claim: of these workers on `options.out`; rank 0 raises Superseded before it would write there when it is
+        claim: of these workers on `--out`; rank 0 raises Superseded before it would write there when it is
             another's.
         say: gets a line every half minute while storage is waited for.
     """
@@ -83,7 +83,6 @@ class Loop:
     def __init__(
         self,
         stage: Stage,
-        options: LearnerOptions | AdapterOptions,
         dataset: Dataset,
         device: torch.device,
         run: "Run | None",
@@ -93,11 +92,11 @@ class Loop:
         say: Callable[[str], Any] = logger.warning,
     ):
         self.stage, self.device, self.run = stage, device, run
-        self.plan = options.train
+        self.plan: TrainOptions = stage.options.train
         if self.plan.exact_sums is None:  # not by a command, which decides before it records the run
             self.plan = decided(self.plan, device.type == "cuda")
         self.report, self.asked, self.say = report, asked, say
-        self.out = open_storage(options.out)
+        self.out = open_storage(stage.options.out)
         self.check = claim.check if claim else lambda: None
         self.run_id, self.attempt = (claim.run_id, claim.attempt) if claim else ("", 0)
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -109,7 +108,6 @@ class Loop:
         store = torch.distributed.distributed_c10d._get_default_store()  # torch has no other name for it
         self.blocked = BlockedReads(self.watchdog, store, self.rank, asked, say)
         self.writer = checkpoint.Writer(self.out, keep, self.check, say)
-        self.records = Records(self.out, self.check)
         self.shards = ShardCache(int(self.plan.cache_gb * 1e9))
         self.dataset = replace(dataset, through=self.shards.open)
 
@@ -128,7 +126,7 @@ class Loop:
             Unwritable: storage takes no checkpoint.
         """
         plan = self.plan
-        with self.watchdog, self.blocked, self.writer, self.records, self.shards:
+        with self.watchdog, self.blocked, self.writer, self.shards:
             self.restore()
             for step in range(self.first_step + 1, plan.max_steps + 1):
                 micro = self.gradients()
@@ -153,14 +151,14 @@ class Loop:
         module = self.stage.build(self.device, torch.bfloat16 if plan.precision == "bf16" else torch.float32)
         with self.blocked.reading():
             found = checkpoint.read_agreed(self.out, self.device)
-        if found:
-            last, tensors = found
+        last, tensors = found or (None, dict.fromkeys(checkpoint.PARTS, {}))
+        state = tensors["state"]
+        if last:
             self.first_step, self.loss_value, self.latest = last.step, last.loss, last.metrics
             with torch.no_grad():
                 for name, parameter in module.named_parameters():
                     if parameter.requires_grad:
                         parameter.copy_(tensors["trained"][name])
-            state = tensors["state"]
             self.stage.load_state(under(state, "stage."))
             self.losses.load_state(under(state, "losses."))
         micro, self.accumulation = micro_batch(plan, self.world_size, self.stage.options.unit)
@@ -169,8 +167,8 @@ class Loop:
             plan,
             micro=micro,
             accumulation=self.accumulation,
-            optimizer_state=found[1]["optimizer"] if found else None,
-            averages=under(found[1]["state"], "ema.") if found else None,
+            optimizer_state=tensors["optimizer"],
+            averages=under(state, "ema."),
         )
         self.meter = Meter(plan.global_batch_size, self.device, self.latest.get("loss_smoothed"))
         self.validation = Validation(self.stage, self.dataset, self.engine, micro)
@@ -250,13 +248,14 @@ class Loop:
             "grad_norm": self.engine.grad_norm(),
         }
         batch = {name: torch.cat([part[name] for part in batches]) for name in batches[0]}
-        place = self.records.add(step, record, batch, self.rank)
+        place = f"{self.out.uri}/incidents/step-{step:08d}.json"
+        self.writer.record(step, record_of_skipped(step, record, batch, self.rank))
         logger.warning("step %d is not taken: %s (%s)", step, reason, place)
         if plan.on_spike == "skip" and self.losses.in_a_row < MOST_IN_A_ROW:
             return
         self.watchdog.allow(waiting.limit())
         self._until_written()  # the run goes on from there
-        self.records.wait()
+        self.writer.wait_for_records()
         why = "train.on_spike is stop" if plan.on_spike == "stop" else f"so were the {MOST_IN_A_ROW - 1} steps before"
         raise Untrainable(
             f"step {step} was not taken, because {reason}, and {why}: its samples are in {place}. "
@@ -309,7 +308,7 @@ class Loop:
         """Raises Moved or Ended once the checkpoint of this step is committed."""
         self.watchdog.allow(waiting.limit())
         self._until_written()
-        self.records.wait()
+        self.writer.wait_for_records()
         raise Moved(step) if stop is Stop.MOVE else Ended(step)
 
     def export(self) -> None:

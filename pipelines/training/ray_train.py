@@ -249,7 +249,7 @@ def train_worker(config: dict[str, Any]) -> str | None:
         device = ray.train.torch.get_device() if config["device"] == "cuda" else torch.device("cpu")
         progress = config["progress"]
         report, say = progress.report.remote, progress.say.remote
-        Loop(stage, options, dataset, device, run, report, asked, claim, say).train()
+        Loop(stage, dataset, device, run, report, asked, claim, say).train()
     except (Ended, Untrainable, Unwritable) as end:  # every worker has the same
         return str(end)
     finally:
