@@ -11,7 +11,6 @@ Shape suffixes: N elements of all parameters that train.
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -166,15 +165,12 @@ class Engine:
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
-    @contextmanager
-    def full_parameters(self) -> Iterator[Iterator[tuple[str, Tensor]]]:
+    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """(name, whole fp32 tensor) of every trained parameter, one at a time; with ZeRO 3 a collective."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        if self.stage < 3:
-            yield ((name, p.detach()) for name, p in self.named)
-        else:
-            yield ((name, safe_get_full_fp32_param(p).detach().view(_shape(p))) for name, p in self.named)
+        for name, p in self.named:
+            yield name, p.detach() if self.stage < 3 else safe_get_full_fp32_param(p).detach().view(_shape(p))
 
     @torch.no_grad()
     def average(self, decay: float) -> None:

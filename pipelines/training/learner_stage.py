@@ -109,8 +109,7 @@ class LearnerStage(Stage):
         keys, sources, groups = (engine.gather(torch.cat(parts)) for parts in zip(*self.step_keys, strict=True))
         self.step_keys.clear()
         self.contrast.advance(keys, sources, groups)
-        with engine.full_parameters() as parameters:
-            self.contrast.update_momentum(parameters)
+        self.contrast.update_momentum(engine.full_parameters())
 
     def drop_step(self) -> None:
         drop_statistics(self.learner)

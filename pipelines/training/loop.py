@@ -340,11 +340,7 @@ class Loop:
 
     def _gathered(self) -> checkpoint.Tensors:
         """Copies of all that a continuation needs, on the CPU of rank 0; a collective."""
-        trained = {}
-        with self.engine.full_parameters() as parameters:
-            for name, value in parameters:
-                if self.rank == 0:
-                    trained[name] = on_cpu(value.float())
+        trained = {name: on_cpu(value.float()) for name, value in self.engine.full_parameters() if self.rank == 0}
         optimizer = self.engine.optimizer_state()
         averages = {name: on_cpu(value) for name, value in self.engine.averages() if self.rank == 0}
         if self.rank:

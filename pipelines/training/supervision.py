@@ -161,7 +161,7 @@ def supervised(stage: str, trainer: Any, progress: Any, plan: TrainingPlan, clai
 
     # Not on the main thread, where Ray would handle Ctrl-C itself, without a checkpoint.
     threading.Thread(target=fit, daemon=True).start()
-    with _ended_by_signals(progress) as interrupted, _ending_controller(progress):
+    with _ended_by_signals(progress) as interrupted:
         try:
             said = _awaited(outcome, progress, plan, claim, interrupted)
         except DeeDSRError:
@@ -172,6 +172,8 @@ def supervised(stage: str, trainer: Any, progress: Any, plan: TrainingPlan, clai
                 logger.warning("%s", failure)
                 raise KeyboardInterrupt from error
             raise failure from error
+        finally:
+            _end_controller(progress)
     if interrupted.is_set():
         raise KeyboardInterrupt(said)
     if said:
@@ -199,23 +201,19 @@ def _awaited(
     return outcome.result()
 
 
-@contextmanager
-def _ending_controller(progress: Any) -> Iterator[None]:
-    """On exit, kills a controller that still runs, with its workers, and cancels its resource requests.
+def _end_controller(progress: Any) -> None:
+    """Kills a controller that still runs, with its workers, and cancels its resource requests.
 
     Otherwise the same command would wait three minutes for the resources, which an elastic training counts as taken.
     """
-    try:
-        yield
-    finally:
-        import ray
+    import ray
 
-        with suppress(Exception):  # it has ended by itself, or Ray is gone
-            controller, requester, _ = ray.get(progress.group.remote(), timeout=_ANSWER_SECONDS)
-            if controller is not None:
-                ray.kill(controller)
-                coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
-                ray.get(coordinator.cancel_request.remote(requester), timeout=_ANSWER_SECONDS)
+    with suppress(Exception):  # it has ended by itself, or Ray is gone
+        controller, requester, _ = ray.get(progress.group.remote(), timeout=_ANSWER_SECONDS)
+        if controller is not None:
+            ray.kill(controller)
+            coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
+            ray.get(coordinator.cancel_request.remote(requester), timeout=_ANSWER_SECONDS)
 
 
 @contextmanager
