@@ -5,7 +5,6 @@ import logging
 import math
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pyarrow.compute as pc
 
@@ -14,9 +13,6 @@ from deedsr.hub.model_folder import read_config
 from pipelines.data.dataset import Dataset, no_validation
 from pipelines.training.config import AdapterOptions, LearnerOptions
 from pipelines.training.metrics import bucket_names, middles
-
-if TYPE_CHECKING:
-    from pipelines.models import Base, Learner
 
 logger = logging.getLogger(__name__)
 _ALWAYS = {"loss", "loss_smoothed", "lr", "grad_norm", "skipped_steps", "samples_per_second", "data_wait_share"}
@@ -74,15 +70,15 @@ def check_adapter_data(options: AdapterOptions, dataset: Dataset, base: Path, le
         raise UsageError(f"sampling: {error}") from None
 
 
-def require_latents_of(dataset: Dataset, options: AdapterOptions, base: "Base", learner: "Learner") -> None:
+def require_latents_of(dataset: Dataset, options: AdapterOptions, base: Path, learner: Path) -> None:
     """Refuse latents that other networks made than those that this training would use."""
     from deedsr.hub.weights import part_digest
 
     made_of = dataset.manifest.latents
     if made_of is None:
         return
-    parts = {"base": (made_of.vae, base.path / "vae")}
-    parts |= {"learner": (made_of.learner, learner.path)} if made_of.learner else {}
+    parts = {"base": (made_of.vae, base / "vae")}
+    parts |= {"learner": (made_of.learner, learner)} if made_of.learner else {}
     differing = [
         f"--{name} {getattr(options, name)} ({'its VAE' if name == 'base' else 'it'} has digest {found:.12}, "
         f"theirs had {stored:.12})"

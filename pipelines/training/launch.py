@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from deedsr.errors import UsageError
 from deedsr.metrics.fidelity import PSNR
@@ -25,26 +25,12 @@ from pipelines.training.checks import (
     require_latents_of,
     warn_of_idle,
 )
-from pipelines.training.config import (
-    AdapterOptions,
-    LearnerOptions,
-    TrainOptions,
-    check,
-)
-from pipelines.training.identity import (
-    Claim,
-    TrainingRecord,
-    continued,
-    refuse_of_others,
-    weights_digest,
-)
+from pipelines.training.config import AdapterOptions, LearnerOptions, TrainOptions, check
+from pipelines.training.identity import Claim, TrainingRecord, continued, refuse_of_others, weights_digest
 from pipelines.training.metrics import FOLDER, recorded
 from pipelines.training.placement import TrainingPlan, arithmetic, decided, place_training
 from pipelines.training.schedules import with_schedule
 from pipelines.training.supervision import WITHOUT_GPUS, progress_bar, supervised
-
-if TYPE_CHECKING:
-    from pipelines.models import Adapter, Learner
 
 logger = logging.getLogger(__name__)
 Options = TypeVar("Options", LearnerOptions, AdapterOptions)
@@ -70,16 +56,12 @@ def train_learner(options: LearnerOptions, *, progress: bool = True) -> TrainRes
     """
     from pipelines.models import Learner
 
-    options = _located(options)
-    dataset = _open(options).require_pixels("the learner")
-    init = Learner.find(options.init) if options.init else None
-    options = replace(options, init=init.name if init else None)
+    options, dataset = _opened(options)
+    dataset.require_pixels("the learner")
+    options, models = _found(options, init=Learner)
     check_learner_data(options, dataset)
     require_best_metric(options, dataset)
-    inputs = {"dataset": dataset.digest}
-    if init:
-        inputs["init"] = _checked(init, options, dataset)
-    return Launch(options, dataset, inputs, {}, progress).fit()
+    return Launch(options, dataset, models, progress).fit()
 
 
 def train_adapter(options: AdapterOptions, *, progress: bool = True) -> TrainResult:
@@ -87,20 +69,14 @@ def train_adapter(options: AdapterOptions, *, progress: bool = True) -> TrainRes
     from deedsr.hub.base import check_base
     from pipelines.models import Adapter, Base, Learner
 
-    options = _located(options)
-    dataset = _open(options)
-    base, learner = Base.find(options.base), Learner.find(options.learner)
-    init = Adapter.find(options.init) if options.init else None
-    # The names of one revision, for workers, continuations and whoever loads the model later.
-    options = replace(options, base=base.name, learner=learner.name, init=init.name if init else None)
+    options, dataset = _opened(options)
+    options, models = _found(options, learner=Learner, base=Base, init=Adapter)
+    base, learner = models["base"], models["learner"]
     check_base(base.path, options.diffusion.max_timestep)
     check_adapter_data(options, dataset, base.path, learner.path)
     require_best_metric(options, dataset, base.path)
-    require_latents_of(dataset, options, base, learner)
-    inputs = {"dataset": dataset.digest, "learner": weights_digest(learner.path), "base": base.digest}
-    if init:
-        inputs["init"] = _checked(init, options, dataset)
-    return Launch(options, dataset, inputs, {"learner": learner.run_id}, progress).fit()
+    require_latents_of(dataset, options, base.path, learner.path)
+    return Launch(options, dataset, models, progress).fit()
 
 
 def _located(options: Options) -> Options:
@@ -110,7 +86,8 @@ def _located(options: Options) -> Options:
     return replace(options, **located)
 
 
-def _open(options: LearnerOptions | AdapterOptions) -> Dataset:
+def _opened(options: Options) -> tuple[Options, Dataset]:
+    options = _located(options)
     for name in ("data", "out", "learner", "base"):
         if not getattr(options, name, "not of this stage"):
             raise UsageError(f"--{name} is missing: see `deedsr train {options.stage} --help`")
@@ -120,15 +97,15 @@ def _open(options: LearnerOptions | AdapterOptions) -> Dataset:
         raise UsageError(f"{options.data} has no sample in its train split: the recipe's split leaves none")
     require_hr(dataset)
     warn_of_idle(options, dataset)
-    return dataset
+    return options, dataset
 
 
-def _checked(init: "Learner | Adapter", options: LearnerOptions | AdapterOptions, dataset: Dataset) -> str:
-    """Digest of initial weights that fit."""
-    from pipelines.training.loop import make_stage
-
-    make_stage(options, dataset).check_init()
-    return weights_digest(init.path)
+def _found(options: Options, **kinds: Any) -> tuple[Options, dict[str, Any]]:
+    """The models that the options name, by role, and the options with the names of one revision, for workers,
+    continuations and whoever loads the model later."""
+    models = {role: kind.find(name) for role, kind in kinds.items() if (name := getattr(options, role))}
+    names: Any = {role: model.name for role, model in models.items()}
+    return replace(options, **names), models
 
 
 @dataclass
@@ -137,11 +114,18 @@ class Launch:
 
     options: LearnerOptions | AdapterOptions
     dataset: Dataset
-    inputs: dict[str, str]  # digests by name
-    parents: dict[str, str | None]  # MLflow runs by role
+    models: dict[str, Any]  # that it starts from, by role
     progress: bool
 
     def fit(self) -> TrainResult:
+        if "init" in self.models:
+            from pipelines.training.loop import make_stage
+
+            make_stage(self.options, self.dataset).check_init()
+        digests = {role: weights_digest(model.path) for role, model in self.models.items() if role != "base"}
+        self.inputs = {"dataset": self.dataset.digest} | digests
+        if "base" in self.models:
+            self.inputs["base"] = self.models["base"].digest
         out = open_storage(self.options.out)
         began = TrainingRecord.read(out)
         self.options = with_schedule(self.options, began.config if began else None)
@@ -165,12 +149,13 @@ class Launch:
         tracking.require_shared_store(uri, cluster.nodes())
         plan, train = _placed(self.options, record.config["train"] if record else None)
         self.options = replace(self.options, train=train)
+        parents = {"learner": self.models["learner"].run_id} if "learner" in self.models else {}
         if record is None:  # a run that is continued has these tags
             made = {"shards": self.dataset.order_digest}
             if self.dataset.manifest.latents:
                 made["latents"] = self.dataset.digest
             for kind, digest in made.items():
-                self.parents[kind] = tracking.find_run(None, {"deedsr.kind": kind, "deedsr.dataset.digest": digest})
+                parents[kind] = tracking.find_run(None, {"deedsr.kind": kind, "deedsr.dataset.digest": digest})
         config = asdict(self.options)
         if self.options.stage == "adapter":
             config["definitions"] = {f"validation/{name}": PSNR().statement() for name in ("psnr_y", "psnr_y_bicubic")}
@@ -179,7 +164,7 @@ class Launch:
             name=Path(self.options.out.rstrip("/")).name,
             config=config,
             dataset=self.dataset,
-            parents=self.parents,
+            parents=parents,
             run_id=record.run_id if record else None,
             tags={"deedsr.kind": self.options.stage, "deedsr.plan": str(plan)},
             out=self.options.out,
