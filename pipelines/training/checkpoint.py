@@ -130,14 +130,6 @@ def read_latest(out: Storage) -> tuple[Checkpoint, Tensors] | None:
     return None
 
 
-def read_step(out: Storage, step: int) -> tuple[Checkpoint, Tensors]:
-    """The newest checkpoint. Raises DeeDSRError where it is of an earlier step."""
-    found = read_latest(out)
-    if found is None or found[0].step < step:
-        raise DeeDSRError(f"the checkpoint of step {step} in {out.uri} was damaged after it was written")
-    return found
-
-
 def read(out: Storage, checkpoint: Checkpoint) -> Tensors:
     """The tensors of a committed checkpoint. FileNotFoundError or ValueError where it is damaged."""
     tensors: Tensors = {}
@@ -221,8 +213,11 @@ class Writer:
 
     @property
     def failure(self) -> BaseException | None:
-        """Why the last checkpoint was given up."""
-        return self._running.exception() if self._running is not None and self._running.done() else None
+        """Why the last checkpoint was given up. Raises Superseded where the place is another's."""
+        failure = self._running.exception() if self._running is not None and self._running.done() else None
+        if isinstance(failure, Superseded):
+            raise failure
+        return failure
 
     def give_up(self) -> bool:
         """Ends the attempts of a checkpoint that could not be written so far; False where none failed."""

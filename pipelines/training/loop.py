@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from deedsr.precision import set_tf32
-from pipelines.claims import Superseded
 from pipelines.data.dataset import Dataset
 from pipelines.data.loader import Batch, follow, micro_batches
 from pipelines.data.order import SampleOrder
@@ -115,7 +114,7 @@ class Loop:
         self.latest: dict[str, float] = {}  # what was logged last, by metric
         self.loss_value = math.nan  # of the last step taken
         self.first_step = 0
-        self.saved: tuple[checkpoint.Checkpoint, checkpoint.Tensors] | None = None  # of rank 0, after the last step
+        self.final: tuple[checkpoint.Checkpoint, checkpoint.Tensors] | None = None  # of the last step
 
     def train(self) -> None:
         """From the last checkpoint to `train.max_steps`, and write the model.
@@ -154,6 +153,7 @@ class Loop:
         last, tensors = found or (None, dict.fromkeys(checkpoint.PARTS, {}))
         state = tensors["state"]
         if last:
+            self.final = found if last.step >= plan.max_steps else None
             self.first_step, self.loss_value, self.latest = last.step, last.loss, last.metrics
             with torch.no_grad():
                 for name, parameter in module.named_parameters():
@@ -211,7 +211,7 @@ class Loop:
         """
         names = sorted(sums)
         values_N = torch.stack([sums[name] for name in names])  # float64: in any order the same
-        failure, asked = self._write_failure(), self.asked()
+        failure, asked = self.writer.failure, self.asked()
         asks = values_N.new_tensor([asked is Stop.MOVE, asked is Stop.END, failure is not None])
         *values, move, end, failed = self.engine.sum(torch.cat([values_N, asks])).tolist()
         if failed:
@@ -300,7 +300,7 @@ class Loop:
             self.run.log_metrics({"checkpoint_stall_seconds": time.perf_counter() - stalled}, step)
             points = self.run.logged()
         if self.rank == 0:
-            self.saved = (saved, tensors) if step == self.plan.max_steps else None
+            self.final = (saved, tensors) if step == self.plan.max_steps else None
             self.writer.start(saved, tensors, record_part(points, self.attempt, step))
         self.watchdog.beat()
 
@@ -312,12 +312,13 @@ class Loop:
         raise Moved(step) if stop is Stop.MOVE else Ended(step)
 
     def export(self) -> None:
-        """Write the trained model: from memory, or from the last checkpoint where no step was left to take."""
+        """Write the trained model."""
         self.watchdog.allow(waiting.limit())
         with scratch_folder() as folder:
             lost = None
             if self.rank == 0:  # while the last checkpoint is written
-                last, tensors = self.saved or checkpoint.read_step(self.out, self.plan.max_steps)
+                assert self.final
+                last, tensors = self.final
                 lost = self._patiently(lambda: write_model(self.stage, folder, self.dataset, last, tensors))
             self._until_written()
             if self.rank == 0 and lost is None:
@@ -356,18 +357,10 @@ class Loop:
         while True:
             busy = self.writer.busy(POLL_SECONDS)
             given_up = busy and self.asked() is Stop.END and self.writer.give_up()
-            failure = self._write_failure()
+            failure = self.writer.failure
             state = torch.tensor([busy, given_up, failure is not None], dtype=torch.float32).to(self.device)
             busy, given_up, failed = self.engine.sum(state).tolist()
             if failed or given_up:
                 raise Unwritable(str(failure or "ended before storage took the checkpoint"))
             if not busy:
-                self.writer.wait()
                 return
-
-    def _write_failure(self) -> BaseException | None:
-        """Why the last checkpoint was given up. Raises Superseded where the place is another's."""
-        failure = self.writer.failure
-        if isinstance(failure, Superseded):
-            raise failure
-        return failure
