@@ -30,7 +30,7 @@ from pipelines.training.identity import Claim, TrainingRecord, continued, refuse
 from pipelines.training.metrics import FOLDER, recorded
 from pipelines.training.placement import TrainingPlan, arithmetic, decided, place_training
 from pipelines.training.schedules import with_schedule
-from pipelines.training.supervision import WITHOUT_GPUS, progress_bar, supervised
+from pipelines.training.supervision import WITHOUT_GPUS, bar, progress_actor, supervised
 
 logger = logging.getLogger(__name__)
 Options = TypeVar("Options", LearnerOptions, AdapterOptions)
@@ -222,7 +222,8 @@ class Launch:
         done = checkpoint.committed(claim.out)
         with (
             cluster.scratch(self.options.out, f"_ray-{uuid.uuid4().hex[:8]}") as (path, filesystem),
-            progress_bar(stage, train.max_steps, done[-1].step if done else 0, self.progress) as bar,
+            progress_actor() as progress,
+            bar(stage, train.max_steps, done[-1].step if done else 0, self.progress) as shown,
         ):
             trainer = RestartingTrainer(
                 train_worker,
@@ -232,7 +233,7 @@ class Launch:
                     "tracking_uri": uri,
                     "device": plan.device,
                     "threads": plan.threads,
-                    "progress": bar,
+                    "progress": progress,
                 },
                 torch_config=ListeningTorchConfig(backend=plan.backend),
                 scaling_config=ScalingConfig(
@@ -245,10 +246,10 @@ class Launch:
                     storage_path=path,
                     storage_filesystem=filesystem,
                     failure_config=FailureConfig(max_failures=train.max_failures),
-                    callbacks=[GroupWatch(bar)],
+                    callbacks=[GroupWatch(progress)],
                 ),
             )
-            supervised(stage, trainer, bar, plan, claim)
+            supervised(stage, trainer, progress, shown, plan, claim)
 
 
 def _placed(

@@ -77,13 +77,11 @@ class Progress:
         """Whether workers are running, and so can checkpoint."""
         self.working = working
 
-    def group(self) -> tuple[Any, str, bool]:
-        """The controller, None before it has started, its name in requests, and whether its workers are running."""
-        return self.controller, self.requester, self.working
-
-    def look(self) -> tuple[int, dict[str, float], list[str]]:
+    def look(self) -> tuple[int, dict[str, float], list[str], tuple[Any, str, bool]]:
+        """The last step, its numbers, new messages, and of Ray Train: the controller, None before it has started, its
+        name in requests, and whether its workers are running."""
         messages, self.messages = self.messages, []
-        return self.step, self.values, messages
+        return self.step, self.values, messages, (self.controller, self.requester, self.working)
 
 
 class Lines:
@@ -111,41 +109,21 @@ def postfix(values: Mapping[str, float]) -> dict[str, str]:
 
 
 @contextmanager
-def progress_bar(name: str, total: int, initial: int, show: bool) -> Iterator[Any]:
-    """Shows a bar on stderr; yields the handle of the `Progress` actor that feeds it."""
+def progress_actor() -> Iterator[Any]:
+    """The handle of a `Progress` actor."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     # On the driver's node: the workers depend on it, and another node may be lost.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(num_cpus=0, scheduling_strategy=here)(Progress).remote()
-    stop = threading.Event()
-    with bar(name, total, initial, show) as shown:
-
-        def draw() -> None:
-            step, values, messages = ray.get(actor.look.remote())
-            for message in messages:
-                tqdm.write(message, file=sys.stderr)
-            if step > shown.n:
-                shown.set_postfix(postfix(values), refresh=False)
-                shown.update(step - shown.n)
-
-        def watch() -> None:
-            while not stop.wait(POLL_SECONDS):
-                draw()
-
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        try:
-            yield actor
-        finally:
-            stop.set()
-            thread.join()
-            draw()
-            ray.kill(actor)
+    try:
+        yield actor
+    finally:
+        ray.kill(actor)
 
 
-def supervised(stage: str, trainer: Any, progress: Any, plan: TrainingPlan, claim: Claim) -> None:
+def supervised(stage: str, trainer: Any, progress: Any, shown: tqdm, plan: TrainingPlan, claim: Claim) -> None:
     """Runs `trainer.fit`. On return or exception Ray Train's controller and its workers are ended.
 
     Raises KeyboardInterrupt after a signal: once the workers have checkpointed, or at once where none are running or at
@@ -163,7 +141,7 @@ def supervised(stage: str, trainer: Any, progress: Any, plan: TrainingPlan, clai
     threading.Thread(target=fit, daemon=True).start()
     with _ended_by_signals(progress) as interrupted:
         try:
-            said = _awaited(outcome, progress, plan, claim, interrupted)
+            said = _awaited(outcome, progress, shown, plan, claim, interrupted)
         except DeeDSRError:
             raise
         except Exception as error:
@@ -181,13 +159,21 @@ def supervised(stage: str, trainer: Any, progress: Any, plan: TrainingPlan, clai
 
 
 def _awaited(
-    outcome: Future[Any], progress: Any, plan: TrainingPlan, claim: Claim, interrupted: threading.Event
+    outcome: Future[Any], progress: Any, shown: tqdm, plan: TrainingPlan, claim: Claim, interrupted: threading.Event
 ) -> str | None:
     import ray
 
     waiting: cluster.Waiting | None = None
-    while not wait([outcome], POLL_SECONDS).done:
-        controller, _, working = ray.get(progress.group.remote())
+    while True:
+        done = wait([outcome], POLL_SECONDS).done
+        step, values, messages, (controller, _, working) = ray.get(progress.look.remote())
+        for message in messages:
+            tqdm.write(message, file=sys.stderr)
+        if step > shown.n:
+            shown.set_postfix(postfix(values), refresh=False)
+            shown.update(step - shown.n)
+        if done:
+            return outcome.result()
         if controller is None:  # not started yet
             continue
         waiting = None if working else waiting or cluster.Waiting(plan, WITHOUT_GPUS if plan.gpus else "")
@@ -198,7 +184,6 @@ def _awaited(
                 waiting.say()
         if claim.lost:
             claim.check()
-    return outcome.result()
 
 
 def _end_controller(progress: Any) -> None:
@@ -209,7 +194,7 @@ def _end_controller(progress: Any) -> None:
     import ray
 
     with suppress(Exception):  # it has ended by itself, or Ray is gone
-        controller, requester, _ = ray.get(progress.group.remote(), timeout=_ANSWER_SECONDS)
+        *_, (controller, requester, _) = ray.get(progress.look.remote(), timeout=_ANSWER_SECONDS)
         if controller is not None:
             ray.kill(controller)
             coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
