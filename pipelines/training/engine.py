@@ -48,16 +48,15 @@ class Engine:
         parameters = [p for _, p in self.named]
         on_gpu = parameters[0].device.type == "cuda"
         deepspeed = _import_deepspeed(parameters[0].device)
-        optimizer: SGD | AdamW
         # One kernel for all parameters on GPUs; on CPUs torch's loop, whose rounding runs began with.
         common: dict[str, Any] = {"weight_decay": options.weight_decay, "fused": True if on_gpu else None}
+        self.base_optimizer: SGD | AdamW
         if options.optimizer == "sgd":
-            optimizer = SGD(parameters, options.lr, momentum=0.9, **common)
+            self.base_optimizer = SGD(parameters, options.lr, momentum=0.9, **common)
             self.moments = ["momentum_buffer"]
         else:
-            optimizer = AdamW(parameters, options.lr, **common)
+            self.base_optimizer = AdamW(parameters, options.lr, **common)
             self.moments = ["exp_avg", "exp_avg_sq"]
-        self.base_optimizer = optimizer
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.micro_batches = accumulation * self.world_size
         self.clip, self._norm = options.clip_grad_norm, math.nan
@@ -78,7 +77,7 @@ class Engine:
             },
             "steps_per_print": 10**9,
         }
-        self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.base_optimizer, config=config)
         self.averaged = bool(averages)
         self._make_optimizer_state(optimizer_state or {}, averages or {}, bool(options.ema_decay))
         self.exact = bool(options.exact_sums)
@@ -88,8 +87,12 @@ class Engine:
             self._sums = [part.view(_shape(p)) for part, p in zip(self._sum_N.split(sizes), parameters, strict=True)]
             for p, part in zip(parameters, self._sums, strict=True):
                 p.register_hook(partial(_add, part))
-            self._omit_reduction()
-            if self.stage != 3:
+            # DeepSpeed need not reduce gradients, in whose place `step` puts others. ZeRO 3 does so inside its hooks.
+            if self.stage == 0:
+                self.engine.enable_backward_allreduce = False
+            elif self.stage < 3:
+                self.engine.optimizer.average_tensor = lambda tensor, dtype: None
+            if self.stage < 3:
                 for module_part in module.modules():
                     module_part.register_forward_pre_hook(_apart)
 
@@ -242,16 +245,6 @@ class Engine:
             safe_set_local_optimizer_state(p, self._part(value, p).to(self.device), key)
         else:
             safe_set_full_optimizer_state(p, value.to(self.device), key)
-
-    def _omit_reduction(self) -> None:
-        """With exact sums DeepSpeed need not reduce gradients: `step` puts others in their place.
-
-        ZeRO 3 does so inside its hooks, which cannot be left out.
-        """
-        if self.stage == 0:
-            self.engine.enable_backward_allreduce = False
-        elif self.stage in (1, 2):
-            self.engine.optimizer.average_tensor = lambda tensor, dtype: None
 
     def _set_gradient(self, p: nn.Parameter, gradient: Tensor) -> None:
         """Put `gradient` where the optimizer step finds what DeepSpeed has reduced."""

@@ -71,22 +71,17 @@ def _starting(worker_group: Any) -> Iterator[None]:
     try:
         yield
     except (RayActorError, RayTaskError) as error:
-        lost = _lost(worker_group)
+        lost = None
+        try:  # a worker that is cut off is known to be dead once Ray has given its node up
+            ray.get(worker_group.execute_async(os.getpid), timeout=NODE_SECONDS)
+        except RayActorError as death:
+            lost = death
+        except GetTimeoutError:  # one that waits for the others
+            pass
         worker_group.abort()
         if lost:
             raise WorkerGroupStartupFailedError(f"a worker died while its group was set up: {lost}") from error
         raise
-
-
-def _lost(worker_group: Any) -> RayActorError | None:
-    """What became of a worker that died: one that is cut off is known to be once Ray has given its node up."""
-    try:
-        ray.get(worker_group.execute_async(os.getpid), timeout=NODE_SECONDS)
-    except RayActorError as lost:
-        return lost
-    except GetTimeoutError:  # one that waits for the others
-        return None
-    return None
 
 
 class ListeningTorchConfig(TorchConfig):
