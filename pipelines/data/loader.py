@@ -1,7 +1,7 @@
 """Reads the micro-batches of one worker ahead of need, decoding and stacking on threads.
 
 Decoding leaves Python's lock, so threads do what torch's `DataLoader` has processes for. With the same order as its
-batch sampler and one process to decode, that reads 0.7 times as many samples by the second of processor time, and every
+batch sampler and one process to decode, that reads 0.7 times as many samples per second of processor time, and every
 process takes 300 MiB and open files of its own.
 """
 

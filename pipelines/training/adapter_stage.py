@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 
 
 class Draws(NamedTuple):
-    """What chance decides for one sample: `place` of the crop (top, left, height, width in LR pixels), the noise that
-    samples the VAE's posteriors of LR and HR (2, C, h, w), and what the denoiser is asked."""
+    """Random draws of one sample: `place` of the crop (top, left, height, width in LR pixels), the noise that samples
+    the VAE's posteriors of LR and HR (2, C, h, w), and inputs of the denoiser."""
 
     place: tuple[int, int, int, int]
     encoding_noise: np.ndarray
-    questions: dict[str, Any]
+    inputs: dict[str, Any]
 
 
 class AdapterBatch(TypedDict):
@@ -108,7 +108,7 @@ class AdapterStage(Stage):
 
     def sample(self, dataset: Dataset, index: pa.Table, row: int, epoch: int) -> dict[str, Any]:
         """The whole LR for the learner; an aligned LR/HR crop, a timestep and the noise for the denoiser. Of latents:
-        the vector, and crops of the latents at the nearest cells."""
+        the vector, and crops of the latents at the nearest latent pixels."""
         if self.latents is not None:
             return self._sample_latents(dataset, index, row, epoch)
         sample = dataset.read(index, row)
@@ -119,7 +119,7 @@ class AdapterStage(Stage):
         s = self.scale
         hr = sample.hr[s * top : s * (top + rows), s * left : s * (left + columns)]
         planes = {"lr": _planes(sample.lr), "lr_crop": _planes(lr), "hr_crop": _planes(hr)}
-        return {**planes, "encoding_noise": draws.encoding_noise, **draws.questions}
+        return {**planes, "encoding_noise": draws.encoding_noise, **draws.inputs}
 
     def _sample_latents(self, dataset: Dataset, index: pa.Table, row: int, epoch: int) -> dict[str, Any]:
         key, stored, lr = dataset.read_latents(index, row)
@@ -134,7 +134,7 @@ class AdapterStage(Stage):
             for (mean, std), noise in zip(moments, draws.encoding_noise, strict=True)
         )
         known = {"degradation": stored.degradation} if lr is None else {"lr": _planes(lr)}
-        return {"z_lr": z_lr, "z_hr": z_hr, **known, **draws.questions}
+        return {"z_lr": z_lr, "z_hr": z_hr, **known, **draws.inputs}
 
     def _draw(self, key: str, epoch: int, height: int, width: int) -> "Draws":
         """`height`, `width`: of the LR."""
@@ -145,13 +145,13 @@ class AdapterStage(Stage):
         top, left = (int(rng.integers(have - use + 1)) for have, use in ((height, rows), (width, columns)))
         s = self.scale
         latent = (self.latent_channels, s * rows // self.vae_factor, s * columns // self.vae_factor)
-        questions = {
+        inputs = {
             "timestep": np.int64(self.timesteps * rng.random() ** options.diffusion.timestep_power),
             "noise": rng.standard_normal(latent, dtype=np.float32),
         }
         encoding_noise = rng.standard_normal((2, *latent), dtype=np.float32)
-        questions["guidance"] = np.float32(options.diffusion.noise_guidance * min(1, 2 * rng.random()))
-        return Draws((top, left, rows, columns), encoding_noise, questions)
+        inputs["guidance"] = np.float32(options.diffusion.noise_guidance * min(1, 2 * rng.random()))
+        return Draws((top, left, rows, columns), encoding_noise, inputs)
 
     def _encoded(self, batch: AdapterBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Latents of LR and HR, and the degradation vectors, all fp32: computed, or as they were stored."""

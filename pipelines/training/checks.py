@@ -1,5 +1,5 @@
 """Refuses a training that cannot work, before any worker starts: data that do not suit its stage, sizes that its
-networks cannot take, a metric that is never logged. What has no effect in it is warned of."""
+networks cannot take, a metric that is never logged. Warns of settings without an effect."""
 
 import logging
 import math
@@ -71,7 +71,7 @@ def check_adapter_data(options: AdapterOptions, dataset: Dataset, base: Path, le
 
 
 def require_latents_of(dataset: Dataset, options: AdapterOptions, base: Path, learner: Path) -> None:
-    """Refuse latents that other networks made than those that this training would use."""
+    """Refuse latents that were made by other networks than this training's."""
     from deedsr.hub.weights import part_digest
 
     made_of = dataset.manifest.latents

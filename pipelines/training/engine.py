@@ -117,10 +117,10 @@ class Engine:
         self.engine.step()
 
     def step(self, lr: float, *, take: bool = True) -> bool:
-        """After the last micro-batch: the optimizer step, and whether it was taken; the same answer on every worker.
+        """The optimizer step after the last micro-batch. Returns whether it was taken, the same on every worker.
 
-        It is not with `take` False or a gradient that is not finite: weights, moments and the optimizer's own step
-        count stay, the gradient is dropped.
+        It is skipped where `take` is False or the gradient is not finite: weights, moments and the optimizer's own step
+        count stay, and the gradient is dropped.
         """
         self.base_optimizer.take = take
         for group in self.engine.optimizer.param_groups:
@@ -146,7 +146,7 @@ class Engine:
                 nn.utils.clip_grads_with_norm_([p for _, p in self.named], self.clip, norm)
             self.engine.step()
             return take
-        self.engine.step()  # leaves out by itself a step whose gradient has no finite norm
+        self.engine.step()  # skips by itself a step whose gradient has no finite norm
         self._norm = float(self.engine.get_global_grad_norm())
         return take and bool(self.engine.was_step_applied())
 
@@ -265,8 +265,8 @@ class Engine:
         return padded[self.rank * size : (self.rank + 1) * size]
 
 
-class _Leavable:
-    """An optimizer whose step can be left out, inside whatever DeepSpeed wraps around it."""
+class _Skippable:
+    """An optimizer whose step can be skipped, inside whatever DeepSpeed wraps around it."""
 
     take = True
 
@@ -274,16 +274,16 @@ class _Leavable:
         return super().step(closure) if self.take else None  # type: ignore[misc]
 
 
-class AdamW(_Leavable, torch.optim.AdamW):
+class AdamW(_Skippable, torch.optim.AdamW):
     pass
 
 
-class SGD(_Leavable, torch.optim.SGD):
+class SGD(_Skippable, torch.optim.SGD):
     pass
 
 
 def on_cpu(tensor: Tensor) -> Tensor:
-    """A copy that stays what it is while training goes on."""
+    """A copy that training does not change."""
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 

@@ -1,8 +1,8 @@
 """Fault detection of a training: signals, anomalous losses, hangs, unreachable storage.
 
 `Stop` and the errors below it are the ways in which the loop ends early. `LossWindow` detects a non-finite or spiking
-loss. `Watchdog` ends a worker without progress, so that Ray Train
-restarts the group; `BlockedReads` extends its timeout while a worker waits for storage.
+loss. `Watchdog` ends a worker without progress, so that Ray Train restarts the group; `BlockedReads` extends its
+timeout while a worker waits for storage.
 """
 
 import faulthandler

@@ -60,7 +60,7 @@ def make_stage(options: LearnerOptions | AdapterOptions, dataset: Dataset) -> St
 
 
 class MicroBatches(NamedTuple):
-    """Those of one worker in one optimizer step: sums of what the loss gave, the batches, seconds waited for them."""
+    """Of one worker in one optimizer step: sums of what the loss gave, the batches, seconds waited for them."""
 
     sums: dict[str, Tensor]
     batches: list[Batch]

@@ -63,10 +63,10 @@ class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
 
 @contextmanager
 def _starting(worker_group: Any) -> Iterator[None]:
-    """A worker that dies meanwhile costs another start: Ray Train knows that by one class of error.
+    """Where a worker dies meanwhile, Ray Train starts the group again, without counting a failure.
 
-    What fails with all workers alive would fail again. The workers and their resources are let go in any case: Ray
-    Train forgets a group that was not started.
+    What fails with all workers alive would fail again. The workers and their resources are released in any case, since
+    Ray Train forgets a group that did not start.
     """
     try:
         yield
@@ -162,7 +162,7 @@ class RestartPolicy(DefaultFailurePolicy):
         refused = any(isinstance(getattr(failure, "cause", None) or failure, UsageError) for failure in failures)
         if refused and not moved:
             return FailureDecision.RAISE
-        # With one of them, what the others say follows from it: a connection is reset where a peer has ended.
+        # The errors of the others follow from a move: a connection is reset where a peer has ended.
         decision = FailureDecision.RETRY if moved else super().make_decision(training_failed_error)
         waits_for_nodes = isinstance(training_failed_error, ControllerError)
         if decision == FailureDecision.RETRY and not waits_for_nodes:
@@ -186,7 +186,7 @@ class ElasticPolicy(ElasticScalingPolicy):
 
 
 class GroupWatch(ControllerCallback):
-    """Tells `progress` who starts the workers, and whether they are at work."""
+    """Reports to `progress` which actor starts the workers, and whether they are running."""
 
     def __init__(self, progress: Any):
         self.progress = progress
@@ -206,7 +206,7 @@ class GroupWatch(ControllerCallback):
 
 
 def _reason(error: TrainingFailedError) -> str:
-    """Of all that the workers say what the rest follows from, else the last line of the first."""
+    """The root cause among the workers' failures, else the last line of the first."""
     failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
     if any(isinstance(getattr(f, "health_check_failure", f), RayActorError) for f in failures):
         return "the process or the node of one is gone"

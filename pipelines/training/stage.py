@@ -63,7 +63,7 @@ class Stage:
         raise NotImplementedError
 
     def validation_step(self, model: Callable[..., Tensor], batch: Any) -> Tensor:
-        """What validation has to know of each sample, (B, N) in fp32; changes nothing."""
+        """Values of each sample for `validation_metrics`, (B, N) in fp32; changes nothing."""
         raise NotImplementedError
 
     def validation_metrics(self, rows_SN: Tensor) -> dict[str, Tensor]:
