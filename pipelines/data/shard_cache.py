@@ -2,8 +2,8 @@
 
 Remote shards are fetched whole, once for all workers of a node, into a folder that holds at most so many bytes; those
 unused for longest make room. A copy has its final name only when its size and SHA-256 are the manifest's, so a
-partial file is never used. Nothing waits for a copy: what is not here yet, does not fit, or could not be fetched because
-the disk is full, is read from the storage by range.
+partial file is never used. Nothing waits for a copy: what is not here yet, does not fit, or could not be fetched, as on
+a full disk, is read from the storage by range.
 """
 
 import hashlib
