@@ -212,10 +212,9 @@ class AdapterStage(Stage):
             "created_by": f"deedsr {deedsr.__version__}",
         }
         lineage = {"base": self.options.base, "license": self.options.license, "training": training}
-        made: dict[str, Any] = {"scale": self.scale, "sampling": self.options.sampling}
-        description = {"format_version": FORMAT_VERSION} | made | lineage | {"base_digest": self.base.digest}
-        (folder / "deedsr.json").write_text(json.dumps(description, indent=2))
-        write_card(folder, **made, lineage=lineage)
+        made = {"scale": self.scale, "sampling": self.options.sampling, **lineage, "base_digest": self.base.digest}
+        (folder / "deedsr.json").write_text(json.dumps({"format_version": FORMAT_VERSION, **made}, indent=2))
+        write_card(folder, scale=self.scale, sampling=self.options.sampling, lineage=lineage)
         copy_base_licence(self.base.path, folder)
 
 

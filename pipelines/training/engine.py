@@ -189,20 +189,11 @@ class Engine:
             yield from ((name, self._whole(p, AVERAGE)) for name, p in self.named)
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Whole fp32 moments by `{parameter}.{moment}`, and `step`, on the CPU of rank 0 and nothing elsewhere.
-
-        A collective.
-        """
-        state: dict[str, Tensor] = {}
-        for name, p in self.named:
-            for moment in self.moments:
-                value = self._whole(p, moment)
-                if self.rank == 0:
-                    state[f"{name}.{moment}"] = on_cpu(value)
+        """Whole fp32 moments by `{parameter}.{moment}`, and `step`, on rank 0's CPU, {} elsewhere; a collective."""
+        moments = ((f"{name}.{moment}", self._whole(p, moment)) for name, p in self.named for moment in self.moments)
+        state = {name: on_cpu(value) for name, value in moments if self.rank == 0}
         steps = [s[STEP] for s in self.base_optimizer.state.values() if STEP in s]
-        if steps and self.rank == 0:
-            state[STEP] = on_cpu(steps[0])
-        return state
+        return state | {STEP: on_cpu(steps[0])} if steps and self.rank == 0 else state
 
     def _held(self) -> Iterable[Tensor]:
         """The fp32 weights that this worker's optimizer steps: all, or with ZeRO flat parts of them."""
