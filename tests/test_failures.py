@@ -105,7 +105,7 @@ def test_a_step_without_a_finite_loss_or_gradient_changes_nothing_and_is_written
     before, at, after = checkpoint.committed(open_storage(str(tmp_path)))
     assert before.sha256["trained"] == at.sha256["trained"] != after.sha256["trained"]
     assert before.sha256["optimizer"] == at.sha256["optimizer"] != after.sha256["optimizer"]
-    states = [checkpoint._read(open_storage(str(tmp_path)), c, "state") for c in (before, at)]
+    states = [checkpoint.read(open_storage(str(tmp_path)), c)["state"] for c in (before, at)]
     differing = {name for name in states[0] if not torch.equal(states[0][name], states[1][name])}
     assert differing == {"losses.counts"}
     if kind == "nan":  # nothing of it waits for the next step either: one that begins here is the same
