@@ -2,9 +2,10 @@
 
 import logging
 import os
+import threading
 import uuid
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -142,10 +143,15 @@ class Launch:
 
     def _train(self, claim: Claim, record: TrainingRecord | None) -> tuple[TrainingRecord, checkpoint.Checkpoint]:
         out, uri = claim.out, tracking.tracking_uri()
-        with ThreadPoolExecutor(1) as beside:
-            if record is None:  # MLflow's imports and a new store take as long as the start of Ray's processes
-                beside.submit(tracking.connect, uri)  # `start_run` does it again, and raises its errors
-            cluster.connect()
+
+        def warm_up() -> None:  # MLflow's imports and a new store take as long as the start of Ray's processes
+            with suppress(Exception):  # `start_run` does it again, and raises its errors
+                tracking.connect(uri)
+
+        beside = threading.Thread(target=warm_up if record is None else list, daemon=True)
+        beside.start()
+        cluster.connect()
+        beside.join()
         tracking.require_shared_store(uri, cluster.nodes())
         plan, train = _placed(self.options, record.config["train"] if record else None)
         self.options = replace(self.options, train=train)
