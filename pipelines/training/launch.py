@@ -148,10 +148,12 @@ class Launch:
             with suppress(Exception):  # `start_run` does it again, and raises its errors
                 tracking.connect(uri)
 
-        beside = threading.Thread(target=warm_up if record is None else list, daemon=True)
-        beside.start()
+        beside = threading.Thread(target=warm_up, daemon=True)
+        if record is None:  # a continuation needs no store
+            beside.start()
         cluster.connect()
-        beside.join()
+        if record is None:
+            beside.join()
         tracking.require_shared_store(uri, cluster.nodes())
         plan, train = _placed(self.options, record.config["train"] if record else None)
         self.options = replace(self.options, train=train)
