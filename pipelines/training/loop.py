@@ -253,7 +253,6 @@ class Loop:
         logger.warning("step %d is not taken: %s (%s)", step, reason, place)
         if plan.on_spike == "skip" and self.losses.in_a_row < MOST_IN_A_ROW:
             return
-        self.watchdog.allow(waiting.limit())
         self._until_written()  # the run goes on from there
         self.writer.wait_for_records()
         why = "train.on_spike is stop" if plan.on_spike == "stop" else f"so were the {MOST_IN_A_ROW - 1} steps before"
@@ -281,8 +280,6 @@ class Loop:
 
     def save(self, step: int) -> None:
         """Copy all that a continuation needs, and begin to write it."""
-        # Wait for rank 0 here: the watchdog is extended while checkpointing, not inside a step.
-        self.watchdog.allow(waiting.limit())
         stalled = time.perf_counter()
         self._until_written()
         tensors = self._gathered()
@@ -306,7 +303,6 @@ class Loop:
 
     def leave(self, step: int, stop: Stop) -> None:
         """Raises Moved or Ended once the checkpoint of this step is committed."""
-        self.watchdog.allow(waiting.limit())
         self._until_written()
         self.writer.wait_for_records()
         raise Moved(step) if stop is Stop.MOVE else Ended(step)
@@ -353,7 +349,8 @@ class Loop:
 
     def _until_written(self) -> None:
         """Wait until the last checkpoint is committed, or given up because the run is to end. A collective: all workers
-        raise alike."""
+        raise alike, and their watchdogs allow for it, as they do not within a step."""
+        self.watchdog.allow(waiting.limit())
         while True:
             busy = self.writer.busy(POLL_SECONDS)
             given_up = busy and self.asked() is Stop.END and self.writer.give_up()
