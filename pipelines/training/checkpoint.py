@@ -142,7 +142,7 @@ def read(out: Storage, checkpoint: Checkpoint) -> Tensors:
 
 
 class Writer:
-    """Writes checkpoints, one at a time, and records of skipped steps on a thread while training goes on.
+    """Writes checkpoints, one at a time, and records of skipped steps while training goes on, each on a thread.
 
     What fails is tried again for as long as `pipelines.storage.waiting` says; then `start` or `wait` raises it, and
     `failure` returns it. `check`: see `write`. `say` gets the lines on what is waited for. A context, in which an
@@ -157,10 +157,9 @@ class Writer:
         say: Callable[[str], object] = logger.warning,
     ):
         self.out, self.keep, self._check, self._say = out, keep, check, say
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pool, self._records = ThreadPoolExecutor(1, "checkpoint"), ThreadPoolExecutor(1, "incidents")
         self._given_up = threading.Event()
         self._running: Future[None] | None = None
-        self._records: list[Future[None]] = []
         self.failing = False  # what is being written had to be tried again
 
     def __enter__(self) -> Self:
@@ -169,11 +168,12 @@ class Writer:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is not None:
             self._given_up.set()
-        self._pool.shutdown(wait=kind is None)
+        for pool in (self._pool, self._records):
+            pool.shutdown(wait=kind is None)
 
     def record(self, step: int, files: Mapping[str, bytes]) -> None:
         """Begin to write what is kept of a skipped step; dropped with a warning where storage does not take it."""
-        self._records.append(self._pool.submit(self._record, step, files))
+        self._records.submit(self._record, step, files)
 
     def _record(self, step: int, files: Mapping[str, bytes]) -> None:
         def write_all() -> None:
@@ -187,9 +187,9 @@ class Writer:
         except DeeDSRError as error:
             logger.warning("there is no record of step %d, which was not taken: %s", step, error)
 
-    def wait_for_records(self) -> None:
-        """Until they are written or dropped."""
-        wait(self._records)
+    def end_records(self) -> None:
+        """Until those so far are written or dropped; there may be no more."""
+        self._records.shutdown()
 
     def start(
         self, checkpoint: Checkpoint, tensors: Tensors, beside: Mapping[str, bytes] = MappingProxyType({})

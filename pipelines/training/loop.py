@@ -254,7 +254,7 @@ class Loop:
         if plan.on_spike == "skip" and self.losses.in_a_row < MOST_IN_A_ROW:
             return
         self._until_written()  # the run goes on from there
-        self.writer.wait_for_records()
+        self.writer.end_records()
         why = "train.on_spike is stop" if plan.on_spike == "stop" else f"so were the {MOST_IN_A_ROW - 1} steps before"
         raise Untrainable(
             f"step {step} was not taken, because {reason}, and {why}: its samples are in {place}. "
@@ -304,7 +304,7 @@ class Loop:
     def leave(self, step: int, stop: Stop) -> None:
         """Raises Moved or Ended once the checkpoint of this step is committed."""
         self._until_written()
-        self.writer.wait_for_records()
+        self.writer.end_records()
         raise Moved(step) if stop is Stop.MOVE else Ended(step)
 
     def export(self) -> None:
