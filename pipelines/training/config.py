@@ -63,9 +63,7 @@ class TrainOptions:
     ema_decay: Annotated[Below1, "exponential moving average; its weights are exported; 0 = off"] = 0.0
     max_failures: Annotated[int, Field(ge=-1), "restarts of the worker group before the run fails; -1 = no limit"] = 3
     cpus_per_worker: Annotated[PositiveFloat | None, "CPUs reserved per worker; null = an equal share of all"] = None
-    compute_threads: Annotated[PositiveInt | None, "CPU threads of it; null = cpus_per_worker, 1 with exact_sums"] = (
-        None
-    )
+    compute_threads: Annotated[PositiveInt | None, "CPU threads; null = cpus_per_worker, 1 with exact_sums"] = None
     gpus_per_worker: Annotated[float | None, "0 or 1; null = 1, or 0 on a single machine without a GPU"] = None
 
 
@@ -126,7 +124,7 @@ class DiffusionOptions:
     """Objective of stage 2."""
 
     lr_crop: Annotated[NonNegativeInt, "LR pixels per side of the training crop; 0 = the whole LR"] = 0
-    timestep_power: Annotated[PositiveFloat, "timestep = T * u ** power, u uniform; above 1: more low noise"] = 1.0
+    timestep_power: Annotated[PositiveFloat, "timestep = T * u ** power, u uniform; above 1 favours low noise"] = 1.0
     max_timestep: Annotated[PositiveInt | None, "T above; train only below it; null = all timesteps"] = None
     noise_guidance: Annotated[Share, "maximum blend of the LR latent into the noisy latent; 0 = off"] = 0.0
     snr_gamma: Annotated[NonNegativeFloat, "min-SNR weighting, min(SNR, gamma) on the clean latent; 0 = off"] = 0.0
