@@ -44,7 +44,8 @@ class Stage:
         """The UsageError of `initial_weights` before any worker starts."""
         if self.init:
             with torch.device("meta"):
-                initial_weights(self.init, self.network())
+                like = self.network()
+            initial_weights(self.init, like)
 
     def network(self) -> nn.Module:
         """What trains, with the default initial weights."""
