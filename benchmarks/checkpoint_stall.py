@@ -71,11 +71,11 @@ def main() -> None:
     os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"}
     with tempfile.TemporaryDirectory() as folder:
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)
-        from pipelines.training.loop import make_stage, train
+        from pipelines.training.loop import Loop, make_stage
 
         chosen, clock = options(arguments, f"{folder}/out"), Clock()
         dataset = Dataset.open(chosen.data)
-        train(make_stage(chosen, dataset), chosen, dataset, torch.device("cpu"), clock)
+        Loop(make_stage(chosen, dataset), dataset, torch.device("cpu"), clock).train()
         torch.distributed.destroy_process_group()
         records = sorted(Path(folder).glob("out/checkpoints/*/checkpoint.json"))
         committed = {json.loads(r.read_text())["step"]: r.stat().st_mtime for r in records}

@@ -139,8 +139,7 @@ def losses(asked: dict[str, Any]) -> dict[str, Any]:
             engine.step(plan.lr)
             stage.end_step(engine)
             found.append(float(loss.detach()))
-        with engine.full_parameters() as parameters:
-            trained = {name: value.float().cpu().clone() for name, value in parameters}
+        trained = {name: value.float().cpu().clone() for name, value in engine.full_parameters()}
         kept = {"trained": trained, "optimizer": engine.optimizer_state()}
         kept["stage"] = {name: tensor.cpu().clone() for name, tensor in stage.state().items()}
     return {"losses": found}

@@ -112,7 +112,7 @@ def described(form: dict[str, Any]) -> str:
     if "enum" in form:
         return " or ".join(map(str, form["enum"]))
     words = {"boolean": "true or false", "integer": "a whole number", "number": "a number", "object": "a mapping"}
-    signs = {"exclusiveMinimum": ">", "minimum": "≥", "maximum": "≤"}
+    signs = {"exclusiveMinimum": ">", "minimum": "≥", "maximum": "≤", "exclusiveMaximum": "<"}
     limits = " and ".join(f"{sign}{form[name]}" for name, sign in signs.items() if name in form)
     return f"{(words | {'null': 'null'}).get(form.get('type', ''), 'text')} {limits}".strip()
 

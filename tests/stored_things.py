@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from training_process import Group
 
 from pipelines.data.dataset import Dataset
@@ -29,7 +30,6 @@ from pipelines.training.config import (
     LearnerModelOptions,
     LearnerOptions,
     TrainOptions,
-    from_resolved,
 )
 
 STORED = Path(__file__).parent / "stored"
@@ -155,7 +155,7 @@ def trainings(folder: Path, out: Path) -> dict[str, LearnerOptions | AdapterOpti
         kind = {"learner": LearnerOptions, "adapter": AdapterOptions}[record["stage"]]
         shutil.copytree(folder / name, out / name)
         begun = int(next((folder / name).glob("checkpoints/step-*")).name.removeprefix("step-"))
-        found[name] = _for_test(from_resolved(kind, record["config"]), out / name, begun + CONTINUED)
+        found[name] = _for_test(TypeAdapter(kind).validate_python(record["config"]), out / name, begun + CONTINUED)
     data = {"data": str(folder / "dataset"), "train": TrainOptions(lr=1e-3, ema_decay=0.9)}
     contrast = ContrastOptions(queue_size=24, temperature=0.1, momentum=0.9, batch_block=4, batch_negatives=True)
     learner = LearnerOptions(**data, model=LearnerModelOptions(preset="tiny", norm_group=2), contrast=contrast)

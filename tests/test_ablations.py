@@ -181,10 +181,10 @@ def test_a_training_from_before_there_were_ablations_continues_as_the_full_metho
     before = json.loads(json.dumps(asdict(options)))
     del before["model"]["ablate"], before["license"]
     record = TrainingRecord("adapter", before, inputs={}, run_id="")
-    record.refuse_differences("adapter", options, {})
+    record.refuse_differences(options, {})
     ablated = dataclasses.replace(options, model=AdapterModelOptions(ablate=["da"]))
     with pytest.raises(UsageError, match=r"model\.ablate was \[\], is \['da'\]"):
-        record.refuse_differences("adapter", ablated, {})
+        record.refuse_differences(ablated, {})
 
 
 @pytest.mark.parametrize("ablate", [["local", "vector"], ["da", "global"]])

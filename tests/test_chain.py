@@ -66,7 +66,7 @@ def test_a_place_that_is_given_stays_and_the_steps_after_it_follow():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--learner.train.lr", "-1"], "learner: train.lr must be a positive number"),
+        (["--learner.train.lr", "-1"], "--learner.train.lr takes a number >0, got '-1'"),
         (["--adapter.train.num_workers", "3"], "adapter: train.global_batch_size 8 does not divide over 3"),
         (["--shards.hr_from", "other"], "shards: give one of --source, --hr-from and --join, not several"),
         (["--evaluate.metrics", "psnr,snr"], "evaluate: unknown metric 'snr'"),

@@ -88,13 +88,13 @@ def test_options_may_be_nested_at_any_depth(tmp_path):
     train = TrainOptions(lr=1e-3, seed=3)
     assert parser.read(words).options == Sections(Section(AdapterOptions("d", "l", out="o", train=train)))
     (tmp_path / "c.yaml").write_text("first: {step: {train: {lr: fast}}}")
-    with pytest.raises(UsageError, match=r"^--first\.step\.train\.lr \(in .*\) takes a number, got 'fast'"):
+    with pytest.raises(UsageError, match=r"^--first\.step\.train\.lr \(in .*\) takes a number >0, got 'fast'"):
         parser.read(words)
 
 
 def test_infinity_and_nan_are_no_numbers():
     for word in ("nan", "inf"):
-        with pytest.raises(UsageError, match=f"--train.weight_decay takes a number, got '{word}'"):
+        with pytest.raises(UsageError, match=f"--train.weight_decay takes a number ≥0, got '{word}'"):
             read("train learner", [*LEARNER, "--train.weight_decay", word])
 
 

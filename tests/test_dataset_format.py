@@ -71,7 +71,7 @@ def test_the_index_finds_every_sample_alone(dataset):
         assert np.array_equal(sample.hr, decode_stored(stored[f"{sample.key}.hr.webp"]))
         assert np.array_equal(sample.lr, decode_stored(stored[f"{sample.key}.lr.webp"]))
         assert sample.info == json.loads(stored[f"{sample.key}.json"])
-        assert np.array_equal(dataset.read_lr(table, row).lr, sample.lr)
+        assert np.array_equal(dataset.read_lr(table, row)[1], sample.lr)
 
 
 def test_splits_share_no_source_and_follow_the_patterns(dataset):

@@ -40,8 +40,7 @@ def step(engine, number, spoilt="", factor=1.0, take=True):
     return engine.step(0.1, take=take)
 
 def held(engine):
-    with engine.full_parameters() as parameters:
-        state = {name: value.float().clone() for name, value in parameters}
+    state = {name: value.float().clone() for name, value in engine.full_parameters()}
     return state | {"of optimizer " + name: value for name, value in engine.optimizer_state().items()}
 
 def equal(one, other):
@@ -102,9 +101,8 @@ for zero, exact in json.loads(sys.argv[1]):
         made["backward"] = collectives(lambda: engine.backward(loss))
         engine.step(0.1)
         made["average"] = collectives(lambda: engine.average(0.9))
-        with engine.full_parameters() as parameters:
-            for name, value in parameters:
-                expected[name] = torch.lerp(expected[name], value, 0.1) if name in expected else value.clone()
+        for name, value in engine.full_parameters():
+            expected[name] = torch.lerp(expected[name], value, 0.1) if name in expected else value.clone()
     made["equal"] = all(torch.allclose(value, expected[name]) for name, value in engine.averages())
     found[f"{zero} {exact}"] = made
 if dist.get_rank() == 0:

@@ -19,7 +19,7 @@ from pipelines.data.dataset import Dataset
 from pipelines.data.order import SampleOrder
 from pipelines.storage import open_storage, publish
 from pipelines.training import checkpoint
-from pipelines.training.health import WINDOW, LossWindow, Records
+from pipelines.training.health import WINDOW, LossWindow, record_of_skipped
 
 
 def model(out: Path) -> bytes:
@@ -105,7 +105,7 @@ def test_a_step_without_a_finite_loss_or_gradient_changes_nothing_and_is_written
     before, at, after = checkpoint.committed(open_storage(str(tmp_path)))
     assert before.sha256["trained"] == at.sha256["trained"] != after.sha256["trained"]
     assert before.sha256["optimizer"] == at.sha256["optimizer"] != after.sha256["optimizer"]
-    states = [checkpoint._read(open_storage(str(tmp_path)), c, "state") for c in (before, at)]
+    states = [checkpoint.read(open_storage(str(tmp_path)), c)["state"] for c in (before, at)]
     differing = {name for name in states[0] if not torch.equal(states[0][name], states[1][name])}
     assert differing == {"losses.counts"}
     if kind == "nan":  # nothing of it waits for the next step either: one that begins here is the same
@@ -146,9 +146,9 @@ def test_a_bad_step_while_storage_is_away_stops_nothing_and_its_record_follows(
 
 def test_a_record_that_can_never_be_written_is_left_out_with_a_warning(tmp_path, caplog):
     (tmp_path / "incidents").write_text("a file where a folder must be")
-    with Records(open_storage(str(tmp_path))) as records:
-        records.add(3, {"reason": "the loss is nan"}, {"x": torch.zeros(2)}, 0)
-        records.wait()
+    files = record_of_skipped(3, {"reason": "the loss is nan"}, {"x": torch.zeros(2)}, 0)
+    with checkpoint.Writer(open_storage(str(tmp_path)), checkpoint.Keep(1)) as writer:
+        writer.record(3, files)
     assert "there is no record of step 3" in caplog.text
 
 
@@ -290,19 +290,20 @@ ENDED = """
 import json, sys
 import torch
 from pipelines.data.dataset import Dataset
-from pipelines.training.config import LearnerOptions, from_resolved
+from pydantic import TypeAdapter
+from pipelines.training.config import LearnerOptions
 from pipelines.training.health import Stop, Unwritable
 from pipelines.training.learner_stage import LearnerStage
-from pipelines.training.loop import train
+from pipelines.training.loop import Loop
 
-options = from_resolved(LearnerOptions, json.loads(sys.argv[1]))
+options = TypeAdapter(LearnerOptions).validate_python(json.loads(sys.argv[1]))
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
 said = []
 asked = lambda: Stop.END if said else Stop.NO  # the user hears of it on rank 0 alone, and ends the run
 try:
-    train(LearnerStage(options), options, Dataset.open(options.data), torch.device("cpu"), None,
-          asked=asked, say=said.append)
+    dataset = Dataset.open(options.data)
+    Loop(LearnerStage(options), dataset, torch.device("cpu"), None, asked=asked, say=said.append).train()
 except Unwritable as error:
     print(json.dumps([said[:1], str(error)]))
 torch.distributed.destroy_process_group()

@@ -90,4 +90,4 @@ def test_settings_without_an_effect_in_so_short_a_training_are_warned_of(small_d
     assert "never leaves its warm-up: train.warmup_steps is 10 and train.max_steps 10" in warned(warmup_steps=10)
     without = dataclasses.replace(dataset)
     vars(without)["_samples"] = dataset.index("train")  # as read from a dataset whose recipe leaves none
-    assert "has no sample in its validation split" in warned(without, validate_every=1)
+    assert "has no validation split" in warned(without, validate_every=1)

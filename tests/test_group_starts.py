@@ -17,7 +17,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from pipelines.training import ray_train
 from pipelines.training.health import Moved
 from pipelines.training.ray_train import ListeningTorchConfig, RestartingTrainer, RestartPolicy
-from pipelines.training.supervision import progress_bar
+from pipelines.training.supervision import progress_actor
 
 
 @dataclass
@@ -80,7 +80,7 @@ def fit(progress: Any, folder: Path, kinds: tuple[str, ...]) -> float:
 
 @pytest.fixture
 def progress(ray_cluster):
-    with progress_bar("", 1, 0, False) as progress:
+    with progress_actor() as progress:
         yield progress
 
 

@@ -12,11 +12,11 @@ U = ["upscale", "a", "--out", "b"]
 
 TYPED = [
     ([*L, "--train.lrr", "1"], "unknown option --train.lrr = 1; did you mean --train.lr?"),
-    ([*L, "--train.lr", "fast"], "--train.lr takes a number, got 'fast'"),
-    ([*L, "--train.lr"], "--train.lr needs a value: a number"),
-    ([*L, "--train.lr="], "--train.lr takes a number, got ''"),
-    ([*L, "--train.max_steps", "1.5"], "--train.max_steps takes a whole number, got '1.5'"),
-    ([*L, "--train.max_steps=1e3"], "--train.max_steps takes a whole number, got '1e3'"),
+    ([*L, "--train.lr", "fast"], "--train.lr takes a number >0, got 'fast'"),
+    ([*L, "--train.lr"], "--train.lr needs a value: a number >0"),
+    ([*L, "--train.lr="], "--train.lr takes a number >0, got ''"),
+    ([*L, "--train.max_steps", "1.5"], "--train.max_steps takes a whole number >0, got '1.5'"),
+    ([*L, "--train.max_steps=1e3"], "--train.max_steps takes a whole number >0, got '1e3'"),
     ([*L, "--train.max-step", "3"], "unknown option --train.max_step = 3; did you mean --train.max_steps?"),
     ([*L, "--max-steps", "3"], "unknown option --max-steps = 3; did you mean --train.max_steps?"),
     ([*L, "--train", "3"], "--train is a group; set its members, such as --train.lr or --train.schedule"),
@@ -26,8 +26,8 @@ TYPED = [
     ([*L, "--train.exact_sums=1.0"], "--train.exact_sums takes true or false or null, got '1.0'"),
     ([*L, "--train.seed", "true"], "--train.seed takes a whole number, got 'true'"),
     ([*L, "--train.schedule_steps", "ten"], "--train.schedule_steps takes a whole number or null, got 'ten'"),
-    ([*L, "--model.statistics", "a"], "--model.statistics takes a whole number or null, got 'a'"),
-    ([*L, "--model.statistics", "[4,b]"], "--model.statistics takes a whole number or null, got 'b'"),
+    ([*L, "--model.statistics", "a"], "--model.statistics takes a whole number >0 or null, got 'a'"),
+    ([*L, "--model.statistics", "[4,b]"], "--model.statistics takes a whole number >0 or null, got 'b'"),
     ([*L, "--preset", "huge"], "--preset takes paper or fast or tiny, got 'huge'"),
     ([*L, "--preset"], "--preset needs a value: paper or fast or tiny"),
     ([*L, "extra"], "unexpected argument 'extra'"),
@@ -63,16 +63,16 @@ TYPED = [
 ]
 
 IN_A_FILE = [
-    ([*L], "train: {lr: fast}", "--train.lr (in c.yaml) takes a number, got 'fast'"),
+    ([*L], "train: {lr: fast}", "--train.lr (in c.yaml) takes a number >0, got 'fast'"),
     ([*L], "train: {lrr: 1}", "unknown option --train.lrr (in c.yaml) = 1; did you mean --train.lr?"),
     ([*L], "train: 3", "--train (in c.yaml) is a group; set its members, such as --train.lr or --train.schedule"),
     ([*L], "train: {seed: true}", "--train.seed (in c.yaml) takes a whole number, got 'true'"),
-    ([*L], "train: {max_steps: [1, 2]}", "--train.max_steps (in c.yaml) takes a whole number, got '[1, 2]'"),
+    ([*L], "train: {max_steps: [1, 2]}", "--train.max_steps (in c.yaml) takes a whole number >0, got '[1, 2]'"),
     ([*L], "preset: huge", "--preset (in c.yaml) takes paper or fast or tiny, got 'huge'"),
     ([*L], "experiment: {a: 1}", "--experiment (in c.yaml) takes text, got \"{'a': 1}\""),
     ([*L], "json: true", "--json (in c.yaml) is for the command line only"),
     ([*L], "config: d.yaml", "--config (in c.yaml) is for the command line only"),
-    ([*L], "train: {lr: null}", "--train.lr (in c.yaml) takes a number, got 'null'"),
+    ([*L], "train: {lr: null}", "--train.lr (in c.yaml) takes a number >0, got 'null'"),
     ([*A], "model: {ablate: [vectr]}", "--model.ablate (in c.yaml) takes vector or global or local or da, got 'vectr'"),
     ([*A], "model: {ablate: vector, tokens: 3}", "--model.tokens (in c.yaml) takes new_kv or project, got '3'"),
 ]

@@ -110,7 +110,7 @@ def test_a_dataset_of_real_pairs_holds_them_as_they_are(tmp_path, pictures, one_
     for row in range(index.num_rows):
         sample = dataset.read(index, row)
         assert sample.info["degradation"] is None
-        assert np.array_equal(sample.lr, dataset.read_lr(index, row).lr)
+        assert np.array_equal(sample.lr, dataset.read_lr(index, row)[1])
         top, left, size, _ = sample.info["crop"]
         name = sample.info["source"]["path"]
         partner = decode(lrs[name.replace("train_HR", "train_LR").replace("_x1", "_x4")])

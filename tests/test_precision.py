@@ -15,7 +15,7 @@ from pipelines.training.stage import compile_blocks
 
 def held(out) -> dict[str, dict[str, torch.Tensor]]:
     storage = open_storage(str(out))
-    return {part: checkpoint._read(storage, final(out), part) for part in checkpoint.PARTS}
+    return checkpoint.read(storage, final(out))
 
 
 def steady(options):

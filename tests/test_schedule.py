@@ -56,7 +56,7 @@ def test_the_length_of_a_schedule_is_no_part_of_another_configuration_until_it_i
     for config in (old, asdict(with_schedule(options, None))):
         record = TrainingRecord("learner", config, {}, "run")
         longer = with_schedule(longer_options(options), config)
-        record.refuse_differences("learner", longer, {})
+        record.refuse_differences(longer, {})
         other = with_schedule(longer_options(options, schedule_steps=300), config)
         with pytest.raises(UsageError, match="train.schedule_steps was 100, is 300"):
-            record.refuse_differences("learner", other, {})
+            record.refuse_differences(other, {})

@@ -192,7 +192,7 @@ def test_batches_come_in_order_for_any_number_of_threads(small_dataset, tmp_path
     order = SampleOrder(index, dataset.digest, 0, together=False)
 
     def batches(threads: int) -> np.ndarray:
-        read = lambda epoch, row: {"row": np.int64(row), "lr": dataset.read_lr(index, row).lr}
+        read = lambda epoch, row: {"row": np.int64(row), "lr": dataset.read_lr(index, row)[1]}
         steps = {"first_step": 2, "last_step": 12, "global_batch": 8, "micro": 4, "world_size": 2, "rank": 1}
         return np.concatenate([batch["row"] for batch in micro_batches(order, read, threads=threads, **steps)])
 
@@ -205,6 +205,6 @@ def test_impossible_sizes_are_refused_and_the_default_is_two_threads():
     for cpus, threads in ((1, 2), (6, 6), (32, 8)):
         assert place_training(offer, TrainOptions(num_workers=1, cpus_per_worker=cpus)).loader_threads == threads
     assert place_training(offer, TrainOptions(loader_threads=12)).loader_threads == 12
-    for change in ({"cache_gb": -1}, {"loader_threads": 0}):
-        with pytest.raises(UsageError, match="train.cache_gb must be 0 or more and train.loader_threads 1 or more"):
-            check(LearnerOptions(train=TrainOptions(global_batch_size=96, **change)))
+    for name, wrong in (("cache_gb", -1), ("loader_threads", 0)):
+        with pytest.raises(UsageError, match=f"train.{name}: .* greater than .*, got {wrong}"):
+            check(LearnerOptions(train=TrainOptions(global_batch_size=96, **{name: wrong})))

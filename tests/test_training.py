@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from pydantic import TypeAdapter
 from training_process import run_processes, variants
 
 from deedsr.errors import DeeDSRError, UsageError
@@ -23,7 +24,6 @@ from pipelines.training.config import (
     LearnerOptions,
     TrainOptions,
     check,
-    from_resolved,
     micro_batch,
     worker_range,
 )
@@ -109,7 +109,7 @@ def test_a_batch_that_does_not_divide_over_the_workers_is_refused():
 
 def test_options_survive_json():
     options = AdapterOptions(data="d", sampling={"eta": 1.0}, train=TrainOptions(num_workers="1..4"))
-    assert from_resolved(AdapterOptions, json.loads(json.dumps(asdict(options)))) == options
+    assert TypeAdapter(AdapterOptions).validate_python(json.loads(json.dumps(asdict(options)))) == options
     assert worker_range("1..4") == (1, 4)
 
 

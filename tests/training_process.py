@@ -108,7 +108,7 @@ def work(
     from pipelines.data.dataset import Dataset
     from pipelines.storage import open_storage
     from pipelines.training import checkpoint, health
-    from pipelines.training.loop import make_stage, train
+    from pipelines.training.loop import Loop, make_stage
 
     dataset = Dataset.open(options.data)
     stage = make_stage(options, dataset)
@@ -138,8 +138,8 @@ def work(
     stage.sample, stage.loss = sample_and_row, loss_of_rows
     stage.end_step, stage.drop_step = ended(end_step), ended(drop_step)
     health.listen()
-    train(stage, options, dataset, torch.device("cpu"), Curve(folder) if rank == 0 else None,
-          asked=health.terminated)  # fmt: skip
+    run = Curve(folder) if rank == 0 else None
+    Loop(stage, dataset, torch.device("cpu"), run, asked=health.terminated).train()
     torch.distributed.destroy_process_group()
 
 
@@ -256,8 +256,9 @@ if os.environ.get("FLOAT64"):  # all that the project computes in fp32
     get_accelerator().supported_dtypes = lambda: [torch.float64]
 dist.init_process_group("gloo")
 from pipelines.data.dataset import Dataset
-from pipelines.training.config import AdapterOptions, LearnerOptions, from_resolved
-from pipelines.training.loop import make_stage, train
+from pydantic import TypeAdapter
+from pipelines.training.config import AdapterOptions, LearnerOptions
+from pipelines.training.loop import Loop, make_stage
 
 class Curve(list):
     def log_metrics(self, values, step):
@@ -266,7 +267,7 @@ class Curve(list):
 
 curves = []
 for kind, tree in json.loads(sys.argv[1]):
-    options = from_resolved({"learner": LearnerOptions, "adapter": AdapterOptions}[kind], tree)
+    options = TypeAdapter({"learner": LearnerOptions, "adapter": AdapterOptions}[kind]).validate_python(tree)
     dataset = Dataset.open(options.data)
     stage = make_stage(options, dataset)
     def loss(model, batch, loss=stage.loss):
@@ -276,7 +277,7 @@ for kind, tree in json.loads(sys.argv[1]):
     stage.loss = loss
     stage.build = lambda device, dtype, build=stage.build: build(device, wide)
     curve = Curve()
-    train(stage, options, dataset, torch.device("cpu"), curve)
+    Loop(stage, dataset, torch.device("cpu"), curve).train()
     curves.append(curve)
 if dist.get_rank() == 0:
     print("CURVES" + json.dumps(curves))

@@ -7,7 +7,7 @@ import json
 import os
 import posixpath
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, Self, TypedDict
 
@@ -64,14 +64,6 @@ class Sample(NamedTuple):
     info: SampleInfo
 
 
-class LRSample(NamedTuple):
-    """A sample without its HR."""
-
-    key: str
-    lr: np.ndarray
-    info: SampleInfo
-
-
 class LatentSample(NamedTuple):
     """A sample of a dataset of latents; `lr` (uint8 RGB) only where that holds no degradation vector."""
 
@@ -110,15 +102,11 @@ def decode_member(data: bytes, key: str, uri: str) -> np.ndarray:
     try:
         return decode_stored(data)
     except ValueError:
-        raise DeeDSRError(_damaged(key, uri)) from None
+        raise damaged(key, uri) from None
 
 
-def _damaged(key: str, uri: str) -> str:
-    return f"{uri}: sample {key} is damaged: run `deedsr verify {uri}`"
-
-
-def _directly(storage: Storage, manifest: Manifest) -> Shards:
-    return storage
+def damaged(key: str, uri: str) -> DeeDSRError:
+    return DeeDSRError(f"{uri}: sample {key} is damaged: run `deedsr verify {uri}`")
 
 
 @dataclass(frozen=True)
@@ -130,7 +118,7 @@ class Dataset:
 
     storage: Storage
     manifest: Manifest
-    through: Callable[[Storage, Manifest], Shards] = _directly
+    through: Callable[[Storage, Manifest], Shards] | None = None
 
     @classmethod
     def open(cls, uri: str) -> "Dataset":
@@ -210,12 +198,11 @@ class Dataset:
 
     @cached_property
     def _shards(self) -> Shards:
-        return self.through(self.storage, self.manifest)
+        return self.through(self.storage, self.manifest) if self.through else self.storage
 
     @cached_property
     def _hr_shards(self) -> Shards:
-        hr = self.hr_dataset()
-        return self.through(hr.storage, hr.manifest)
+        return replace(self.hr_dataset(), through=self.through)._shards
 
     def file(self, name: str) -> bytes:
         """`samples.parquet` or `rejected.jsonl` as the manifest has it. Raises DeeDSRError if it is gone or altered."""
@@ -246,20 +233,19 @@ class Dataset:
         Raises UsageError if the dataset holds latents.
         """
         self.require_pixels()
-        shard, hr_shard = (table[name][row].as_py() for name in ("shard", "hr_shard"))
-        if shard == hr_shard:
+        if table["shard"][row].as_py() == table["hr_shard"][row].as_py():
             key, (hr, lr, info) = self._members(table, row, ("hr", "lr", "json"))
         else:
-            key, (hr,) = self._members(table, row, ("hr",), self._hr_shards, hr_shard)
+            _, (hr,) = self._members(table, row, ("hr",), of_hr=True)
             key, (lr, info) = self._members(table, row, ("lr", "json"))
         hr_pixels, lr_pixels = (decode_member(data, key, self.uri) for data in (hr, lr))
         return Sample(key, hr_pixels, lr_pixels, json.loads(info))
 
-    def read_lr(self, table: pa.Table, row: int) -> LRSample:
-        """The same without the HR, which is neither read nor decoded."""
+    def read_lr(self, table: pa.Table, row: int) -> tuple[str, np.ndarray]:
+        """Key and LR of a sample; nothing else is read."""
         self.require_pixels()
-        key, (lr, info) = self._members(table, row, ("lr", "json"))
-        return LRSample(key, decode_member(lr, key, self.uri), json.loads(info))
+        key, (lr,) = self._members(table, row, ("lr",))
+        return key, decode_member(lr, key, self.uri)
 
     def read_latents(self, table: pa.Table, row: int) -> LatentSample:
         """The sample in row `row` of the index of a dataset of latents."""
@@ -270,26 +256,22 @@ class Dataset:
         try:
             latents = unpack(packed)
         except ValueError:
-            raise DeeDSRError(_damaged(key, self.uri)) from None
+            raise damaged(key, self.uri) from None
         return LatentSample(key, latents, decode_member(lr[0], key, self.uri) if lr else None)
 
     def _members(
-        self,
-        table: pa.Table,
-        row: int,
-        members: tuple[str, ...],
-        shards: Shards | None = None,
-        shard: str | None = None,
+        self, table: pa.Table, row: int, members: tuple[str, ...], of_hr: bool = False
     ) -> tuple[str, list[bytes]]:
-        shards, shard = shards or self._shards, shard or table["shard"][row].as_py()
-        key = table["key"][row].as_py()
+        """Key and members of a sample; `of_hr`: from the dataset that holds the HR."""
+        shards = self._hr_shards if of_hr else self._shards
+        shard, key = table["hr_shard" if of_hr else "shard"][row].as_py(), table["key"][row].as_py()
         spans = [(table[f"{name}_offset"][row].as_py(), table[f"{name}_size"][row].as_py()) for name in members]
         (start, _), (last, size) = spans[0], spans[-1]  # a sample's members lie one after the other
         try:
             data = read_member(shards, shard, start, last + size - start)
         except MissingShard:
             source = self.manifest.hr_from
-            if source and shards.uri != self.uri and self.hr_dataset().digest != source.digest:
+            if of_hr and source and self.hr_dataset().digest != source.digest:
                 raise DeeDSRError(self.hr_is_gone(f"{shard} with the HR of sample {key} is gone")) from None
             raise
         return key, [data[offset - start : offset - start + size] for offset, size in spans]

@@ -99,13 +99,10 @@ class SampleIndex:
         columns = columns or [name for name in self.columns if not name.startswith(_DESCRIPTIVE)]
         wanted, found = sorted(rows), []
         for part, numbers in enumerate(self.parts):
-            inside = [row for row in wanted if row in numbers]
-            start = numbers.start
-            for batch in self.batches(columns, [part]) if inside else ():
-                stop = start + batch.num_rows
-                found.append(batch.take(pa.array([row - start for row in inside if start <= row < stop], pa.int64())))
-                start = stop
-        return pa.Table.from_batches(found)
+            if inside := [row - numbers.start for row in wanted if row in numbers]:
+                with self._explained():
+                    found.append(self._file.read_row_group(part, list(columns)).take(inside))
+        return pa.concat_tables(found)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

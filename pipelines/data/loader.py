@@ -1,7 +1,7 @@
 """Reads the micro-batches of one worker ahead of need, decoding and stacking on threads.
 
 Decoding leaves Python's lock, so threads do what torch's `DataLoader` has processes for. With the same order as its
-batch sampler and one process to decode, that reads 0.7 times as many samples by the second of processor time, and every
+batch sampler and one process to decode, that reads 0.7 times as many samples per second of processor time, and every
 process takes 300 MiB and open files of its own.
 """
 
@@ -57,7 +57,7 @@ def micro_batches(
             for span in spans():
                 samples = [pool.submit(sample, epoch, row) for epoch, row in order.slice(*span)]
                 # Tasks start in the order they came in: when this one waits for its samples, none waits for a thread.
-                waiting.append(pool.submit(_stack, samples, pinned))
+                waiting.append(pool.submit(lambda parts: stacked([part.result() for part in parts], pinned), samples))
                 if len(waiting) > ahead:
                     yield waiting.popleft().result()
             while waiting:
@@ -86,12 +86,11 @@ def follow(cache: ShardCache, order: SampleOrder, index: pa.Table) -> Callable[[
     return at
 
 
-def _stack(samples: list[Future[Arrays]], pinned: bool) -> Batch:
+def stacked(samples: list[Arrays], pinned: bool = False) -> Batch:
     """Stacked where torch allocates: how numpy's memory is aligned differs from run to run, and MKL's sums with it."""
-    arrays = [sample.result() for sample in samples]
     batch: Batch = {}
-    for name, first in arrays[0].items():
+    for name, first in samples[0].items():
         like = torch.as_tensor(first)
-        batch[name] = torch.empty((len(arrays), *like.shape), dtype=like.dtype, pin_memory=pinned)
-        np.stack([sample[name] for sample in arrays], out=batch[name].numpy())
+        batch[name] = torch.empty((len(samples), *like.shape), dtype=like.dtype, pin_memory=pinned)
+        np.stack([sample[name] for sample in samples], out=batch[name].numpy())
     return batch

@@ -25,15 +25,15 @@ class SampleOrder:
         self.windows = -(-len(names) // window)
         content = np.asarray(index["content"]) if together else np.arange(self.rows)
         _, self.group = np.unique(content, return_inverse=True)
-        self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
-        self._ends = self._epoch  # of the windows of an epoch
+        self._epoch: tuple[int, np.ndarray, np.ndarray] = (-1, *np.empty((2, 0), np.int64))  # with windows' ends
 
     def epoch(self, epoch: int) -> np.ndarray:
         """Row numbers in the order of epoch `epoch`."""
         if self._epoch[0] != epoch:
             rng, window = self._window_of_rows(epoch)
             rank = rng.random(self.group.max() + 1)
-            self._epoch = (epoch, np.lexsort((np.arange(self.rows), rank[self.group], window)))
+            rows = np.lexsort((np.arange(self.rows), rank[self.group], window))
+            self._epoch = (epoch, rows, np.cumsum(np.bincount(window)))
         return self._epoch[1]
 
     def _window_of_rows(self, epoch: int) -> tuple[np.random.Generator, np.ndarray]:
@@ -43,9 +43,8 @@ class SampleOrder:
     def window_at(self, position: int) -> tuple[int, int]:
         """(epoch, number in that epoch) of the window of shards that a position of the sequence lies in."""
         epoch, place = divmod(position, self.rows)
-        if self._ends[0] != epoch:
-            self._ends = (epoch, np.cumsum(np.bincount(self._window_of_rows(epoch)[1])))
-        return epoch, int(np.searchsorted(self._ends[1], place, side="right"))
+        self.epoch(epoch)
+        return epoch, int(np.searchsorted(self._epoch[2], place, side="right"))
 
     def rows_of_window(self, epoch: int, window: int) -> np.ndarray:
         """Rows of a window, in shard order; behind an epoch's last window the next epoch goes on."""

@@ -2,8 +2,8 @@
 
 Remote shards are fetched whole, once for all workers of a node, into a folder that holds at most so many bytes; those
 unused for longest make room. A copy has its final name only when its size and SHA-256 are the manifest's, so a
-partial file is never used. Nothing waits for a copy: what is not here yet, does not fit, or could
-not be fetched because the disk is full, is read from the storage by range.
+partial file is never used. Nothing waits for a copy: what is not here yet, does not fit, or could not be fetched, as on
+a full disk, is read from the storage by range.
 """
 
 import hashlib
@@ -34,11 +34,6 @@ _RETRY_SECONDS = 30.0  # after a fetch that failed
 _BUSY_SECONDS = 0.5  # before looking again at a shard that another worker fetches
 
 
-def default_folder() -> Path:
-    """Below `machine.cache_folder()`: one for all workers and runs of a user on a node."""
-    return machine.cache_folder() / "deedsr" / "shards"
-
-
 class _Remote(NamedTuple):
     storage: Storage
     entry: ShardEntry
@@ -56,11 +51,12 @@ class _Remote(NamedTuple):
 class ShardCache:
     """`open` is a `Dataset`'s `through`; `need` sets which shards will be read next. A context manager.
 
-    `limit`: bytes that the copies in `folder` take at most; 0 turns copies off.
+    `limit`: bytes that the copies in `folder` take at most; 0 turns copies off. By default all workers and runs of a
+    user on a node have one folder.
     """
 
     def __init__(self, limit: int, folder: Path | None = None):
-        self.limit, self.folder = limit, folder or default_folder()
+        self.limit, self.folder = limit, folder or machine.cache_folder() / "deedsr" / "shards"
         self.fetched = self.ranged = 0  # whole shards; reads that went to the storage
         self._known: dict[str, _Remote] = {}
         self._needed: tuple[str, ...] = ()
@@ -80,14 +76,14 @@ class ShardCache:
     def open(self, storage: Storage, manifest: Manifest) -> Shards:
         """How the shards of a dataset are read."""
         if storage.local_path("") is not None:
-            return _LocalShards(storage)
+            return _OpenFiles(storage)
         if not self.limit:
             return storage
         self._known |= {entry.name: _Remote(storage, entry) for entry in manifest.shards}
         if not self._thread.is_alive():
             self._thread.start()
         self._changed.set()
-        return _CopiedShards(self, storage)
+        return _OpenFiles(storage, self)
 
     def need(self, names: Iterable[str]) -> None:
         """Shards of the current and the next window, the most urgent first: none of them makes room for another."""
@@ -176,29 +172,19 @@ class ShardCache:
         return self.folder / f"{file[:2]}.lock"
 
 
-class _LocalShards:
-    """Shards on a file system, their files kept open."""
+class _OpenFiles:
+    """Shards of a local storage, or of a remote one through its copies where these are. The last files stay open."""
 
-    def __init__(self, storage: Storage):
-        self.uri = storage.uri
-        self._storage = storage
-        self._open = _open_files()
-
-    def read_range(self, path: str, offset: int, size: int) -> bytes:
-        with explained("read", f"{self.uri}/{path}"):
-            file = self._open(self._storage.local_path(path))  # held, so that it is not closed meanwhile
-            return os.pread(file.fileno(), size, offset)
-
-
-class _CopiedShards:
-    """Remote shards, read from their copies where these are."""
-
-    def __init__(self, cache: ShardCache, storage: Storage):
-        self.uri = storage.uri
-        self._cache, self._storage = cache, storage
-        self._open = _open_files()
+    def __init__(self, storage: Storage, cache: ShardCache | None = None):
+        self.uri, self._storage, self._cache = storage.uri, storage, cache
+        self._open: Any = lru_cache(_OPEN_FILES)(partial(open, mode="rb"))
 
     def read_range(self, path: str, offset: int, size: int) -> bytes:
+        # The file is held while it is read, so that it is not closed meanwhile.
+        if self._cache is None:
+            with explained("read", f"{self.uri}/{path}"):
+                file = self._open(self._storage.local_path(path))
+                return os.pread(file.fileno(), size, offset)
         try:
             file = self._open(self._cache.copy(path))
         except (OSError, KeyError):
@@ -207,11 +193,6 @@ class _CopiedShards:
         if not os.fstat(file.fileno()).st_nlink:  # it has made room for others; kept open it would still take its own
             self._open.cache_clear()
         return os.pread(file.fileno(), size, offset)
-
-
-def _open_files() -> Any:
-    """Opens a file to read, given its path; the last ones stay open."""
-    return lru_cache(_OPEN_FILES)(partial(open, mode="rb"))
 
 
 def _require_whole(file: Path, entry: ShardEntry) -> None:

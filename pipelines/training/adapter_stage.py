@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
 import numpy as np
 import pyarrow as pa
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 import deedsr
@@ -27,19 +28,19 @@ from pipelines.data.dataset import Dataset
 from pipelines.models import Adapter, Base, Learner
 from pipelines.training.config import AdapterOptions
 from pipelines.training.metrics import by_timestep, middles
-from pipelines.training.stage import Workers, compile_blocks, initial_weights, save_model, unit
+from pipelines.training.stage import Stage, Weights, compile_blocks, initial_weights, save_model, unit
 
 if TYPE_CHECKING:
     from deedsr.sampling.pipeline import DeeDSRPipeline
 
 
 class Draws(NamedTuple):
-    """What chance decides for one sample: `place` of the crop (top, left, height, width in LR pixels), the noise that
-    samples the VAE's posteriors of LR and HR (2, C, h, w), and what the denoiser is asked."""
+    """Random draws of one sample: `place` of the crop (top, left, height, width in LR pixels), the noise that samples
+    the VAE's posteriors of LR and HR (2, C, h, w), and inputs of the denoiser."""
 
     place: tuple[int, int, int, int]
     encoding_noise: np.ndarray
-    questions: dict[str, Any]
+    inputs: dict[str, Any]
 
 
 class AdapterBatch(TypedDict):
@@ -57,20 +58,22 @@ class AdapterBatch(TypedDict):
     degradation: NotRequired[Tensor]  # (B, D)
 
 
-class AdapterStage:
-    name = "adapter"
-    together = False
-    unit = 1
-
+class AdapterStage(Stage):
     def __init__(self, options: AdapterOptions, scale: int, latents: LatentsSource | None = None):
         """`latents`: the dataset holds latents made of these; then neither VAE nor learner is loaded to train."""
         self.options, self.scale, self.latents = options, scale, latents
         self.base, self.trained_learner = Base(options.base), Learner(options.learner)
         self.init = Adapter(options.init) if options.init else None
+        self.models = [self.base, self.trained_learner, *([self.init] if self.init else [])]
 
-    def fetch(self) -> None:
-        for reference in (self.base, self.trained_learner, *([self.init] if self.init else [])):
-            _ = reference.path
+    def network(self, unet: UNet2DConditionModel | None = None, **more: Any) -> DegradationAwareAdapter:
+        """The adapter of `unet`, or of one with the base's geometry."""
+        model = self.options.model
+        unet = unet or UNet2DConditionModel.from_config(
+            UNet2DConditionModel.load_config(self.base.path, subfolder="unet")
+        )
+        dim = DegradationLearner.load_config(self.trained_learner.path)["widths"][-1]
+        return DegradationAwareAdapter.for_unet(unet, model.preset, dim, model.tokens, model.ablate, **more)
 
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         base = self.base.path
@@ -85,17 +88,11 @@ class AdapterStage:
             self.vae_factor = self.latents.factor
         if self.latents is None or self.latents.learner is None:
             # The learner stays in fp32: its vectors are computed once per image, and its statistics do not fit bf16.
-            self.learner = freeze(self._trained_learner()).to(device)
+            learner = DegradationLearner.from_pretrained(self.trained_learner.path, low_cpu_mem_usage=False)
+            self.learner = freeze(learner).to(device)
         self.scheduler = ddim(load_part(base, "scheduler"))
         torch.manual_seed(self.options.train.seed)
-        self.adapter = DegradationAwareAdapter.for_unet(
-            self.unet,
-            preset=self.options.model.preset,
-            tokens=self.options.model.tokens,
-            degradation_dim=DegradationLearner.load_config(self.trained_learner.path)["widths"][-1],
-            ablate=self.options.model.ablate,
-            prediction_type=self.scheduler.config["prediction_type"],
-        )
+        self.adapter = self.network(self.unet, prediction_type=self.scheduler.config["prediction_type"])
         self.adapter.initialize_from(self.unet)
         if self.init:
             self.adapter.load_state_dict(initial_weights(self.init, self.adapter))
@@ -106,14 +103,12 @@ class AdapterStage:
         if self.options.train.compile:
             compile_blocks(self.adapter.blocks())
         self.latent_channels = int(self.unet.config["in_channels"])
+        self.timesteps = self.options.diffusion.timesteps(self.scheduler.config["num_train_timesteps"])
         return self.adapter
-
-    def _trained_learner(self) -> DegradationLearner:
-        return DegradationLearner.from_pretrained(self.trained_learner.path, low_cpu_mem_usage=False)
 
     def sample(self, dataset: Dataset, index: pa.Table, row: int, epoch: int) -> dict[str, Any]:
         """The whole LR for the learner; an aligned LR/HR crop, a timestep and the noise for the denoiser. Of latents:
-        the vector, and crops of the latents at the nearest cells."""
+        the vector, and crops of the latents at the nearest latent pixels."""
         if self.latents is not None:
             return self._sample_latents(dataset, index, row, epoch)
         sample = dataset.read(index, row)
@@ -123,13 +118,8 @@ class AdapterStage:
         lr = sample.lr[top : top + rows, left : left + columns]
         s = self.scale
         hr = sample.hr[s * top : s * (top + rows), s * left : s * (left + columns)]
-        return {
-            "lr": _planes(sample.lr),
-            "lr_crop": _planes(lr),
-            "hr_crop": _planes(hr),
-            "encoding_noise": draws.encoding_noise,
-            **draws.questions,
-        }
+        planes = {"lr": _planes(sample.lr), "lr_crop": _planes(lr), "hr_crop": _planes(hr)}
+        return {**planes, "encoding_noise": draws.encoding_noise, **draws.inputs}
 
     def _sample_latents(self, dataset: Dataset, index: pa.Table, row: int, epoch: int) -> dict[str, Any]:
         key, stored, lr = dataset.read_latents(index, row)
@@ -144,7 +134,7 @@ class AdapterStage:
             for (mean, std), noise in zip(moments, draws.encoding_noise, strict=True)
         )
         known = {"degradation": stored.degradation} if lr is None else {"lr": _planes(lr)}
-        return {"z_lr": z_lr, "z_hr": z_hr, **known, **draws.questions}
+        return {"z_lr": z_lr, "z_hr": z_hr, **known, **draws.inputs}
 
     def _draw(self, key: str, epoch: int, height: int, width: int) -> "Draws":
         """`height`, `width`: of the LR."""
@@ -155,13 +145,13 @@ class AdapterStage:
         top, left = (int(rng.integers(have - use + 1)) for have, use in ((height, rows), (width, columns)))
         s = self.scale
         latent = (self.latent_channels, s * rows // self.vae_factor, s * columns // self.vae_factor)
-        questions = {
+        inputs = {
             "timestep": np.int64(self.timesteps * rng.random() ** options.diffusion.timestep_power),
             "noise": rng.standard_normal(latent, dtype=np.float32),
         }
         encoding_noise = rng.standard_normal((2, *latent), dtype=np.float32)
-        questions["guidance"] = np.float32(options.diffusion.noise_guidance * min(1, 2 * rng.random()))
-        return Draws((top, left, rows, columns), encoding_noise, questions)
+        inputs["guidance"] = np.float32(options.diffusion.noise_guidance * min(1, 2 * rng.random()))
+        return Draws((top, left, rows, columns), encoding_noise, inputs)
 
     def _encoded(self, batch: AdapterBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Latents of LR and HR, and the degradation vectors, all fp32: computed, or as they were stored."""
@@ -178,12 +168,6 @@ class AdapterStage:
     def loss(self, model: Callable[..., Tensor], batch: AdapterBatch) -> tuple[Tensor, dict[str, Tensor]]:
         loss_B = self.losses(model, batch)
         return loss_B.mean(), by_timestep(loss_B.detach(), batch["timestep"], self.timesteps)
-
-    @property
-    def timesteps(self) -> int:
-        """Timesteps from 0 to below this one are trained."""
-        steps = self.scheduler.config["num_train_timesteps"]
-        return min(self.options.diffusion.max_timestep or steps, steps)
 
     def losses(self, model: Callable[..., Tensor], batch: AdapterBatch) -> Tensor:
         """The loss of each sample (B,), in fp32 whatever the networks compute in."""
@@ -217,36 +201,20 @@ class AdapterStage:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def end_step(self, workers: Workers) -> None:
-        """Nothing but the trained parameters advances."""
-
-    def drop_step(self) -> None:
-        """Nothing is collected."""
-
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Nothing but the trained parameters advances."""
-
-    def export(
-        self, folder: Path, trained: dict[str, Tensor], state: dict[str, Tensor], history: dict[str, Any] | None = None
-    ) -> None:
-        learner = self._trained_learner()
+    def export(self, folder: Path, trained: Weights, state: Weights, history: dict[str, Any] | None = None) -> None:
+        learner = DegradationLearner.from_pretrained(self.trained_learner.path, low_cpu_mem_usage=False)
         save_model(self.adapter, trained, folder / "adapter")
         save_model(learner, learner.state_dict(), folder / "learner")
-        configuration = asdict(self.options)
         training = (history or {}) | {
             "learner": self.trained_learner.digest,
             "prediction_type": self.scheduler.config["prediction_type"],
-            "configuration": {part: configuration[part] for part in ("model", "diffusion", "train")},
+            "configuration": {part: asdict(getattr(self.options, part)) for part in ("model", "diffusion", "train")},
             "created_by": f"deedsr {deedsr.__version__}",
         }
         lineage = {"base": self.options.base, "license": self.options.license, "training": training}
-        made: dict[str, Any] = {"scale": self.scale, "sampling": self.options.sampling}
-        description = {"format_version": FORMAT_VERSION} | made | lineage | {"base_digest": self.base.digest}
-        (folder / "deedsr.json").write_text(json.dumps(description, indent=2))
-        write_card(folder, **made, lineage=lineage)
+        made = {"scale": self.scale, "sampling": self.options.sampling, **lineage, "base_digest": self.base.digest}
+        (folder / "deedsr.json").write_text(json.dumps({"format_version": FORMAT_VERSION, **made}, indent=2))
+        write_card(folder, scale=self.scale, sampling=self.options.sampling, lineage=lineage)
         copy_base_licence(self.base.path, folder)
 
 

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any, Literal, Self
 
 import torch
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
 
-from deedsr.errors import DeeDSRError, UsageError
+from deedsr.errors import DeeDSRError
 from pipelines.claims import Superseded
 from pipelines.storage import Storage, waiting
 from pipelines.storage.errors import Faulty
@@ -80,8 +80,7 @@ def write(
     """
     for part in PARTS:
         check()
-        data = save(tensors[part])
-        path = f"{checkpoint.folder}/{part}.safetensors"
+        data, path = save(tensors[part]), f"{checkpoint.folder}/{part}.safetensors"
         with ThreadPoolExecutor(1) as hashing:
             hashed = hashing.submit(hashlib.sha256, data)
             out.write(path, data)
@@ -98,12 +97,9 @@ def write(
         out.write(path, data)
     check()
     out.write(f"{checkpoint.folder}/{RECORD}", json.dumps(asdict(checkpoint)).encode())
-    _drop_others(out, {c.folder for c in keep.kept(committed(out))}, checkpoint)
-
-
-def _drop_others(out: Storage, kept: set[str], newest: Checkpoint) -> None:
+    kept = {c.folder for c in keep.kept(committed(out))}
     paths = [e.path for e in out.list("checkpoints/")]
-    gone = [p for p in paths if (folder := p.rpartition("/")[0]) not in kept and folder <= newest.folder]
+    gone = [p for p in paths if (folder := p.rpartition("/")[0]) not in kept and folder <= checkpoint.folder]
     # The commit records go first: a half-deleted checkpoint no longer counts.
     out.delete_many(sorted(gone, key=lambda path: not path.endswith(f"/{RECORD}")))
 
@@ -134,48 +130,23 @@ def read_latest(out: Storage) -> tuple[Checkpoint, Tensors] | None:
     return None
 
 
-def read_step(out: Storage, step: int) -> tuple[Checkpoint, Tensors]:
-    """The newest checkpoint. Raises DeeDSRError where it is of an earlier step."""
-    found = read_latest(out)
-    if found is None or found[0].step < step:
-        raise DeeDSRError(f"the checkpoint of step {step} in {out.uri} was damaged after it was written")
-    return found
-
-
 def read(out: Storage, checkpoint: Checkpoint) -> Tensors:
     """The tensors of a committed checkpoint. FileNotFoundError or ValueError where it is damaged."""
-    return {part: _read(out, checkpoint, part) for part in PARTS}
+    tensors: Tensors = {}
+    for part in PARTS:
+        data = out.read(f"{checkpoint.folder}/{part}.safetensors")
+        if hashlib.sha256(data).hexdigest() != checkpoint.sha256[part]:
+            raise ValueError(f"{part}.safetensors does not match its SHA-256")
+        tensors[part] = load(data)
+    return tensors
 
 
-def _read(out: Storage, checkpoint: Checkpoint, part: str) -> dict[str, Tensor]:
-    data = out.read(f"{checkpoint.folder}/{part}.safetensors")
-    if hashlib.sha256(data).hexdigest() != checkpoint.sha256[part]:
-        raise ValueError(f"{part}.safetensors does not match its SHA-256")
-    return load(data)
-
-
-class WriterThread:
-    """A thread that writes to storage while training goes on. Used as a context; leaving it by an exception gives up
-    what is still tried."""
-
-    def __init__(self, name: str):
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
-        self._given_up = threading.Event()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        if kind is not None:
-            self._given_up.set()
-        self._pool.shutdown(wait=kind is None)
-
-
-class Writer(WriterThread):
-    """Writes checkpoints on a thread while training goes on, one at a time.
+class Writer:
+    """Writes checkpoints, one at a time, and records of skipped steps while training goes on, each on a thread.
 
     What fails is tried again for as long as `pipelines.storage.waiting` says; then `start` or `wait` raises it, and
-    `failure` returns it. `check`: see `write`. `say` gets the lines on what is waited for.
+    `failure` returns it. `check`: see `write`. `say` gets the lines on what is waited for. A context, in which an
+    exception gives up what is still tried.
     """
 
     def __init__(
@@ -185,10 +156,40 @@ class Writer(WriterThread):
         check: Callable[[], object] = lambda: None,
         say: Callable[[str], object] = logger.warning,
     ):
-        super().__init__("checkpoint")
         self.out, self.keep, self._check, self._say = out, keep, check, say
+        self._pool, self._records = ThreadPoolExecutor(1, "checkpoint"), ThreadPoolExecutor(1, "incidents")
+        self._given_up = threading.Event()
         self._running: Future[None] | None = None
         self.failing = False  # what is being written had to be tried again
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is not None:
+            self._given_up.set()
+        for pool in (self._pool, self._records):
+            pool.shutdown(wait=kind is None)
+
+    def record(self, step: int, files: Mapping[str, bytes]) -> None:
+        """Begin to write what is kept of a skipped step; dropped with a warning where storage does not take it."""
+        self._records.submit(self._record, step, files)
+
+    def _record(self, step: int, files: Mapping[str, bytes]) -> None:
+        def write_all() -> None:
+            for path, data in files.items():
+                self._check()
+                self.out.write(path, data)
+
+        try:
+            with waiting.within(over=self._given_up):
+                waiting.patiently(write_all)
+        except DeeDSRError as error:
+            logger.warning("there is no record of step %d, which was not taken: %s", step, error)
+
+    def end_records(self) -> None:
+        """Until those so far are written or dropped; there may be no more."""
+        self._records.shutdown()
 
     def start(
         self, checkpoint: Checkpoint, tensors: Tensors, beside: Mapping[str, bytes] = MappingProxyType({})
@@ -212,8 +213,11 @@ class Writer(WriterThread):
 
     @property
     def failure(self) -> BaseException | None:
-        """Why the last checkpoint was given up."""
-        return self._running.exception() if self._running is not None and self._running.done() else None
+        """Why the last checkpoint was given up. Raises Superseded where the place is another's."""
+        failure = self._running.exception() if self._running is not None and self._running.done() else None
+        if isinstance(failure, Superseded):
+            raise failure
+        return failure
 
     def give_up(self) -> bool:
         """Ends the attempts of a checkpoint that could not be written so far; False where none failed."""
@@ -237,9 +241,8 @@ class Writer(WriterThread):
             if self.out.local_path("") is not None:  # of a full disk; elsewhere the next commit drops it
                 with contextlib.suppress(DeeDSRError):
                     self._check()
-                    self.out.delete_many([f"{checkpoint.folder}/{part}.safetensors" for part in PARTS])
-            kind = UsageError if isinstance(error, UsageError) else DeeDSRError
-            raise kind(f"the checkpoint of step {checkpoint.step} could not be written: {error}") from error
+                    self.out.delete_many(f"{checkpoint.folder}/{part}.safetensors" for part in PARTS)
+            raise DeeDSRError(f"the checkpoint of step {checkpoint.step} could not be written: {error}") from error
 
 
 def read_agreed(out: Storage, device: torch.device) -> tuple[Checkpoint, Tensors] | None:
@@ -248,23 +251,24 @@ def read_agreed(out: Storage, device: torch.device) -> tuple[Checkpoint, Tensors
     Raises the DeeDSRError of rank 0 on every worker, and one where a worker cannot read what rank 0 has chosen.
     """
     rank = dist.get_rank()
-    mine, error = None, None
+    found: tuple[Checkpoint, Tensors] | None = None
+    chosen: list[Any] = [None]
+    if rank == 0:
+        try:
+            found = read_latest(out)
+            chosen = [found and found[0]]
+        except DeeDSRError as error:
+            chosen = [error]
+    dist.broadcast_object_list(chosen, src=0, device=device)
+    [last] = chosen
+    if isinstance(last, DeeDSRError):
+        raise last
+    if rank == 0 or last is None:
+        return found
     try:
-        mine = read_latest(out)
-    except DeeDSRError as reason:
-        error = reason
-    said: list[Any] = [error or (mine and mine[0])]
-    dist.broadcast_object_list(said, src=0, device=device)
-    chosen = said[0]
-    if isinstance(chosen, DeeDSRError):
-        raise chosen
-    if chosen is None or (mine and mine[0].sha256 == chosen.sha256 and mine[0].step == chosen.step):
-        return mine if chosen else None
-    mine = None  # another one than rank 0's: its memory is needed
-    try:
-        return chosen, read(out, chosen)
+        return last, read(out, last)
     except (FileNotFoundError, ValueError) as reason:
         raise DeeDSRError(
-            f"worker {rank} cannot read {out.uri}/{chosen.folder}, from which worker 0 continues ({reason}): "
+            f"worker {rank} cannot read {out.uri}/{last.folder}, from which worker 0 continues ({reason}): "
             f"{out.uri} must be the same storage on every node"
         ) from reason

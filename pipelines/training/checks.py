@@ -1,23 +1,18 @@
 """Refuses a training that cannot work, before any worker starts: data that do not suit its stage, sizes that its
-networks cannot take, a metric that is never logged. What has no effect in it is warned of."""
+networks cannot take, a metric that is never logged. Warns of settings without an effect."""
 
 import logging
 import math
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pyarrow.compute as pc
 
 from deedsr.errors import UsageError
-from pipelines.data.dataset import Dataset
+from deedsr.hub.model_folder import read_config
+from pipelines.data.dataset import Dataset, no_validation
 from pipelines.training.config import AdapterOptions, LearnerOptions
 from pipelines.training.metrics import bucket_names, middles
-
-__all__ = ["check_adapter_data", "check_learner_data", "logged_metrics", "require_best_metric", "warn_of_idle"]
-
-if TYPE_CHECKING:
-    from pipelines.models import Base, Learner
 
 logger = logging.getLogger(__name__)
 _ALWAYS = {"loss", "loss_smoothed", "lr", "grad_norm", "skipped_steps", "samples_per_second", "data_wait_share"}
@@ -75,15 +70,15 @@ def check_adapter_data(options: AdapterOptions, dataset: Dataset, base: Path, le
         raise UsageError(f"sampling: {error}") from None
 
 
-def require_latents_of(dataset: Dataset, options: AdapterOptions, base: "Base", learner: "Learner") -> None:
-    """Refuse latents that other networks made than those that this training would use."""
+def require_latents_of(dataset: Dataset, options: AdapterOptions, base: Path, learner: Path) -> None:
+    """Refuse latents that were made by other networks than this training's."""
     from deedsr.hub.weights import part_digest
 
     made_of = dataset.manifest.latents
     if made_of is None:
         return
-    parts = {"base": (made_of.vae, base.path / "vae")}
-    parts |= {"learner": (made_of.learner, learner.path)} if made_of.learner else {}
+    parts = {"base": (made_of.vae, base / "vae")}
+    parts |= {"learner": (made_of.learner, learner)} if made_of.learner else {}
     differing = [
         f"--{name} {getattr(options, name)} ({'its VAE' if name == 'base' else 'it'} has digest {found:.12}, "
         f"theirs had {stored:.12})"
@@ -99,25 +94,26 @@ def require_latents_of(dataset: Dataset, options: AdapterOptions, base: "Base", 
 
 def require_best_metric(options: LearnerOptions | AdapterOptions, dataset: Dataset, base: Path | None = None) -> None:
     """Raises UsageError for a `train.best_metric` that no checkpoint would hold. `base`: of the adapter."""
-    train = options.train
-    if train.best_metric is None:
+    train, wanted = options.train, options.train.best_metric
+    if wanted is None:
         if train.best_mode != "min":
             raise UsageError(f"train.best_mode {train.best_mode} has no effect without train.best_metric: give both")
         return
-    timesteps = _timesteps(options, base) if isinstance(options, AdapterOptions) and base else 0
+    timesteps = 0
+    if isinstance(options, AdapterOptions) and base:
+        timesteps = options.diffusion.timesteps(int(read_config(base, "scheduler").get("num_train_timesteps", 1000)))
     validates = 0 < train.validate_every <= train.max_steps and dataset.index("validation").num_rows > 0
     pictures = dataset.manifest.latents is None and train.validation_pictures > 0
-    logged = logged_metrics(options, timesteps, validates, pictures)
-    if train.best_metric in logged:
+    logged = sorted(logged_metrics(options, timesteps, validates, pictures))
+    if wanted in logged:
         return
-    if train.best_metric in logged_metrics(options, timesteps, validates=True, pictures=True):
-        needs = "pixels and train.validation_pictures" if validates else (
-            "a validation split and a train.validate_every from 1 to train.max_steps"
-        )  # fmt: skip
-        raise UsageError(f"train.best_metric {train.best_metric} is never logged: it needs {needs}")
-    close = get_close_matches(train.best_metric, sorted(logged), n=1)
-    guess = f"did you mean {close[0]}?" if close else f"there are: {', '.join(sorted(logged))}"
-    raise UsageError(f"train.best_metric {train.best_metric} is never logged; {guess}")
+    if wanted in logged_metrics(options, timesteps, validates=True, pictures=True):
+        split = "a validation split and a train.validate_every from 1 to train.max_steps"
+        needs = "pixels and train.validation_pictures" if validates else split
+        raise UsageError(f"train.best_metric {wanted} is never logged: it needs {needs}")
+    close = get_close_matches(wanted, logged, n=1)
+    guess = f"did you mean {close[0]}?" if close else f"there are: {', '.join(logged)}"
+    raise UsageError(f"train.best_metric {wanted} is never logged; {guess}")
 
 
 def logged_metrics(
@@ -134,26 +130,15 @@ def logged_metrics(
     return names | {f"validation/{name}" for name in ("loss", "seconds", *measured)}
 
 
-def _timesteps(options: AdapterOptions, base: Path) -> int:
-    from deedsr.hub.model_folder import read_config
-
-    steps = int(read_config(base, "scheduler").get("num_train_timesteps", 1000))
-    return min(options.diffusion.max_timestep or steps, steps)
-
-
 def warn_of_idle(options: LearnerOptions | AdapterOptions, dataset: Dataset) -> None:
     """Warns of settings without an effect in so short a training, or on such data. They are not refused, because a
     preset may have set them."""
     train = options.train
+    steps = f"and train.max_steps {train.max_steps}"
     if train.validate_every > train.max_steps:
-        logger.warning(
-            "there will be no validation: train.validate_every is %d and train.max_steps %d",
-            train.validate_every, train.max_steps,
-        )  # fmt: skip
+        logger.warning("there will be no validation: train.validate_every is %d %s", train.validate_every, steps)
     elif train.validate_every and dataset.index("validation").num_rows == 0:
-        logger.warning("there will be no validation: %s has no sample in its validation split", dataset.uri)
+        logger.warning("%s; training goes on without validation", no_validation(dataset.uri, dataset.recipe))
     if train.warmup_steps >= train.max_steps:
-        logger.warning(
-            "the learning rate never leaves its warm-up: train.warmup_steps is %d and train.max_steps %d",
-            train.warmup_steps, train.max_steps,
-        )  # fmt: skip
+        message = "the learning rate never leaves its warm-up: train.warmup_steps is %d %s"
+        logger.warning(message, train.warmup_steps, steps)

@@ -1,16 +1,26 @@
 """Typed options of both stages. A preset of `schedules.py` fills in what the user leaves out."""
 
-import math
 import re
-from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import (
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
 
 from deedsr.errors import UsageError
 
 Workers = Annotated[int | str, Field(union_mode="left_to_right")]  # "2" is the number
-MicroBatch = int | Literal["auto"] | None
+MicroBatch = PositiveInt | Literal["auto"] | None
+Below1 = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 AUTO_SAMPLES = 8  # of `auto` on the smallest cards, where no block of the learner sets a size
 Ablation = Literal["vector", "global", "local", "da"]  # as the adapter knows them
 
@@ -19,15 +29,15 @@ Ablation = Literal["vector", "global", "local", "da"]  # as the adapter knows th
 class TrainOptions:
     """What both stages share."""
 
-    lr: Annotated[float, "peak learning rate"] = 1e-4
+    lr: Annotated[PositiveFloat, "peak learning rate"] = 1e-4
     schedule: Annotated[Literal["constant", "cosine"], "learning rate after the warm-up"] = "constant"
     schedule_steps: Annotated[int | None, "last step of the cosine; null = max_steps of the first command"] = None
-    warmup_steps: Annotated[int, "steps of linear warm-up"] = 0
+    warmup_steps: Annotated[NonNegativeInt, "steps of linear warm-up"] = 0
     optimizer: Annotated[Literal["adamw", "sgd"], "sgd: momentum 0.9"] = "adamw"
-    weight_decay: Annotated[float, "weight decay"] = 0.01
-    clip_grad_norm: Annotated[float, "maximum gradient norm; 0 = off"] = 0.0
-    max_steps: Annotated[int, "optimizer steps in total"] = 1000
-    global_batch_size: Annotated[int, "samples per optimizer step, over all workers and accumulation"] = 32
+    weight_decay: Annotated[NonNegativeFloat, "weight decay"] = 0.01
+    clip_grad_norm: Annotated[NonNegativeFloat, "maximum gradient norm; 0 = off"] = 0.0
+    max_steps: Annotated[PositiveInt, "optimizer steps in total"] = 1000
+    global_batch_size: Annotated[PositiveInt, "samples per optimizer step, over all workers and accumulation"] = 32
     micro_batch_size: Annotated[MicroBatch, "samples per forward of a worker; auto = by GPU; null = its share"] = None
     num_workers: Annotated[Workers, "auto = most that the batch divides over; a number; a range such as 1..4"] = "auto"
     zero_stage: Annotated[Literal[0, 1, 2, 3], "DeepSpeed ZeRO"] = 0
@@ -35,25 +45,25 @@ class TrainOptions:
     exact_sums: Annotated[bool | None, "fp64 gradient sums, equal for any number of workers; null = on CPUs"] = None
     tf32: Annotated[bool | None, "TF32 in fp32 products on GPUs; null = unless exact_sums"] = None
     seed: Annotated[int, "seed of initial weights, sample order and all random draws"] = 0
-    checkpoint_every: Annotated[int, "optimizer steps between checkpoints"] = 200
-    keep_checkpoints: Annotated[int, "number of newest checkpoints to keep"] = 2
+    checkpoint_every: Annotated[PositiveInt, "optimizer steps between checkpoints"] = 200
+    keep_checkpoints: Annotated[PositiveInt, "number of newest checkpoints to keep"] = 2
     best_metric: Annotated[str | None, "also keep the best checkpoint by this metric, such as the mean loss"] = None
     best_mode: Annotated[Literal["min", "max"], "min: a lower best_metric is better"] = "min"
-    spike_sigma: Annotated[float, "threshold above the mean of the last 100 losses; 0 = only NaN and inf"] = 0.0
+    spike_sigma: Annotated[NonNegativeFloat, "threshold above the mean of the last 100 losses; 0 = only NaN, inf"] = 0.0
     on_spike: Annotated[Literal["skip", "stop"], "skip the optimizer step, or end the run"] = "skip"
-    hang_seconds: Annotated[float, "restart a worker after this time without progress; 0 = off"] = 60.0
-    cache_gb: Annotated[float, "local cache of remote shards per node; 0 = off"] = 20.0
-    loader_threads: Annotated[int | None, "loader threads per worker; null = cpus_per_worker, 2 to 8"] = None
-    log_every: Annotated[int, "optimizer steps between logged metrics"] = 10
-    validate_every: Annotated[int, "optimizer steps between validations; 0 = off"] = 0
-    validation_samples: Annotated[int, "pairs of the validation split, the same in each validation"] = 32
-    validation_pictures: Annotated[int, "number of them that the adapter upscales and logs"] = 2
+    hang_seconds: Annotated[NonNegativeFloat, "restart a worker after this time without progress; 0 = off"] = 60.0
+    cache_gb: Annotated[NonNegativeFloat, "local cache of remote shards per node; 0 = off"] = 20.0
+    loader_threads: Annotated[PositiveInt | None, "loader threads per worker; null = cpus_per_worker, 2 to 8"] = None
+    log_every: Annotated[PositiveInt, "optimizer steps between logged metrics"] = 10
+    validate_every: Annotated[NonNegativeInt, "optimizer steps between validations; 0 = off"] = 0
+    validation_samples: Annotated[PositiveInt, "pairs of the validation split, the same in each validation"] = 32
+    validation_pictures: Annotated[NonNegativeInt, "number of them that the adapter upscales and logs"] = 2
     gradient_checkpointing: Annotated[bool, "recompute activations in backward: less memory, more time"] = False
     compile: Annotated[bool, "use torch.compile: slower start, faster steps; not with zero_stage 3"] = False
-    ema_decay: Annotated[float, "exponential moving average; its weights are exported; 0 = off"] = 0.0
-    max_failures: Annotated[int, "restarts of the worker group before the run fails; -1 = no limit"] = 3
-    cpus_per_worker: Annotated[float | None, "CPUs reserved per worker; null = an equal share of all"] = None
-    compute_threads: Annotated[int | None, "CPU threads per worker; null = cpus_per_worker, 1 with exact_sums"] = None
+    ema_decay: Annotated[Below1, "exponential moving average; its weights are exported; 0 = off"] = 0.0
+    max_failures: Annotated[int, Field(ge=-1), "restarts of the worker group before the run fails; -1 = no limit"] = 3
+    cpus_per_worker: Annotated[PositiveFloat | None, "CPUs reserved per worker; null = an equal share of all"] = None
+    compute_threads: Annotated[PositiveInt | None, "CPU threads; null = cpus_per_worker, 1 with exact_sums"] = None
     gpus_per_worker: Annotated[float | None, "0 or 1; null = 1, or 0 on a single machine without a GPU"] = None
 
 
@@ -61,10 +71,10 @@ class TrainOptions:
 class ContrastOptions:
     """Momentum contrast (docs/method.md, stage 1)."""
 
-    queue_size: Annotated[int, "keys in the queue of negatives"] = 24576
-    momentum: Annotated[float, "of the key encoder, per optimizer step"] = 0.999
-    temperature: Annotated[float, "of the contrastive loss"] = 0.07
-    batch_block: Annotated[int, "consecutive samples that share one forward; see MomentumContrast"] = 32
+    queue_size: Annotated[PositiveInt, "keys in the queue of negatives"] = 24576
+    momentum: Annotated[Below1, "of the key encoder, per optimizer step"] = 0.999
+    temperature: Annotated[PositiveFloat, "of the contrastive loss"] = 0.07
+    batch_block: Annotated[PositiveInt, "consecutive samples that share one forward; see MomentumContrast"] = 32
     batch_negatives: Annotated[bool, "also use keys of the same block as negatives"] = False
 
 
@@ -73,13 +83,17 @@ class LearnerModelOptions:
     """Degradation learner; the defaults are the paper's 85 M parameter ResNet."""
 
     preset: Annotated[Literal["paper", "tiny"], "size of the network"] = "paper"
-    norm_group: Annotated[int, "samples that share batch-norm statistics; divides contrast.batch_block"] = 16
-    statistics: Annotated[list[int] | None, "widths of layers on image statistics; [] = none; null = preset"] = None
+    norm_group: Annotated[PositiveInt, "samples that share batch-norm statistics; divides contrast.batch_block"] = 16
+    statistics: Annotated[list[PositiveInt] | None, "widths of layers on image statistics; []: none; null = preset"] = (
+        None
+    )
 
 
 @dataclass
 class LearnerOptions:
     """`deedsr train learner`"""
+
+    stage: ClassVar = "learner"
 
     data: Annotated[str, "degradation shards"] = ""
     out: Annotated[str, "checkpoints and the trained learner"] = ""
@@ -89,6 +103,11 @@ class LearnerOptions:
     train: TrainOptions = field(default_factory=TrainOptions)
     experiment: Annotated[str, "MLflow experiment"] = "deedsr-learner"
     register_as: Annotated[str | None, "name in MLflow's model registry; null = not registered"] = "deedsr-learner"
+
+    @property
+    def unit(self) -> int:
+        """Samples that must share a forward."""
+        return self.contrast.batch_block
 
 
 @dataclass
@@ -104,16 +123,23 @@ class AdapterModelOptions:
 class DiffusionOptions:
     """Objective of stage 2."""
 
-    lr_crop: Annotated[int, "LR pixels per side of the training crop; 0 = the whole LR"] = 0
-    timestep_power: Annotated[float, "timestep = T * u ** power, u uniform; above 1 samples low noise more often"] = 1.0
-    max_timestep: Annotated[int | None, "T above; train only below it; null = all timesteps"] = None
-    noise_guidance: Annotated[float, "maximum blend of the LR latent into the noisy latent; 0 = off"] = 0.0
-    snr_gamma: Annotated[float, "min-SNR weighting, min(SNR, gamma) on the clean latent; 0 = off"] = 0.0
+    lr_crop: Annotated[NonNegativeInt, "LR pixels per side of the training crop; 0 = the whole LR"] = 0
+    timestep_power: Annotated[PositiveFloat, "timestep = T * u ** power, u uniform; above 1 favours low noise"] = 1.0
+    max_timestep: Annotated[PositiveInt | None, "T above; train only below it; null = all timesteps"] = None
+    noise_guidance: Annotated[Share, "maximum blend of the LR latent into the noisy latent; 0 = off"] = 0.0
+    snr_gamma: Annotated[NonNegativeFloat, "min-SNR weighting, min(SNR, gamma) on the clean latent; 0 = off"] = 0.0
+
+    def timesteps(self, steps: int) -> int:
+        """Timesteps from 0 to below this one are trained. `steps`: of the base's schedule."""
+        return min(self.max_timestep or steps, steps)
 
 
 @dataclass
 class AdapterOptions:
     """`deedsr train adapter`"""
+
+    stage: ClassVar = "adapter"
+    unit: ClassVar = 1
 
     data: Annotated[str, "degradation shards"] = ""
     learner: Annotated[str, "output of `deedsr train learner`: folder, URI or models:/NAME/VERSION"] = ""
@@ -144,21 +170,8 @@ def worker_range(num_workers: int | str) -> tuple[int, int] | None:
 
 def check(options: LearnerOptions | AdapterOptions) -> None:
     """Refuse values that no run could work with, naming key, value and what is accepted."""
+    _check_types(options)
     train = options.train
-    for name in (
-        "max_steps",
-        "global_batch_size",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "log_every",
-        "validation_samples",
-    ):
-        if getattr(train, name) < 1:
-            raise UsageError(f"train.{name} must be 1 or more, got {getattr(train, name)}")
-    if not (math.isfinite(train.lr) and train.lr > 0):
-        raise UsageError(f"train.lr must be a positive number, got {train.lr}")
-    if not 0 <= train.ema_decay < 1:
-        raise UsageError(f"train.ema_decay must be in [0, 1), got {train.ema_decay}")
     # A run records the length that it took from max_steps.
     if train.schedule_steps not in (None, train.max_steps) and (
         train.schedule == "constant" or train.schedule_steps <= train.warmup_steps
@@ -167,22 +180,6 @@ def check(options: LearnerOptions | AdapterOptions) -> None:
             "train.schedule_steps is the length of train.schedule cosine and must be above train.warmup_steps "
             f"({train.warmup_steps}), got {train.schedule_steps} with {train.schedule}"
         )
-    not_negative = ("warmup_steps", "weight_decay", "clip_grad_norm", "spike_sigma",
-                    "hang_seconds", "validate_every", "validation_pictures")  # fmt: skip
-    for name in not_negative:
-        if getattr(train, name) < 0:
-            raise UsageError(f"train.{name} must be 0 or more, got {getattr(train, name)}")
-    if train.max_failures < -1:
-        raise UsageError(f"train.max_failures must be 0 or more, or -1 for no limit, got {train.max_failures}")
-    if train.cache_gb < 0 or (train.loader_threads is not None and train.loader_threads < 1):
-        raise UsageError(
-            "train.cache_gb must be 0 or more and train.loader_threads 1 or more or null, got "
-            f"{train.cache_gb} and {train.loader_threads}"
-        )
-    if train.cpus_per_worker is not None and train.cpus_per_worker <= 0:
-        raise UsageError(f"train.cpus_per_worker must be above 0, got {train.cpus_per_worker}")
-    if train.compute_threads is not None and train.compute_threads < 1:
-        raise UsageError(f"train.compute_threads must be 1 or more, or null, got {train.compute_threads}")
     if train.gpus_per_worker not in (None, 0, 1):
         raise UsageError(
             f"train.gpus_per_worker must be 0 or 1, got {train.gpus_per_worker:g}: a worker is one process with one "
@@ -198,50 +195,37 @@ def check(options: LearnerOptions | AdapterOptions) -> None:
             f"register_as must be a name that MLflow's registry takes, without / and :, and not with quotes of both "
             f"kinds, or null, got {model!r}"
         )
-    if isinstance(options, LearnerOptions):
-        contrast, group = options.contrast, options.model.norm_group
-        if contrast.queue_size < 1 or not 0 <= contrast.momentum < 1 or contrast.temperature <= 0:
-            raise UsageError(
-                "contrast needs queue_size 1 or more, momentum in [0, 1) and temperature above 0, got "
-                f"{contrast.queue_size}, {contrast.momentum}, {contrast.temperature}"
-            )
-        block = contrast.batch_block
-        if contrast.batch_negatives and block == 1:
-            raise UsageError(
-                "contrast.batch_negatives has no negatives in a contrast.batch_block of 1 sample: give more"
-            )
-        if block < 1 or train.global_batch_size % block:
-            raise UsageError(
-                f"contrast.batch_block must divide train.global_batch_size ({train.global_batch_size}), got {block}"
-            )
-        if group < 1 or block % group:
-            raise UsageError(f"model.norm_group must divide contrast.batch_block ({block}), got {group}")
-        widths = options.model.statistics
-        if widths is not None and (min(widths, default=1) < 1 or (not widths and options.model.preset == "tiny")):
-            raise UsageError(
-                "model.statistics must be widths of 1 or more, such as [512,512], and with preset tiny, which has no "
-                f"convolutions, not empty; got {widths}"
-            )
-        _check_workers(train, block)
-        return
-    _check_workers(train, 1)
-    if {"global", "local"} <= set(options.model.ablate):
-        raise UsageError(
-            "model.ablate global and local together leave nothing that tells the base of the LR image: leave out one"
-        )
-    diffusion = options.diffusion
-    if diffusion.timestep_power <= 0 or diffusion.lr_crop < 0:
-        raise UsageError("diffusion.timestep_power must be above 0 and diffusion.lr_crop 0 or more")
-    if diffusion.max_timestep is not None and diffusion.max_timestep < 1:
-        raise UsageError(f"diffusion.max_timestep must be 1 or more, got {diffusion.max_timestep}")
-    if not 0 <= diffusion.noise_guidance <= 1 or diffusion.snr_gamma < 0:
-        raise UsageError("diffusion.noise_guidance must be in [0, 1] and diffusion.snr_gamma 0 or more")
-
-
-def _check_workers(train: TrainOptions, unit: int) -> None:
     if given := worker_range(train.num_workers):
         for workers in range(given[0], given[1] + 1):  # an elastic run may come to have any number between
-            micro_batch(train, workers, unit)
+            micro_batch(train, workers, options.unit)
+    if isinstance(options, AdapterOptions):
+        if {"global", "local"} <= set(options.model.ablate):
+            raise UsageError(
+                "model.ablate global and local together leave nothing that tells the base of the LR image: leave out "
+                "one"
+            )
+        return
+    block, group = options.contrast.batch_block, options.model.norm_group
+    if options.contrast.batch_negatives and block == 1:
+        raise UsageError("contrast.batch_negatives has no negatives in a contrast.batch_block of 1 sample: give more")
+    if train.global_batch_size % block:
+        raise UsageError(
+            f"contrast.batch_block must divide train.global_batch_size ({train.global_batch_size}), got {block}"
+        )
+    if block % group:
+        raise UsageError(f"model.norm_group must divide contrast.batch_block ({block}), got {group}")
+    if options.model.statistics == [] and options.model.preset == "tiny":
+        raise UsageError("model.statistics must not be empty with preset tiny, which has no convolutions: give widths")
+
+
+def _check_types(options: LearnerOptions | AdapterOptions) -> None:
+    kind: Any = tuple[type(options)]  # type: ignore[misc]  # a tuple: no configuration can stand beside a dataclass
+    try:
+        TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False)).validate_python([asdict(options)])
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"] if str(part).isidentifier())
+        raise UsageError(f"{key}: {problem['msg']}, got {problem['input']!r}") from None
 
 
 def micro_batch(train: TrainOptions, world_size: int, unit: int = 1) -> tuple[int, int]:
@@ -264,12 +248,3 @@ def asked_micro_batch(train: TrainOptions, unit: int) -> int | None:
     if train.micro_batch_size == "auto":
         return unit if unit > 1 else AUTO_SAMPLES
     return train.micro_batch_size
-
-
-def from_resolved(kind: type, tree: dict[str, Any]) -> Any:
-    """The inverse of `dataclasses.asdict`."""
-    values = dict(tree)
-    for item in fields(kind):
-        if isinstance(item.default_factory, type) and item.default_factory is not dict and item.name in values:
-            values[item.name] = item.default_factory(**values[item.name])
-    return kind(**values)

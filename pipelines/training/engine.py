@@ -11,7 +11,6 @@ Shape suffixes: N elements of all parameters that train.
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -26,7 +25,7 @@ AVERAGE = "average"  # kept beside the moments, of the same part of the weights 
 
 
 class Engine:
-    """`forward`, `backward` and `step` of one worker, and the `Workers` of `stage.py`.
+    """`forward`, `backward` and `step` of one worker, and its collectives: every worker calls these alike.
 
     Args:
         optimizer_state: what `optimizer_state()` of an earlier engine gave: `{parameter}.{moment}` and `step`.
@@ -49,16 +48,15 @@ class Engine:
         parameters = [p for _, p in self.named]
         on_gpu = parameters[0].device.type == "cuda"
         deepspeed = _import_deepspeed(parameters[0].device)
-        optimizer: SGD | AdamW
         # One kernel for all parameters on GPUs; on CPUs torch's loop, whose rounding runs began with.
         common: dict[str, Any] = {"weight_decay": options.weight_decay, "fused": True if on_gpu else None}
+        self.base_optimizer: SGD | AdamW
         if options.optimizer == "sgd":
-            optimizer = SGD(parameters, options.lr, momentum=0.9, **common)
+            self.base_optimizer = SGD(parameters, options.lr, momentum=0.9, **common)
             self.moments = ["momentum_buffer"]
         else:
-            optimizer = AdamW(parameters, options.lr, **common)
+            self.base_optimizer = AdamW(parameters, options.lr, **common)
             self.moments = ["exp_avg", "exp_avg_sq"]
-        self.base_optimizer = optimizer
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.micro_batches = accumulation * self.world_size
         self.clip, self._norm = options.clip_grad_norm, math.nan
@@ -79,16 +77,24 @@ class Engine:
             },
             "steps_per_print": 10**9,
         }
-        self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.base_optimizer, config=config)
         self.averaged = bool(averages)
         self._make_optimizer_state(optimizer_state or {}, averages or {}, bool(options.ema_decay))
-        self.exact = None
-        if options.exact_sums:
-            self.exact = ExactSum(parameters, [_shape(p) for p in parameters], self.device)
-            self._omit_reduction()
-            if self.stage != 3:
-                for part in module.modules():
-                    part.register_forward_pre_hook(_apart)
+        self.exact = bool(options.exact_sums)
+        if self.exact:  # sums of what every backward leaves at each parameter, 8 bytes per element
+            sizes = [_shape(p).numel() for p in parameters]
+            self._sum_N = torch.zeros(sum(sizes), dtype=torch.float64, device=self.device)
+            self._sums = [part.view(_shape(p)) for part, p in zip(self._sum_N.split(sizes), parameters, strict=True)]
+            for p, part in zip(parameters, self._sums, strict=True):
+                p.register_hook(partial(_add, part))
+            # DeepSpeed need not reduce gradients, in whose place `step` puts others. ZeRO 3 does so inside its hooks.
+            if self.stage == 0:
+                self.engine.enable_backward_allreduce = False
+            elif self.stage < 3:
+                self.engine.optimizer.average_tensor = lambda tensor, dtype: None
+            if self.stage < 3:
+                for module_part in module.modules():
+                    module_part.register_forward_pre_hook(_apart)
 
     @property
     def module(self) -> nn.Module:
@@ -103,41 +109,44 @@ class Engine:
         return self.engine(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
-        self.engine.backward(loss, scale_wrt_gas=self.exact is None)
+        # An exact sum is not of losses divided by the number of micro-batches: each division would be rounded.
+        self.engine.backward(loss, scale_wrt_gas=not self.exact)
 
     def accumulate(self) -> None:
         """After the `backward` of every micro-batch but the last one of an optimizer step."""
         self.engine.step()
 
     def step(self, lr: float, *, take: bool = True) -> bool:
-        """After the last micro-batch: the optimizer step, and whether it was taken; the same answer on every worker.
+        """The optimizer step after the last micro-batch. Returns whether it was taken, the same on every worker.
 
-        It is not with `take` False or a gradient that is not finite: weights, moments and the optimizer's own step
-        count stay, the gradient is dropped.
+        It is skipped where `take` is False or the gradient is not finite: weights, moments and the optimizer's own step
+        count stay, and the gradient is dropped.
         """
         self.base_optimizer.take = take
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        if self.exact is not None:
-            gradients, self._norm = self.exact.mean(self.micro_batches, self.clip)
+        if self.exact:
+            self._norm = float(self.sum(self._sum_N).div_(self.micro_batches).norm())
+            if 0 < self.clip < self._norm:
+                self._sum_N.mul_(self.clip / self._norm)
             self.base_optimizer.take = take = take and math.isfinite(self._norm)
             if not take:  # DeepSpeed shall see nothing that it reads as an overflow
-                self.exact.clear()
-            for (_, p), gradient in zip(self.named, gradients, strict=True):
+                self._sum_N.zero_()
+            for (_, p), gradient in zip(self.named, self._sums, strict=True):
                 self._set_gradient(p, gradient)
             self.engine.step()
-            self.exact.clear()
+            self._sum_N.zero_()
             return take
         if self.stage == 0:
             gradients = [p.grad for _, p in self.named if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
+            norm = nn.utils.get_total_norm(gradients)
             self._norm = float(norm)
             self.base_optimizer.take = take = take and math.isfinite(self._norm)
             if self.clip:
-                torch.nn.utils.clip_grads_with_norm_([p for _, p in self.named], self.clip, norm)
+                nn.utils.clip_grads_with_norm_([p for _, p in self.named], self.clip, norm)
             self.engine.step()
             return take
-        self.engine.step()  # leaves out by itself a step whose gradient has no finite norm
+        self.engine.step()  # skips by itself a step whose gradient has no finite norm
         self._norm = float(self.engine.get_global_grad_norm())
         return take and bool(self.engine.was_step_applied())
 
@@ -146,26 +155,25 @@ class Engine:
         return self._norm
 
     def sum(self, x: Tensor) -> Tensor:
+        """Element-wise sum over the workers."""
         if self.world_size > 1:
             dist.all_reduce(x)
         return x
 
     def gather(self, x: Tensor) -> Tensor:
+        """Concatenation over the workers, in rank order, along the first axis."""
         if self.world_size == 1:
             return x
         parts = [torch.empty_like(x) for _ in range(self.world_size)]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
-    @contextmanager
-    def full_parameters(self) -> Iterator[Iterator[tuple[str, Tensor]]]:
+    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """(name, whole fp32 tensor) of every trained parameter, one at a time; with ZeRO 3 a collective."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        if self.stage < 3:
-            yield ((name, p.detach()) for name, p in self.named)
-        else:
-            yield ((name, safe_get_full_fp32_param(p).detach().view(_shape(p))) for name, p in self.named)
+        for name, p in self.named:
+            yield name, p.detach() if self.stage < 3 else safe_get_full_fp32_param(p).detach().view(_shape(p))
 
     @torch.no_grad()
     def average(self, decay: float) -> None:
@@ -181,20 +189,11 @@ class Engine:
             yield from ((name, self._whole(p, AVERAGE)) for name, p in self.named)
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Whole fp32 moments by `{parameter}.{moment}`, and `step`, on the CPU of rank 0 and nothing elsewhere.
-
-        A collective.
-        """
-        state: dict[str, Tensor] = {}
-        for name, p in self.named:
-            for moment in self.moments:
-                value = self._whole(p, moment)
-                if self.rank == 0:
-                    state[f"{name}.{moment}"] = on_cpu(value)
+        """Whole fp32 moments by `{parameter}.{moment}`, and `step`, on rank 0's CPU, {} elsewhere; a collective."""
+        moments = ((f"{name}.{moment}", self._whole(p, moment)) for name, p in self.named for moment in self.moments)
+        state = {name: on_cpu(value) for name, value in moments if self.rank == 0}
         steps = [s[STEP] for s in self.base_optimizer.state.values() if STEP in s]
-        if steps and self.rank == 0:
-            state[STEP] = on_cpu(steps[0])
-        return state
+        return state | {STEP: on_cpu(steps[0])} if steps and self.rank == 0 else state
 
     def _held(self) -> Iterable[Tensor]:
         """The fp32 weights that this worker's optimizer steps: all, or with ZeRO flat parts of them."""
@@ -238,16 +237,6 @@ class Engine:
         else:
             safe_set_full_optimizer_state(p, value.to(self.device), key)
 
-    def _omit_reduction(self) -> None:
-        """With exact sums DeepSpeed need not reduce gradients: `step` puts others in their place.
-
-        ZeRO 3 does so inside its hooks, which cannot be left out.
-        """
-        if self.stage == 0:
-            self.engine.enable_backward_allreduce = False
-        elif self.stage in (1, 2):
-            self.engine.optimizer.average_tensor = lambda tensor, dtype: None
-
     def _set_gradient(self, p: nn.Parameter, gradient: Tensor) -> None:
         """Put `gradient` where the optimizer step finds what DeepSpeed has reduced."""
         from deepspeed.utils import safe_set_local_grad
@@ -267,8 +256,8 @@ class Engine:
         return padded[self.rank * size : (self.rank + 1) * size]
 
 
-class _Leavable:
-    """An optimizer whose step can be left out, inside whatever DeepSpeed wraps around it."""
+class _Skippable:
+    """An optimizer whose step can be skipped, inside whatever DeepSpeed wraps around it."""
 
     take = True
 
@@ -276,16 +265,16 @@ class _Leavable:
         return super().step(closure) if self.take else None  # type: ignore[misc]
 
 
-class AdamW(_Leavable, torch.optim.AdamW):
+class AdamW(_Skippable, torch.optim.AdamW):
     pass
 
 
-class SGD(_Leavable, torch.optim.SGD):
+class SGD(_Skippable, torch.optim.SGD):
     pass
 
 
 def on_cpu(tensor: Tensor) -> Tensor:
-    """A copy that stays what it is while training goes on."""
+    """A copy that training does not change."""
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
@@ -309,34 +298,6 @@ def _import_deepspeed(device: torch.device) -> Any:
         if "deepspeed_shm_comm" in compatible:
             compatible["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-class ExactSum:
-    """Sums what every backward leaves at `parameters`, micro-batch after micro-batch; 8 bytes per element.
-
-    The losses must not be divided by the number of micro-batches: that division is rounded, `mean` makes it once.
-    """
-
-    def __init__(self, parameters: list[nn.Parameter], shapes: list[torch.Size], device: torch.device):
-        sizes = [shape.numel() for shape in shapes]
-        self._sum_N = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
-        self._parts = [part.view(shape) for part, shape in zip(self._sum_N.split(sizes), shapes, strict=True)]
-        for parameter, part in zip(parameters, self._parts, strict=True):
-            parameter.register_hook(partial(_add, part))
-
-    def mean(self, micro_batches: int, clip: float = 0.0) -> tuple[list[Tensor], float]:
-        """Mean gradients over `micro_batches` of all workers, float64, with norm `clip` at most (0: any), and the norm
-        before clipping. A collective, to be called once per optimizer step; the tensors hold until `clear`.
-        """
-        if dist.get_world_size() > 1:
-            dist.all_reduce(self._sum_N)
-        norm = float(self._sum_N.div_(micro_batches).norm())
-        if 0 < clip < norm:
-            self._sum_N.mul_(clip / norm)
-        return self._parts, norm
-
-    def clear(self) -> None:
-        self._sum_N.zero_()
 
 
 def _add(total: Tensor, gradient: Tensor) -> None:

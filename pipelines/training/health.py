@@ -1,8 +1,8 @@
 """Fault detection of a training: signals, anomalous losses, hangs, unreachable storage.
 
 `Stop` and the errors below it are the ways in which the loop ends early. `LossWindow` detects a non-finite or spiking
-loss, `Records` writes the batch of a skipped step. `Watchdog` ends a worker without progress, so that Ray Train
-restarts the group; `BlockedReads` extends its timeout while a worker waits for storage.
+loss. `Watchdog` ends a worker without progress, so that Ray Train restarts the group; `BlockedReads` extends its
+timeout while a worker waits for storage.
 """
 
 import faulthandler
@@ -14,10 +14,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from enum import Enum
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -25,8 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from deedsr.errors import DeeDSRError
-from pipelines.storage import Storage, waiting
-from pipelines.training.checkpoint import WriterThread
+from pipelines.storage import waiting
 
 logger = logging.getLogger(__name__)
 WINDOW = 100  # losses that a new one is compared with
@@ -139,45 +136,15 @@ class LossWindow:
             self.skipped, self.in_a_row = state["counts"].tolist()
 
 
-class Records(WriterThread):
-    """Writes the records of skipped steps on a thread, so that unreachable storage does not delay training.
-
-    Failed writes are retried up to the limit of `pipelines.storage.waiting`, then dropped with a warning.
-    `check` is called before each write and raises where these workers may no longer write.
-    """
-
-    def __init__(self, out: Storage, check: Callable[[], object] = lambda: None):
-        super().__init__("incidents")
-        self.out, self._check = out, check
-        self._last: Future[None] | None = None
-
-    def add(self, step: int, values: dict[str, Any], batch: dict[str, Tensor], rank: int) -> str:
-        """Start writing `incidents/step-XXXXXXXX.json` (rank 0) and this worker's part of the batch; returns where."""
-        path = f"incidents/step-{step:08d}"
-        files = {f"{path}-rank-{rank}.safetensors": save({k: t.detach().cpu().contiguous() for k, t in batch.items()})}
-        if rank == 0:
-            # As text: JSON knows neither NaN nor infinity.
-            plain = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-            files[f"{path}.json"] = json.dumps(plain, indent=1).encode()
-        self._last = self._pool.submit(self._persist, step, files)
-        return f"{self.out.uri}/{path}.json"
-
-    def wait(self) -> None:
-        """Wait until the records so far are written or dropped."""
-        if self._last is not None:
-            self._last.result()
-
-    def _persist(self, step: int, files: dict[str, bytes]) -> None:
-        def write() -> None:
-            for path, data in files.items():
-                self._check()
-                self.out.write(path, data)
-
-        try:
-            with waiting.within(over=self._given_up):
-                waiting.patiently(write)
-        except DeeDSRError as error:
-            logger.warning("there is no record of step %d, which was not taken: %s", step, error)
+def record_of_skipped(step: int, values: dict[str, Any], batch: dict[str, Tensor], rank: int) -> dict[str, bytes]:
+    """Files by path: `incidents/step-XXXXXXXX.json` (rank 0) and this worker's part of the batch."""
+    path = f"incidents/step-{step:08d}"
+    files = {f"{path}-rank-{rank}.safetensors": save({k: t.detach().cpu().contiguous() for k, t in batch.items()})}
+    if rank == 0:
+        # As text: JSON knows neither NaN nor infinity.
+        plain = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        files[f"{path}.json"] = json.dumps(plain, indent=1).encode()
+    return files
 
 
 class Watchdog:
@@ -218,7 +185,7 @@ class Watchdog:
         self._arm(FIRST_STEPS * self.seconds)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(self, *error: object) -> None:
         faulthandler.cancel_dump_traceback_later()
 
 

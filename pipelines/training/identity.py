@@ -8,6 +8,7 @@ of the inputs and the MLflow run; a continuation may change what `MAY_CHANGE` na
 
 import hashlib
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -85,47 +86,47 @@ class TrainingRecord:
         fields = {key: value for key, value in vars(self).items() if key != "version" and value is not None}
         self.version = out.write(RECORD, json.dumps(fields, indent=1).encode(), expected=self.version)
 
-    def refuse_differences(self, stage: str, options: LearnerOptions | AdapterOptions, inputs: dict[str, str]) -> None:
+    def refuse_differences(self, options: LearnerOptions | AdapterOptions, inputs: dict[str, str]) -> None:
         """Raises UsageError, naming what differs, where the training is of another stage, configuration or input."""
         where = f"{options.out} holds a training of"
-        if self.stage != stage:
-            raise UsageError(f"{where} the {self.stage}, not of the {stage}: choose another --out")
-        before, now = flatten(self.config), flatten(json.loads(json.dumps(asdict(options))))
+        if self.stage != options.stage:
+            raise UsageError(f"{where} the {self.stage}, not of the {options.stage}: choose another --out")
+        # A training from before there was an option has its default.
+        defaults, now = (flatten(json.loads(json.dumps(asdict(of)))) for of in (type(options)(), options))
+        before = {key: value for key, value in defaults.items() if value != {}} | flatten(self.config)
         # Data, learner, base and initial weights are compared by content: they may have moved.
         same_by_content = MAY_CHANGE | {"data", "learner", "init", "base"}
-        # A training from before there was an option has its default.
-        defaults = flatten(json.loads(json.dumps(asdict(type(options)()))))
-        before = {key: value for key, value in defaults.items() if value != {}} | before
         if before["train.schedule"] == "cosine":
             before["train.schedule_steps"] = recorded_length(self.config)
-        differing = sorted(
-            k for k in before.keys() | now.keys() if k not in same_by_content and before.get(k) != now.get(k)
-        )
-        lines = [f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in differing]
+        lines = _differences({k: before.get(k) for k in before | now if k not in same_by_content}, now, repr)
         had = self.inputs
         if "base" in inputs and "base" not in had:  # a training from before the digest was kept: by name
             inputs = {name: digest for name, digest in inputs.items() if name != "base"}
-            name, given = before["base"].partition("@")[0], now["base"].partition("@")[0]
-            lines += [f"base was {name!r}, is {given!r}"] if name != given else []
-        lines += [
-            f"{k} was {had.get(k)}, is {inputs.get(k)}" for k in sorted(had | inputs) if had.get(k) != inputs.get(k)
-        ]
+            name, given = ({"base": values["base"].partition("@")[0]} for values in (before, now))
+            lines += _differences(name, given, repr)
+        lines += _differences({k: had.get(k) for k in had | inputs}, inputs, str)
         if lines:
             raise UsageError(
                 f"{where} another configuration: {'; '.join(lines)}. Choose another --out, or the old values"
             )
 
 
+def _differences(had: Mapping[str, Any], now: Mapping[str, Any], text: Callable[[Any], str]) -> list[str]:
+    return [f"{k} was {text(had[k])}, is {text(now.get(k))}" for k in sorted(had) if had[k] != now.get(k)]
+
+
 def continued(
-    out: Storage, stage: str, options: LearnerOptions | AdapterOptions, inputs: dict[str, str]
-) -> TrainingRecord | None:
-    """The record of what lies in `out`, None where nothing does. Raises UsageError where that is another training."""
-    record = TrainingRecord.read(out)
+    out: Storage, options: LearnerOptions | AdapterOptions, inputs: dict[str, str]
+) -> tuple[TrainingRecord | None, Checkpoint | None]:
+    """The record of what lies in `out`, if anything does, and the last checkpoint where all steps are done and the
+    model is exported. Raises UsageError where it is another training."""
+    record, last = TrainingRecord.read(out), None
     if record:
-        record.refuse_differences(stage, options, inputs)
-    for found in committed(out):
-        refuse_of_others(out, found, record.run_id if record else None)
-    return record
+        record.refuse_differences(options, inputs)
+    for last in committed(out):
+        refuse_of_others(out, last, record.run_id if record else None)
+    done = record and last and options.train.max_steps <= last.step == record.exported
+    return record, last if done else None
 
 
 def refuse_of_others(out: Storage, found: Checkpoint, run_id: str | None) -> None:
@@ -136,16 +137,6 @@ def refuse_of_others(out: Storage, found: Checkpoint, run_id: str | None) -> Non
             f"{out.uri}/{found.folder} is of MLflow run {found.run_id}, and {RECORD} there of {run_id}: choose another "
             "--out, or delete what does not belong there"
         )
-
-
-def finished(
-    out: Storage, record: TrainingRecord | None, options: LearnerOptions | AdapterOptions
-) -> Checkpoint | None:
-    """The last checkpoint where all steps are done and the model is exported."""
-    found = committed(out)[-1:]
-    if record and found and options.train.max_steps <= found[0].step == record.exported:
-        return found[0]
-    return None
 
 
 def weights_digest(folder: Path) -> str:

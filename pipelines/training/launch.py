@@ -4,8 +4,8 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from deedsr.errors import UsageError
 from deedsr.metrics.fidelity import PSNR
 from pipelines import cluster, tracking
 from pipelines.claims import held
-from pipelines.data.dataset import Dataset, no_validation
+from pipelines.data.dataset import Dataset
 from pipelines.data.index import require_hr
 from pipelines.storage import Storage, open_storage
 from pipelines.training import checkpoint
@@ -26,24 +26,12 @@ from pipelines.training.checks import (
     require_latents_of,
     warn_of_idle,
 )
-from pipelines.training.config import (
-    AdapterOptions,
-    LearnerOptions,
-    TrainOptions,
-    check,
-)
-from pipelines.training.identity import (
-    Claim,
-    TrainingRecord,
-    continued,
-    finished,
-    refuse_of_others,
-    weights_digest,
-)
+from pipelines.training.config import AdapterOptions, LearnerOptions, TrainOptions, check
+from pipelines.training.identity import Claim, TrainingRecord, continued, refuse_of_others, weights_digest
 from pipelines.training.metrics import FOLDER, recorded
 from pipelines.training.placement import TrainingPlan, arithmetic, decided, place_training
 from pipelines.training.schedules import with_schedule
-from pipelines.training.supervision import WITHOUT_GPUS, progress_bar, supervised
+from pipelines.training.supervision import WITHOUT_GPUS, bar, progress_actor, supervised
 
 logger = logging.getLogger(__name__)
 Options = TypeVar("Options", LearnerOptions, AdapterOptions)
@@ -52,7 +40,7 @@ START_SECONDS = 20  # Ray's 60 are mostly spent waiting for a node that is lost;
 
 @dataclass
 class TrainResult:
-    """INTERFACE's result of `deedsr train`."""
+    """Result of `deedsr train`."""
 
     run_id: str
     checkpoint: str
@@ -69,20 +57,12 @@ def train_learner(options: LearnerOptions, *, progress: bool = True) -> TrainRes
     """
     from pipelines.models import Learner
 
-    options = _located(options)
-    dataset = _open("learner", options).require_pixels("the learner")
-    init = Learner.find(options.init) if options.init else None
-    options = replace(options, init=init.name if init else None)
+    options, dataset = _opened(options)
+    dataset.require_pixels("the learner")
+    options, models = _found(options, init=Learner)
     check_learner_data(options, dataset)
     require_best_metric(options, dataset)
-    unit = options.contrast.batch_block
-    inputs = {"dataset": dataset.digest}
-    if init:
-        from pipelines.training.stage import check_initial_learner
-
-        check_initial_learner(init, options)
-        inputs["init"] = weights_digest(init.path)
-    return Launch("learner", options, dataset, unit, inputs, {}, progress).fit()
+    return Launch(options, dataset, models, progress).fit()
 
 
 def train_adapter(options: AdapterOptions, *, progress: bool = True) -> TrainResult:
@@ -90,107 +70,111 @@ def train_adapter(options: AdapterOptions, *, progress: bool = True) -> TrainRes
     from deedsr.hub.base import check_base
     from pipelines.models import Adapter, Base, Learner
 
-    options = _located(options)
-    dataset = _open("adapter", options)
-    base, learner = Base.find(options.base), Learner.find(options.learner)
-    init = Adapter.find(options.init) if options.init else None
-    # The names of one revision, for workers, continuations and whoever loads the model later.
-    options = replace(options, base=base.name, learner=learner.name, init=init.name if init else None)
+    options, dataset = _opened(options)
+    options, models = _found(options, learner=Learner, base=Base, init=Adapter)
+    base, learner = models["base"], models["learner"]
     check_base(base.path, options.diffusion.max_timestep)
     check_adapter_data(options, dataset, base.path, learner.path)
     require_best_metric(options, dataset, base.path)
-    require_latents_of(dataset, options, base, learner)
-    inputs = {"dataset": dataset.digest, "learner": weights_digest(learner.path), "base": base.digest}
-    if init:
-        from pipelines.training.stage import check_initial_adapter
-
-        check_initial_adapter(init, options, base, learner)
-        inputs["init"] = weights_digest(init.path)
-    parents = {"learner": learner.run_id}
-    return Launch("adapter", options, dataset, 1, inputs, parents, progress).fit()
+    require_latents_of(dataset, options, base.path, learner.path)
+    return Launch(options, dataset, models, progress).fit()
 
 
 def _located(options: Options) -> Options:
     """Relative paths as workers can use them."""
-    places = {name: getattr(options, name) for name in ("data", "out")}
-    located: dict[str, Any] = {
-        name: open_storage(place).uri for name, place in places.items() if place and "://" not in place
-    }
+    places = {"data": options.data, "out": options.out}
+    located: Any = {name: open_storage(place).uri for name, place in places.items() if place and "://" not in place}
     return replace(options, **located)
 
 
-def _open(stage: str, options: LearnerOptions | AdapterOptions) -> Dataset:
-    for name in ("data", "out", *(("learner", "base") if isinstance(options, AdapterOptions) else ())):
-        if not getattr(options, name):
-            raise UsageError(f"--{name} is missing: see `deedsr train {stage} --help`")
+def _opened(options: Options) -> tuple[Options, Dataset]:
+    options = _located(options)
+    for name in ("data", "out", "learner", "base"):
+        if not getattr(options, name, "not of this stage"):
+            raise UsageError(f"--{name} is missing: see `deedsr train {options.stage} --help`")
     check(options)
     dataset = Dataset.open(options.data)
     if dataset.index("train").num_rows == 0:
         raise UsageError(f"{options.data} has no sample in its train split: the recipe's split leaves none")
     require_hr(dataset)
-    train = options.train
-    if 0 < train.validate_every <= train.max_steps and dataset.index("validation").num_rows == 0:
-        logger.warning("%s; training goes on without validation", no_validation(dataset.uri, dataset.recipe))
-    return dataset
+    warn_of_idle(options, dataset)
+    return options, dataset
+
+
+def _found(options: Options, **kinds: Any) -> tuple[Options, dict[str, Any]]:
+    """The models that the options name, by role, and the options with the names of one revision, for workers,
+    continuations and whoever loads the model later."""
+    models = {role: kind.find(name) for role, kind in kinds.items() if (name := getattr(options, role))}
+    names: Any = {role: model.name for role, model in models.items()}
+    return replace(options, **names), models
 
 
 @dataclass
 class Launch:
     """A training that is asked for."""
 
-    stage: str
     options: LearnerOptions | AdapterOptions
     dataset: Dataset
-    unit: int  # samples that must stay in one forward
-    inputs: dict[str, str]  # digests by name
-    parents: dict[str, str | None]  # MLflow runs by role
+    models: dict[str, Any]  # that it starts from, by role
     progress: bool
 
     def fit(self) -> TrainResult:
+        if "init" in self.models:
+            from pipelines.training.loop import make_stage
+
+            make_stage(self.options, self.dataset).check_init()
+        digests = {role: weights_digest(model.path) for role, model in self.models.items() if role != "base"}
+        self.inputs = {"dataset": self.dataset.digest} | digests
+        if "base" in self.models:
+            self.inputs["base"] = self.models["base"].digest
         out = open_storage(self.options.out)
         began = TrainingRecord.read(out)
         self.options = with_schedule(self.options, began.config if began else None)
-        warn_of_idle(self.options, self.dataset)
-        record = continued(out, self.stage, self.options, self.inputs)
-        done = finished(out, record, self.options)
-        if record and done and record.published == done.step:
-            return _result(record.run_id, out, done)
-        with held(Claim(out)) as claim:
-            record = continued(out, self.stage, self.options, self.inputs)  # whoever held it before may have gone on
-            done = finished(out, record, self.options)
-            if record and done:
-                if record.published != done.step:
+        record, done = continued(out, self.options, self.inputs)
+        if not (record and done and record.published == done.step):
+            with held(Claim(out)) as claim:
+                record, done = continued(out, self.options, self.inputs)  # another command may have held it before
+                if record is None or done is None:
+                    record, done = self._train(claim, record)
+                elif record.published != done.step:
                     run = tracking.open_run(tracking.tracking_uri(), record.run_id, system_metrics=False)
                     self._conclude(run, record, done)
-                return _result(record.run_id, out, done)
-            return self._train(claim, record)
+        return TrainResult(record.run_id, f"{out.uri}/{done.folder}", done.step, done.loss, done.samples_seen)
 
-    def _train(self, claim: Claim, record: TrainingRecord | None) -> TrainResult:
+    def _train(self, claim: Claim, record: TrainingRecord | None) -> tuple[TrainingRecord, checkpoint.Checkpoint]:
         out, uri = claim.out, tracking.tracking_uri()
-        # Its imports and a new store take as long as the start of Ray's processes; a continuation needs no store.
-        with nullcontext() if record else _beside(lambda: tracking.connect(uri)):
-            cluster.connect()
+
+        def warm_up() -> None:  # MLflow's imports and a new store take as long as the start of Ray's processes
+            with suppress(Exception):  # `start_run` does it again, and raises its errors
+                tracking.connect(uri)
+
+        beside = threading.Thread(target=warm_up, daemon=True)
+        if record is None:  # a continuation needs no store
+            beside.start()
+        cluster.connect()
+        if record is None:
+            beside.join()
         tracking.require_shared_store(uri, cluster.nodes())
-        began = record.config["train"] if record else None
-        plan, train = _placed(self.stage, self.options.train, self.unit, began)
+        plan, train = _placed(self.options, record.config["train"] if record else None)
         self.options = replace(self.options, train=train)
+        parents = {"learner": self.models["learner"].run_id} if "learner" in self.models else {}
         if record is None:  # a run that is continued has these tags
             made = {"shards": self.dataset.order_digest}
             if self.dataset.manifest.latents:
                 made["latents"] = self.dataset.digest
             for kind, digest in made.items():
-                self.parents[kind] = tracking.find_run(None, {"deedsr.kind": kind, "deedsr.dataset.digest": digest})
+                parents[kind] = tracking.find_run(None, {"deedsr.kind": kind, "deedsr.dataset.digest": digest})
         config = asdict(self.options)
-        if self.stage == "adapter":
+        if self.options.stage == "adapter":
             config["definitions"] = {f"validation/{name}": PSNR().statement() for name in ("psnr_y", "psnr_y_bicubic")}
         with tracking.start_run(
             self.options.experiment,
             name=Path(self.options.out.rstrip("/")).name,
             config=config,
             dataset=self.dataset,
-            parents=self.parents,
+            parents=parents,
             run_id=record.run_id if record else None,
-            tags={"deedsr.kind": self.stage, "deedsr.plan": str(plan)},
+            tags={"deedsr.kind": self.options.stage, "deedsr.plan": str(plan)},
             out=self.options.out,
             tracking_uri=uri,
             system_metrics=False,
@@ -198,7 +182,7 @@ class Launch:
             permit=claim.holds,
         ) as run:
             version = record.version if record else None
-            record = TrainingRecord(self.stage, asdict(self.options), self.inputs, run.id, version=version)
+            record = TrainingRecord(self.options.stage, asdict(self.options), self.inputs, run.id, version=version)
             record.write(out)
             claim.run_id = run.id
             self._run_ray_train(claim, uri, plan)
@@ -208,7 +192,7 @@ class Launch:
             record.exported = last.step
             record.write(out)
             self._conclude(run, record, last)
-        return _result(run.id, out, last)
+        return record, last
 
     def _conclude(self, run: tracking.Run, record: TrainingRecord, last: checkpoint.Checkpoint) -> None:
         """Log the result to the MLflow store, once: the last checkpoint, and the model as a version of the registry."""
@@ -238,30 +222,26 @@ class Launch:
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         from ray.train import FailureConfig, RunConfig, ScalingConfig
 
-        from pipelines.training.ray_train import (
-            GroupWatch,
-            ListeningTorchConfig,
-            RestartingTrainer,
-            train_worker,
-        )
+        from pipelines.training.ray_train import GroupWatch, ListeningTorchConfig, RestartingTrainer, train_worker
 
-        placed = replace(self.options, train=replace(self.options.train, loader_threads=plan.loader_threads))
+        stage, train = self.options.stage, self.options.train
+        placed = replace(self.options, train=replace(train, loader_threads=plan.loader_threads))
         # Ray Train keeps its own records per attempt; ours are the checkpoints in --out, so these are dropped again.
         done = checkpoint.committed(claim.out)
         with (
             cluster.scratch(self.options.out, f"_ray-{uuid.uuid4().hex[:8]}") as (path, filesystem),
-            progress_bar(self.stage, self.options.train.max_steps, done[-1].step if done else 0, self.progress) as bar,
+            progress_actor() as progress,
+            bar(stage, train.max_steps, done[-1].step if done else 0, self.progress) as shown,
         ):
             trainer = RestartingTrainer(
                 train_worker,
                 train_loop_config={
-                    "stage": self.stage,
-                    "options": asdict(placed),
+                    "options": placed,
                     "claim": claim,
                     "tracking_uri": uri,
                     "device": plan.device,
                     "threads": plan.threads,
-                    "progress": bar,
+                    "progress": progress,
                 },
                 torch_config=ListeningTorchConfig(backend=plan.backend),
                 scaling_config=ScalingConfig(
@@ -270,28 +250,28 @@ class Launch:
                     resources_per_worker=plan.bundle,
                 ),
                 run_config=RunConfig(
-                    name=f"deedsr-{self.stage}",
+                    name=f"deedsr-{stage}",
                     storage_path=path,
                     storage_filesystem=filesystem,
-                    failure_config=FailureConfig(max_failures=self.options.train.max_failures),
-                    callbacks=[GroupWatch(bar)],
+                    failure_config=FailureConfig(max_failures=train.max_failures),
+                    callbacks=[GroupWatch(progress)],
                 ),
             )
-            supervised(self.stage, trainer, bar, plan, claim)
+            supervised(stage, trainer, progress, shown, plan, claim)
 
 
 def _placed(
-    stage: str, train: TrainOptions, unit: int, began: dict[str, Any] | None
+    options: LearnerOptions | AdapterOptions, began: dict[str, Any] | None
 ) -> tuple[TrainingPlan, TrainOptions]:
     """Where the training runs, once the cluster has room for it, and its options as they are recorded."""
-    most: int | None = None
+    train, unit, most = options.train, options.unit, None
     gpus = bool(place_training(cluster.offer(), train, unit).gpus)
     by_card = gpus and train.micro_batch_size == "auto" and began is None
     if not by_card:
         train = decided(train, gpus, began, unit=unit)
     while True:
         plan = place_training(cluster.offer(), train, unit, most)
-        logger.info("train %s: %s%s", stage, plan, f"; {arithmetic(train)}" if gpus and not by_card else "")
+        logger.info("train %s: %s%s", options.stage, plan, f"; {arithmetic(train)}" if gpus and not by_card else "")
         try:
             cluster.wait_for(plan, WITHOUT_GPUS)
         except cluster.CannotHold:
@@ -303,20 +283,6 @@ def _placed(
             return plan, train
         memory = cluster.gpu_memory(plan)
         train, by_card = decided(train, gpus, memory=memory, workers=plan.workers[1], unit=unit), False
-
-
-@contextmanager
-def _beside(work: Callable[[], object]) -> Iterator[None]:
-    """Runs `work` in a background thread to warm it up; errors are ignored because the caller repeats the call."""
-
-    def quietly() -> None:
-        with suppress(Exception):
-            work()
-
-    thread = threading.Thread(target=quietly, daemon=True)
-    thread.start()
-    yield
-    thread.join()
 
 
 def finish_run(run: tracking.Run, out: Storage, publish: Callable[[], object]) -> bool:
@@ -336,7 +302,3 @@ def finish_run(run: tracking.Run, out: Storage, publish: Callable[[], object]) -
         FOLDER,
     )
     return False
-
-
-def _result(run_id: str, out: Storage, last: checkpoint.Checkpoint) -> TrainResult:
-    return TrainResult(run_id, f"{out.uri}/{last.folder}", last.step, last.loss, last.samples_seen)

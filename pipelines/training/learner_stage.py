@@ -18,7 +18,17 @@ from deedsr.learner.resnet import DegradationLearner
 from pipelines.data.dataset import Dataset
 from pipelines.models import Learner
 from pipelines.training.config import LearnerOptions
-from pipelines.training.stage import Workers, compile_blocks, initial_weights, learner_config, save_model, under, unit
+from pipelines.training.engine import Engine
+from pipelines.training.stage import (
+    Stage,
+    Weights,
+    compile_blocks,
+    initial_weights,
+    learner_config,
+    save_model,
+    under,
+    unit,
+)
 
 
 class LearnerBatch(TypedDict):
@@ -30,22 +40,20 @@ class LearnerBatch(TypedDict):
     group: Tensor  # (B,) degradation group, or UNGROUPED
 
 
-class LearnerStage:
-    name = "learner"
+class LearnerStage(Stage):
     together = True
 
     def __init__(self, options: LearnerOptions):
         self.options = options
         self.init = Learner(options.init) if options.init else None
-        self.unit = options.contrast.batch_block
+        self.models = [self.init] if self.init else []
 
-    def fetch(self) -> None:
-        if self.init:
-            _ = self.init.path
+    def network(self) -> DegradationLearner:
+        return DegradationLearner(**learner_config(self.options.model))
 
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         torch.manual_seed(self.options.train.seed)
-        self.learner = DegradationLearner(**learner_config(self.options.model)).to(device)
+        self.learner = self.network().to(device)
         if self.init:
             self.learner.load_state_dict(initial_weights(self.init, self.learner))
         if self.options.train.gradient_checkpointing:
@@ -58,9 +66,9 @@ class LearnerStage:
 
     def sample(self, dataset: Dataset, index: pa.Table, row: int, epoch: int) -> dict[str, Any]:
         """Two quadrants of one LR image, drawn anew each epoch."""
-        sample = dataset.read_lr(index, row)
-        rng = generator("quadrants", self.options.train.seed, epoch, sample.key)
-        query, key = quadrant_pair(sample.lr.transpose(2, 0, 1), rng)
+        name, lr = dataset.read_lr(index, row)
+        rng = generator("quadrants", self.options.train.seed, epoch, name)
+        query, key = quadrant_pair(lr.transpose(2, 0, 1), rng)
         group = index["degradation_group"][row].as_py()
         return {
             "query": query,
@@ -96,38 +104,28 @@ class LearnerStage:
             "top5": (rank_S < 5).float().mean(),
         }
 
-    def pipeline(self) -> None:
-        """No pictures."""
-
-    def end_step(self, workers: Workers) -> None:
-        commit_statistics(self.learner, workers.sum(pending_statistics(self.learner)))
-        keys, sources, groups = (workers.gather(torch.cat(parts)) for parts in zip(*self.step_keys, strict=True))
+    def end_step(self, engine: Engine) -> None:
+        commit_statistics(self.learner, engine.sum(pending_statistics(self.learner)))
+        keys, sources, groups = (engine.gather(torch.cat(parts)) for parts in zip(*self.step_keys, strict=True))
         self.step_keys.clear()
         self.contrast.advance(keys, sources, groups)
-        with workers.full_parameters() as parameters:
-            self.contrast.update_momentum(parameters)
+        self.contrast.update_momentum(engine.full_parameters())
 
     def drop_step(self) -> None:
         drop_statistics(self.learner)
         self.step_keys.clear()
 
-    def state(self) -> dict[str, Tensor]:
-        buffers = {f"buffers.{name}": b for name, b in persistent_buffers(self.learner).items()}
+    def state(self) -> Weights:
+        parameters = {name for name, _ in self.learner.named_parameters()}
+        buffers = {f"buffers.{k}": tensor for k, tensor in self.learner.state_dict().items() if k not in parameters}
         return buffers | {f"contrast.{name}": t for name, t in self.contrast.state_dict().items()}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: Weights) -> None:
         contrast = under(state, "contrast.")
         # A checkpoint from before there were groups: its keys count as ungrouped.
         contrast.setdefault("queue_groups_K", torch.full_like(contrast["queue_sources_K"], UNGROUPED))
         self.contrast.load_state_dict(contrast)
         self.learner.load_state_dict(under(state, "buffers."), strict=False)
 
-    def export(
-        self, folder: Path, trained: dict[str, Tensor], state: dict[str, Tensor], history: dict[str, Any] | None = None
-    ) -> None:
+    def export(self, folder: Path, trained: Weights, state: Weights, history: dict[str, Any] | None = None) -> None:
         save_model(self.learner, trained | under(state, "buffers."), folder / "learner")
-
-
-def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    parameters = {name for name, _ in module.named_parameters()}
-    return {name: t for name, t in module.state_dict().items() if name not in parameters}

@@ -1,20 +1,17 @@
-"""The training loop of every worker: `train` reads top to bottom, and its steps are the methods of `Loop`."""
+"""The training loop of every worker: `Loop.train` reads top to bottom, and its steps are the other methods."""
 
 import logging
 import math
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from deedsr.precision import set_tf32
-from pipelines.claims import Superseded
 from pipelines.data.dataset import Dataset
 from pipelines.data.loader import Batch, follow, micro_batches
 from pipelines.data.order import SampleOrder
@@ -23,7 +20,7 @@ from pipelines.storage import open_storage, publish, waiting
 from pipelines.storage.errors import FAILURES
 from pipelines.storage.lock import scratch_folder
 from pipelines.training import checkpoint
-from pipelines.training.config import AdapterOptions, LearnerOptions, micro_batch
+from pipelines.training.config import AdapterOptions, LearnerOptions, TrainOptions, micro_batch
 from pipelines.training.engine import Engine, on_cpu
 from pipelines.training.health import (
     MOST_IN_A_ROW,
@@ -31,11 +28,11 @@ from pipelines.training.health import (
     Ended,
     LossWindow,
     Moved,
-    Records,
     Stop,
     Untrainable,
     Unwritable,
     Watchdog,
+    record_of_skipped,
 )
 from pipelines.training.identity import Claim
 from pipelines.training.metrics import Meter, record_part
@@ -52,7 +49,7 @@ POLL_SECONDS = 1.0  # between two looks at a checkpoint that is being written
 VALIDATION_SECONDS = 1800.0  # that a validation may take before a worker counts as hung
 
 
-def make_stage(options: LearnerOptions | AdapterOptions, dataset: Dataset) -> Stage[Any]:
+def make_stage(options: LearnerOptions | AdapterOptions, dataset: Dataset) -> Stage:
     if isinstance(options, LearnerOptions):
         from pipelines.training.learner_stage import LearnerStage
 
@@ -62,52 +59,8 @@ def make_stage(options: LearnerOptions | AdapterOptions, dataset: Dataset) -> St
     return AdapterStage(options, dataset.scale, dataset.manifest.latents)
 
 
-def train(
-    stage: Stage[Any],
-    options: LearnerOptions | AdapterOptions,
-    dataset: Dataset,
-    device: torch.device,
-    run: "Run | None",
-    report: Callable[[int, dict[str, float]], Any] = lambda step, values: None,
-    asked: Callable[[], Stop] = lambda: Stop.NO,
-    claim: Claim | None = None,
-    say: Callable[[str], Any] = logger.warning,
-) -> None:
-    """Train `stage` from its last checkpoint to `train.max_steps`. Needs a process group; every worker calls it.
-
-    Args:
-        run: where rank 0 logs metrics; None on the others.
-        report: gets each logged step and its numbers, on rank 0.
-        asked: whether this worker is to stop. Once one is, all checkpoint after the same step and raise Moved or Ended.
-        claim: of these workers on `options.out`; rank 0 raises Superseded before it would write there when it is
-            another's.
-        say: gets a line every half minute while storage is waited for.
-
-    Raises:
-        Untrainable: the loss is of no use.
-        Unwritable: storage takes no checkpoint.
-    """
-    plan = options.train
-    with Loop(stage, options, dataset, device, run, report, asked, claim, say) as loop:
-        loop.restore()
-        for step in range(loop.first_step + 1, plan.max_steps + 1):
-            micro = loop.gradients()
-            values, stop = loop.agreed(micro.sums)
-            loop.update(step, values, micro)
-            if step % plan.log_every == 0 or step == plan.max_steps:
-                loop.log(step)
-            if loop.validation.due(step):
-                loop.validate(step)
-            loop.watchdog.beat()
-            if stop or step % plan.checkpoint_every == 0 or step == plan.max_steps:
-                loop.save(step)
-            if stop:
-                loop.leave(step, stop)
-        loop.export()
-
-
 class MicroBatches(NamedTuple):
-    """Those of one worker in one optimizer step: sums of what the loss gave, the batches, seconds waited for them."""
+    """Of one worker in one optimizer step: sums of what the loss gave, the batches, seconds waited for them."""
 
     sums: dict[str, Tensor]
     batches: list[Batch]
@@ -115,26 +68,34 @@ class MicroBatches(NamedTuple):
 
 
 class Loop:
-    """One worker's networks, engine and data, and the steps of `train`, whose arguments these are."""
+    """The training of one worker: `train` is called once. Needs a process group; every worker makes one.
+
+    Args:
+        run: where rank 0 logs metrics; None on the others.
+        report: gets each logged step and its numbers, on rank 0.
+        asked: whether this worker is to stop. Once one is, all checkpoint after the same step and raise Moved or Ended.
+        claim: of these workers on `--out`; rank 0 raises Superseded before it would write there when it is
+            another's.
+        say: gets a line every half minute while storage is waited for.
+    """
 
     def __init__(
         self,
-        stage: Stage[Any],
-        options: LearnerOptions | AdapterOptions,
+        stage: Stage,
         dataset: Dataset,
         device: torch.device,
         run: "Run | None",
-        report: Callable[[int, dict[str, float]], Any],
-        asked: Callable[[], Stop],
-        claim: Claim | None,
-        say: Callable[[str], Any],
+        report: Callable[[int, dict[str, float]], Any] = lambda step, values: None,
+        asked: Callable[[], Stop] = lambda: Stop.NO,
+        claim: Claim | None = None,
+        say: Callable[[str], Any] = logger.warning,
     ):
         self.stage, self.device, self.run = stage, device, run
-        self.plan = options.train
+        self.plan: TrainOptions = stage.options.train
         if self.plan.exact_sums is None:  # not by a command, which decides before it records the run
             self.plan = decided(self.plan, device.type == "cuda")
         self.report, self.asked, self.say = report, asked, say
-        self.out = open_storage(options.out)
+        self.out = open_storage(stage.options.out)
         self.check = claim.check if claim else lambda: None
         self.run_id, self.attempt = (claim.run_id, claim.attempt) if claim else ("", 0)
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -146,7 +107,6 @@ class Loop:
         store = torch.distributed.distributed_c10d._get_default_store()  # torch has no other name for it
         self.blocked = BlockedReads(self.watchdog, store, self.rank, asked, say)
         self.writer = checkpoint.Writer(self.out, keep, self.check, say)
-        self.records = Records(self.out, self.check)
         self.shards = ShardCache(int(self.plan.cache_gb * 1e9))
         self.dataset = replace(dataset, through=self.shards.open)
 
@@ -154,17 +114,33 @@ class Loop:
         self.latest: dict[str, float] = {}  # what was logged last, by metric
         self.loss_value = math.nan  # of the last step taken
         self.first_step = 0
-        self.saved: tuple[checkpoint.Checkpoint, checkpoint.Tensors] | None = None  # of rank 0, after the last step
+        self.final: tuple[checkpoint.Checkpoint, checkpoint.Tensors] | None = None  # of the last step
 
-    def __enter__(self) -> Self:
-        with ExitStack() as contexts:
-            for context in (self.watchdog, self.blocked, self.writer, self.records, self.shards):
-                contexts.enter_context(context)
-            self._contexts = contexts.pop_all()
-        return self
+    def train(self) -> None:
+        """From the last checkpoint to `train.max_steps`, and write the model.
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        self._contexts.__exit__(kind, error, trace)
+        Raises:
+            Moved, Ended: `asked` to.
+            Untrainable: the loss is of no use.
+            Unwritable: storage takes no checkpoint.
+        """
+        plan = self.plan
+        with self.watchdog, self.blocked, self.writer, self.shards:
+            self.restore()
+            for step in range(self.first_step + 1, plan.max_steps + 1):
+                micro = self.gradients()
+                values, stop = self.agreed(micro.sums)
+                self.update(step, values, micro)
+                if step % plan.log_every == 0 or step == plan.max_steps:
+                    self.log(step)
+                if self.validation.due(step):
+                    self.validate(step)
+                self.watchdog.beat()
+                if stop or step % plan.checkpoint_every == 0 or step == plan.max_steps:
+                    self.save(step)
+                if stop:
+                    self.leave(step, stop)
+            self.export()
 
     def restore(self) -> None:
         """Networks, engine and data, as the last checkpoint left them."""
@@ -174,24 +150,25 @@ class Loop:
         module = self.stage.build(self.device, torch.bfloat16 if plan.precision == "bf16" else torch.float32)
         with self.blocked.reading():
             found = checkpoint.read_agreed(self.out, self.device)
-        if found:
-            last, tensors = found
+        last, tensors = found or (None, dict.fromkeys(checkpoint.PARTS, {}))
+        state = tensors["state"]
+        if last:
+            self.final = found if last.step >= plan.max_steps else None
             self.first_step, self.loss_value, self.latest = last.step, last.loss, last.metrics
             with torch.no_grad():
                 for name, parameter in module.named_parameters():
                     if parameter.requires_grad:
                         parameter.copy_(tensors["trained"][name])
-            state = tensors["state"]
             self.stage.load_state(under(state, "stage."))
             self.losses.load_state(under(state, "losses."))
-        micro, self.accumulation = micro_batch(plan, self.world_size, self.stage.unit)
+        micro, self.accumulation = micro_batch(plan, self.world_size, self.stage.options.unit)
         self.engine = Engine(
             module,
             plan,
             micro=micro,
             accumulation=self.accumulation,
-            optimizer_state=found[1]["optimizer"] if found else None,
-            averages=under(found[1]["state"], "ema.") if found else None,
+            optimizer_state=tensors["optimizer"],
+            averages=under(state, "ema."),
         )
         self.meter = Meter(plan.global_batch_size, self.device, self.latest.get("loss_smoothed"))
         self.validation = Validation(self.stage, self.dataset, self.engine, micro)
@@ -234,7 +211,7 @@ class Loop:
         """
         names = sorted(sums)
         values_N = torch.stack([sums[name] for name in names])  # float64: in any order the same
-        failure, asked = self._write_failure(), self.asked()
+        failure, asked = self.writer.failure, self.asked()
         asks = values_N.new_tensor([asked is Stop.MOVE, asked is Stop.END, failure is not None])
         *values, move, end, failed = self.engine.sum(torch.cat([values_N, asks])).tolist()
         if failed:
@@ -271,13 +248,13 @@ class Loop:
             "grad_norm": self.engine.grad_norm(),
         }
         batch = {name: torch.cat([part[name] for part in batches]) for name in batches[0]}
-        place = self.records.add(step, record, batch, self.rank)
+        place = f"{self.out.uri}/incidents/step-{step:08d}.json"
+        self.writer.record(step, record_of_skipped(step, record, batch, self.rank))
         logger.warning("step %d is not taken: %s (%s)", step, reason, place)
         if plan.on_spike == "skip" and self.losses.in_a_row < MOST_IN_A_ROW:
             return
-        self.watchdog.allow(waiting.limit())
         self._until_written()  # the run goes on from there
-        self.records.wait()
+        self.writer.end_records()
         why = "train.on_spike is stop" if plan.on_spike == "stop" else f"so were the {MOST_IN_A_ROW - 1} steps before"
         raise Untrainable(
             f"step {step} was not taken, because {reason}, and {why}: its samples are in {place}. "
@@ -303,8 +280,6 @@ class Loop:
 
     def save(self, step: int) -> None:
         """Copy all that a continuation needs, and begin to write it."""
-        # Wait for rank 0 here: the watchdog is extended while checkpointing, not inside a step.
-        self.watchdog.allow(waiting.limit())
         stalled = time.perf_counter()
         self._until_written()
         tensors = self._gathered()
@@ -322,24 +297,24 @@ class Loop:
             self.run.log_metrics({"checkpoint_stall_seconds": time.perf_counter() - stalled}, step)
             points = self.run.logged()
         if self.rank == 0:
-            self.saved = (saved, tensors) if step == self.plan.max_steps else None
+            self.final = (saved, tensors) if step == self.plan.max_steps else None
             self.writer.start(saved, tensors, record_part(points, self.attempt, step))
         self.watchdog.beat()
 
     def leave(self, step: int, stop: Stop) -> None:
         """Raises Moved or Ended once the checkpoint of this step is committed."""
-        self.watchdog.allow(waiting.limit())
         self._until_written()
-        self.records.wait()
+        self.writer.end_records()
         raise Moved(step) if stop is Stop.MOVE else Ended(step)
 
     def export(self) -> None:
-        """Write the trained model: from memory, or from the last checkpoint where no step was left to take."""
+        """Write the trained model."""
         self.watchdog.allow(waiting.limit())
         with scratch_folder() as folder:
             lost = None
             if self.rank == 0:  # while the last checkpoint is written
-                last, tensors = self.saved or checkpoint.read_step(self.out, self.plan.max_steps)
+                assert self.final
+                last, tensors = self.final
                 lost = self._patiently(lambda: write_model(self.stage, folder, self.dataset, last, tensors))
             self._until_written()
             if self.rank == 0 and lost is None:
@@ -362,11 +337,7 @@ class Loop:
 
     def _gathered(self) -> checkpoint.Tensors:
         """Copies of all that a continuation needs, on the CPU of rank 0; a collective."""
-        trained = {}
-        with self.engine.full_parameters() as parameters:
-            for name, value in parameters:
-                if self.rank == 0:
-                    trained[name] = on_cpu(value.float())
+        trained = {name: on_cpu(value.float()) for name, value in self.engine.full_parameters() if self.rank == 0}
         optimizer = self.engine.optimizer_state()
         averages = {name: on_cpu(value) for name, value in self.engine.averages() if self.rank == 0}
         if self.rank:
@@ -378,22 +349,15 @@ class Loop:
 
     def _until_written(self) -> None:
         """Wait until the last checkpoint is committed, or given up because the run is to end. A collective: all workers
-        raise alike."""
+        raise alike, and their watchdogs allow for it, as they do not within a step."""
+        self.watchdog.allow(waiting.limit())
         while True:
             busy = self.writer.busy(POLL_SECONDS)
             given_up = busy and self.asked() is Stop.END and self.writer.give_up()
-            failure = self._write_failure()
+            failure = self.writer.failure
             state = torch.tensor([busy, given_up, failure is not None], dtype=torch.float32).to(self.device)
             busy, given_up, failed = self.engine.sum(state).tolist()
             if failed or given_up:
                 raise Unwritable(str(failure or "ended before storage took the checkpoint"))
             if not busy:
-                self.writer.wait()
                 return
-
-    def _write_failure(self) -> BaseException | None:
-        """Why the last checkpoint was given up. Raises Superseded where the place is another's."""
-        failure = self.writer.failure
-        if isinstance(failure, Superseded):
-            raise failure
-        return failure

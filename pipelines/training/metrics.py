@@ -54,10 +54,8 @@ def middles(end: int) -> list[int]:
 def means(numbers: Mapping[str, float]) -> dict[str, float]:
     """Numbers with each sum and count turned into their mean; what was never counted is left out."""
     plain = {name: value for name, value in numbers.items() if not name.endswith((SUM, COUNT))}
-    for name in (name.removesuffix(COUNT) for name in numbers if name.endswith(COUNT)):
-        if numbers[name + COUNT] > 0:
-            plain[name] = numbers[name + SUM] / numbers[name + COUNT]
-    return plain
+    counts = {name.removesuffix(COUNT): value for name, value in numbers.items() if name.endswith(COUNT) and value > 0}
+    return plain | {name: numbers[name + SUM] / count for name, count in counts.items()}
 
 
 class Meter:

@@ -57,7 +57,7 @@ def place_training(offer: Offer, train: TrainOptions, unit: int = 1, most: int |
     `train.num_workers` `auto` is the most workers that the batch divides over: one GPU each, or one CPU or more.
     Raises UsageError, naming the option to change, where no worker could ever start.
     """
-    gpus = _gpus_per_worker(offer, train.gpus_per_worker)
+    gpus = int((1 if offer.gpus or not offer.local else 0) if train.gpus_per_worker is None else train.gpus_per_worker)
     if gpus and not offer.gpus and offer.growth is not None:
         raise UsageError(no_gpu(offer, "--train.gpus_per_worker 0 trains on CPUs"))
     given = worker_range(train.num_workers)
@@ -124,12 +124,6 @@ def arithmetic(train: TrainOptions) -> str:
     return f"{train.precision}{tf32 if train.precision == 'fp32' else ''}{', exact sums' if train.exact_sums else ''}"
 
 
-def _gpus_per_worker(offer: Offer, wanted: float | None) -> int:
-    if wanted is None:
-        return 1 if offer.gpus or not offer.local else 0
-    return int(wanted)
-
-
 def _most_workers(offer: Offer, train: TrainOptions, unit: int, gpus: int, most: int | None) -> int:
     if gpus:
         limit = train.global_batch_size if offer.answers else max(1, offer.gpus)
@@ -172,15 +166,12 @@ def _too_many(offer: Offer, train: TrainOptions, workers: int, cpus: float, gpus
         node = f"node{' with a GPU' if gpus else ''} of {offer.name}"
         return f"train.cpus_per_worker {cpus:g}: no {node} has more than {largest:g}: ask for fewer"
     given = f" with train.cpus_per_worker {cpus:g}" if train.cpus_per_worker else ""
-    needs, has = [], []
-    if gpus:
-        needs, has = [f"{workers} GPUs"], [f"{offer.gpus} GPUs"]
+    kinds: dict[str, tuple[float, int]] = {"GPUs": (workers, offer.gpus)} if gpus else {}
     if train.cpus_per_worker or not gpus:
-        needs, has = [*needs, f"{workers * cpus:g} CPUs"], [*has, f"{offer.cpus} CPUs"]
-    return (
-        f"train.num_workers {train.num_workers}{given} needs {' and '.join(needs)}, {offer.name} has "
-        f"{' and '.join(has)}{' at most' if offer.growth else ''}: ask for fewer"
-    )
+        kinds["CPUs"] = (workers * cpus, offer.cpus)
+    needs, has = (" and ".join(f"{kinds[kind][i]:g} {kind}" for kind in kinds) for i in range(2))
+    at_most = " at most" if offer.growth else ""
+    return f"train.num_workers {train.num_workers}{given} needs {needs}, {offer.name} has {has}{at_most}: ask for fewer"
 
 
 def _idle(gpus: int, idle: int, train: TrainOptions, micro: int, unit: int) -> str:

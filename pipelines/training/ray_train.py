@@ -7,9 +7,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from functools import cached_property, partial
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import psutil
@@ -21,6 +21,7 @@ from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
@@ -29,11 +30,10 @@ from deedsr.errors import DeeDSRError, UsageError
 from pipelines.claims import Superseded
 from pipelines.data.dataset import Dataset
 from pipelines.models import usable_device
-from pipelines.storage import Storage, open_storage, require_here
-from pipelines.training.config import AdapterOptions, LearnerOptions, from_resolved
+from pipelines.storage import open_storage, require_here
 from pipelines.training.health import Ended, Moved, Stop, Untrainable, Unwritable, listen, terminated
 from pipelines.training.identity import Claim
-from pipelines.training.loop import make_stage, train
+from pipelines.training.loop import Loop, make_stage
 from pipelines.training.metrics import record_part, recorded
 
 logger = logging.getLogger(__name__)
@@ -63,30 +63,25 @@ class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
 
 @contextmanager
 def _starting(worker_group: Any) -> Iterator[None]:
-    """A worker that dies meanwhile costs another start: Ray Train knows that by one class of error.
+    """Where a worker dies meanwhile, Ray Train starts the group again, without counting a failure.
 
-    What fails with all workers alive would fail again. The workers and their resources are let go in any case: Ray
-    Train forgets a group that was not started.
+    What fails with all workers alive would fail again. The workers and their resources are released in any case, since
+    Ray Train forgets a group that did not start.
     """
     try:
         yield
     except (RayActorError, RayTaskError) as error:
-        lost = _lost(worker_group)
+        lost = None
+        try:  # a worker that is cut off is known to be dead once Ray has given its node up
+            ray.get(worker_group.execute_async(os.getpid), timeout=NODE_SECONDS)
+        except RayActorError as death:
+            lost = death
+        except GetTimeoutError:  # one that waits for the others
+            pass
         worker_group.abort()
         if lost:
             raise WorkerGroupStartupFailedError(f"a worker died while its group was set up: {lost}") from error
         raise
-
-
-def _lost(worker_group: Any) -> RayActorError | None:
-    """What became of a worker that died: one that is cut off is known to be once Ray has given its node up."""
-    try:
-        ray.get(worker_group.execute_async(os.getpid), timeout=NODE_SECONDS)
-    except RayActorError as lost:
-        return lost
-    except GetTimeoutError:  # one that waits for the others
-        return None
-    return None
 
 
 class ListeningTorchConfig(TorchConfig):
@@ -141,31 +136,16 @@ class Asked:
         self._lock = threading.Lock()  # the loop asks, and while it waits for storage another thread
 
     def __call__(self) -> Stop:
-        if self.rank == 0 and self._last is not Stop.END:
-            with self._lock:
-                self._last = self._answered() or self._last
+        with self._lock:
+            if self.rank == 0 and self._last is not Stop.END:
+                self._answer = self._answer or self.progress.stop.remote()
+                if ray.wait([self._answer], timeout=0)[0]:
+                    self._last, self._answer = ray.get(self._answer) or self._last, None
         if self._last is Stop.END:
             return Stop.END
-        return Stop.MOVE if self._last or self._node_is_drained() else terminated()
-
-    def _answered(self) -> Stop:
-        if self._answer is None:
-            self._answer = self.progress.stop.remote()
-        ready, _ = ray.wait([self._answer], timeout=0)
-        if not ready:
-            return Stop.NO
-        answer, self._answer = self._answer, None
-        return ray.get(answer)
-
-    @cached_property
-    def _preemption(self) -> Any:
         # ray.train.get_preemption_info() is a barrier of all workers; the loop agrees by itself.
-        from ray.train.v2._internal.execution.context import get_train_context
-
-        return get_train_context().preemption_context
-
-    def _node_is_drained(self) -> bool:
-        return self._preemption.preemption_info is not None
+        drained = get_train_context().preemption_context.preemption_info is not None
+        return Stop.MOVE if self._last or drained else terminated()
 
 
 class RestartPolicy(DefaultFailurePolicy):
@@ -182,7 +162,7 @@ class RestartPolicy(DefaultFailurePolicy):
         refused = any(isinstance(getattr(failure, "cause", None) or failure, UsageError) for failure in failures)
         if refused and not moved:
             return FailureDecision.RAISE
-        # With one of them, what the others say follows from it: a connection is reset where a peer has ended.
+        # The errors of the others follow from a move: a connection is reset where a peer has ended.
         decision = FailureDecision.RETRY if moved else super().make_decision(training_failed_error)
         waits_for_nodes = isinstance(training_failed_error, ControllerError)
         if decision == FailureDecision.RETRY and not waits_for_nodes:
@@ -206,16 +186,15 @@ class ElasticPolicy(ElasticScalingPolicy):
 
 
 class GroupWatch(ControllerCallback):
-    """Tells `progress` who starts the workers, and whether they are at work."""
+    """Reports to `progress` which actor starts the workers, and whether they are running."""
 
     def __init__(self, progress: Any):
         self.progress = progress
         self._state = ""
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        # As `ScalingPolicy` names itself.
-        requester = f"train-{train_run_context.run_id}"
-        self.progress.controlled.remote(ray.get_runtime_context().current_actor, requester)
+        # `train-...`: as `ScalingPolicy` names itself.
+        self.progress.controlled.remote(ray.get_runtime_context().current_actor, f"train-{train_run_context.run_id}")
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         name = current_state._state_type.state_name
@@ -227,7 +206,7 @@ class GroupWatch(ControllerCallback):
 
 
 def _reason(error: TrainingFailedError) -> str:
-    """Of all that the workers say what the rest follows from, else the last line of the first."""
+    """The root cause among the workers' failures, else the last line of the first."""
     failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
     if any(isinstance(getattr(f, "health_check_failure", f), RayActorError) for f in failures):
         return "the process or the node of one is gone"
@@ -236,14 +215,12 @@ def _reason(error: TrainingFailedError) -> str:
 
 
 def train_worker(config: dict[str, Any]) -> str | None:
-    """Ray Train's loop of one worker. `config`: `stage`, `options`, `claim`, `tracking_uri`, `device`, `threads`,
-    `progress`.
+    """Ray Train's loop of one worker. `config`: `options`, `claim`, `tracking_uri`, `device`, `threads`, `progress`.
 
     Returns a message for the user where starting the workers again would be of no use.
     """
     torch.set_num_threads(config["threads"])
-    kind = LearnerOptions if config["stage"] == "learner" else AdapterOptions
-    options = from_resolved(kind, config["options"])
+    options = config["options"]
     for place in (options.data, options.out):
         require_here(place)
     dataset = Dataset.open(options.data)
@@ -266,22 +243,19 @@ def train_worker(config: dict[str, Any]) -> str | None:
     try:
         device = ray.train.torch.get_device() if config["device"] == "cuda" else torch.device("cpu")
         progress = config["progress"]
-        train(stage, options, dataset, device, run, progress.report.remote, asked, claim, progress.say.remote)
+        report, say = progress.report.remote, progress.say.remote
+        Loop(stage, dataset, device, run, report, asked, claim, say).train()
     except (Ended, Untrainable, Unwritable) as end:  # every worker has the same
         return str(end)
     finally:
         if run is not None:
             run.close()
-            with suppress(Superseded):
+            try:
                 claim.check()
-                _keep(out, record_part(run.logged(), claim.attempt))
+                for path, data in record_part(run.logged(), claim.attempt).items():
+                    out.write(path, data)
+            except Superseded:
+                pass
+            except DeeDSRError as error:
+                logger.warning("metrics since the last checkpoint could not be kept: %s", error)
     return None
-
-
-def _keep(out: Storage, files: Mapping[str, bytes]) -> None:
-    """The end of the record of metrics, behind the last checkpoint."""
-    try:
-        for path, data in files.items():
-            out.write(path, data)
-    except DeeDSRError as error:
-        logger.warning("metrics since the last checkpoint could not be kept: %s", error)

@@ -104,21 +104,20 @@ def with_schedule(
     if length is None and began is not None and began["train"].get("schedule") == "cosine":
         length = recorded_length(began)
     length = length or train.max_steps
+    train, end = replace(train, schedule_steps=length), LAST * train.lr
+    schedule = f"the cosine schedule of {length} steps (train.schedule_steps)"
     if train.max_steps > length:
         logger.warning(
-            "train.max_steps %d goes beyond the cosine schedule of %d steps (train.schedule_steps): from there on the "
-            "learning rate stays at its end, %g; another schedule is another run, which may start from this one's "
-            "weights by --init",
-            train.max_steps, length, LAST * train.lr,
+            "train.max_steps %d goes beyond %s: from there on the learning rate stays at its end, %g; another schedule "
+            "is another run, which may start from this one's weights by --init", train.max_steps, schedule, end,
         )  # fmt: skip
     elif train.max_steps < length:
+        rate = learning_rate(train, train.max_steps - 1)
         logger.warning(
-            "train.max_steps %d ends within the cosine schedule of %d steps (train.schedule_steps), at a learning rate "
-            "of %g instead of %g",
-            train.max_steps, length, learning_rate(replace(train, schedule_steps=length), train.max_steps - 1),
-            LAST * train.lr,
+            "train.max_steps %d ends within %s, at a learning rate of %g instead of %g",
+            train.max_steps, schedule, rate, end,
         )  # fmt: skip
-    return replace(options, train=replace(train, schedule_steps=length))
+    return replace(options, train=train)
 
 
 def recorded_length(began: dict[str, Any]) -> int:

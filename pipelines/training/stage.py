@@ -1,97 +1,95 @@
-"""The protocol of a stage, and the weights that a training starts from."""
+"""What a stage provides, and the weights that a training starts from."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from deedsr.adapter.adapter import DegradationAwareAdapter
 from deedsr.errors import UsageError
 from deedsr.hub.model_folder import load_part
-from deedsr.learner.resnet import DegradationLearner
 from deedsr.presets import LEARNER_PRESETS
 from pipelines.data.dataset import Dataset
-from pipelines.models import Adapter, Base, Learner
+from pipelines.models import Adapter, Learner, Reference
 from pipelines.training.checkpoint import Checkpoint, Tensors
-from pipelines.training.config import AdapterOptions, LearnerModelOptions, LearnerOptions
+from pipelines.training.config import LearnerModelOptions
+from pipelines.training.engine import Engine
 
 if TYPE_CHECKING:
     from deedsr.sampling.pipeline import DeeDSRPipeline
 
+Weights = dict[str, Tensor]  # by name
 # How statistics are taken: the same weights serve any; what the base predicts: older adapters do not say.
 NOT_GEOMETRY = {"norm_group", "prediction_type"}
 
 
-class Workers(Protocol):
-    """What a stage may ask of the other workers (a collective: every worker calls it alike)."""
+class Stage:
+    """One of the two trainings. The loop calls, in this order: `build` once, for every micro-batch `loss`, and once
+    per optimizer step `end_step`, or `drop_step` where the step was not taken."""
 
-    rank: int
-    world_size: int
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Element-wise sum over the workers."""
-
-    def gather(self, x: Tensor) -> Tensor:
-        """Concatenation over the workers, in rank order, along the first axis."""
-
-    def full_parameters(self) -> AbstractContextManager[Iterator[tuple[str, Tensor]]]:
-        """The trained parameters whole and in fp32, whatever ZeRO made of them."""
-
-
-BatchT = TypeVar("BatchT", contravariant=True)
-
-
-class Stage(Protocol[BatchT]):
-    """One of the two trainings. The trainer calls, in this order: `build` once, then for every micro-batch `loss`,
-    and once per optimizer step `end_step`, or `drop_step` where the step was not taken."""
-
-    name: str
     options: Any  # LearnerOptions or AdapterOptions
-    together: bool  # the variants of one content stay adjacent in the order of samples
-    unit: int  # samples that must share a forward
+    together = False  # the variants of one content stay adjacent in the order of samples
+    models: list[Reference]  # that `build` reads
+    init: Learner | Adapter | None
 
     def fetch(self) -> None:
         """Bring what `build` reads to this node, which may take longer than a step."""
+        for model in self.models:
+            _ = model.path
+
+    def check_init(self) -> None:
+        """The UsageError of `initial_weights` before any worker starts."""
+        if self.init:
+            with torch.device("meta"):
+                like = self.network()
+            initial_weights(self.init, like)
+
+    def network(self) -> nn.Module:
+        """What trains, with the default initial weights."""
+        raise NotImplementedError
 
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """Make the networks from the options' seed; return the module whose parameters with gradients train."""
+        raise NotImplementedError
 
     def sample(self, dataset: Dataset, index: pa.Table, row: int, epoch: int) -> dict[str, Any]:
         """One training sample; its randomness comes from the seed, the sample's key and the epoch. Runs on threads."""
+        raise NotImplementedError
 
-    def loss(self, model: Callable[..., Tensor], batch: BatchT) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: Callable[..., Tensor], batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss of a micro-batch and numbers to log; `model` is the engine around what `build` returned."""
+        raise NotImplementedError
 
-    def validation_step(self, model: Callable[..., Tensor], batch: BatchT) -> Tensor:
-        """What validation has to know of each sample, (B, N) in fp32; changes nothing."""
+    def validation_step(self, model: Callable[..., Tensor], batch: Any) -> Tensor:
+        """Values of each sample for `validation_metrics`, (B, N) in fp32; changes nothing."""
+        raise NotImplementedError
 
     def validation_metrics(self, rows_SN: Tensor) -> dict[str, Tensor]:
         """Validation metrics from the rows that `validation_step` gave for all samples."""
+        raise NotImplementedError
+
+    def export(self, folder: Path, trained: Weights, state: Weights, history: dict[str, Any] | None = None) -> None:
+        """Write the model that whole fp32 parameters and what `state` gave make; `history` goes into the model card."""
+        raise NotImplementedError
 
     def pipeline(self) -> "DeeDSRPipeline | None":
         """A pipeline around the networks as they are, where the stage makes pictures."""
+        return None
 
-    def end_step(self, workers: Workers) -> None:
-        """What advances once per optimizer step, after it."""
+    def end_step(self, engine: Engine) -> None:
+        """What advances once per optimizer step besides the trained parameters; every worker calls it."""
 
     def drop_step(self) -> None:
         """Forget what `loss` collected for a step that was not taken."""
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> Weights:
         """Tensors besides trained parameters and optimizer state that a continuation needs."""
+        return {}
 
-    def load_state(self, state: dict[str, Tensor]) -> None: ...
-
-    def export(
-        self, folder: Path, trained: dict[str, Tensor], state: dict[str, Tensor], history: dict[str, Any] | None = None
-    ) -> None:
-        """Write the model that whole fp32 parameters and what `state` gave make; `history` goes into the model card."""
+    def load_state(self, state: Weights) -> None: ...
 
 
 def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -99,7 +97,7 @@ def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def write_model(stage: Stage[Any], folder: Path, dataset: Dataset, last: Checkpoint, tensors: Tensors) -> None:
+def write_model(stage: Stage, folder: Path, dataset: Dataset, last: Checkpoint, tensors: Tensors) -> None:
     """The model that a checkpoint holds: of the averaged weights where there are any, else of the last ones."""
     averaged, rest = under(tensors["state"], "ema."), under(tensors["state"], "stage.")
     samples = dataset.index("train").num_rows
@@ -133,7 +131,7 @@ def save_model(like: Any, weights: dict[str, Tensor], folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def initial_weights(init: Learner | Adapter, like: Any) -> dict[str, Tensor]:
+def initial_weights(init: Learner | Adapter, like: Any) -> Weights:
     """State dict of `init` for a module `like` this one (its weights may be on `meta`).
 
     Raises UsageError where there is none or it has another geometry.
@@ -148,23 +146,6 @@ def initial_weights(init: Learner | Adapter, like: Any) -> dict[str, Tensor]:
             "Choose the preset and the base that it was made with, or leave --init out"
         )
     return stored.state_dict()
-
-
-def check_initial_learner(init: Learner, options: LearnerOptions) -> None:
-    """The UsageError of `initial_weights` before any worker starts."""
-    with torch.device("meta"):
-        like = DegradationLearner(**learner_config(options.model))
-    initial_weights(init, like)
-
-
-def check_initial_adapter(init: Adapter, options: AdapterOptions, base: Base, learner: Learner) -> None:
-    """The UsageError of `initial_weights` before any worker starts."""
-    dim = DegradationLearner.load_config(learner.path)["widths"][-1]
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base.path, subfolder="unet"))
-        model = options.model
-        like = DegradationAwareAdapter.for_unet(unet, model.preset, dim, model.tokens, model.ablate)
-    initial_weights(init, like)
 
 
 def learner_config(model: LearnerModelOptions) -> dict[str, Any]:

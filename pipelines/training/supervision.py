@@ -77,16 +77,11 @@ class Progress:
         """Whether workers are running, and so can checkpoint."""
         self.working = working
 
-    def group(self) -> tuple[Any, bool]:
-        """The controller, None before it has started, and whether its workers are running."""
-        return self.controller, self.working
-
-    def reserved_by(self) -> str:
-        return self.requester
-
-    def look(self) -> tuple[int, dict[str, float], list[str]]:
+    def look(self) -> tuple[int, dict[str, float], list[str], tuple[Any, str, bool]]:
+        """The last step, its numbers, new messages, and of Ray Train: the controller, None before it has started, its
+        name in requests, and whether its workers are running."""
         messages, self.messages = self.messages, []
-        return self.step, self.values, messages
+        return self.step, self.values, messages, (self.controller, self.requester, self.working)
 
 
 class Lines:
@@ -114,41 +109,21 @@ def postfix(values: Mapping[str, float]) -> dict[str, str]:
 
 
 @contextmanager
-def progress_bar(name: str, total: int, initial: int, show: bool) -> Iterator[Any]:
-    """Shows a bar on stderr; yields the handle of the `Progress` actor that feeds it."""
+def progress_actor() -> Iterator[Any]:
+    """The handle of a `Progress` actor."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     # On the driver's node: the workers depend on it, and another node may be lost.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(num_cpus=0, scheduling_strategy=here)(Progress).remote()
-    stop = threading.Event()
-    with bar(name, total, initial, show) as shown:
-
-        def draw() -> None:
-            step, values, messages = ray.get(actor.look.remote())
-            for message in messages:
-                tqdm.write(message, file=sys.stderr)
-            if step > shown.n:
-                shown.set_postfix(postfix(values), refresh=False)
-                shown.update(step - shown.n)
-
-        def watch() -> None:
-            while not stop.wait(POLL_SECONDS):
-                draw()
-
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        try:
-            yield actor
-        finally:
-            stop.set()
-            thread.join()
-            draw()
-            ray.kill(actor)
+    try:
+        yield actor
+    finally:
+        ray.kill(actor)
 
 
-def supervised(stage: str, trainer: Any, progress: Any, plan: TrainingPlan, claim: Claim) -> None:
+def supervised(stage: str, trainer: Any, progress: Any, shown: tqdm, plan: TrainingPlan, claim: Claim) -> None:
     """Runs `trainer.fit`. On return or exception Ray Train's controller and its workers are ended.
 
     Raises KeyboardInterrupt after a signal: once the workers have checkpointed, or at once where none are running or at
@@ -164,9 +139,9 @@ def supervised(stage: str, trainer: Any, progress: Any, plan: TrainingPlan, clai
 
     # Not on the main thread, where Ray would handle Ctrl-C itself, without a checkpoint.
     threading.Thread(target=fit, daemon=True).start()
-    with _ended_by_signals(progress) as interrupted, _ending_controller(progress):
+    with _ended_by_signals(progress) as interrupted:
         try:
-            said = _awaited(outcome, progress, plan, claim, interrupted)
+            said = _awaited(outcome, progress, shown, plan, claim, interrupted)
         except DeeDSRError:
             raise
         except Exception as error:
@@ -175,6 +150,8 @@ def supervised(stage: str, trainer: Any, progress: Any, plan: TrainingPlan, clai
                 logger.warning("%s", failure)
                 raise KeyboardInterrupt from error
             raise failure from error
+        finally:
+            _end_controller(progress)
     if interrupted.is_set():
         raise KeyboardInterrupt(said)
     if said:
@@ -182,13 +159,21 @@ def supervised(stage: str, trainer: Any, progress: Any, plan: TrainingPlan, clai
 
 
 def _awaited(
-    outcome: Future[Any], progress: Any, plan: TrainingPlan, claim: Claim, interrupted: threading.Event
+    outcome: Future[Any], progress: Any, shown: tqdm, plan: TrainingPlan, claim: Claim, interrupted: threading.Event
 ) -> str | None:
     import ray
 
     waiting: cluster.Waiting | None = None
-    while not wait([outcome], POLL_SECONDS).done:
-        controller, working = ray.get(progress.group.remote())
+    while True:
+        done = wait([outcome], POLL_SECONDS).done
+        step, values, messages, (controller, _, working) = ray.get(progress.look.remote())
+        for message in messages:
+            tqdm.write(message, file=sys.stderr)
+        if step > shown.n:
+            shown.set_postfix(postfix(values), refresh=False)
+            shown.update(step - shown.n)
+        if done:
+            return outcome.result()
         if controller is None:  # not started yet
             continue
         waiting = None if working else waiting or cluster.Waiting(plan, WITHOUT_GPUS if plan.gpus else "")
@@ -199,27 +184,21 @@ def _awaited(
                 waiting.say()
         if claim.lost:
             claim.check()
-    return outcome.result()
 
 
-@contextmanager
-def _ending_controller(progress: Any) -> Iterator[None]:
-    """On exit, kills a controller that still runs, with its workers, and cancels its resource requests.
+def _end_controller(progress: Any) -> None:
+    """Kills a controller that still runs, with its workers, and cancels its resource requests.
 
     Otherwise the same command would wait three minutes for the resources, which an elastic training counts as taken.
     """
-    try:
-        yield
-    finally:
-        import ray
+    import ray
 
-        with suppress(Exception):  # it has ended by itself, or Ray is gone
-            asked = [progress.group.remote(), progress.reserved_by.remote()]
-            (controller, _), requester = ray.get(asked, timeout=_ANSWER_SECONDS)
-            if controller is not None:
-                ray.kill(controller)
-                coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
-                ray.get(coordinator.cancel_request.remote(requester), timeout=_ANSWER_SECONDS)
+    with suppress(Exception):  # it has ended by itself, or Ray is gone
+        *_, (controller, requester, _) = ray.get(progress.look.remote(), timeout=_ANSWER_SECONDS)
+        if controller is not None:
+            ray.kill(controller)
+            coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
+            ray.get(coordinator.cancel_request.remote(requester), timeout=_ANSWER_SECONDS)
 
 
 @contextmanager

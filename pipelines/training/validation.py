@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 from deedsr.dataset.keys import generator
 from deedsr.metrics import psnr_y
 from pipelines.data.dataset import Dataset
+from pipelines.data.loader import stacked
 from pipelines.reports.page import picture_name, strip
 from pipelines.training.engine import Engine
 from pipelines.training.stage import Stage
@@ -38,7 +39,7 @@ class Validation:
     Its pairs are the `train.validation_samples` of the validation split whose keys have the smallest SHA-256.
     """
 
-    def __init__(self, stage: Stage[Any], dataset: Dataset, engine: Engine, micro: int):
+    def __init__(self, stage: Stage, dataset: Dataset, engine: Engine, micro: int):
         self.stage, self.dataset, self.engine, self.micro = stage, dataset, engine, micro
         self.plan = stage.options.train
         self.fixed = copy.copy(stage)
@@ -82,8 +83,8 @@ class Validation:
 
     def _rows(self, rows: list[int]) -> Tensor:
         samples = [self.fixed.sample(self.dataset, self.index, row, DRAWS) for row in rows]
-        batch = {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in samples[0]}
-        return self.stage.validation_step(self.engine, {name: t.to(self.engine.device) for name, t in batch.items()})
+        batch = {name: t.to(self.engine.device) for name, t in stacked(samples).items()}
+        return self.stage.validation_step(self.engine, batch)
 
     def _pictures(self, step: int, run: "Run | None") -> dict[str, float]:
         """Sampled pictures beside what they came from and should be; PSNR of Y, of them and of bicubic ones."""
