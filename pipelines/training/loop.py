@@ -77,7 +77,7 @@ def train(
 
     Args:
         run: where rank 0 logs metrics; None on the others.
-        report: gets each logged step and its numbers, on rank 0.
+        report: gets the first step, and each logged step with its numbers, on rank 0.
         asked: whether this worker is to stop. Once one is, all checkpoint after the same step and raise Moved or Ended.
         claim: of these workers on `options.out`; rank 0 raises Superseded before it would write there when it is
             another's.
@@ -96,6 +96,8 @@ def train(
             loop.update(step, values, micro)
             if step % plan.log_every == 0 or step == plan.max_steps:
                 loop.log(step)
+            elif step == loop.first_step + 1 and loop.rank == 0:
+                report(step, {})
             if loop.validation.due(step):
                 loop.validate(step)
             loop.watchdog.beat()
@@ -140,7 +142,6 @@ class Loop:
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.index = dataset.index("train")
         self.order = SampleOrder(self.index, dataset.order_digest, self.plan.seed, together=stage.together)
-
         keep = checkpoint.Keep(self.plan.keep_checkpoints, self.plan.best_metric, self.plan.best_mode)
         self.watchdog = Watchdog(self.plan.hang_seconds)
         store = torch.distributed.distributed_c10d._get_default_store()  # torch has no other name for it
