@@ -12,7 +12,7 @@ What is measured is kept in `--work`/results.jsonl at once. Needs this checkout 
 Prints tables and, last, one JSON line.
 
 Bounds that are checked: the first loss on GPU and CPU within 1e-5 in fp32 (TF32 off); later ones no further apart than
-twice what two CPU runs with other kernels and threads are; bf16's mean loss of 50 steps within 1 % of fp32's; stopped
+twice what two CPU runs are whose rounding differs; bf16's mean loss of 50 steps within 1 % of fp32's; stopped
 and continued equal to undisturbed; pictures in fp32, bf16 and fp16 at 60, 50 and 55 dB of the CPU's.
 """
 
@@ -136,8 +136,9 @@ def _losses(bench: Bench, stage: str, micro: int) -> None:
     whole = {f"ZeRO {zero}": {"steps": 20, "precision": "bf16", "zero": zero} for zero in stages}
     stopped = {f"{name}, stopped": run | {"stop": 10} for name, run in whole.items()}
     here = losses({"fp32": {"steps": 50}, "bf16": {"steps": 50, "precision": "bf16"}, **whole, **stopped})
-    otherwise = {"steps": 20, "threads": 2, "onednn": False}  # threads alone round alike at this size
-    reference = losses({"fp32": {"steps": 20}, "other kernels": otherwise}, "cpu")
+    # Other threads alone round alike at this size: the weights differ by two units in the last place too.
+    otherwise = {"steps": 20, "threads": 2, "nudge": 2**-22}
+    reference = losses({"fp32": {"steps": 20}, "rounded otherwise": otherwise}, "cpu")
     if "fp32" in here and len(reference) == 2:
         cpu, other = reference.values()
         apart = lambda one, other: max(abs(a - b) / abs(b) for a, b in zip(one, other, strict=True))

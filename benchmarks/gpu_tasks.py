@@ -32,7 +32,8 @@ BOOKKEEPING = {f"aten::{name}" for name in ("as_strided", "empty", "empty_stride
 def losses(asked: dict[str, Any]) -> dict[str, Any]:
     """Losses of the optimizer steps of each of `runs`, one after the other; of one that failed, why.
 
-    With `stop`, the run's engine ends after so many steps, and another one goes on.
+    With `stop`, the run's engine ends after so many steps, and another one goes on. `nudge`: relative change of the
+    initial weights.
     """
     tf32(False)
     process_group()
@@ -48,13 +49,15 @@ def _losses(asked: dict[str, Any]) -> list[float] | str:
 
 def _trained(asked: dict[str, Any]) -> Iterator[float]:
     torch.set_num_threads(asked.get("threads", 1))
-    torch.backends.mkldnn.set_flags(asked.get("onednn", True))
     kind, steps, stop = asked["stage"], asked["steps"], asked.get("stop", 0)
     plan = train_options(asked, seed=0)
     kept: dict[str, dict[str, Tensor]] | None = None
     for first, last in ((0, stop), (stop, steps)) if stop else ((0, steps),):
         stage = stage_of(kind, asked["size"], asked["work"], plan)
         module = stage.build(torch.device(DEVICE), DTYPES[plan.precision])
+        if nudge := asked.get("nudge", 0.0):
+            with torch.no_grad():
+                torch._foreach_mul_([p for p in module.parameters() if p.requires_grad], 1 + nudge)
         if kept:
             with torch.no_grad():
                 for name, parameter in module.named_parameters():
