@@ -1,130 +1,63 @@
 """What `benchmarks.gpu` measures, each task in a process of its own: JSON in, one JSON line out, as
 `DS_ACCELERATOR=cuda python -m benchmarks.gpu_tasks TASK JSON`.
 
-`size` is `tiny` (the shipped model) or `full` (Stable Diffusion 2.1-base's layout with random weights, in `work`).
 Batches are random and lie in the device's memory, so nothing but the networks is measured. No Ray.
 """
 
 import json
 import math
-import os
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.full_size import HR, SCALE
-from deedsr.dataset.manifest import LatentsSource
+from benchmarks.full_size import HR
+from benchmarks.gpu_networks import DEVICE, DTYPES, Stage, batch_of, pipeline_of, process_group, stage_of, train_options
 from deedsr.precision import set_tf32 as tf32
-from pipelines.training.adapter_stage import AdapterStage
-from pipelines.training.config import (
-    AdapterModelOptions,
-    AdapterOptions,
-    ContrastOptions,
-    DiffusionOptions,
-    LearnerModelOptions,
-    LearnerOptions,
-    TrainOptions,
-)
+from pipelines.training.config import TrainOptions
 from pipelines.training.engine import Engine
-from pipelines.training.learner_stage import LearnerStage
-from pipelines.training.schedules import PRESETS
 
-DEVICE = os.environ.get("DS_ACCELERATOR", "cpu")  # as DeepSpeed reads it
-Size = Literal["tiny", "full"]
-Stage = AdapterStage | LearnerStage
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LR = HR // SCALE
-LATENTS = {"tiny": LatentsSource("", "", "", "", "fp32", 4, 4), "full": LatentsSource("", "", "", "", "fp32", 8, 4)}
-CELLS = {"tiny": 16, "full": HR // 8}  # of a latent, a side
-
-
-def process_group() -> None:
-    alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    os.environ.update(alone | {"MASTER_PORT": str(29000 + os.getpid() % 2000)})
-    torch.distributed.init_process_group("nccl" if DEVICE == "cuda" else "gloo")
-
-
-def stage_of(kind: str, size: Size, work: str, train: TrainOptions, latents: bool = True) -> Stage:
-    preset = PRESETS[kind]["tiny" if size == "tiny" else "paper"]
-    if kind == "learner":
-        block = preset["contrast"]["batch_block"]
-        contrast = ContrastOptions(**preset["contrast"] | {"batch_block": min(block, train.global_batch_size)})
-        return LearnerStage(
-            LearnerOptions(model=LearnerModelOptions(**preset["model"]), contrast=contrast, train=train)
-        )
-    places = {"base": "tiny", "learner": "tiny"}
-    if size == "full":
-        places = {name: f"{work}/{name}" for name in places}
-    options = AdapterOptions(
-        **places, model=AdapterModelOptions(**preset["model"]), diffusion=DiffusionOptions(), train=train
-    )
-    return AdapterStage(options, SCALE, LATENTS[size] if latents else None)
-
-
-def batch_of(stage: Stage, size: Size, micro: int, number: int, latents: bool = True) -> dict[str, Tensor]:
-    """Random, the same on every device."""
-    rng = torch.Generator().manual_seed(number)
-    normal = lambda *shape: torch.randn(shape, generator=rng)
-    uniform = lambda *shape: torch.rand(shape, generator=rng)
-    batch: dict[str, Tensor]
-    if isinstance(stage, LearnerStage):
-        side = 48 if size == "tiny" else LR // 2
-        batch = {"query": uniform(micro, 3, side, side), "key": uniform(micro, 3, side, side)}
-        batch |= {"source": torch.arange(micro) + micro * number, "group": torch.full((micro,), -1)}
-    else:
-        cells = CELLS[size]
-        batch = {"timestep": torch.randint(1000, (micro,), generator=rng), "guidance": torch.zeros(micro)}
-        batch |= {"noise": normal(micro, stage.latent_channels, cells, cells)}
-        if latents:
-            width = 128 if size == "tiny" else 1024
-            batch |= {"z_lr": normal(*batch["noise"].shape), "degradation": normal(micro, width)}
-            batch |= {"z_hr": batch["z_lr"] + 0.3 * normal(*batch["noise"].shape)}
-        else:
-            pixels = cells * stage.vae_factor
-            lr = uniform(micro, 3, pixels // SCALE, pixels // SCALE)
-            batch |= {"lr": lr, "lr_crop": lr, "hr_crop": uniform(micro, 3, pixels, pixels)}
-            batch |= {"encoding_noise": normal(micro, 2, *batch["noise"].shape[1:])}
-    return {name: tensor.to(DEVICE) for name, tensor in batch.items()}
-
-
-def train_options(asked: dict[str, Any], **more: Any) -> TrainOptions:
-    kind = asked.get("stage", "adapter")
-    rate = {"optimizer": "sgd", "lr": 0.01} if kind == "learner" and asked["size"] == "full" else {"lr": 1e-4}
-    values = {
-        "global_batch_size": asked["micro"],
-        "precision": asked.get("precision", "fp32"),
-        "zero_stage": asked.get("zero", 0),
-        "clip_grad_norm": 1.0,
-        "ema_decay": 0.999,
-        "exact_sums": False,
-        "gradient_checkpointing": asked.get("checkpointing", False),
-        "compile": asked.get("compile", False),
-    }
-    return TrainOptions(**rate | values | more)
+BOOKKEEPING = {f"aten::{name}" for name in ("as_strided", "empty", "empty_strided", "resize_", "view", "detach", "to")}
 
 
 # ---- numbers
 
 
 def losses(asked: dict[str, Any]) -> dict[str, Any]:
-    """Losses of `steps` optimizer steps; with `stop`, an engine ends after so many, and another one goes on."""
-    torch.set_num_threads(asked.get("threads", 1))
+    """Losses of the optimizer steps of each of `runs`, one after the other; of one that failed, why.
+
+    With `stop`, the run's engine ends after so many steps, and another one goes on. `nudge`: relative change of the
+    initial weights.
+    """
     tf32(False)
     process_group()
+    return {"losses": [_losses(asked | run) for run in asked["runs"]]}
+
+
+def _losses(asked: dict[str, Any]) -> list[float] | str:
+    try:
+        return list(_trained(asked))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _trained(asked: dict[str, Any]) -> Iterator[float]:
+    torch.set_num_threads(asked.get("threads", 1))
     kind, steps, stop = asked["stage"], asked["steps"], asked.get("stop", 0)
     plan = train_options(asked, seed=0)
-    found: list[float] = []
     kept: dict[str, dict[str, Tensor]] | None = None
     for first, last in ((0, stop), (stop, steps)) if stop else ((0, steps),):
         stage = stage_of(kind, asked["size"], asked["work"], plan)
         module = stage.build(torch.device(DEVICE), DTYPES[plan.precision])
+        if nudge := asked.get("nudge", 0.0):
+            with torch.no_grad():
+                torch._foreach_mul_([p for p in module.parameters() if p.requires_grad], 1 + nudge)
         if kept:
             with torch.no_grad():
                 for name, parameter in module.named_parameters():
@@ -138,11 +71,10 @@ def losses(asked: dict[str, Any]) -> dict[str, Any]:
             engine.backward(loss)
             engine.step(plan.lr)
             stage.end_step(engine)
-            found.append(float(loss.detach()))
+            yield float(loss.detach())
         trained = {name: value.float().cpu().clone() for name, value in engine.full_parameters()}
         kept = {"trained": trained, "optimizer": engine.optimizer_state()}
         kept["stage"] = {name: tensor.cpu().clone() for name, tensor in stage.state().items()}
-    return {"losses": found}
 
 
 def picture(asked: dict[str, Any]) -> dict[str, Any]:
@@ -170,6 +102,8 @@ def train(asked: dict[str, Any]) -> dict[str, Any]:
     plan = train_options(asked)
     stage = stage_of(kind, size, asked["work"], plan, latents)
     module = stage.build(torch.device(DEVICE), DTYPES[plan.precision])
+    if not asked.get("channels_last", True):
+        stage.unet.to(memory_format=torch.contiguous_format)
     batches = [batch_of(stage, size, micro, number, latents) for number in range(4)]
     trained = [p for p in module.parameters() if p.requires_grad]
     bare = asked["loop"] == "bare"
@@ -222,14 +156,19 @@ def engine_step(stage: Stage, module: nn.Module, plan: TrainOptions, micro: int)
 
 def latents(asked: dict[str, Any]) -> dict[str, Any]:
     """Pictures per second that the VAE encodes, LR and HR each, and operations of one."""
+    from diffusers.models.resnet import ResnetBlock2D
+
     from deedsr.sampling.autoencoder import latent_moments
+    from pipelines.training.stage import compile_blocks
 
     tf32(True)
-    vae = pipeline_of(asked["size"], asked["work"], asked["precision"]).vae
+    vae = pipeline_of(asked["size"], asked["work"], asked["precision"]).vae.to(memory_format=torch.channels_last)
     side = HR if asked["size"] == "full" else 128
     x = torch.rand(asked["micro"], 3, side, side, device=DEVICE, dtype=DTYPES[asked["precision"]])
     with torch.no_grad():
         operations = counted(lambda: latent_moments(vae, x[:1]))
+        if asked.get("compile"):
+            compile_blocks(part for part in vae.encoder.modules() if isinstance(part, ResnetBlock2D))
         peak_reset()
         rate = per_second(lambda _: latent_moments(vae, x), asked["seconds"]) * asked["micro"]
     return {"pictures_per_second": rate, "samples_per_second": rate / 2, "tflop_per_sample": 2 * operations / 1e12,
@@ -260,8 +199,8 @@ def sampling(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def depthwise(asked: dict[str, Any]) -> dict[str, Any]:
-    """Milliseconds of forward and backward of the DA blocks' per-sample convolution at the finest level, in three ways:
-    as one group per sample and channel, as nine shifted products, as products of windows; how far apart they are."""
+    """Milliseconds of forward and backward of the DA blocks' per-sample convolution at the finest level, by each of
+    DEPTHWISE, on a GPU also compiled; how far apart they are."""
     tf32(False)
     torch.manual_seed(0)
     channels, cells = (256, 64) if asked["size"] == "full" else (32, 16)
@@ -269,8 +208,11 @@ def depthwise(asked: dict[str, Any]) -> dict[str, Any]:
     x = torch.randn(asked["micro"], channels, cells, cells, **placed)
     kernels = torch.randn(asked["micro"], channels, 3, 3, **placed)
     expected = DEPTHWISE["grouped"](x.float(), kernels.float()).detach()
+    ways = dict(DEPTHWISE)
+    if DEVICE == "cuda":
+        ways["shifted_compiled"] = torch.compile(_shifted)
     answer = {}
-    for name, way in DEPTHWISE.items():
+    for name, way in ways.items():
         answer[f"{name}_off"] = float((way(x, kernels).float() - expected).detach().abs().max() / expected.abs().max())
         rate = per_second(lambda _, way=way: way(x, kernels).sum().backward(), asked["seconds"])
         answer[f"{name}_ms"] = 1000 / rate
@@ -312,13 +254,15 @@ def matmul(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def profile(asked: dict[str, Any]) -> dict[str, Any]:
-    """The ten most expensive operators of a training step, with their share of the time."""
+    """The ten most expensive operators of a training step, with their share of the time; kernels that it launches, on a
+    CPU the operators that compute."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
 
     process_group()
     tf32(True)
     plan = train_options(asked)
-    stage = stage_of("adapter", asked["size"], asked["work"], plan)
+    stage = stage_of(asked["stage"], asked["size"], asked["work"], plan)
     module = stage.build(torch.device(DEVICE), DTYPES[plan.precision])
     step = engine_step(stage, module, plan, asked["micro"])
     batch = batch_of(stage, asked["size"], asked["micro"], 0)
@@ -327,33 +271,22 @@ def profile(asked: dict[str, Any]) -> dict[str, Any]:
     with torch.profiler.profile(activities=activities) as found:
         step(batch)
         synchronize()
-    name = "self_device_time_total" if DEVICE == "cuda" else "self_cpu_time_total"
+    on_gpu = DEVICE == "cuda"
+    name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     cost = {average.key: float(getattr(average, name)) for average in found.key_averages()}
     total = sum(cost.values())
     first = sorted(cost, key=lambda key: -cost[key])[:10]
-    return {"operators": {key: round(cost[key] / total, 3) for key in first}, "milliseconds": total / 1000}
+    events = found.events() or []
+    kernels = sum(e.device_type == DeviceType.CUDA if on_gpu else _computes(e) for e in events)
+    return {"operators": {key: round(cost[key] / total, 3) for key in first}, "milliseconds": total / 1000,
+            "kernels": kernels}  # fmt: skip
 
 
-# ---- helpers
+def _computes(event: Any) -> bool:
+    return event.name.startswith("aten::") and not event.cpu_children and event.name not in BOOKKEEPING
 
 
-def pipeline_of(size: Size, work: str, precision: str) -> Any:
-    from deedsr import DeeDSRPipeline
-    from deedsr.adapter import DegradationAwareAdapter
-    from deedsr.hub.model_folder import BASE_PARTS, load_part
-    from deedsr.sampling.schedule import ddim
-
-    dtype = DTYPES[precision]
-    if size == "tiny":
-        pipe = DeeDSRPipeline.from_pretrained("tiny", torch_dtype=dtype)
-    else:
-        base = Path(work) / "base"
-        vae, unet, scheduler = (load_part(base, part, torch_dtype=dtype) for part in BASE_PARTS)
-        torch.manual_seed(0)
-        adapter = DegradationAwareAdapter.for_unet(unet).eval().to(dtype)
-        pipe = DeeDSRPipeline(vae, unet, ddim(scheduler), load_part(Path(work) / "learner", "learner"), adapter)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(DEVICE)
+# ---- measuring
 
 
 def synchronize() -> None:
@@ -369,8 +302,6 @@ def peak_reset() -> None:
 def peak_gib() -> float:
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

@@ -25,7 +25,7 @@ from pipelines.training.config import AdapterModelOptions, AdapterOptions, Diffu
 from pipelines.training.schedules import PRESETS
 
 GOAL, START_GOAL_SECONDS = 0.95, 35
-WARM_UP = 20
+WARM_UP = 10
 LOG_EVERY = 10
 
 

@@ -1,12 +1,17 @@
 """Degradation-aware adapter: the paper's size, a start that disturbs nothing, a base that stays what it is."""
 
+import copy
 import hashlib
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 from small_networks import inputs, tiny_unet, wake
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from deedsr.adapter import DegradationAwareAdapter
 from deedsr.adapter.adapter import cross_attentions, residual_blocks
@@ -306,6 +311,41 @@ def test_channels_last_of_the_base_is_kept_through_the_hooks_of_the_adapter():
     adapter(*inputs())
     assert len(seen) == len(residual_blocks(unet))
     assert all(output.is_contiguous(memory_format=torch.channels_last) for output in seen)
+
+
+class FusedAttentions(TorchFunctionMode):
+    """Collects queries and masks of the calls of torch's fused attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            self.seen.append((args[0], kwargs["attn_mask"]))
+        return func(*args, **kwargs or {})
+
+
+def test_every_attention_at_stable_diffusions_size_fits_the_flash_kernel(full_size):
+    unet, adapter = (network.bfloat16() for network in copy.deepcopy(full_size))
+    adapter.attach(unet)
+    latents = torch.empty(2, 4, 64, 64, device="meta", dtype=torch.bfloat16)
+    vector = torch.empty(2, 1024, device="meta", dtype=torch.bfloat16)
+    with FusedAttentions() as fused, torch.no_grad():
+        adapter(latents, torch.empty(2, device="meta"), latents, vector)
+    replaced = len(adapter.attentions)  # each in place of one of the UNet's
+    assert len(fused.seen) == sum(isinstance(m, Attention) for n in (unet, adapter) for m in n.modules()) - replaced
+    for query, mask in fused.seen:
+        assert mask is None
+        assert query.dtype == torch.bfloat16
+        assert query.shape[-1] <= 256
+        assert query.shape[-1] % 8 == 0
+
+
+def test_a_training_step_in_bf16_needs_no_other_attention_than_flash():
+    adapter = adapter_of(tiny_unet())
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION]), torch.autocast("cpu", torch.bfloat16):
+        adapter(*inputs()).square().mean().backward()
 
 
 def test_blocks_that_are_compiled_hold_most_parameters_once():

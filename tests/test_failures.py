@@ -299,13 +299,14 @@ from pipelines.training.loop import Loop
 options = TypeAdapter(LearnerOptions).validate_python(json.loads(sys.argv[1]))
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
-said = []
+said, shown = [], []
 asked = lambda: Stop.END if said else Stop.NO  # the user hears of it on rank 0 alone, and ends the run
 try:
     dataset = Dataset.open(options.data)
-    Loop(LearnerStage(options), dataset, torch.device("cpu"), None, asked=asked, say=said.append).train()
+    report = lambda step, values: shown.append(step)
+    Loop(LearnerStage(options), dataset, torch.device("cpu"), None, report, asked=asked, say=said.append).train()
 except Unwritable as error:
-    print(json.dumps([said[:1], str(error)]))
+    print(json.dumps([said[:1], str(error), shown]))
 torch.distributed.destroy_process_group()
 """
 
@@ -316,9 +317,10 @@ def test_a_training_says_that_the_disk_is_full_and_ends_on_all_workers_when_it_i
     tmp_path,
 ):
     (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - (100 << 10)))
-    options = variants(learner_options, small_disk / "out", max_steps=50, checkpoint_every=2)
+    options = variants(learner_options, small_disk / "out", max_steps=50, checkpoint_every=2, log_every=20)
     printed = run_script(ENDED, 2, [json.dumps(asdict(options))], tmp_path)
-    [said], error = json.loads(printed.splitlines()[-1])
+    [said], error, shown = json.loads(printed.splitlines()[-1])
+    assert shown == [1]  # the first step, and no logged one yet
     assert "checkpoint of step 2" in said
     assert "no space left" in said
     assert "ended before storage took the checkpoint" in error or "no space left" in error

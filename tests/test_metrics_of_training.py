@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipelines.training.metrics import Meter, by_timestep, means
-from pipelines.training.supervision import bar, postfix
+from pipelines.training.supervision import advance, bar, postfix
 
 
 def test_means_by_timestep_are_over_all_samples_whatever_the_split_over_workers_and_accumulation():
@@ -74,3 +74,11 @@ def test_the_bar_shows_smoothed_loss_rate_learning_rate_and_waiting_and_lines_wh
     with bar("learner", 100, 0, show=False) as shown:
         shown.update(1)
     assert capsys.readouterr().err == ""
+
+
+def test_the_first_step_is_shown_at_once_where_there_is_no_terminal(capsys):
+    with bar("learner", 400, 40, show=True) as shown:
+        advance(shown, 41, {})
+        assert "41/400" in capsys.readouterr().err
+        advance(shown, 50, {})
+        assert capsys.readouterr().err == ""

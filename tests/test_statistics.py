@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deedsr.errors import UsageError
 from deedsr.learner import DegradationLearner
@@ -14,6 +15,7 @@ from deedsr.learner.statistics import (
     LUMA_TABLE,
     QUALITIES,
     PictureStatistics,
+    _fit,
     dct_basis,
     quantisation_tables,
 )
@@ -155,3 +157,28 @@ def test_statistics_are_computed_without_tf32(photo):
         assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (True, True)
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that compute: kernels, on a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **kwargs or {})
+
+
+def test_qualities_are_computed_together_but_on_a_cpu():
+    statistics = PictureStatistics().to("meta")
+    with Launches() as launches:
+        statistics._statistics(torch.empty(32, 3, 48, 48, device="meta"))
+    assert launches.count < 100  # one by one 700
+
+
+def test_qualities_together_give_what_they_give_one_by_one():
+    statistics = PictureStatistics()
+    lr = torch.rand(2, 3, 64, 48, generator=torch.Generator().manual_seed(0))
+    coefficients = statistics._coefficients(255 * lr)[:, 0]
+    alone, together = (_fit(coefficients, statistics.luma_QC, count) for count in (1, len(QUALITIES)))
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)

@@ -4,7 +4,7 @@ Trained on a few dozen photographs, a small network on pixels learns to recognis
 statistics are its input instead: DCT coefficients of 8x8 blocks, which JPEG rounds to multiples of its quantisation
 steps, and the power spectrum, which blur and noise shape.
 
-Shape suffixes: B batch, C channels, H W space, N blocks, Q qualities, S statistics.
+Shape suffixes: B batch, C channels, H W space, K coefficients of a block, N blocks, Q qualities, S statistics.
 """
 
 import math
@@ -20,6 +20,7 @@ BLOCK, PATCH = 8, 32  # pixels a side: of JPEG's blocks, of the windows of the s
 QUALITIES = range(28, 97, 2)  # of JPEG, tested for traces
 FLOOR = 0.1  # added before a logarithm, in levels of 8-bit pixels
 RANGE = 1.0, 255.0  # of an entry of a quantisation table
+AT_ONCE = 2**24  # elements of a temporary on a GPU, 64 MiB
 
 # Quantisation tables of ITU-T T.81, Annex K, which JPEG encoders scale by their quality.
 LUMA_TABLE = (
@@ -124,11 +125,19 @@ def _moments(coefficients_BCKN: Tensor) -> Tensor:
     return torch.stack(moments, 1).flatten(1)
 
 
-def _fit(coefficients_BKN: Tensor, steps_QK: Tensor) -> Tensor:
-    """Mean of cos(2 pi c / step) of each quality, -1 to 1 (B, Q). DC coefficients are left out: JPEG subtracts 128."""
-    coefficients_BKN, fits = coefficients_BKN[:, 1:], []
-    for step_K1 in steps_QK[:, 1:, None]:
-        counted = (coefficients_BKN.abs() > step_K1 / 2).float()
-        fitting = torch.cos(2 * math.pi * coefficients_BKN / step_K1) * counted
-        fits.append(fitting.sum((1, 2)) / (counted.sum((1, 2)) + 1))
-    return torch.stack(fits, 1)
+def _fit(coefficients_BKN: Tensor, steps_QK: Tensor, together: int | None = None) -> Tensor:
+    """Mean of cos(2 pi c / step) of each quality, -1 to 1 (B, Q). DC coefficients are left out: JPEG subtracts 128.
+
+    `together`: qualities computed at once. On a CPU one, whose temporaries stay in the cache; on a GPU as many as
+    AT_ONCE allows: one by one they are most of the kernels of a step of the learner that has statistics alone.
+    """
+    coefficients_B1KN = coefficients_BKN[:, None, 1:]
+    if together is None:
+        on_cpu = coefficients_BKN.device.type == "cpu"
+        together = 1 if on_cpu else max(1, AT_ONCE // coefficients_B1KN.numel())
+    size_B1KN, turns_B1KN, fits = coefficients_B1KN.abs(), 2 * math.pi * coefficients_B1KN, []
+    for steps_QK1 in steps_QK[:, 1:, None].split(together):
+        counted = (size_B1KN > steps_QK1 / 2).float()
+        fitting = torch.cos(turns_B1KN / steps_QK1) * counted
+        fits.append(fitting.sum((2, 3)) / (counted.sum((2, 3)) + 1))
+    return torch.cat(fits, 1)

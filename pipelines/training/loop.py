@@ -72,7 +72,7 @@ class Loop:
 
     Args:
         run: where rank 0 logs metrics; None on the others.
-        report: gets each logged step and its numbers, on rank 0.
+        report: gets the first step, and each logged step with its numbers, on rank 0.
         asked: whether this worker is to stop. Once one is, all checkpoint after the same step and raise Moved or Ended.
         claim: of these workers on `--out`; rank 0 raises Superseded before it would write there when it is
             another's.
@@ -101,7 +101,6 @@ class Loop:
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.index = dataset.index("train")
         self.order = SampleOrder(self.index, dataset.order_digest, self.plan.seed, together=stage.together)
-
         keep = checkpoint.Keep(self.plan.keep_checkpoints, self.plan.best_metric, self.plan.best_mode)
         self.watchdog = Watchdog(self.plan.hang_seconds)
         store = torch.distributed.distributed_c10d._get_default_store()  # torch has no other name for it
@@ -133,6 +132,8 @@ class Loop:
                 self.update(step, values, micro)
                 if step % plan.log_every == 0 or step == plan.max_steps:
                     self.log(step)
+                elif step == self.first_step + 1 and self.rank == 0:
+                    self.report(step, {})
                 if self.validation.due(step):
                     self.validate(step)
                 self.watchdog.beat()

@@ -103,6 +103,16 @@ def bar(name: str, total: int, initial: int, show: bool) -> tqdm:
     return tqdm(**options)
 
 
+def advance(shown: tqdm, step: int, values: Mapping[str, float]) -> None:
+    """Move the bar to `step`; the first one is shown at once, whatever the time between two lines."""
+    shown.set_postfix(postfix(values), refresh=False)
+    if shown.n == shown.initial:
+        shown.n = step
+        shown.refresh()
+    else:
+        shown.update(step - shown.n)
+
+
 def postfix(values: Mapping[str, float]) -> dict[str, str]:
     """Metrics formatted for the bar."""
     return {label: form.format(values[name]) for name, (label, form) in SHOWN.items() if name in values}
@@ -170,8 +180,7 @@ def _awaited(
         for message in messages:
             tqdm.write(message, file=sys.stderr)
         if step > shown.n:
-            shown.set_postfix(postfix(values), refresh=False)
-            shown.update(step - shown.n)
+            advance(shown, step, values)
         if done:
             return outcome.result()
         if controller is None:  # not started yet
