@@ -82,3 +82,7 @@ def test_the_first_step_is_shown_at_once_where_there_is_no_terminal(capsys):
         assert "41/400" in capsys.readouterr().err
         advance(shown, 50, {})
         assert capsys.readouterr().err == ""
+    capsys.readouterr()  # the line at the end
+    with bar("learner", 400, 40, show=False) as hidden:
+        advance(hidden, 41, {})
+    assert capsys.readouterr().err == ""

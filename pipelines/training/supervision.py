@@ -106,7 +106,7 @@ def bar(name: str, total: int, initial: int, show: bool) -> tqdm:
 def advance(shown: tqdm, step: int, values: Mapping[str, float]) -> None:
     """Move the bar to `step`; the first one is shown at once, whatever the time between two lines."""
     shown.set_postfix(postfix(values), refresh=False)
-    if shown.n == shown.initial:
+    if not shown.disable and shown.n == shown.initial:  # a bar that is not shown has no `initial`
         shown.n = step
         shown.refresh()
     else:
