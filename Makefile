@@ -19,9 +19,9 @@ help:
 demo: $(INSTALLED)
 	deedsr demo --out demo
 
-# Three processes with a Ray cluster each, also for two CPUs: tests wait much. Those of a file share what is costly to make.
+# Two processes with a Ray cluster each; the tests of a file share what is costly to make.
 test: lint
-	pytest -n 3 --dist loadfile
+	pytest -n 2 --dist loadfile
 
 soak: $(INSTALLED)
 	pytest -m soak --timeout 3600

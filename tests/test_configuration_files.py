@@ -112,7 +112,9 @@ def test_a_recipe_in_a_configuration_file_gives_what_differs_from_its_base(tmp_p
     content = {"source": ["a"], "out": "b", "recipe": {"base": "light", "variants": 3}}
     recipe = load_recipe(read("shards", [], content, tmp_path).recipe)
     assert recipe == load_recipe("light").model_copy(update={"name": "inline", "variants": 3})
-    with pytest.raises(UsageError, match=r"^recipe inline: unknown key varants; accepted here: "):
+    with pytest.raises(
+        UsageError, match=r"^recipe inline: unknown key varants; did you mean variants\? accepted here: "
+    ):
         load_recipe({"varants": 3})
 
 

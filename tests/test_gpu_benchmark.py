@@ -38,6 +38,7 @@ def test_a_task_of_each_kind_gives_finite_numbers(task, tmp_path):
     assert all(len(curve) == 3 for curve in answer.get("losses", []))
 
 
+@pytest.mark.soak
 def test_what_was_measured_is_kept_when_the_script_is_stopped(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu", "--arms", "sampling", "latents", "--work", str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, text=True) as script:
