@@ -1,6 +1,7 @@
 """What a stage provides, and the weights that a training starts from."""
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ Weights = dict[str, Tensor]  # by name
 NOT_GEOMETRY = {"norm_group", "prediction_type"}
 
 
-class Stage:
+class Stage(ABC):
     """One of the two trainings. The loop calls, in this order: `build` once, for every micro-batch `loss`, and once
     per optimizer step `end_step`, or `drop_step` where the step was not taken."""
 
@@ -47,49 +48,49 @@ class Stage:
                 like = self.network()
             initial_weights(self.init, like)
 
+    @abstractmethod
     def network(self) -> nn.Module:
         """What trains, with the default initial weights."""
-        raise NotImplementedError
 
+    @abstractmethod
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """Make the networks from the options' seed; return the module whose parameters with gradients train."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sample(self, dataset: Dataset, index: pa.Table, row: int, epoch: int) -> dict[str, Any]:
         """One training sample; its randomness comes from the seed, the sample's key and the epoch. Runs on threads."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, model: Callable[..., Tensor], batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss of a micro-batch and numbers to log; `model` is the engine around what `build` returned."""
-        raise NotImplementedError
 
+    @abstractmethod
     def validation_step(self, model: Callable[..., Tensor], batch: Any) -> Tensor:
         """Values of each sample for `validation_metrics`, (B, N) in fp32; changes nothing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def validation_metrics(self, rows_SN: Tensor) -> dict[str, Tensor]:
         """Validation metrics from the rows that `validation_step` gave for all samples."""
-        raise NotImplementedError
 
+    @abstractmethod
     def export(self, folder: Path, trained: Weights, state: Weights, history: dict[str, Any] | None = None) -> None:
         """Write the model that whole fp32 parameters and what `state` gave make; `history` goes into the model card."""
-        raise NotImplementedError
 
     def pipeline(self) -> "DeeDSRPipeline | None":
         """A pipeline around the networks as they are, where the stage makes pictures."""
         return None
 
-    def end_step(self, engine: Engine) -> None:
+    def end_step(self, engine: Engine) -> None:  # noqa: B027, most stages have nothing to do here
         """What advances once per optimizer step besides the trained parameters; every worker calls it."""
 
-    def drop_step(self) -> None:
+    def drop_step(self) -> None:  # noqa: B027
         """Forget what `loss` collected for a step that was not taken."""
 
     def state(self) -> Weights:
         """Tensors besides trained parameters and optimizer state that a continuation needs."""
         return {}
 
-    def load_state(self, state: Weights) -> None: ...
+    def load_state(self, state: Weights) -> None: ...  # noqa: B027
 
 
 def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
