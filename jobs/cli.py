@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 # Modules that only `deedsr[pipeline]` installs.
-PIPELINE = {"aiohttp", "alembic", "boto3", "botocore", "deepspeed", "grpc", "jinja2", "markupsafe", "mlflow", "pyarrow"}
+PIPELINE = {"aiohttp", "alembic", "boto3", "botocore", "deepspeed", "grpc", "jinja2", "mlflow", "pyarrow"}
 PIPELINE |= {"ray", "requests", "s3transfer", "sqlalchemy", "webdataset"}
 
 COMMANDS = {

@@ -19,7 +19,6 @@ from pydantic import PositiveInt
 from deedsr.errors import UsageError
 from jobs.command import Command, Outcome
 from pipelines import tracking
-from pipelines.reports.tables import text_table
 from pipelines.storage import open_storage
 from pipelines.tracking.store import sqlite_uri
 
@@ -119,6 +118,8 @@ def run(options: DemoOptions) -> Outcome:
 
 
 def _farewell(values: dict[str, Any], evaluations: dict[str, Any]) -> str:
+    from pipelines.reports.tables import text_table
+
     bicubic = next(iter(evaluations.values()))["metrics"]["bicubic"]
     rows = {"bicubic": bicubic} | {LABELS[name]: found["metrics"]["model"] for name, found in evaluations.items()}
     names = list(bicubic)
@@ -194,14 +195,11 @@ def _report(out: Path, steps: list[Any], seconds: float, learner: dict[str, Any]
                 _training_record("Degradation learner", out / "learner", learner["run_id"], ("loss", "top1", "lr")),
                 _training_record("Degradation-aware adapter", out / "adapter", adapter["run_id"], ("loss", "lr")),
             ],
-            samples=[report.ShardSample(s.key, s.lr, s.hr, s.info["degradation"]) for s in samples],
+            samples=samples,
             pictures=_pictures(out),
             versions=library_versions(),
             machine={"CPU cores": str(this_machine().cpus), "system": platform.platform(terse=True)},
-            links=[
-                report.Link("Upscaled pictures", "upscaled/"),
-                report.Link("Evaluated pairs", "evaluation/"),
-            ],
+            links=[("Upscaled pictures", "upscaled/"), ("Evaluated pairs", "evaluation/")],
             commands=[
                 ("Browse the runs", f"mlflow ui --backend-store-uri {shlex.quote(store)}"),
                 ("Compare the runs", "deedsr compare --out comparison.html"),

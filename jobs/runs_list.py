@@ -24,7 +24,7 @@ def run(options: RunsOptions) -> Outcome:
 
 
 def _texts(row: "BareRow") -> list[str]:
-    from pipelines.reports.page import duration_text, metric_text
+    from pipelines.reports.tables import duration_text, metric_text
 
     time = "running" if row["seconds"] is None else duration_text(row["seconds"])
     name, value = next(iter(row["metrics"].items()), ("", None))

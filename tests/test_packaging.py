@@ -89,7 +89,7 @@ raise SystemExit(cli.main(sys.argv[1:]))
 
 
 # What the extra alone installs: torch and diffusers need the others too.
-LACKING = ",".join(cli.PIPELINE - {"jinja2", "markupsafe", "requests"})
+LACKING = ",".join(cli.PIPELINE - {"jinja2", "requests"})
 
 
 def without_pipeline(*words: str) -> subprocess.CompletedProcess:

@@ -14,19 +14,18 @@ from browser import Loads
 from deedsr.dataset.recipe import load_recipe
 from deedsr.degradation import degrade, draw_degradation
 from deedsr.errors import DeeDSRError
+from pipelines.data.dataset import Sample
 from pipelines.reports.charts import Curve, draw, ticks
 from pipelines.reports.report import (
     DemoReport,
     Evaluation,
-    Link,
     PictureSet,
-    ShardSample,
     Step,
     Training,
     describe_degradation,
     evaluated_pictures,
     evaluation_of,
-    metric_rows,
+    methods_table,
     write_report,
 )
 
@@ -69,12 +68,12 @@ def report(pairs) -> DemoReport:
         trainings=[
             Training("Degradation learner", [Curve("loss", [(s, 5 / s) for s in range(1, 90)])], 89, 0.5, {"lr": 0.1})
         ],
-        samples=[ShardSample(name, lr, hr, draws) for name, hr, lr, draws in pairs],
+        samples=[Sample(name, hr, lr, {"degradation": draws}) for name, hr, lr, draws in pairs],
         pictures=[PictureSet(name, versions(hr, lr)) for name, hr, lr, _ in pairs]
         + [PictureSet("wide", {"Bicubic": cv2.blur(wide, (9, 9)), "tiny": wide})],
         versions={"torch": "2.13.0"},
         machine={"CPU": "2 cores"},
-        links=[Link("Lossless pictures", "pictures/")],
+        links=[("Lossless pictures", "pictures/")],
         commands=[("Browse the runs", "mlflow ui --backend-store-uri sqlite:////home/anna/demo/mlflow.db")],
     )
 
@@ -160,15 +159,12 @@ def test_drawn_values_are_told_in_their_order(pairs):
 
 
 def test_the_best_figure_is_the_highest_psnr_and_the_lowest_niqe():
-    table = metric_rows({"Bicubic": {"psnr": 22.0, "niqe": 9.0}, "demo": {"psnr": 21.0, "niqe": 5.0, "ssim": None}})
-    bicubic, demo = ({cell["name"]: cell for cell in row["cells"]} for row in table["rows"])
-    assert table["names"] == ["psnr", "niqe", "ssim"]
-    assert (bicubic["psnr"]["best"], demo["psnr"]["best"]) == (True, False)
-    assert (bicubic["niqe"]["best"], demo["niqe"]["best"]) == (False, True)
-    assert (demo["psnr"]["better"], demo["niqe"]["better"]) == (False, True)
-    assert demo["niqe"]["difference"] == -4.0
-    assert bicubic["psnr"]["difference"] is None
-    assert demo["ssim"]["value"] is None
+    table = methods_table({"Bicubic": {"psnr": 22.0, "niqe": 9.0}, "demo": {"psnr": 21.0, "niqe": 5.0, "ssim": None}})
+    assert table.head == ["PSNR-Y dB ↑", "NIQE ↓", "SSIM-Y ↑"]
+    assert table.rows == [
+        ("Bicubic", [("22.00", "", True, ""), ("9.00", "", False, ""), ("–", "", False, "")]),
+        ("demo", [("21.00", "−1.00", False, "bad"), ("5.00", "−4.00", True, "good"), ("–", "", False, "")]),
+    ]
 
 
 def evaluation(folder, pairs, digest, psnr):
@@ -219,10 +215,10 @@ def test_evaluations_share_a_table_only_by_equal_definitions(pairs, tmp_path):
 
 
 def test_no_figure_of_a_metric_of_unknown_direction_is_called_the_best():
-    table = metric_rows({"Bicubic": {"other:x": 2.0, "lpips": 0.4}, "demo": {"other:x": 1.0, "lpips": 0.3}})
-    (_, _), (other, lpips) = (row["cells"] for row in table["rows"])
-    assert (other["best"], other["better"], other["difference"]) == (False, False, -1.0)
-    assert (lpips["best"], lpips["better"]) == (True, True)
+    table = methods_table({"Bicubic": {"other:x": 2.0, "lpips": 0.4}, "demo": {"other:x": 1.0, "lpips": 0.3}})
+    (_, (_, _)), (_, (other, lpips)) = table.rows
+    assert (other.best, other.tone, other.note) == (False, "bad", "−1")
+    assert (lpips.best, lpips.tone) == (True, "good")
 
 
 def test_pictures_of_evaluations_stand_in_one_scene(pairs, tmp_path):

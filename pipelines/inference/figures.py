@@ -1,10 +1,9 @@
 """Figures of an evaluation: means with intervals, differences, win rates; their tables and rows."""
 
 import io
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -13,6 +12,7 @@ from deedsr.metrics.intervals import Difference, Interval, differences, means, o
 from deedsr.metrics.metric import Metric
 from deedsr.metrics.registry import named_in_errors
 from pipelines.inference.evaluator import Measured
+from pipelines.reports.tables import Cell, Table, latex, markdown, metric_title, plain
 
 ROWS, TABLE = "rows.parquet", "table.txt"
 
@@ -57,12 +57,12 @@ class Figures:
             if figure.mean is not None
         }
 
-    def tables(self, measures: Mapping[str, Metric], labels: Mapping[str, str]) -> list["Table"]:
+    def tables(self, measures: Mapping[str, Metric], labels: Mapping[str, str]) -> list[Table]:
         """Of means and of differences. `labels`: what the methods are called."""
         return [means_table(self.metrics, measures, labels), differences_table(self.differences, measures, labels)]
 
 
-def table_files(tables: Sequence["Table"]) -> dict[str, bytes]:
+def table_files(tables: Sequence[Table]) -> dict[str, bytes]:
     """Files with the tables for a terminal, in Markdown and in LaTeX, by name."""
     forms = {TABLE: plain, "table.md": markdown, "table.tex": latex}
     return {
@@ -92,17 +92,6 @@ def _values(name: str, metric: Metric, method: str, samples: Sequence[Measured])
     return [sample.features[method][name] for sample in samples]
 
 
-class Cell(NamedTuple):
-    text: str
-    note: str = ""  # interval, win rate
-    best: bool = False
-
-
-class Table(NamedTuple):
-    head: list[str]
-    rows: list[tuple[str, list[Cell]]]  # by label
-
-
 def means_table(
     metrics: Mapping[str, Mapping[str, Interval]], measures: Mapping[str, Metric], labels: Mapping[str, str]
 ) -> Table:
@@ -119,7 +108,7 @@ def means_table(
         )
         for method, found in metrics.items()
     ]
-    return Table([_title(metric) for metric in measures.values()], rows)
+    return Table([metric_title(metric) for metric in measures.values()], rows)
 
 
 def differences_table(
@@ -134,13 +123,9 @@ def differences_table(
         wins = f" {100 * change.wins:.0f}%" if change.wins is not None else ""
         rows.setdefault(label, {})[change.metric] = cell._replace(note=cell.note + wins)
     return Table(
-        [_title(measures[name]) for name in names],
+        [metric_title(measures[name]) for name in names],
         [(label, [cells.get(name, Cell("-")) for name in names]) for label, cells in rows.items()],
     )
-
-
-def _title(metric: Metric) -> str:
-    return f"{metric.title}{f' {metric.unit}' if metric.unit else ''} {'↑' if metric.higher_is_better else '↓'}"
 
 
 def _cell(figure: Interval, metric: Metric, best: bool = False, sign: str = "") -> Cell:
@@ -149,38 +134,3 @@ def _cell(figure: Interval, metric: Metric, best: bool = False, sign: str = "") 
     number = f"{sign}.{metric.digits}f"
     note = f"[{figure.low:{number}}, {figure.high:{number}}]" if figure.low is not None else ""
     return Cell(f"{figure.mean:{number}}", note, best)
-
-
-def plain(table: Table) -> str:
-    """For a terminal."""
-    lines = [["", *table.head], *([label, *(f"{c.text} {c.note}".strip() for c in row)] for label, row in table.rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
-
-
-def markdown(table: Table) -> str:
-    escaped = lambda text: text.replace("|", "\\|")
-    shown = lambda cell: f"**{cell.text}** {cell.note}" if cell.best else f"{cell.text} {cell.note}"
-    lines = [["", *table.head], ["---"] * (len(table.head) + 1)]
-    lines += [[escaped(label), *(shown(cell).strip() for cell in row)] for label, row in table.rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def latex(table: Table) -> str:
-    """Needs no package."""
-    shown = lambda cell: rf"\textbf{{{cell.text}}}" if cell.best else cell.text
-    small = lambda note: rf" {{\scriptsize {_escaped(note)}}}" if note else ""
-    lines = [["", *map(_escaped, table.head)]]
-    lines += [[_escaped(label), *(shown(cell) + small(cell.note) for cell in row)] for label, row in table.rows]
-    head, *body = [" & ".join(line) + r" \\" for line in lines]
-    columns = "l" * (len(table.head) + 1)
-    return "\n".join(
-        [rf"\begin{{tabular}}{{{columns}}}", r"\hline", head, r"\hline", *body, r"\hline", r"\end{tabular}"]
-    )
-
-
-def _escaped(text: str) -> str:
-    text = re.sub(r"([&%$#_{}])", r"\\\1", text)
-    return text.replace("↑", r"$\uparrow$").replace("↓", r"$\downarrow$")

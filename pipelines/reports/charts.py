@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from markupsafe import Markup, escape
+
+from pipelines.reports.page import templates
 
 WIDTH, HEIGHT = 1000, 400  # drawing units; the page stretches the plot, lines keep their width
 SMOOTHED_FROM = 60  # points: a curve with at least so many is drawn faint, its running mean above it
@@ -39,80 +40,46 @@ class Curve:
         return points[:-1:stride] + points[-1:]
 
 
-def draw(curves: Sequence[Curve], label: str) -> Markup:
-    """A chart of several curves over one x axis, with axes, ticks and (for more than one) a legend.
+def draw(curves: Sequence[Curve], label: str) -> str:
+    """Markup of a chart of several curves over one x axis, with axes, ticks and (for more than one) a legend.
 
     `label` names the vertical axis. Curves without a finite point are left out; with none left, a line of text.
     """
     found = [(curve, points) for curve in curves if (points := curve.finite())]
     numbers = [number if curve.tone is None else curve.tone for number, (curve, _) in enumerate(found)]
-    tones, lines = [tone(number) for number in numbers], [(curve.name, points) for curve, points in found]
-    if not lines:
-        return Markup('<p class="quiet">No measurement was logged.</p>')
-    xs = [x for _, points in lines for x, _ in points]
-    ys = [y for _, points in lines for _, y in points]
+    lines = [(curve.name, points, tone(number)) for (curve, points), number in zip(found, numbers, strict=True)]
+    xs = [x for _, points, _ in lines for x, _ in points] or [0.0]
+    ys = [y for _, points, _ in lines for _, y in points] or [0.0]
     x_ticks, y_ticks = ticks(min(xs), max(xs), 6), ticks(min(ys), max(ys), 5)
     x_low, x_high = min(xs), max(max(xs), min(xs) + 1e-9)
     y_low, y_high = min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return (x - x_low) / (x_high - x_low), 1 - (y - y_low) / (y_high - y_low)
-
-    def path(points: list[tuple[float, float]]) -> str:
-        placed = (place(x, y) for x, y in points)
-        return "M" + "L".join(f"{left * WIDTH:.1f},{top * HEIGHT:.1f}" for left, top in placed)
-
-    parts = [f'<path class="grid" d="M0,{place(x_low, y)[1] * HEIGHT:.1f}h{WIDTH}"/>' for y in y_ticks]
+    left = lambda x: (x - x_low) / (x_high - x_low)
+    top = lambda y: 1 - (y - y_low) / (y_high - y_low)
+    path = lambda points: "M" + "L".join(f"{left(x) * WIDTH:.1f},{top(y) * HEIGHT:.1f}" for x, y in points)
+    paths = []
     for number in sorted(range(len(lines)), key=lambda number: -numbers[number]):  # grey ones below the others
-        points, colour = lines[number][1], tones[number]
-        if len(points) >= SMOOTHED_FROM:
-            if numbers[number] < TONES:
-                parts.append(f'<path class="raw {colour}" d="{path(points)}"/>')
-            points = running_mean(points)
-        parts.append(f'<path class="line {colour}" data-line="{number}" d="{path(points)}"/>')
-    labels = [
-        f'<span class="y-tick" style="top:{100 * place(x_low, y)[1]:.2f}%">{number_text(y)}</span>' for y in y_ticks
-    ] + [
-        f'<span class="x-tick" style="left:{100 * place(x, y_low)[0]:.2f}%">{number_text(x)}</span>'
-        for x in x_ticks
-        if x_low <= x <= x_high
-    ]
-    named = [line for line, number in zip(lines, numbers, strict=True) if number < TONES]
-    summary = "; ".join(
-        f"{name}: {number_text(points[0][1])} at step {number_text(points[0][0])}, "
-        f"{number_text(points[-1][1])} at step {number_text(points[-1][0])}"
-        for name, points in named
-    )
-    data = json.dumps(
-        {
-            "x": [x_low, x_high],
-            "y": [y_low, y_high],
-            "rest": [number for number, colour in enumerate(tones) if colour == tone(TONES)],
-            "lines": [[n, [[x, float(f"{y:.5g}")] for x, y in p]] for n, p in lines],
-        },
-        separators=(",", ":"),
-    )
-    legend = (
-        '<ul class="legend">'
-        + "".join(
-            f'<li><i class="{colour}"></i>{escape(name)}</li>'
-            for (name, _), colour in zip(lines, tones, strict=True)
-            if colour != tone(TONES)
+        points = lines[number][1]
+        smooth = len(points) >= SMOOTHED_FROM
+        raw = path(points) if smooth and numbers[number] < TONES else ""
+        paths.append((number, raw, path(running_mean(points) if smooth else points)))
+    data = {
+        "x": [x_low, x_high],
+        "y": [y_low, y_high],
+        "rest": [place for place, number in enumerate(numbers) if number >= TONES],
+        "lines": [[name, [[x, float(f"{y:.5g}")] for x, y in points]] for name, points, _ in lines],
+    }
+    return (
+        templates()
+        .get_template("parts.html")
+        .module.chart(  # type: ignore[attr-defined]
+            label=label,
+            lines=lines,
+            paths=paths,
+            data=json.dumps(data, separators=(",", ":")),
+            size=(WIDTH, HEIGHT),
+            x_ticks=[(x, left(x)) for x in x_ticks if x_low <= x <= x_high],
+            y_ticks=[(y, top(y)) for y in y_ticks],
         )
-        + (
-            f'<li><i class="tone-rest"></i>{rest} more: point at a line</li>'
-            if (rest := tones.count(tone(TONES)))
-            else ""
-        )
-        + "</ul>"
-        if len(lines) > 1
-        else ""
-    )
-    return Markup(
-        f'<div class="chart" data-chart="{escape(data)}"><p class="axis">{escape(label)}</p>'
-        f'<div class="plot"><svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" '
-        f'aria-label="{escape(label)}. {escape(summary)}">{"".join(parts)}</svg>{"".join(labels)}'
-        f'<output class="readout" aria-hidden="true"></output></div><p class="axis x">step</p>{legend}</div>'
     )
 
 
@@ -137,17 +104,6 @@ def running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
         window = [y for _, y in points[i - near : i + near + 1]]
         smooth.append((x, sum(window) / len(window)))
     return smooth
-
-
-def number_text(value: float) -> str:
-    """Four significant digits at most, thousands grouped, a true minus sign."""
-    if value != 0 and not 1e-3 <= abs(value) < 1e7:
-        return f"{value:.3g}".replace("-", "−")
-    digits = max(0, 3 - math.floor(math.log10(abs(value)))) if value else 0
-    text = f"{value:,.{digits}f}"
-    if "." in text:
-        text = text.rstrip("0").rstrip(".")
-    return text.replace("-", "−")
 
 
 _BINS = 30  # over the limits of continuous values

@@ -5,10 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from markupsafe import Markup
-
 from pipelines.reports.charts import Curve, draw, tone
-from pipelines.reports.page import data_uri, duration_text, metric_text, page_place, read_picture, write_page
+from pipelines.reports.page import data_uri, page_place, read_picture, write_page
 from pipelines.reports.run_rows import (
     COMMIT,
     DATA,
@@ -20,7 +18,7 @@ from pipelines.reports.run_rows import (
     metric_of,
     sections_of,
 )
-from pipelines.reports.tables import text_table
+from pipelines.reports.tables import duration_text, metric_text, text_table
 from pipelines.storage.lock import scratch_folder
 from pipelines.tracking import masked_uri
 from pipelines.tracking import tracking_uri as resolve_uri
@@ -186,7 +184,7 @@ def _write(client: "MlflowClient", out: str | Path, title: str, uri: str, sectio
     )
 
 
-def _charts(client: "MlflowClient", group: RunGroup, tones: dict[str, int]) -> list[Markup]:
+def _charts(client: "MlflowClient", group: RunGroup, tones: dict[str, int]) -> list[str]:
     """Metrics that were logged over several steps, the runs of the group overlaid; losses by timestep share a chart."""
     runs = [run for run in group.runs if run["steps"]][:MAX_CURVES]
     wanted = [(name, run) for name in group.metric_names() for run in runs

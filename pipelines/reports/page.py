@@ -1,18 +1,22 @@
 """Self-contained HTML pages: one file that opens without a network, with its styles, scripts and pictures inside."""
 
 import base64
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 
 from deedsr.errors import UsageError
 from deedsr.metrics.registry import known
-from pipelines.reports.charts import number_text
+from pipelines.reports.tables import bytes_text, count_text, duration_text, metric_text, share_text
 from pipelines.storage import Storage, object_at
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 MAX_SIDE = 1280  # px: larger pictures are reduced for the page
 WEBP_QUALITY = 90
@@ -29,26 +33,32 @@ def page_place(out: str | Path) -> tuple[Storage, str]:
     return storage, name
 
 
-def write_page(out: str | Path, template: str, **content: Any) -> None:
-    """Render `templates/{template}` with `content` and write it to the location `out` in one step; a reader never sees
-    half a page."""
+@functools.cache
+def templates() -> "Environment":
+    """The page engine: `templates/`, with figures as text by the filters of their kind."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(
+    engine = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    engine.filters |= {
         "number": metric_text,
         "duration": duration_text,
         "count": count_text,
         "bytes": bytes_text,
         "share": share_text,
     }
-    html = environment.get_template(template).render(metric_names=known(), **content)
+    return engine
+
+
+def write_page(out: str | Path, template: str, **content: Any) -> None:
+    """Render `templates/{template}` with `content` and write it to the location `out` in one step; a reader never sees
+    half a page."""
+    html = templates().get_template(template).render(metric_names=known(), **content)
     storage, name = page_place(out)
     # A file name that is not UTF-8 comes as lone surrogates, which UTF-8 cannot hold.
     storage.write(name, html.encode("utf-8", errors="backslashreplace"))
@@ -74,46 +84,6 @@ def data_uri(image_HWC: np.ndarray, lossless: bool = False) -> str:
     quality = 101 if lossless else WEBP_QUALITY  # OpenCV: above 100 means lossless
     _, data = cv2.imencode(".webp", cv2.cvtColor(image_HWC, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_WEBP_QUALITY, quality])
     return "data:image/webp;base64," + base64.b64encode(data.tobytes()).decode()
-
-
-def metric_text(value: float, metric: str = "") -> str:
-    """A metric to the digits in which it is usually given; other figures to four significant digits."""
-    return f"{value:.{known()[metric].digits}f}" if metric in known() else number_text(value)
-
-
-def count_text(value: int) -> str:
-    """A whole number in full, its thousands apart."""
-    return f"{value:,}"
-
-
-def bytes_text(size: float) -> str:
-    """Bytes in powers of 1000: `820 B`, `1.2 MB`, `340 GB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 999.5:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:,.3g} TB" if size < 999.5 else f"{size:,.0f} TB"
-
-
-def share_text(share: float) -> str:
-    """A share in per cent; only 0 is shown as 0 %, and only 1 as 100 %."""
-    if 0 < share < 0.001:
-        return "< 0.1 %"
-    if 0.999 < share < 1:
-        return "> 99.9 %"
-    return f"{100 * share:.0f} %" if share in (0, 1) else f"{100 * share:.1f} %"
-
-
-def duration_text(seconds: float) -> str:
-    """Seconds as text: `0.42 s`, `38 s`, `9 min 12 s`, `2 h 05 min`."""
-    if seconds < 10:
-        return f"{seconds:.2g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes == 0:
-        return f"{rest} s"
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def picture_name(source: str, key: str) -> str:

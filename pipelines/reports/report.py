@@ -7,10 +7,10 @@ It takes plain data and opens nothing but the picture files that it is given:
         steps=[Step("Degradation shards", "deedsr shards --source ...", 31.0, "96 pairs in 4 shards")],
         evaluation=Evaluation(digest, samples=24, metrics={"Bicubic": {"psnr": 23.1, ...}, "tiny": {...}}),
         trainings=[Training("Degradation learner", curves=[Curve("loss", [(1, 4.1), ...])], ...)],
-        samples=[ShardSample(key, lr, hr, degradation)],
+        samples=[dataset.read(index, 0), ...],
         pictures=[PictureSet("Yellow-Flower", {"LR": ..., "Bicubic": ..., "This demo": ..., "tiny": ..., "HR": ...})],
         versions={"torch": "..."}, machine={"CPU": "2 cores"}, dataset_digest=digest,
-        links=[Link("Lossless pictures", "evaluation/pictures/")],
+        links=[("Lossless pictures", "evaluation/pictures/")],
         commands=[("Browse the runs", "mlflow ui --backend-store-uri sqlite:////...")],
     ))
 """
@@ -27,8 +27,10 @@ import numpy as np
 
 from deedsr.errors import DeeDSRError
 from deedsr.metrics.registry import known
+from pipelines.data.dataset import Sample
 from pipelines.reports.charts import Curve, draw
 from pipelines.reports.page import data_uri, read_picture, write_page
+from pipelines.reports.tables import Cell, Table, metric_text, metric_title
 
 Picture = np.ndarray | str | Path  # uint8 HWC RGB, or a file
 
@@ -99,16 +101,6 @@ def evaluation_of(results: Mapping[str, Mapping[str, Any]], note: str = "") -> E
 
 
 @dataclass(frozen=True)
-class ShardSample:
-    """A training pair and `degradation`: the values drawn for it, as in `KEY.json`."""
-
-    key: str
-    lr: Picture
-    hr: Picture
-    degradation: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
 class PictureSet:
     """One scene in several versions, by label, from worst to best; all of one aspect ratio.
 
@@ -154,14 +146,6 @@ def _scene_name(sample: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class Link:
-    """A place beside the report, by a relative path, or an address."""
-
-    label: str
-    href: str
-
-
-@dataclass(frozen=True)
 class DemoReport:
     """All that the page shows. Sections without content are left out."""
 
@@ -172,11 +156,11 @@ class DemoReport:
     steps: Sequence[Step]
     evaluation: Evaluation
     trainings: Sequence[Training]
-    samples: Sequence[ShardSample]
+    samples: Sequence[Sample]
     pictures: Sequence[PictureSet]
     versions: Mapping[str, str]
     machine: Mapping[str, str] = field(default_factory=dict)
-    links: Sequence[Link] = ()
+    links: Sequence[tuple[str, str]] = ()  # label, and a path relative to the report or an address
     commands: Sequence[tuple[str, str]] = ()
 
 
@@ -187,14 +171,14 @@ def write_report(out: str | Path, report: DemoReport) -> Path:
         "report.html",
         report=report,
         total=sum(step.seconds for step in report.steps) or 1.0,
-        table=metric_rows(report.evaluation.metrics),
+        table=methods_table(report.evaluation.metrics),
         pictures=[picture_view(picture) for picture in report.pictures],
         samples=[
             {
                 "key": sample.key,
-                "hr": data_uri(read_picture(sample.hr)),
-                "lr": data_uri(read_picture(sample.lr), lossless=True),
-                "steps": describe_degradation(sample.degradation),
+                "hr": data_uri(sample.hr),
+                "lr": data_uri(sample.lr, lossless=True),
+                "steps": describe_degradation(sample.info["degradation"]),
             }
             for sample in report.samples
         ],
@@ -241,27 +225,27 @@ def busiest_spot(image_HWC: np.ndarray) -> tuple[float, float]:
     return (column + window[0] // 2) / width, (row + window[1] // 2) / height
 
 
-def metric_rows(metrics: Mapping[str, Mapping[str, float | None]]) -> dict[str, Any]:
-    """A table of methods by metrics: value, difference from the first method, and whether it is the best."""
-    names = list(dict.fromkeys(name for row in metrics.values() for name in row))
-    columns = {name: [row.get(name) for row in metrics.values()] for name in names}
+def methods_table(metrics: Mapping[str, Mapping[str, float | None]]) -> Table:
+    """A table of methods by metrics: the best value of each is marked, notes are differences from the first method."""
+    first = next(iter(metrics.values()))
 
-    def cell(name: str, number: int) -> dict[str, Any]:
+    def cell(name: str, row: Mapping[str, float | None]) -> Cell:
+        value, baseline = row.get(name), first.get(name)
+        if value is None:
+            return Cell("–")
         # Of a metric of another package the direction is not known here: none is called the best.
         sign = 0 if name not in known() else 1 if known()[name].higher_is_better else -1
-        value, baseline = columns[name][number], columns[name][0]
-        told = [sign * other for other in columns[name] if other is not None]
-        difference = value - baseline if number and value is not None and baseline is not None else None
-        return {
-            "name": name,
-            "value": value,
-            "best": sign != 0 and value is not None and len(told) > 1 and sign * value == max(told),
-            "difference": difference,
-            "better": difference is not None and sign * difference > 0,
-        }
+        values = [sign * other for one in metrics.values() if (other := one.get(name)) is not None]
+        shown = Cell(metric_text(value, name), best=sign != 0 and len(values) > 1 and sign * value == max(values))
+        if row is first or baseline is None:
+            return shown
+        difference = value - baseline
+        note = f"{'+' if difference >= 0 else '−'}{metric_text(abs(difference), name)}"
+        return shown._replace(note=note, tone="good" if sign * difference > 0 else "bad")
 
-    rows = [{"label": label, "cells": [cell(n, number) for n in names]} for number, label in enumerate(metrics)]
-    return {"names": names, "rows": rows}
+    names = list(dict.fromkeys(name for row in metrics.values() for name in row))
+    head = [metric_title(known()[name]) if name in known() else name for name in names]
+    return Table(head, [(label, [cell(name, row) for name in names]) for label, row in metrics.items()])
 
 
 def describe_degradation(draws: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ from deedsr.dataset.keys import generator
 from deedsr.dataset.pictures import RejectedImage
 from deedsr.dataset.recipe import Recipe
 from pipelines.machine import this_machine
-from pipelines.reports.page import bytes_text, count_text, duration_text
+from pipelines.reports.tables import bytes_text, count_text, duration_text
 from pipelines.shards.listing import listed
 from pipelines.shards.plan import ShardPlan, plan_shards
 from pipelines.shards.samples import samples_of

@@ -17,7 +17,7 @@ from deedsr.dataset.manifest import MANIFEST, REJECTED, SAMPLES, STATE, kept_cop
 from deedsr.errors import DatasetNotCommitted, DeeDSRError
 from pipelines import claims
 from pipelines.data.dataset import Dataset, relative_place
-from pipelines.reports.page import bytes_text, count_text
+from pipelines.reports.tables import bytes_text, count_text
 from pipelines.shards.shard import Inventory
 from pipelines.storage import Entry, Storage, open_storage
 from pipelines.storage.errors import Refused
