@@ -16,11 +16,11 @@ from deedsr.dataset.manifest import MANIFEST
 from deedsr.errors import UsageError
 from jobs import evaluate, latents, shards, train_adapter, train_learner
 from jobs.command import Command, Outcome
-from jobs.evaluate import EvaluateOptions
 from jobs.latents import LatentsOptions
 from jobs.shards import ShardsOptions
 from pipelines import tracking
 from pipelines.claims import Claim, held
+from pipelines.inference.options import EvaluateOptions
 from pipelines.storage import open_storage
 from pipelines.training.config import AdapterOptions, LearnerOptions
 from pipelines.training.schedules import PRESETS

@@ -325,7 +325,7 @@ def model(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def evaluated(own_store, one_thread, model, small_dataset, tmp_path_factory):
     """Place, result and `results.json` of an evaluation of `model`."""
-    from pipelines.inference.evaluation import evaluate
+    from evaluations import evaluate
 
     out = tmp_path_factory.mktemp("evaluated") / "out"
     result = evaluate(model, small_dataset, str(out), limit=6, seed=3, progress=False)

@@ -5,11 +5,20 @@ from pathlib import Path
 
 import psutil
 
+from pipelines.inference import evaluation
+from pipelines.inference.options import EvaluateOptions
+
 
 def actors() -> list[psutil.Process]:
     """Processes of the tests' cluster that evaluate."""
     below = psutil.Process().children(recursive=True)
     return [process for process in below if "_Actor" in process.name() + "".join(process.cmdline())]
+
+
+def evaluate(model, data, out, progress=True, metrics=None, **options) -> evaluation.EvaluationResult:
+    names = None if metrics is None else ",".join(metrics)
+    given = EvaluateOptions(model=model, data=data, out=str(out), metrics=names, **options)
+    return evaluation.evaluate(given, progress)
 
 
 def assert_same(one: Path, other: Path) -> None:

@@ -12,13 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
-from evaluations import actors, assert_same
+from evaluations import actors, assert_same, evaluate
 from small_networks import make_pipeline
 
 from deedsr.errors import UsageError
 from jobs.cli import main
 from pipelines.claims import Claim, Superseded, held
-from pipelines.inference.evaluation import evaluate
 from pipelines.storage import open_storage
 
 pytestmark = pytest.mark.usefixtures("own_store", "one_thread")

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pyarrow.parquet
 import pytest
-from evaluations import assert_same
+from evaluations import assert_same, evaluate
 from packages import install
 from small_networks import make_pipeline
 
@@ -16,7 +16,6 @@ from deedsr.errors import DeeDSRError, UsageError
 from deedsr.metrics import psnr_y, ssim_y
 from jobs.cli import main
 from pipelines.data.dataset import Dataset
-from pipelines.inference.evaluation import evaluate
 from pipelines.inference.parts import files_given
 
 pytestmark = pytest.mark.usefixtures("own_store", "one_thread")

@@ -16,6 +16,7 @@ from deedsr.hub.model_folder import find_base, with_revision
 from deedsr.hub.weights import base_digest
 from deedsr.sampling.pipeline import DeeDSRPipeline
 from jobs import cli
+from pipelines.inference.options import UpscaleOptions
 from pipelines.inference.upscaling import upscale
 from pipelines.models import Learner, Model
 from pipelines.storage import open_storage, publish
@@ -65,12 +66,13 @@ def picture(photos, tmp_path_factory) -> str:
 
 
 def test_a_model_takes_its_base_where_it_lies_and_no_other(trained, other_base, picture, tmp_path):
-    model, out = str(trained / "model"), str(tmp_path / "out")
-    assert not upscale([picture], out, model=model, base=str(trained / "base"), progress=False).failed
+    model = str(trained / "model")
+    given = lambda **more: UpscaleOptions(input=[picture], out=str(tmp_path / "out"), model=model, **more)
+    assert not upscale(given(base=str(trained / "base")), progress=False).failed
     with pytest.raises(UsageError, match=r"base of .*/model is not where it says: .*gone.*--base"):
-        upscale([picture], out, model=model, progress=False)
+        upscale(given(), progress=False)
     with pytest.raises(UsageError, match=r"is not the base that .*/model was trained on"):
-        upscale([picture], out, model=model, base=str(other_base), progress=False)
+        upscale(given(base=str(other_base)), progress=False)
 
 
 @pytest.mark.parametrize("command", ["upscale", "evaluate", "export"])

@@ -18,6 +18,7 @@ from deedsr.dataset.manifest import Manifest, ShardEntry, dataset_digest
 from deedsr.errors import DeeDSRError, UsageError
 from jobs.cli import main
 from pipelines.data.shard_cache import ShardCache
+from pipelines.inference.options import UpscaleOptions
 from pipelines.inference.upscaling import find_inputs, upscale
 from pipelines.shards.source import read_source
 from pipelines.storage import localize, open_storage
@@ -53,7 +54,7 @@ def place(request, tmp_path) -> str:
 
 
 def enlarged(inputs, out, model, **options):
-    return upscale([str(given) for given in inputs], str(out), model=model, progress=False, **options)
+    return upscale(UpscaleOptions(input=[*map(str, inputs)], out=str(out), model=model, **options), progress=False)
 
 
 # What a name may hold

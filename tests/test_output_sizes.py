@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from jobs.cli import main
+from pipelines.inference.options import UpscaleOptions
 from pipelines.inference.upscaling import upscale
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -21,7 +22,8 @@ def folder(photos, tmp_path):
 
 
 def run(folder, model, **options):
-    return upscale([str(folder / "a.png")], str(folder.parent / "out"), model=model, progress=False, **options)
+    given = UpscaleOptions(input=[str(folder / "a.png")], out=str(folder.parent / "out"), model=model, **options)
+    return upscale(given, progress=False)
 
 
 def result(folder, model, **options) -> np.ndarray:

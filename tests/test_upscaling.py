@@ -22,6 +22,7 @@ from small_networks import make_pipeline
 from deedsr.errors import UsageError
 from deedsr.sampling.pipeline import DeeDSRPipeline
 from jobs.cli import main
+from pipelines.inference.options import UpscaleOptions
 from pipelines.inference.upscaler import Input, Upscaler
 from pipelines.inference.upscaling import upscale
 from pipelines.models import Model
@@ -47,7 +48,7 @@ def folder(picture, tmp_path) -> Path:
 
 
 def run(inputs, out, model, **options):
-    return upscale([str(given) for given in inputs], str(out), model=model, progress=False, **options)
+    return upscale(UpscaleOptions(input=[*map(str, inputs)], out=str(out), model=model, **options), progress=False)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

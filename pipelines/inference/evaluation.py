@@ -12,8 +12,8 @@ OUT/claim.json                       one command at a time, see `pipelines.claim
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,10 @@ from pipelines.data.index import require_hr
 from pipelines.distribution import each, network_plan
 from pipelines.inference.evaluator import RESULTS, Evaluated, Evaluator, Measured, State, place_in, read_pixels
 from pipelines.inference.figures import ROWS, Figures, rows_file, table_files
+from pipelines.inference.options import EvaluateOptions
 from pipelines.inference.parts import Given, Part, dataset_given, evenly, files_given, samples_given
-from pipelines.models import Model, Precision
-from pipelines.placement import Device, place_networks
+from pipelines.models import Model
+from pipelines.placement import place_networks
 from pipelines.reports.evaluation import write_evaluation
 from pipelines.reports.page import picture_name, strip
 from pipelines.storage import Storage, open_storage, scratch_folder
@@ -65,139 +66,88 @@ class EvaluationResult:
     dataset_digest: str
 
 
-def evaluate(
-    model: str | None,
-    data: str | None,
-    out: str,
-    *,
-    reference: str | None = None,
-    pictures: Sequence[str] = (),
-    base: str | None = None,
-    metrics: Sequence[str] | None = None,
-    metric_weights: str | None = None,
-    border: int = 0,
-    split: str = "validation",
-    limit: int | None = None,
-    seed: int = 0,
-    device: Device = "auto",
-    precision: Precision = "fp32",
-    experiment: str = "deedsr-evaluation",
-    progress: bool = True,
-    steps: int | None = None,
-    **sampling: object,
-) -> EvaluationResult:
+def evaluate(options: EvaluateOptions, progress: bool = True) -> EvaluationResult:
     """Measure a model, bicubic interpolation and given pictures side by side; figures go to `out` and an MLflow run.
 
     Computed in this process, or in actors of the cluster that `RAY_ADDRESS` names. Each picture is kept in `out` as it
     is measured: the same call continues with what is missing and the MLflow run that it began, and does nothing when
-    all is done. One with another model, dataset or setting begins anew in `out`.
-
-    Args:
-        model: `tiny`, or a model's folder, URI, hub id or `models:/NAME/VERSION`; None = only `pictures`.
-        data: a finished dataset of the model's scale, or a folder of LR pictures.
-        out: folder or S3 prefix.
-        reference: folder of HR pictures for LR pictures of a folder and for `pictures`; a dataset holds its own.
-        pictures: folders of enlarged pictures, each as `NAME=FOLDER`, matched by names; of a dataset's samples by keys.
-        base: where the model's base lies: folder, URI or hub id; None = where the model says.
-        metrics: names that `deedsr.metrics.registry` knows; None = those of `WITHOUT_WEIGHTS` that need no reference
-            where there is none.
-        metric_weights: folder or S3 prefix with weights files of LPIPS, DISTS and FID; None = only the cache of
-            torch's hub is searched.
-        border: pixels that PSNR and SSIM leave out on each side.
-        split: `train` or `validation`, of a dataset.
-        limit: measure at most so many pictures, evenly spread.
-        seed: with a picture's key it decides that picture's noise, whatever else is measured.
-        device: `auto` = a CUDA GPU where this machine has one, and on a cluster always; without a model the CPU; `cpu`;
-            `cuda`; `mps`.
-        precision: of the model's networks, see `pipelines.models.Model.load`.
-        experiment: of MLflow.
-        progress: show a progress bar on stderr.
-        steps: sampling steps.
-        sampling: other settings of `SamplingSettings`; what is None or missing is the model's own.
+    all is done. One with another model, dataset or setting begins anew in `out`. The seed and a picture's key decide
+    that picture's noise, whatever else is measured. `progress`: show a bar on stderr.
 
     Raises UsageError before any work for unknown metrics, no pictures, names that do not fit, scales that differ, or an
     `out` that another command writes. Files that cannot be measured are in `rejected`, for all methods.
     """
-    _require_inputs(model, data, pictures, limit)
-    found = Model.find(model, base) if model else None
-    dataset = dataset_given(data) if data else None
+    if options.model and not options.data:
+        raise UsageError(f"--model {options.model} needs --data: shards, or a folder of LR pictures")
+    if not options.data and not options.pictures:
+        raise UsageError("nothing to evaluate: give --model and --data, or --pictures FOLDER")
+    found = Model.find(options.model, options.base) if options.model else None
+    dataset = dataset_given(options.data) if options.data else None
     if dataset is not None:
-        given = _samples(dataset, found, border, split, limit, reference, pictures)
-    elif data and not (found or reference):
-        raise UsageError(f"--data {data} holds LR pictures: give --model to enlarge them, or --reference")
+        given = _samples(dataset, found, options)
+    elif options.data and not (found or options.reference):
+        raise UsageError(f"--data {options.data} holds LR pictures: give --model to enlarge them, or --reference")
     else:
-        given = files_given(data, reference, pictures, found.description.scale if found else None, limit)
-    if found is None and device == "auto":
-        device = "cpu"  # nothing but metrics
-    settings = found.description.sampling.chosen(num_inference_steps=steps, **sampling) if found else None
-    storage = open_storage(out)
+        scale = found.description.scale if found else None
+        given = files_given(options.data, options.reference, options.pictures, scale, options.limit)
+    if found is None and options.device == "auto":
+        options = replace(options, device="cpu")  # nothing but metrics
+    settings = found.description.sampling.chosen(**options.sampling()) if found else None
+    storage = open_storage(options.out)
     storage.require_writable()
-    # Workers need nothing of the index, which the dataset keeps and its copy does not.
+    names = options.metric_names()
+    if names is None:  # those that need no download, and no reference where there is none
+        names = [name for name in WITHOUT_WEIGHTS if given.has_hr or not known()[name].needs_reference]
     work = Evaluator(
-        (*(("model",) if found else ()), *given.named, *(("bicubic",) if given.has_lr else ())),
-        _usual(given.has_hr) if metrics is None else tuple(metrics),
-        seed,
-        device,
-        precision,
-        found,
-        settings,
-        dataset and replace(dataset),
-        border,
-        metric_weights,
+        methods=(*(("model",) if found else ()), *given.named, *(("bicubic",) if given.has_lr else ())),
+        metrics=tuple(names),
+        seed=options.seed,
+        device=options.device,
+        precision=options.precision,
+        model=found,
+        sampling=settings,
+        dataset=dataset and replace(dataset),  # without the index, which the dataset keeps and its copy does not
+        border=options.border,
+        metric_weights=options.metric_weights,
     )
     measures = _prepared(work, given)
     about: dict[str, Any] = {
         "format_version": 2,
         "created_by": f"deedsr {deedsr.__version__}",
-        "model": model,
+        "model": options.model,
         "scale": found and found.description.scale,
-        "dataset": {"uri": given.uri, "digest": given.digest, "split": split if dataset else None},
-        "reference": reference,
-        "pictures": list(pictures),
+        "dataset": {"uri": given.uri, "digest": given.digest, "split": options.split if dataset else None},
+        "reference": options.reference,
+        "pictures": list(options.pictures),
         "sampling": settings and settings.as_dict(),
-        "precision": precision if found else None,
-        "seed": seed,
+        "precision": options.precision if found else None,
+        "seed": options.seed,
         "definitions": {name: metric.statement() for name, metric in measures.items()},
     }
-    chosen = settings.as_dict() if settings else {}
     config = {  # as `deedsr evaluate --config` takes it
-        **{"model": found and found.name, "base": base, "data": data, "reference": reference, "out": out},
-        **{"pictures": list(pictures), "metrics": ",".join(work.metrics), "metric_weights": metric_weights},
-        **{"border": border, "split": split, "limit": limit, "seed": seed, "device": device, "precision": precision},
-        **{"steps" if name == "num_inference_steps" else name: value for name, value in chosen.items()},
-        **{"experiment": experiment, "definitions": about["definitions"]},
+        **{name: value for name, value in asdict(options).items() if name not in ("steps", *options.sampling())},
+        **{"model": found and found.name, "metrics": ",".join(names), "definitions": about["definitions"]},
     }
-    return _Evaluation(work, measures, given, storage, experiment, config, about, progress).run()
+    if settings:
+        chosen = settings.as_dict()
+        config |= {"steps": chosen.pop("num_inference_steps"), **chosen}
+    return _Evaluation(work, measures, given, storage, config, about, progress).run()
 
 
-def _require_inputs(model: str | None, data: str | None, pictures: Sequence[str], limit: int | None) -> None:
-    if limit is not None and limit < 1:
-        raise UsageError(f"limit must be 1 or more, got {limit}")
-    if model and not data:
-        raise UsageError(f"--model {model} needs --data: shards, or a folder of LR pictures")
-    if not data and not pictures:
-        raise UsageError("nothing to evaluate: give --model and --data, or --pictures FOLDER")
-
-
-def _samples(
-    dataset: Dataset,
-    model: Model | None,
-    border: int,
-    split: str,
-    limit: int | None,
-    reference: str | None,
-    pictures: Sequence[str],
-) -> Given:
+def _samples(dataset: Dataset, model: Model | None, options: EvaluateOptions) -> Given:
     """Parts of a dataset, which is fit for this model."""
+    border, size = options.border, dataset.recipe.crop.size
     dataset.require_pixels("evaluation")
     require_hr(dataset)
-    if reference:
-        raise UsageError(f"{dataset.uri} is a dataset, which holds its HR pictures: leave out --reference {reference}")
-    if model is None and not pictures:
+    if options.reference:
+        raise UsageError(
+            f"{dataset.uri} is a dataset, which holds its HR pictures: leave out --reference {options.reference}"
+        )
+    if model is None and not options.pictures:
         raise UsageError(f"{dataset.uri} is a dataset, and nothing enlarges it: give --model, or --pictures")
-    given = samples_given(dataset, split, pictures, limit)
-    if border < 0 or dataset.recipe.crop.size - 2 * border < WINDOW:
-        raise UsageError(f"border must leave {WINDOW} pixels of HR crops of {dataset.recipe.crop.size}, got {border}")
+    given = samples_given(dataset, options.split, options.pictures, options.limit)
+    if border < 0 or size - 2 * border < WINDOW:
+        raise UsageError(f"border must leave {WINDOW} pixels of HR crops of {size}, got {border}")
     if model is not None and model.description.scale != dataset.scale:
         raise UsageError(
             f"{model.name} enlarges by {model.description.scale}, the pairs of {dataset.uri} differ by "
@@ -214,7 +164,6 @@ class _Evaluation:
     measures: dict[str, Metric]
     given: Given
     out: Storage
-    experiment: str
     config: dict[str, Any]
     about: dict[str, Any]
     progress: bool
@@ -255,7 +204,7 @@ class _Evaluation:
         whole = {
             "samples": samples,
             "parts": [(part.key, *part.versions) for part in self.given.parts],
-            "experiment": self.experiment,
+            "experiment": self.config["experiment"],
         }
         whole["format_version"] = self.about["format_version"]
         whole["rejected"] = self.given.rejected
@@ -264,7 +213,7 @@ class _Evaluation:
 
     def _started(self, run_id: str | None, claim: Claim) -> tracking.Run:
         return tracking.start_run(
-            self.experiment,
+            self.config["experiment"],
             name=self.label("model") if self.work.model else ", ".join(self.work.methods),
             config=self.config,
             dataset=tracking.DatasetInput(self.given.digest, self.given.uri),
@@ -333,11 +282,6 @@ def _computing(work: Evaluator, parts: int) -> Callable[[list[Part]], Iterator[E
     if work.model is not None:
         _ = work.sampler.pipeline  # one that cannot be loaded leaves no run behind
     return partial(map, work)
-
-
-def _usual(has_reference: bool) -> tuple[str, ...]:
-    """Metrics that need no download, and no reference where there is none."""
-    return tuple(name for name in WITHOUT_WEIGHTS if has_reference or not known()[name].needs_reference)
 
 
 def _prepared(work: Evaluator, given: Given) -> dict[str, Metric]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict, final
 
 import cv2
 import numpy as np
@@ -60,14 +60,18 @@ class Resize(NamedTuple):
         return max(round(height * factor), 1), max(round(width * factor), 1)
 
 
-class Done(NamedTuple):
-    """Result of one picture."""
-
+@final
+class Upscaled(TypedDict):
     input: str  # URI
     output: str
     seconds: float  # without loading the model
-    reused: bool = False
-    reason: str = ""  # why there is no result
+    reused: bool
+
+
+@final
+class Failed(TypedDict):
+    input: str  # URI
+    reason: str  # why there is no result
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,14 @@ class Upscaler:
     resize: Resize | None = None  # None: the model's factor
     sentinel: str = ""  # a file that is in a local `out` meanwhile: a worker that does not see it has other disks
 
-    def __call__(self, source: Input) -> Done:
+    def __call__(self, source: Input) -> Upscaled | Failed:
         """Raises DeeDSRError for what would fail with every other picture as well: the model, a full disk."""
         began = time.monotonic()
         output = f"{self.out.uri.rstrip('/')}/{source.target}"
-        done = lambda **more: Done(source.uri, output, round(time.monotonic() - began, 3), **more)
+        done = lambda reused: Upscaled(
+            input=source.uri, output=output, seconds=round(time.monotonic() - began, 3), reused=reused
+        )
+        failed = lambda error: Failed(input=source.uri, reason=str(error))
         format = format_of(source.target)
         if self.sentinel:
             self._require_shared(source)
@@ -97,26 +104,26 @@ class Upscaler:
             data = _read(source)
             mark = self._mark(data, format)
             if not self.overwrite and self._is_there(source.target, format, mark, output):
-                return done(reused=True)
+                return done(True)
             picture = read_picture(data)
             require_fit(picture, format, max(self._size(picture)))
         except DeeDSRError as error:
-            return done(reason=str(error))
+            return failed(error)
         waited = time.monotonic()
         _ = self._sampler.pipeline  # loaded before the clock of the first picture goes on
         began += time.monotonic() - waited
         try:
             enlarged = picture.enlarged(self._enlarge(picture, source.uri), deep=holds_deep(format) and picture.deep)
         except TooLarge as error:
-            return done(reason=str(error))
+            return failed(error)
         height, width = enlarged.pixels_HWC.shape[:2]
         file = encode(enlarged, exif_of_result(picture.exif, width, height, mark), format, self.quality)
         try:
             patiently(lambda: self.out.write(source.target, file))
         except DeeDSRError as error:
             self.out.require_writable(len(file))
-            return done(reason=str(error))
-        return done()
+            return failed(error)
+        return done(False)
 
     def _require_shared(self, source: Input) -> None:
         """Raises UsageError on a worker whose disks are not those of the command."""

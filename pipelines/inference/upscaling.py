@@ -3,127 +3,81 @@
 import posixpath
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TypedDict
 
 from tqdm import tqdm
 
 from deedsr.errors import UsageError
 from pipelines import cluster
 from pipelines.distribution import each, network_plan
+from pipelines.inference.options import UpscaleOptions
 from pipelines.inference.pictures import EXTENSIONS, Format
-from pipelines.inference.upscaler import Done, Input, Resize, Upscaler
-from pipelines.models import Model, Precision
-from pipelines.placement import Device, place_networks
+from pipelines.inference.upscaler import Failed, Input, Resize, Upscaled, Upscaler
+from pipelines.models import Model
+from pipelines.placement import place_networks
 from pipelines.storage import Storage, is_hidden, leads_out, object_at, open_storage, waiting
 from pipelines.storage.local import begun_name
 from pipelines.storage.location import matching, split_pattern
 from pipelines.storage.lock import PARTIAL
 
 
-class Upscaled(TypedDict):
-    input: str  # URI
-    output: str
-    seconds: float
-    reused: bool
-
-
-class Failed(TypedDict):
-    input: str
-    reason: str
-
-
 @dataclass
 class UpscaleResult:
     """`reused`: how many of the results were there."""
 
-    images: list[Upscaled] = field(default_factory=list)
-    failed: list[Failed] = field(default_factory=list)
-    reused: int = 0
+    images: list[Upscaled]
+    failed: list[Failed]
+    reused: int
 
 
-def upscale(
-    inputs: Sequence[str],
-    out: str,
-    *,
-    model: str = "tiny",
-    base: str | None = None,
-    format: Format = "png",
-    quality: int = 95,
-    factor: float | None = None,
-    size: str | None = None,
-    overwrite: bool = False,
-    ray: bool = False,
-    workers: int | None = None,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    seed: int = 0,
-    progress: bool = True,
-    steps: int | None = None,
-    **sampling: object,
-) -> UpscaleResult:
+def upscale(options: UpscaleOptions, progress: bool = True) -> UpscaleResult:
     """Enlarge pictures into files in `out`, named like their inputs; the folders below an input folder are kept.
 
-    Args:
-        inputs: files, folders (searched through), glob patterns, S3 objects, prefixes and patterns.
-        out: folder or S3 prefix.
-        model: `tiny`, or a model's folder, URI, hub id or `models:/NAME/VERSION`.
-        base: where the model's base lies: folder, URI or hub id; None = where the model says.
-        format: of the results; `same` = the input's own if that is PNG, JPEG or WebP, else PNG.
-        quality: of JPEG and WebP, 1 to 100.
-        factor: how much larger results are than their inputs, 1 or more; None = the model's factor.
-        size: `WIDTHxHEIGHT`: results are as large as fits into it, with the aspect ratio of their inputs.
-        overwrite: make every result anew and replace whatever lies in its place, inputs excepted. Otherwise a result
-            of the same picture, model and settings is reused, another result of this command is replaced, and a
-            picture whose place is taken by anything else is in `failed`.
-        ray: spread the pictures over the cluster that `RAY_ADDRESS` names, else over this machine.
-        workers: with `ray`, pictures at a time; None = one on every GPU, or every CPU where the device is the CPU.
-        device: `auto` = a CUDA GPU where this machine has one, and on a cluster always; `cpu`; `cuda`; `mps`.
-        precision: that the networks compute in, `fp32`, `bf16` or `fp16`; `auto` = fp16 on a CUDA GPU, else fp32. A
-            picture that comes out black or not finite in half precision is made again in fp32.
-        seed: of every picture's noise, so that a picture comes out the same alone and among others.
-        progress: show a progress bar on stderr.
-        steps: sampling steps.
-        sampling: other settings of `SamplingSettings`; what is None or missing is the model's own.
+    Without `overwrite` a result of the same picture, model and settings is reused, another result of this command is
+    replaced, and a picture whose place is taken by anything else is in `failed`; with it, whatever lies in the place is
+    replaced, inputs excepted. A picture that comes out black or not finite in half precision is made again in fp32. The
+    noise follows from the seed alone, so that a picture comes out the same alone and among others. `progress`: show a
+    bar on stderr.
 
     A picture that cannot be read, enlarged or written is in `failed`. Raises UsageError before any work where an input
     has no picture, or the model, a setting or `out` is wrong.
     """
-    if workers is not None and not ray:
-        raise UsageError(f"--workers {workers} is for --ray: give both, or neither")
-    if not 1 <= quality <= 100:
-        raise UsageError(f"--quality must be 1 to 100, got {quality}")
-    target = open_storage(out)
-    pictures = find_inputs(inputs, target, format)
-    found = Model.find(model, base)
-    settings = found.description.sampling.chosen(num_inference_steps=steps, **sampling)
-    resize = None if factor == found.description.scale else resized(factor, size)
-    if not ray:
-        place_networks(cluster.this_machine(), device, 1, "upscale")
+    if options.workers is not None and not options.ray:
+        raise UsageError(f"--workers {options.workers} is for --ray: give both, or neither")
+    if not 1 <= options.quality <= 100:
+        raise UsageError(f"--quality must be 1 to 100, got {options.quality}")
+    target = open_storage(options.out)
+    pictures = find_inputs(options.input, target, options.format)
+    found = Model.find(options.model, options.base)
+    resize = None if options.factor == found.description.scale else resized(options.factor, options.size)
+    work = Upscaler(
+        model=found,
+        sampling=found.description.sampling.chosen(**options.sampling()),
+        seed=options.seed,
+        quality=options.quality,
+        overwrite=options.overwrite,
+        out=target,
+        device=options.device,
+        precision=options.precision,
+        resize=resize,
+    )
+    if not options.ray:
+        place_networks(cluster.this_machine(), options.device, 1, "upscale")
     _ = found.digest  # an error of the model or its base is one of the command, not of every picture
-    work = Upscaler(found, settings, seed, quality, overwrite, target, device, precision, resize)
     target.require_writable()
 
-    reasons = conflicts(pictures, target)
-    given = [picture for picture in pictures if picture.uri not in reasons]
-    outcomes = {}
+    outcomes: dict[str, Upscaled | Failed] = {**conflicts(pictures, target)}
+    given = [picture for picture in pictures if picture.uri not in outcomes]
     with tqdm(total=len(given), desc="upscale", unit="picture", disable=not progress) as bar:
-        for done in _on_cluster(work, given, workers) if ray else map(work, given):
-            outcomes[done.input] = done
+        for done in _on_cluster(work, given, options.workers) if options.ray else map(work, given):
+            outcomes[done["input"]] = done
             bar.update()
-
-    result = UpscaleResult()
-    for picture in pictures:
-        reason = reasons.get(picture.uri) or outcomes[picture.uri].reason
-        if reason:
-            result.failed.append({"input": picture.uri, "reason": reason})
-            continue
-        done = outcomes[picture.uri]
-        result.images.append(Upscaled(input=done.input, output=done.output, seconds=done.seconds, reused=done.reused))
-        result.reused += done.reused
-    return result
+    ordered = [outcomes[picture.uri] for picture in pictures]
+    images = [done for done in ordered if "reason" not in done]
+    failed = [done for done in ordered if "reason" in done]
+    return UpscaleResult(images, failed, reused=sum(image["reused"] for image in images))
 
 
 def resized(factor: float | None, size: str | None) -> Resize | None:
@@ -140,7 +94,7 @@ def resized(factor: float | None, size: str | None) -> Resize | None:
     return Resize(box=(int(match[1]), int(match[2])))
 
 
-def _on_cluster(work: Upscaler, pictures: list[Input], workers: int | None) -> Iterator[Done]:
+def _on_cluster(work: Upscaler, pictures: list[Input], workers: int | None) -> Iterator[Upscaled | Failed]:
     """`work` on each of the pictures in actors, in any order."""
     if not pictures:
         return
@@ -190,26 +144,26 @@ def find_inputs(inputs: Sequence[str], out: Storage, format: Format) -> list[Inp
     return list(found.values())
 
 
-def conflicts(pictures: Iterable[Input], out: Storage) -> dict[str, str]:
+def conflicts(pictures: Sequence[Input], out: Storage) -> dict[str, Failed]:
     """Which pictures must not be enlarged, by URI, and why: their results would replace an input or one another, or lie
     outside of `out`."""
-    pictures = list(pictures)
     inputs = {_identity(picture.storage, picture.path): picture.uri for picture in pictures}
     taken: dict[str, str] = {}
     found = {}
     for picture in pictures:
+        replaced = None if leads_out(picture.target) else inputs.get(_identity(out, picture.target))
         if leads_out(picture.target):
-            found[picture.uri] = f"its name {picture.path} leads out of --out: give it another, or name it alone"
-            continue
-        replaced = inputs.get(_identity(out, picture.target))
-        if replaced == picture.uri:
-            found[picture.uri] = "its result would replace it: choose another --out"
+            reason = f"its name {picture.path} leads out of --out: give it another, or name it alone"
+        elif replaced == picture.uri:
+            reason = "its result would replace it: choose another --out"
         elif replaced is not None:
-            found[picture.uri] = f"its result would replace the input {replaced}: choose another --out"
+            reason = f"its result would replace the input {replaced}: choose another --out"
         elif picture.target in taken:
-            found[picture.uri] = f"its result would replace that of {taken[picture.target]}: give it another --out"
+            reason = f"its result would replace that of {taken[picture.target]}: give it another --out"
         else:
             taken[picture.target] = picture.uri
+            continue
+        found[picture.uri] = Failed(input=picture.uri, reason=reason)
     return found
 
 
