@@ -12,13 +12,12 @@ back. A training keeps a record of its own (`pipelines.training.metrics`), of wh
 store lacks.
 """
 
-from pipelines.tracking.description import Origin, begun_by
+from pipelines.tracking.description import Origin
 from pipelines.tracking.mirror import Point
-from pipelines.tracking.nesting import children_of
 from pipelines.tracking.provenance import DatasetInput, HasDigest
 from pipelines.tracking.run import Run
 from pipelines.tracking.search import find_run
-from pipelines.tracking.session import open_run, start_run
+from pipelines.tracking.session import begun_by, children_of, open_run, start_run
 from pipelines.tracking.stale import Closed, close_stale
 from pipelines.tracking.store import EXPERIMENTS, connect, masked_uri, require_shared_store, tracking_uri
 

@@ -4,9 +4,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -74,23 +72,6 @@ class Origin:
             JOB_TAG: ray_job(),
             **self.tags,
         }
-
-
-_origin: ContextVar[Origin | None] = ContextVar("origin", default=None)
-
-
-@contextmanager
-def begun_by(origin: Origin) -> Iterator[None]:
-    """Every run that this thread starts or continues within is described as begun by `origin`."""
-    token = _origin.set(origin)
-    try:
-        yield
-    finally:
-        _origin.reset(token)
-
-
-def current_origin() -> Origin | None:
-    return _origin.get()
 
 
 def _value_text(value: Any) -> str:

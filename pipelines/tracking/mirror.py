@@ -176,22 +176,20 @@ class Mirror:
         _log.warning("another process writes this run to %s now: this one sends nothing more", self._name)
         return False
 
-    def attempt(self, seconds: float) -> bool:
-        """Have the thread send everything and wait for it: until it is done, until a try failed, or so long."""
-        with self._changed:
-            failures = self._failures
-            self._wake.set()
-            self._changed.wait_for(lambda: self._empty() or self._failures != failures, seconds)
-            return self._empty()
-
-    def drain(self, seconds: float) -> bool:
-        """Try again and again for so long; True when everything is sent."""
+    def drain(self, seconds: float, again: bool) -> bool:
+        """Have the thread send everything, in one try or `again` and again, and wait so long; True when all is sent."""
         deadline = time.monotonic() + seconds
-        while not self.attempt(max(0.0, deadline - time.monotonic())):
-            if time.monotonic() > deadline - 1:
+        while True:
+            with self._changed:
+                failures = self._failures
+                self._wake.set()
+                tried = lambda before=failures: self._empty() or self._failures != before
+                self._changed.wait_for(tried, max(0.0, deadline - time.monotonic()))
+                if self._empty():
+                    return True
+            if not again or time.monotonic() > deadline - 1:
                 return False
             time.sleep(1)
-        return True
 
     def close(self) -> None:
         """Stop the thread after what it is doing; a request that hangs is not waited for long."""

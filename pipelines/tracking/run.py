@@ -173,13 +173,20 @@ class Run:
             for i in range(0, len(entities), MAX_PARAMS_PER_BATCH):
                 self.client.log_batch(self.id, tags=entities[i : i + MAX_PARAMS_PER_BATCH])
 
-    def close(self) -> bool:
+    def close(self, to_the_end: bool = False) -> bool:
         """Send what is pending and stop the threads; the status stays RUNNING for whoever writes on.
 
-        True when the store took all; where it did not, a fault-tolerant run returns False, another one raises
-        DeeDSRError.
+        True when the store took all. Where it did not, a fault-tolerant run returns False, after one try or, with
+        `to_the_end`, after `END_SECONDS`; another one raises DeeDSRError.
         """
-        return self._close()
+        self._stop_monitor()
+        if not self.fault_tolerant:
+            self._mirror.close()
+            self.flush()
+            return True
+        sent = self._mirror.drain(END_SECONDS if to_the_end else STOP_SECONDS, again=to_the_end)
+        self._mirror.close()
+        return sent
 
     def finish(self, status: str = "FINISHED") -> bool:
         """Close the run as `FINISHED`, `FAILED` or `KILLED`; `close` says what becomes of the rest."""
@@ -189,7 +196,7 @@ class Run:
         if self.fault_tolerant:
             self._stop_monitor()
             self.later(lambda: self._terminate(status))
-            return self._close(to_the_end=status == "FINISHED")
+            return self.close(to_the_end=status == "FINISHED")
         self.close()
         if self._permit():
             self._terminate(status)
@@ -211,16 +218,6 @@ class Run:
                 best = (max if higher else min)(history, key=lambda point: point.value)
                 text = f"{best.value:.6g}{AT_STEP}{best.step}"
                 self.client.set_tag(self.id, f"{BEST_TAG}{name.removeprefix(VALIDATION)}", text)
-
-    def _close(self, to_the_end: bool = False) -> bool:
-        self._stop_monitor()
-        if not self.fault_tolerant:
-            self._mirror.close()
-            self.flush()
-            return True
-        sent = self._mirror.drain(END_SECONDS) if to_the_end else self._mirror.attempt(STOP_SECONDS)
-        self._mirror.close()
-        return sent
 
     def _stop_monitor(self) -> None:
         if self._monitor is not None:
@@ -269,10 +266,20 @@ class Run:
                 ) from error
 
     def _watch_system(self) -> None:
-        from pipelines.tracking.system import SystemMetrics
+        """Sample this machine's CPU, memory, disk, network and GPU, and send that the way of all metrics."""
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        step = self._mirror.last_step(SYSTEM) + 1
-        self._monitor = SystemMetrics(self.id, self.tracking_uri, self.log_metrics, step)
+        class Monitor(SystemMetricsMonitor):
+            def monitor(self) -> None:
+                """In place of MLflow's own loop, which ends for good when the store is away once."""
+                self.collect_metrics()  # rates of network and disk are differences from here on
+                while not self._shutdown_event.wait(self.sampling_interval):
+                    self.collect_metrics()
+                    self.publish_metrics(self.aggregate_metrics())
+
+        self._monitor = Monitor(self.id, tracking_uri=self.tracking_uri)
+        self._monitor.mlflow_logger.record_metrics = self.log_metrics
+        self._monitor._logging_step = self._mirror.last_step(SYSTEM) + 1
         self._monitor.start()
 
     def _log_config(self, config: dict[str, Any]) -> None:

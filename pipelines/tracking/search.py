@@ -66,7 +66,7 @@ def search(
 
     runs: list[StoredRun] = []
     token = None
-    while last is None or len(runs) < last:
+    while experiments and (last is None or len(runs) < last):
         count = _PAGE if last is None else min(_PAGE, last - len(runs))
         try:
             page = client.search_runs(
@@ -87,7 +87,7 @@ def find_run(experiment: str | None, tags: Mapping[str, str], uri: str | None = 
     client = connect(tracking_uri(uri))
     experiments = [e.experiment_id for e in client.search_experiments() if experiment in (None, e.name)]
     condition = " and ".join(f"tags.`{key}` = {quoted(value)}" for key, value in tags.items())
-    runs = search(client, experiments, condition, last=1) if experiments else []
+    runs = search(client, experiments, condition, last=1)
     return runs[0].info.run_id if runs else None
 
 

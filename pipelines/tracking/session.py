@@ -1,15 +1,15 @@
-"""Start a run, continue one, or open one that another process writes."""
+"""Start a run, continue one, or open one that another process writes; by which command, below which other run."""
 
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any, TypeVar
 
 from deedsr.errors import DeeDSRError
-from pipelines.tracking.description import KINDS, SECONDS_TAG, SESSION_TAG, current_origin
+from pipelines.tracking.description import KINDS, SECONDS_TAG, SESSION_TAG, Origin
 from pipelines.tracking.mirror import Recorded, StoreRefused
-from pipelines.tracking.nesting import PARENT_RUN_TAG, parent_tags
 from pipelines.tracking.provenance import (
     PARENT_TAG,
     VERSION_TAG,
@@ -24,7 +24,41 @@ from pipelines.tracking.stale import USER_TAG, close_stale, presence, user
 from pipelines.tracking.store import StoreAway, connect, experiment_id
 from pipelines.tracking.store import tracking_uri as resolve_uri
 
+PARENT_RUN_TAG = "mlflow.parentRunId"  # MLflow's own name, by which its pages show children below their parent
+Value = TypeVar("Value")
+_origin: ContextVar[Origin | None] = ContextVar("origin", default=None)
+_parent: ContextVar[Callable[[], str] | None] = ContextVar("parent", default=None)
 _log = logging.getLogger("deedsr.tracking")
+
+
+@contextlib.contextmanager
+def _within(variable: ContextVar[Value], value: Value) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def begun_by(origin: Origin) -> contextlib.AbstractContextManager[None]:
+    """Every run that this thread starts or continues within is described as begun by `origin`."""
+    return _within(_origin, origin)
+
+
+def children_of(parent: Callable[[], str]) -> contextlib.AbstractContextManager[None]:
+    """Every run that this thread starts or continues within becomes a child of the run whose id `parent` returns.
+
+    `parent` is called when such a run begins, so that there need be no parent where there is no child.
+    """
+    return _within(_parent, parent)
+
+
+def _parent_tags() -> dict[str, str]:
+    parent = _parent.get()
+    if parent is None:
+        return {}
+    with _within(_parent, None):  # `parent` may start a run, which has none above it
+        return {PARENT_RUN_TAG: parent()}
 
 
 def start_run(
@@ -65,8 +99,8 @@ def start_run(
     """
     uri = resolve_uri(tracking_uri)
     config = plain(config)
-    tags = parent_tags() | dict(tags or {})
-    new, origin, kind = run_id is None, current_origin(), tags.get("deedsr.kind", "")
+    tags = _parent_tags() | dict(tags or {})
+    new, origin, kind = run_id is None, _origin.get(), tags.get("deedsr.kind", "")
     chosen = origin.name if origin and PARENT_RUN_TAG not in tags else None
     session = {SECONDS_TAG: "0", SESSION_TAG: str(int(time.time() * 1000))}
     if run_id is None:

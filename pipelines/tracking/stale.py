@@ -90,8 +90,7 @@ def _running(client: "MlflowClient", out: str | None) -> "list[Run]":
     if out is not None:
         condition += f" and tags.`{OUT_TAG}` = {quoted(masked_uri(open_storage(out).uri))}"
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    runs = search(client, experiments, condition) if experiments else []
-    return [run for run in runs if PROCESS_TAG in run.data.tags]
+    return [run for run in search(client, experiments, condition) if PROCESS_TAG in run.data.tags]
 
 
 def _state(tags: Mapping[str, str]) -> tuple[str, float]:
