@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 # Modules that only `deedsr[pipeline]` installs.
-PIPELINE = {"aiohttp", "alembic", "boto3", "botocore", "deepspeed", "grpc", "jinja2", "mlflow", "pyarrow"}
-PIPELINE |= {"ray", "requests", "s3transfer", "sqlalchemy", "webdataset"}
+PIPELINE = {"aiohttp", "alembic", "boto3", "botocore", "deepspeed", "grpc", "jinja2", "mlflow", "pandas"}
+PIPELINE |= {"pyarrow", "ray", "requests", "s3transfer", "sqlalchemy", "webdataset"}
 
 COMMANDS = {
     "demo": ("jobs.demo", "the whole chain on the shipped photographs, on this machine"),

@@ -4,12 +4,12 @@ Both indexes are read by columns, batch by batch. Of each sample 41 bytes are he
 its key, its source, the source's content, and of what its HR and its LR follow from.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 from tqdm import tqdm
 
@@ -21,8 +21,6 @@ from pipelines.tracking.provenance import flatten
 # drawn. The stored sizes also show other causes, such as another version of a library.
 _HR = ("source_sha256", "top", "left", "height", "width", "flip", "rotate", "hr_ext", "hr_size")
 _LR = ("stratum", "degradation_group", "lr_ext", "lr_size")
-_PRIME = np.uint64(0x9E3779B97F4A7C15)
-_NULL = np.uint64(0xD6E8FEB86659FD93)
 
 
 @dataclass(frozen=True)
@@ -55,35 +53,20 @@ def fingerprints(dataset: Dataset, index: SampleIndex, progress: bool) -> Finger
     with tqdm(total=dataset.manifest.samples, unit="row", desc="compare", disable=not progress) as bar:
         for batch in index.batches(columns):
             for facet, names in facets.items():
-                total = np.zeros(batch.num_rows, np.uint64)
-                for name in names:
-                    total = _mixed(total, _bits(batch[name]))
-                parts[facet].append(total)
+                parts[facet].append(_hashes(batch.select(names)))
             parts["validation"].append(np.array(batch["split"].to_numpy(zero_copy_only=False) == "validation"))
             bar.update(batch.num_rows)
     return Fingerprints(**{name: np.concatenate(found) for name, found in parts.items()})
 
 
-def _bits(column: pa.Array) -> np.ndarray:
-    """64 bits of each value; those of texts are a hash."""
-    if pa.types.is_string(column.type):
-        encoded = column.dictionary_encode()
-        hashes = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in encoded.dictionary.to_pylist()]
-        known = np.frombuffer(b"".join(hashes), np.uint64) if hashes else np.zeros(1, np.uint64)
-        bits = known[encoded.indices.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)]
-    else:
-        numbers = column.cast(pa.float64()).fill_null(0.0).to_numpy(zero_copy_only=False)
-        bits = (numbers + 0.0).view(np.uint64)  # no negative zero
-    nulls = column.is_null().to_numpy(zero_copy_only=False)
-    return np.where(nulls, _NULL, bits)
-
-
-def _mixed(total: np.ndarray, bits: np.ndarray) -> np.ndarray:
-    """Both in one, by the finalizer of splitmix64."""
-    mixed = (total * np.uint64(31) + bits + _PRIME).astype(np.uint64)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
+def _hashes(rows: pa.RecordBatch) -> np.ndarray:
+    """64 bits of each row; numbers of every type count by their value."""
+    texts = {name for name in rows.schema.names if pa.types.is_string(rows[name].type)}
+    columns = {
+        name: column.to_pandas() if name in texts else column.cast(pa.float64()).to_pandas() + 0.0  # no negative zero
+        for name, column in zip(rows.schema.names, rows.columns, strict=True)
+    }
+    return pd.util.hash_pandas_object(pd.DataFrame(columns), index=False).to_numpy()
 
 
 @dataclass(frozen=True)
