@@ -37,12 +37,15 @@ def network_plan(command: str, device: Device, workers: int | None = None, parts
     return plan
 
 
-def in_threads(function: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int) -> Iterator[Result]:
-    """`function` of each item, in order. Items are taken and begun at most `ahead` places before the result in use."""
+def in_threads(
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int | None = None
+) -> Iterator[Result]:
+    """`function` of each item, in order. Items are taken and begun at most `ahead` places before the result in use, by
+    default twice the threads."""
     rest = iter(items)
     pool = ThreadPoolExecutor(threads)
     try:
-        begun = deque(pool.submit(function, item) for item in islice(rest, ahead))
+        begun = deque(pool.submit(function, item) for item in islice(rest, ahead or 2 * threads))
         while begun:
             result = begun.popleft().result()
             begun.extend(pool.submit(function, item) for item in islice(rest, 1))

@@ -34,7 +34,7 @@ from pipelines.data.dataset import Dataset
 from pipelines.data.index import require_hr
 from pipelines.distribution import each, network_plan
 from pipelines.inference.evaluator import RESULTS, Evaluated, Evaluator, Measured, State, place_in, read_pixels
-from pipelines.inference.figures import ROWS, Figures, rows_file, table_files
+from pipelines.inference.figures import ROWS, differences_table, figures_of, means_table, rows_file, table_files
 from pipelines.inference.options import EvaluateOptions
 from pipelines.inference.parts import Given, Part, dataset_given, evenly, files_given, samples_given
 from pipelines.models import Model
@@ -237,17 +237,26 @@ class _Evaluation:
             raise UsageError(f"no picture of {self.given.uri} could be measured, such as {reason}")
         if rejected:
             logger.warning("evaluate: %d pictures are left out for all methods, such as %s", len(rejected), reason)
-        figures = Figures.of(samples, self.work.methods, self.measures)
+        figures, changes = figures_of(samples, self.work.methods, self.measures)
         records = [sample.record for sample in samples]
-        results = self.about | {"run_id": run.id} | figures.as_dict() | {"rejected": rejected, "samples": records}
-        run.log_metrics(figures.means())
+        results = self.about | {
+            "run_id": run.id,
+            "metrics": {
+                method: {name: one._asdict() for name, one in found.items()} for method, found in figures.items()
+            },
+            "differences": [change._asdict() for change in changes],
+            "rejected": rejected,
+            "samples": records,
+        }
+        every = {f"{method}.{name}": one.mean for method, found in figures.items() for name, one in found.items()}
+        run.log_metrics({name: mean for name, mean in every.items() if mean is not None})
         for record in (records[number] for number in evenly(len(records), LOGGED_PICTURES)):
             pictures = self._versions(record)
             title = record["source"]["path"] if record["source"] else record["key"]
             shown = {"HR" if name == "hr" else name: pixels for name, pixels in pictures.items() if name != "lr"}
             run.log_picture(picture_name(title, record["key"]), strip(title, pictures.get("lr"), shown), step=0)
         labels = {method: self.label(method) for method in self.work.methods}
-        tables = figures.tables(self.measures, labels)
+        tables = [means_table(figures, self.measures, labels), differences_table(changes, self.measures, labels)]
         about = {"Pictures": str(len(samples)), "From": self.given.uri, "Digest": self.given.digest}
         with scratch_folder() as folder:
             for name, content in ({ROWS: rows_file(samples)} | table_files(tables)).items():

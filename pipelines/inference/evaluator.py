@@ -8,7 +8,6 @@ OUT/_state/evaluation/DIGEST/KEY.json     figures of one picture, or why it has 
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar
@@ -23,6 +22,7 @@ from deedsr.dataset.pictures import RejectedImage, read_stored, upright
 from deedsr.metrics.metric import Metric, Setting
 from deedsr.metrics.registry import named_in_errors, selected
 from pipelines.data.dataset import Dataset, SourceInfo
+from pipelines.distribution import in_threads
 from pipelines.inference.parts import MADE, Part
 from pipelines.inference.sampler import Sampler
 from pipelines.models import Model, Precision, usable_device
@@ -256,8 +256,7 @@ class State:
         if not known:
             return {}
         pictures = {entry.path for entry in self.out.list(PICTURES)}
-        with ThreadPoolExecutor(_THREADS) as threads:
-            found = threads.map(self._read, [self._place(part.key) for part in known])
+        found = in_threads(self._read, [self._place(part.key) for part in known], _THREADS)
         return {
             part.key: Measured(
                 stored["record"], _each(_restored, stored["features"]), stored.get("rejected", ""), part.versions

@@ -2,8 +2,6 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -17,49 +15,27 @@ from pipelines.reports.tables import Cell, Table, latex, markdown, metric_title,
 ROWS, TABLE = "rows.parquet", "table.txt"
 
 
-@dataclass(frozen=True)
-class Figures:
-    """`metrics`: by method and metric."""
+Figures = dict[str, dict[str, Interval]]  # by method and metric
 
-    metrics: dict[str, dict[str, Interval]]
-    differences: list[Difference]
 
-    @classmethod
-    def of(cls, samples: Sequence[Measured], methods: Sequence[str], measures: Mapping[str, Metric]) -> "Figures":
-        metrics: dict[str, dict[str, Interval]] = {method: {} for method in methods}
-        changes: list[Difference] = []
-        for name, metric in measures.items():
-            values = {method: _values(name, metric, method, samples) for method in methods}
-            if metric.of_pictures:
-                found, change = means(values), differences(name, values, metric.higher_is_better)
-            else:
-                with named_in_errors(name):
-                    found, change = of_sets(name, values, metric.summary)
-            changes += change
-            for method in methods:
-                metrics[method][name] = found[method]
-        return cls(metrics, changes)
-
-    def as_dict(self) -> dict[str, Any]:
-        """As in `results.json`."""
-        each = lambda found: {name: figure._asdict() for name, figure in found.items()}
-        return {
-            "metrics": {method: each(found) for method, found in self.metrics.items()},
-            "differences": [difference._asdict() for difference in self.differences],
-        }
-
-    def means(self) -> dict[str, float]:
-        """The means that there are, as `method.metric`."""
-        return {
-            f"{method}.{name}": figure.mean
-            for method, found in self.metrics.items()
-            for name, figure in found.items()
-            if figure.mean is not None
-        }
-
-    def tables(self, measures: Mapping[str, Metric], labels: Mapping[str, str]) -> list[Table]:
-        """Of means and of differences. `labels`: what the methods are called."""
-        return [means_table(self.metrics, measures, labels), differences_table(self.differences, measures, labels)]
+def figures_of(
+    samples: Sequence[Measured], methods: Sequence[str], measures: Mapping[str, Metric]
+) -> tuple[Figures, list[Difference]]:
+    """Figures of each method, and differences of each two."""
+    figures: Figures = {method: {} for method in methods}
+    changes: list[Difference] = []
+    for name, metric in measures.items():
+        if metric.of_pictures:
+            values = {method: [one.record["metrics"][method][name] for one in samples] for method in methods}
+            found, change = means(values), differences(name, values, metric.higher_is_better)
+        else:
+            with named_in_errors(name):
+                features = {method: [one.features[method][name] for one in samples] for method in methods}
+                found, change = of_sets(name, features, metric.summary)
+        changes += change
+        for method in methods:
+            figures[method][name] = found[method]
+    return figures, changes
 
 
 def table_files(tables: Sequence[Table]) -> dict[str, bytes]:
@@ -85,16 +61,7 @@ def rows_file(samples: Sequence[Measured]) -> bytes:
     return file.getvalue()
 
 
-def _values(name: str, metric: Metric, method: str, samples: Sequence[Measured]) -> list[Any]:
-    """Values of a metric for the pictures of a method."""
-    if metric.of_pictures:
-        return [sample.record["metrics"][method][name] for sample in samples]
-    return [sample.features[method][name] for sample in samples]
-
-
-def means_table(
-    metrics: Mapping[str, Mapping[str, Interval]], measures: Mapping[str, Metric], labels: Mapping[str, str]
-) -> Table:
+def means_table(metrics: Figures, measures: Mapping[str, Metric], labels: Mapping[str, str]) -> Table:
     """A row for each method; the best mean of each metric is marked."""
     best = {}
     for name, metric in measures.items():

@@ -19,7 +19,7 @@ from pipelines.storage import object_at, open_storage
 
 MADE = ("model", "bicubic")  # methods that are computed here
 _NAME = re.compile(r"[\w. -]+")  # of a method: what MLflow takes in names of metrics
-_THREADS, _AHEAD = 16, 64
+_THREADS = 16
 
 
 class Part(NamedTuple):
@@ -175,7 +175,7 @@ def _require_files(folder: str, sources: Sequence[Source]) -> None:
 def _digest(parts: Sequence[Part]) -> str:
     """Of the names of the parts, and the content of their LR and HR pictures."""
     places = [(part.key, part.files.get("lr"), part.files.get("hr")) for part in parts]
-    hashes = in_threads(lambda place: [place[0], *map(_hash, place[1:])], places, _THREADS, _AHEAD)
+    hashes = in_threads(lambda place: [place[0], *map(_hash, place[1:])], places, _THREADS)
     return hashlib.sha256(json.dumps(list(hashes)).encode()).hexdigest()
 
 

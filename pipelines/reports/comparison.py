@@ -5,16 +5,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.distribution import in_threads
 from pipelines.reports.charts import Curve, draw, tone
 from pipelines.reports.page import data_uri, page_place, read_picture, write_page
 from pipelines.reports.run_rows import (
     COMMIT,
     DATA,
+    THREADS,
     Interval,
     RunGroup,
     RunRow,
     Section,
-    in_threads,
     metric_of,
     sections_of,
 )
@@ -189,7 +190,9 @@ def _charts(client: "MlflowClient", group: RunGroup, tones: dict[str, int]) -> l
     runs = [run for run in group.runs if run["steps"]][:MAX_CURVES]
     wanted = [(name, run) for name in group.metric_names() for run in runs
               if name in run["steps"] and not name.startswith(BEST)]  # fmt: skip
-    histories = in_threads(lambda pair: client.get_metric_history(pair[1]["run_id"], metric_of(pair[0])), wanted)
+    histories = in_threads(
+        lambda pair: client.get_metric_history(pair[1]["run_id"], metric_of(pair[0])), wanted, THREADS
+    )
     charts: dict[str, list[Curve]] = {}
     for (name, run), history in zip(wanted, histories, strict=True):
         family, _, member = name.rpartition("/")
@@ -212,9 +215,8 @@ def _pictures(client: "MlflowClient", group: RunGroup, at_most: int) -> list[dic
     """Pictures by name, those of most runs first, each with what every run made of it."""
     runs = group.runs[:at_most]
     runs_with: dict[str, list[RunRow]] = {}
-    for run, paths in zip(
-        runs, in_threads(lambda run: artifacts_of(client, run["run_id"], "pictures"), runs), strict=True
-    ):
+    found = in_threads(lambda run: artifacts_of(client, run["run_id"], "pictures"), runs, THREADS)
+    for run, paths in zip(runs, found, strict=True):
         for path in (path for path in paths if path.endswith(".png")):
             runs_with.setdefault(path, []).append(run)
     rows = []

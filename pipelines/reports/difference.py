@@ -96,12 +96,8 @@ def inspect_against(
         },
         recipe={key: [_value(value) for value in pair] for key, pair in recipe.items()},
         libraries=_libraries(new, old),
-        steps={
-            title: [one for one in steps if one.share >= 0.0005]
-            for title, steps in shifts.items()
-            if any(one.share >= 0.0005 for one in steps)
-        },
-        unmoved=[f"{title}: {one.title}" for title, steps in shifts.items() for one in steps if one.share < 0.0005],
+        steps={title: moved for title, steps in shifts.items() if (moved := [one for one in steps if one.moved])},
+        unmoved=[f"{title}: {one.new.title}" for title, steps in shifts.items() for one in steps if not one.moved],
         checked=checked,
         unequal=unequal,
         pairs=[_pair_view(*pair) for pair in shown],
@@ -114,7 +110,7 @@ def inspect_against(
         changed={name: int(np.count_nonzero(getattr(found, name))) for name in ("hr", "lr", "split")},
         sources={kind: len(rows) for kind, rows in found.sources.items()},
         recipe={key: list(pair) for key, pair in recipe.items()},
-        parameters={one.column: one.figures() for steps in shifts.values() for one in steps},
+        parameters={one.new.column: one.figures() for steps in shifts.values() for one in steps},
         checked=checked,
         unequal_bytes=unequal,
         shown=len(shown),
@@ -135,17 +131,15 @@ class Shift:
     share: float
     shares: tuple[np.ndarray, np.ndarray]  # of the samples in each bin or behind each name, new and old
 
-    @property
-    def column(self) -> str:
-        return self.new.column
-
-    @property
-    def title(self) -> str:
-        return self.new.title
-
     def figures(self) -> dict[str, float | None]:
-        means = {name: _mean(one.drawn) for name, one in (("mean", self.new), ("mean_before", self.old))}
+        drawn = {"mean": self.new.drawn, "mean_before": self.old.drawn}
+        means = {name: one.mean if isinstance(one, Histogram) and one.total else None for name, one in drawn.items()}
         return {"moved": round(self.share, 6), **means}
+
+    @property
+    def moved(self) -> bool:
+        """Whether it shows, in per cent with a digit behind the point."""
+        return self.share >= 0.0005
 
     @property
     def highest(self) -> float:
@@ -172,24 +166,17 @@ class Shift:
         return [(name, float(new), float(old)) for name, new, old in rows if new or old]
 
 
-def _mean(drawn: Histogram | NamedCounts) -> float | None:
-    return drawn.mean if isinstance(drawn, Histogram) and drawn.total else None
-
-
 def parameter_shifts(new: Survey, old: Survey) -> dict[str, list[Shift]]:
     """Every parameter of both, by step."""
     before = {one.column: one for steps in old.steps.values() for one in steps}
-    return {
-        title: [_shift(one, before[one.column], new.samples, old.samples) for one in steps if one.column in before]
-        for title, steps in new.steps.items()
-    }
 
+    def shift(now: Parameter) -> Shift:
+        shares = now.drawn.counts / new.samples, before[now.column].drawn.counts / old.samples
+        missing = abs(shares[0].sum() - shares[1].sum())  # in one of both it is drawn less often
+        share = (float(np.abs(shares[0] - shares[1]).sum()) + missing) / 2
+        return Shift(now, before[now.column], share, shares)
 
-def _shift(new: Parameter, old: Parameter, new_samples: int, old_samples: int) -> Shift:
-    shares = new.drawn.counts / new_samples, old.drawn.counts / old_samples
-    missing = abs(shares[0].sum() - shares[1].sum())  # in one of both it is drawn less often
-    share = (float(np.abs(shares[0] - shares[1]).sum()) + missing) / 2
-    return Shift(new, old, share, shares)
+    return {title: [shift(one) for one in steps if one.column in before] for title, steps in new.steps.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,7 +273,10 @@ def difference_picture(
         rows.append(np.hstack([*squares, cv2.resize(new.hr, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA)]))
     every = [(title, one) for title, steps in shifts.items() for one in steps]
     for title, one in sorted(every, key=lambda item: -item[1].share)[:SHOWN_IN_MLFLOW]:
-        rows += [caption(f"{title}, {one.column}: {100 * one.share:.1f} % moved", 3 * _SIDE), _chart(one, 3 * _SIDE)]
+        rows += [
+            caption(f"{title}, {one.new.column}: {100 * one.share:.1f} % moved", 3 * _SIDE),
+            _chart(one, 3 * _SIDE),
+        ]
     return np.vstack(rows)
 
 

@@ -6,7 +6,6 @@ any size takes the same memory.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from deedsr.degradation.kernels import KERNELS
 from deedsr.metrics import psnr_y
 from pipelines.data.dataset import Dataset, Sample
 from pipelines.data.index import LeftOut, SampleIndex, left_out, require_hr
+from pipelines.distribution import in_threads
 from pipelines.reports.charts import Histogram, NamedCounts
 from pipelines.reports.page import data_uri, page_place, write_page
 from pipelines.reports.report import describe_degradation, yaml_text
@@ -274,9 +274,8 @@ def read_pairs(dataset: Dataset, table: pa.Table, shown: set[int], progress: boo
         tags = [column("split", row), stratum, None if group is None else f"group {group}"]
         return Pair(stratum, psnr, {**pair_view(sample), "tags": [tag for tag in tags if tag]})
 
-    with ThreadPoolExecutor(READERS) as threads:
-        pairs = threads.map(read, range(table.num_rows))
-        return list(tqdm(pairs, total=table.num_rows, unit="sample", desc="samples", disable=not progress))
+    pairs = in_threads(read, range(table.num_rows), READERS)
+    return list(tqdm(pairs, total=table.num_rows, unit="sample", desc="samples", disable=not progress))
 
 
 def pair_view(sample: Sample) -> dict[str, Any]:
@@ -350,26 +349,19 @@ def group_summary(groups: Counter[int | None]) -> dict[str, Any] | None:
     }
 
 
-@dataclass
-class Reason:
-    """How often something was left out for one reason, and the first few sources."""
-
-    count: int = 0
-    examples: list[str] = field(default_factory=list)
-
-
 def reasons(lines: Iterable[LeftOut]) -> dict[str, Any]:
-    """Of sources and of crops: how many were left out, and the reasons, the most frequent first."""
-    found: dict[str, dict[str, Reason]] = {"source": {}, "crop": {}}
+    """Of sources and of crops: how many were left out, and the reasons, the most frequent first, each with how often it
+    was and the first few sources."""
+    found: dict[str, dict[str, Any]] = {"source": {}, "crop": {}}
     for kind, source, text in lines:
-        reason = found.setdefault(kind, {}).setdefault(text, Reason())
-        reason.count += 1
-        if len(reason.examples) < EXAMPLES and source not in reason.examples:
-            reason.examples.append(source)
+        reason = found.setdefault(kind, {}).setdefault(text, {"count": 0, "examples": []})
+        reason["count"] += 1
+        if len(reason["examples"]) < EXAMPLES and source not in reason["examples"]:
+            reason["examples"].append(source)
     return {
         kind: {
-            "count": sum(reason.count for reason in by_text.values()),
-            "rows": sorted(by_text.items(), key=lambda item: -item[1].count),
+            "count": sum(reason["count"] for reason in by_text.values()),
+            "rows": sorted(by_text.items(), key=lambda item: -item[1]["count"]),
         }
         for kind, by_text in found.items()
     }

@@ -6,14 +6,14 @@ among the runs of a table stand in a column for each definition.
 """
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, TypedDict, TypeVar
+from typing import TYPE_CHECKING, TypedDict
 
 from deedsr.errors import DeeDSRError
 from deedsr.metrics.intervals import differences
+from pipelines.distribution import in_threads
 from pipelines.tracking import EXPERIMENTS
 from pipelines.tracking.description import PLACES, active_seconds
 from pipelines.tracking.provenance import COMMIT_TAG, DIGEST_TAG, DIRTY_TAG
@@ -29,9 +29,6 @@ DEFINITION_PREFIX = "definitions."  # of the parameters that say how an evaluati
 DEFINED = ", definition"  # behind a metric's name: the definitions themselves are among the settings that differ
 DATA, COMMIT = "data", "commit"  # among what differs, beside the options
 THREADS = 8  # that ask the store
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class Interval(TypedDict):
@@ -100,14 +97,10 @@ class Section:
         return [run for group in self.groups for run in group.runs]
 
 
-def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(work, items))
-
-
 def sections_of(
     client: "MlflowClient", uri: str, runs: Sequence[tuple[str, "StoredRun"]], family: "Mapping[str, StoredRun]"
 ) -> list[Section]:
+    """`runs` with their experiments; `family`: these and the runs that they were made from, by id."""
     order = {name: number for number, name in enumerate(EXPERIMENTS)}
     kinds: dict[tuple[str, str], list[StoredRun]] = {}
     for experiment, run in sorted(runs, key=lambda pair: order.get(pair[0], len(order))):
@@ -117,16 +110,11 @@ def sections_of(
 
 
 def _section(
-    client: "MlflowClient",
-    uri: str,
-    experiment: str,
-    kind: str,
-    members: "Sequence[StoredRun]",
+    client: "MlflowClient", uri: str, experiment: str, kind: str, members: "Sequence[StoredRun]",
     family: "Mapping[str, StoredRun]",
-) -> Section:
+) -> Section:  # fmt: skip
     configs = {run.info.run_id: config_of(run) for run in members}
     inherited = {run.info.run_id: _inherited(run, family) for run in members}
-    settings = {run_id: config | inherited[run_id] for run_id, config in configs.items()}
     options = sorted({*_differing(configs.values()) - {"out"}, *_differing(inherited.values(), absent=False)})
     groups: dict[tuple[str, ...], list[StoredRun]] = {}
     for run in members:
@@ -134,14 +122,23 @@ def _section(
     made = []
     for key, of_group in groups.items():
         columns = _columns_of_metrics(of_group, configs)
-        rows = [
-            _compared_row(row_of(experiment, run, uri), run, columns, settings[run.info.run_id], options)
-            for run in of_group
-        ]
-        title = " · ".join(
-            [experiment, *([f"dataset {key[0] if ' ' in key[0] else key[0][:12]}", *key[1:]] if key else [])]
-        )
-        made.append(_ranked(client, kind, title, rows, configs))
+        rows = []
+        for run in of_group:
+            row, run_id = row_of(experiment, run, uri), run.info.run_id
+            settings = configs[run_id] | inherited[run_id]
+            metrics = {columns[run_id, name]: value for name, value in row["metrics"].items()}
+            rows.append(
+                RunRow(
+                    **row | {"metrics": metrics},
+                    parents=parents(run),
+                    config={name: settings.get(name) for name in options},
+                    steps={columns[run_id, name]: step for name, (_, step) in metrics_of(run).items() if step},
+                    samples_per_second=row["metrics"].get("samples_per_second"),
+                    against_best={},
+                )
+            )
+        data = [f"dataset {key[0] if ' ' in key[0] else key[0][:12]}", *key[1:]] if key else []
+        made.append(_ranked(client, kind, " · ".join([experiment, *data]), rows, configs))
     commits = {row["commit"] for group in made for row in group.runs}
     return Section(experiment, [DATA] * (len(groups) > 1) + [COMMIT] * (len(commits) > 1) + options, made)
 
@@ -202,25 +199,6 @@ def rows_of(
     return [row_of(names[run.info.experiment_id], run) for run in chosen]
 
 
-def _compared_row(
-    row: BareRow,
-    run: "StoredRun",
-    columns: Mapping[tuple[str, str], str],
-    settings: Mapping[str, str],
-    options: Sequence[str],
-) -> RunRow:
-    in_columns = {name: columns[row["run_id"], name] for name in row["metrics"]}
-    steps = {name: step for name, (_, step) in metrics_of(run).items() if step}
-    return RunRow(
-        **row | {"metrics": {in_columns[name]: value for name, value in row["metrics"].items()}},
-        parents=parents(run),
-        config={name: settings.get(name) for name in options},
-        steps={in_columns[name]: step for name, step in steps.items()},
-        samples_per_second=row["metrics"].get("samples_per_second"),
-        against_best={},
-    )
-
-
 def _commit(run: "StoredRun") -> str | None:
     commit = run.data.tags.get(COMMIT_TAG)
     return f"{commit}-dirty" if commit and run.data.tags.get(DIRTY_TAG) == "true" else commit
@@ -269,7 +247,7 @@ def _add_intervals(client: "MlflowClient", rows: list[RunRow]) -> None:
     """Differences of the first rows to the very first one, over the samples that both measured."""
     if len(rows) < 2:
         return
-    first, *others = in_threads(lambda run: samples_of(client, run["run_id"]), rows[:MAX_PAIRED])
+    first, *others = in_threads(lambda run: samples_of(client, run["run_id"]), rows[:MAX_PAIRED], THREADS)
     for row, samples in zip(rows[1:], others, strict=False):
         for name in rows[0]["metrics"].keys() & row["metrics"].keys():
             metric = name.removeprefix("model.")
