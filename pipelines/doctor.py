@@ -20,7 +20,7 @@ from pipelines.placement import Nodes, Offer, place_networks, place_shards
 from pipelines.storage import open_storage
 from pipelines.storage.errors import Conflict
 from pipelines.storage.waiting import within
-from pipelines.tracking.store import connect, experiment_id, sqlite_path, tracking_uri
+from pipelines.tracking.store import connect, experiment_id, masked_uri, sqlite_path, tracking_uri
 from pipelines.training.config import ContrastOptions, TrainOptions
 from pipelines.training.placement import place_training
 from pipelines.training.schedules import PRESETS
@@ -260,4 +260,4 @@ def _masked(text: str) -> str:
     for name, value in os.environ.items():
         if re.search(r"SECRET|TOKEN|PASSWORD|ACCESS_KEY", name) and not name.endswith("_PATH") and len(value) > 5:
             text = text.replace(value, "***")
-    return re.sub(r"://[^/@\s\"']+@", "://***@", text)
+    return masked_uri(text)

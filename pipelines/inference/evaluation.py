@@ -12,9 +12,8 @@ OUT/claim.json                       one command at a time, see `pipelines.claim
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,14 +177,14 @@ class _Evaluation:
             if samples:
                 logger.info("evaluate: %d of %d samples are measured already", len(samples), len(parts))
             missing = [part for part in parts if part.key not in samples]
-            compute = _computing(self.work, len(missing)) if missing else lambda none: iter(())
+            computed = _computed(self.work, missing) if missing else iter(())
             with self._started(run_id, claim) as run:
                 state.begin(run.id)
                 with tqdm(
-                    compute(missing), "evaluate", len(parts), initial=len(samples), unit="picture",
+                    computed, "evaluate", len(parts), initial=len(samples), unit="picture",
                     disable=not self.progress,
-                ) as computed:  # fmt: skip
-                    for sample, pictures in computed:
+                ) as bar:  # fmt: skip
+                    for sample, pictures in bar:
                         claim.check()
                         for name, picture in pictures.items():
                             patiently(self.out.write, sample.record["pictures"][name], _png(picture))
@@ -282,15 +281,15 @@ class _Evaluation:
         )  # fmt: skip
 
 
-def _computing(work: Evaluator, parts: int) -> Callable[[list[Part]], Iterator[Evaluated]]:
-    """`work` in this process, or in actors of the cluster that `RAY_ADDRESS` names, once one can start there."""
+def _computed(work: Evaluator, parts: list[Part]) -> Iterator[Evaluated]:
+    """In this process, or in actors of the cluster that `RAY_ADDRESS` names, once one can start there."""
     if cluster.is_named():
-        plan = network_plan("evaluate", work.device, parts=parts)
-        return partial(each, replace(work, device=plan.device), plan=plan, command="evaluate")
+        plan = network_plan("evaluate", work.device, parts=len(parts))
+        return each(replace(work, device=plan.device), parts, plan, "evaluate")
     place_networks(cluster.this_machine(), work.device, 1, "evaluate")
     if work.model is not None:
         _ = work.sampler.pipeline  # one that cannot be loaded leaves no run behind
-    return partial(map, work)
+    return map(work, parts)
 
 
 def _prepared(work: Evaluator, given: Given) -> dict[str, Metric]:

@@ -7,10 +7,10 @@ OUT/_state/evaluation/DIGEST/KEY.json     figures of one picture, or why it has 
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import cv2
 import numpy as np
@@ -32,9 +32,6 @@ from pipelines.storage.waiting import patiently
 
 if TYPE_CHECKING:
     from deedsr.hub.settings import SamplingSettings
-
-Old = TypeVar("Old")
-New = TypeVar("New")
 
 RESULTS = "results.json"
 PICTURES = "pictures"
@@ -257,19 +254,19 @@ class State:
             return {}
         pictures = {entry.path for entry in self.out.list(PICTURES)}
         found = in_threads(self._read, [self._place(part.key) for part in known], _THREADS)
-        return {
-            part.key: Measured(
-                stored["record"], _each(_restored, stored["features"]), stored.get("rejected", ""), part.versions
-            )
-            for part, stored in zip(known, found, strict=True)
-            if stored
-            and tuple(stored.get("versions", ())) == part.versions
-            and pictures.issuperset(_own(stored["record"]["pictures"]).values())
-        }
+        samples = {}
+        for part, stored in zip(known, found, strict=True):
+            if not stored or tuple(stored.get("versions", ())) != part.versions:
+                continue
+            record, features = stored["record"], stored["features"]
+            if pictures.issuperset(place for place in record["pictures"].values() if place.startswith(f"{PICTURES}/")):
+                features = {way: {name: _restored(one) for name, one in of.items()} for way, of in features.items()}
+                samples[part.key] = Measured(record, features, stored.get("rejected", ""), part.versions)
+        return samples
 
     def add(self, sample: Measured) -> None:
-        stored = sample._asdict() | {"features": _each(_plain, sample.features)}
-        self._write(self._place(sample.record["key"]), stored)
+        features = {way: {name: _plain(one) for name, one in of.items()} for way, of in sample.features.items()}
+        self._write(self._place(sample.record["key"]), sample._asdict() | {"features": features})
 
     def _place(self, key: str) -> str:
         return f"{self._folder}/{key}.json"
@@ -291,26 +288,10 @@ def place_in(out: Storage, place: str) -> str:
     return f"{out.uri}/{place}" if place.startswith(f"{PICTURES}/") else place
 
 
-def _own(pictures: Mapping[str, str]) -> dict[str, str]:
-    """Those of a record's pictures that lie in the output."""
-    return {name: place for name, place in pictures.items() if place.startswith(f"{PICTURES}/")}
-
-
-def _each(change: Callable[[Old], New], features: Mapping[str, Mapping[str, Old]]) -> dict[str, dict[str, New]]:
-    return {method: {name: change(value) for name, value in found.items()} for method, found in features.items()}
-
-
-class _Plain(TypedDict):
+def _plain(values: np.ndarray) -> dict[str, Any]:
     """An array as JSON, which keeps every bit of a float, and no shape of nothing."""
-
-    shape: tuple[int, ...]
-    type: str
-    values: list[Any]
+    return {"shape": values.shape, "type": str(values.dtype), "values": values.ravel().tolist()}
 
 
-def _plain(values: np.ndarray) -> _Plain:
-    return _Plain(shape=values.shape, type=str(values.dtype), values=values.ravel().tolist())
-
-
-def _restored(stored: _Plain) -> np.ndarray:
+def _restored(stored: Mapping[str, Any]) -> np.ndarray:
     return np.array(stored["values"], stored["type"]).reshape(stored["shape"])

@@ -12,7 +12,6 @@ from pipelines.reports.run_rows import (
     COMMIT,
     DATA,
     THREADS,
-    Interval,
     RunGroup,
     RunRow,
     Section,
@@ -112,10 +111,18 @@ def figure_text(run: RunRow, column: str) -> str:
     return f"{text} at {run['steps'][column]}" if column.startswith(BEST) and column in run["steps"] else text
 
 
-def interval_text(found: Interval, column: str) -> str:
-    values = [metric_text(found[key], metric_of(column).rpartition(".")[2]) for key in ("difference", "low", "high")]  # type: ignore[literal-required]
+def interval_text(run: RunRow, column: str) -> str:
+    """Its mean difference to the best run of the group."""
+    if (found := run["against_best"].get(column)) is None:
+        return "-"
+    figures = (found["difference"], found["low"], found["high"])
+    values = [metric_text(figure, metric_of(column).rpartition(".")[2]) for figure in figures]
     signed = [value if value[0] in "−-" else f"+{value}" for value in values]
     return f"{signed[0]} [{signed[1]}, {signed[2]}]"
+
+
+def _time_text(run: RunRow) -> str:
+    return duration_text(run["seconds"]) if run["seconds"] is not None else "running"
 
 
 def _section_text(section: Section, width: int | None) -> list[str]:
@@ -126,26 +133,20 @@ def _section_text(section: Section, width: int | None) -> list[str]:
         ]
         parts.append(text_table(f"{section.title}: what differs", ["run", "id", *section.differing], rows, 2, width))
     for group in section.groups:
-        names = [name for name in group.metric_names() if not name.startswith(_ONLY_ON_THE_PAGE)]
-        header, columns = ["run", "id", "status", "time"], []
-        for name in names:
+        header = ["run", "id", "status", "time"]
+        rows = [[run["name"], run["run_id"][:8], run["status"].lower(), _time_text(run)] for run in group.runs]
+        for name in group.metric_names():
+            if name.startswith(_ONLY_ON_THE_PAGE):
+                continue
             header.append(name)
-            columns.append((name, False))
-            if name == group.ranked_by and any(name in run["against_best"] for run in group.runs):
+            best, paired = group.best(name), any(name in run["against_best"] for run in group.runs)
+            for run, row in zip(group.runs, rows, strict=True):
+                mark = "*" if run["metrics"].get(name) == best is not None else ""
+                row.append(figure_text(run, name) + mark)
+                if name == group.ranked_by and paired:
+                    row.append(interval_text(run, name))
+            if name == group.ranked_by and paired:
                 header.append(f"{name} against the best")
-                columns.append((name, True))
-        rows, best = [], {name: group.best(name) for name in names}
-        for run in group.runs:
-            time = duration_text(run["seconds"]) if run["seconds"] is not None else "running"
-            cells = [run["name"], run["run_id"][:8], run["status"].lower(), time]
-            for name, paired in columns:
-                if paired:
-                    found = run["against_best"].get(name)
-                    cells.append(interval_text(found, name) if found else "-")
-                else:
-                    mark = "*" if run["metrics"].get(name) == best[name] is not None else ""
-                    cells.append(figure_text(run, name) + mark)
-            rows.append(cells)
         ranked = f", best first by {group.ranked_by}" if group.ranked_by else ""
         marked = " (* = best)" if any(cell.endswith("*") for row in rows for cell in row) else ""
         parts.append(text_table(f"{group.title}: results{ranked}{marked}", header, rows, 2, width))
