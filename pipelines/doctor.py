@@ -49,9 +49,7 @@ class Check:
 def examine(out: str | None, address: str | None) -> list[Check]:
     """Checks everything that commands depend on; never raises for what is broken.
 
-    Args:
-        out: a place for results, folder or s3://bucket/prefix; None = the working directory.
-        address: of a Ray cluster's dashboard, http(s)://...; None = no cluster.
+    `out`: a place for results, None = the working directory; `address`: of a Ray cluster's dashboard, None = no cluster.
     """
     here = machine.this_machine()
     return [

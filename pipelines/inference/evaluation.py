@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
 import deedsr
+from deedsr.dataset.members import encode
 from deedsr.errors import UsageError
 from deedsr.metrics.fidelity import WINDOW
 from deedsr.metrics.metric import Metric
@@ -187,7 +187,7 @@ class _Evaluation:
                     for sample, pictures in bar:
                         claim.check()
                         for name, picture in pictures.items():
-                            patiently(self.out.write, sample.record["pictures"][name], _png(picture))
+                            patiently(self.out.write, sample.record["pictures"][name], encode(picture, "png"))
                         state.add(sample)  # its pictures are whole
                         samples[sample.record["key"]] = sample
                 results = self._results(run, [samples[part.key] for part in parts])
@@ -314,7 +314,3 @@ def _digest(value: Any) -> str:
 
 def _text(results: dict[str, Any]) -> str:
     return json.dumps(results, indent=1, allow_nan=False)
-
-
-def _png(picture: np.ndarray) -> bytes:
-    return cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1].tobytes()

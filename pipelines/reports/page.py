@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
 
+from deedsr.dataset.members import decode_stored
 from deedsr.errors import UsageError
 from deedsr.metrics.registry import known
 from pipelines.reports.tables import bytes_text, count_text, duration_text, metric_text, share_text
@@ -68,10 +69,7 @@ def read_picture(picture: np.ndarray | str | Path) -> np.ndarray:
     """A picture as uint8 HWC RGB, from an array of that kind or a file."""
     if isinstance(picture, np.ndarray):
         return picture
-    found = cv2.imread(str(picture), cv2.IMREAD_COLOR)
-    if found is None:
-        raise FileNotFoundError(f"{picture} is not a readable picture")
-    return cv2.cvtColor(found, cv2.COLOR_BGR2RGB)
+    return decode_stored(Path(picture).read_bytes())
 
 
 def data_uri(image_HWC: np.ndarray, lossless: bool = False) -> str:

@@ -109,11 +109,7 @@ class Run:
         self._mirror.errand(call)
 
     def flush(self) -> None:
-        """Send what is pending now.
-
-        Raises:
-            DeeDSRError: the store did not take it. Nothing is lost: it stays pending.
-        """
+        """Send what is pending now. Raises DeeDSRError where the store did not take it, which stays pending then."""
         self._mirror.deliver()
 
     def log_picture(self, name: str, image_HWC: "np.ndarray", step: int | None = None) -> None:

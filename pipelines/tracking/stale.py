@@ -8,11 +8,11 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from deedsr.errors import DeeDSRError
 from pipelines import claims, machine
@@ -55,13 +55,10 @@ def close_stale(
     everyone: bool = False,
     apart_from: str = "",
 ) -> Closed:
-    """Ends, as KILLED, the runs of this user (or `everyone`) that have no heartbeat any more.
+    """Ends, as KILLED, the runs of this user (or `everyone`) that have no heartbeat any more, in a store that answers.
 
-    Args:
-        client: of a store that answers.
-        out: only runs that write there.
-        older: only those whose last heartbeat is at least so old.
-        apart_from: id of a run to leave alone.
+    `out`: only runs that write there; `older`: only those whose last heartbeat is at least so old; `apart_from`: id of
+    a run to leave alone.
     """
     result = Closed()
     for run in _running(client, out):
@@ -102,15 +99,9 @@ def _state(tags: Mapping[str, str]) -> tuple[str, float]:
         return ("its process runs" if runs else "", process["alive"])
     if "://" not in out and not Path(out).exists() and process["host"] != socket.gethostname():
         return f"its out {out} is on {process['host']}", 0.0
-    beats = [process, *(claim for claim in _claims(out) if _same(claim, process))]
+    with waiting.within(_ANSWER_SECONDS):
+        found = [claim for _, claim in claims.found(open_storage(out)) if claim]
+    identity = ("host", "pid", "processes")
+    beats = [process, *(claim for claim in found if all(claim.get(name) == process[name] for name in identity))]
     alive = any(claims.is_alive(claim) and not claim.get("ended") for claim in beats)
     return ("it has a heartbeat" if alive else "", max(claim["alive"] for claim in beats))
-
-
-def _same(claim: Mapping[str, Any], process: Mapping[str, Any]) -> bool:
-    return all(claim.get(name) == process[name] for name in ("host", "pid", "processes"))
-
-
-def _claims(out: str) -> Iterator[dict[str, Any]]:
-    with waiting.within(_ANSWER_SECONDS):
-        yield from (claim for _, claim in claims.found(open_storage(out)) if claim)

@@ -47,15 +47,8 @@ def masked_uri(text: str) -> str:
 
 
 def require_shared_store(uri: str, nodes: Iterable[Mapping[str, Any]]) -> None:
-    """Refuse an SQLite store when work may run on another machine, which could not write it.
-
-    Args:
-        uri: tracking URI.
-        nodes: `ray.nodes()` of the connected cluster.
-
-    Raises:
-        UsageError: the store is a file and some alive node has another host name than this machine.
-    """
+    """Raises UsageError for an SQLite store where some alive node of `nodes` (`ray.nodes()`) has another host name than
+    this machine: work there could not write it."""
     if sqlite_path(uri) is None:
         return
     here = socket.gethostname()
@@ -71,8 +64,7 @@ def require_shared_store(uri: str, nodes: Iterable[Mapping[str, Any]]) -> None:
 def connect(uri: str) -> "MlflowClient":
     """A client whose store answered. MLflow's chatter on stdout and in the logs is off.
 
-    Raises:
-        UsageError: the store cannot be reached; the message names it and the remedy.
+    Raises StoreAway, which names the store and the remedy, where it cannot be reached.
     """
     # Set before the import that reads it; a run must not talk to anybody but the store.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
