@@ -100,10 +100,8 @@ def distribute(
         most = min(actors.workers, len(items))
         results = rows.flat_map(
             _Actor,
-            fn_constructor_kwargs={
-                "work": work,
-                "one_thread": actors.device == "cpu",
-            },  # there is an actor for each CPU
+            # On CPUs there is an actor for each of them.
+            fn_constructor_kwargs={"work": work, "one_thread": actors.device == "cpu"},
             num_cpus=actors.cpus,
             num_gpus=actors.gpus,
             compute=data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=most),

@@ -27,7 +27,7 @@ from pipelines.training.schedules import PRESETS
 
 GIB, MIB = 1 << 30, 1 << 20
 LIBRARIES = ("torch", "diffusers", "numpy", "pillow", "opencv-python-headless", "simplejpeg")
-PIPELINE = {"ray": "ray", "deepspeed": "deepspeed", "webdataset": "webdataset", "mlflow": "mlflow", "boto3": "boto3"}
+PIPELINE = ("ray", "deepspeed", "webdataset", "mlflow", "boto3")
 _STORAGE_SECONDS = 30.0  # that a place for results is given to answer
 _LEAST_DISK, _LEAST_SHARED = 5 * GIB, 64 * MIB
 
@@ -49,7 +49,7 @@ class Check:
 def examine(out: str | None, address: str | None) -> list[Check]:
     """Checks everything that commands depend on; never raises for what is broken.
 
-    `out`: a place for results, None = the working directory; `address`: of a Ray cluster's dashboard, None = no cluster.
+    `out`: a place for results, None = the working directory; `address`: of a Ray dashboard, None = no cluster.
     """
     here = machine.this_machine()
     return [
@@ -70,7 +70,7 @@ def _versions() -> Iterator[Check]:
     for name in LIBRARIES:
         found = _version(name)
         yield Check(name, found or "missing", found is not None, "" if found else "pip install deedsr")
-    lacking = [name for name, module in PIPELINE.items() if find_spec(module) is None]
+    lacking = [name for name in PIPELINE if find_spec(name) is None]
     there = ", ".join(f"{name} {_version(name)}" for name in PIPELINE if name not in lacking)
     found = there + ("; " if there and lacking else "") + (f"without {', '.join(lacking)}" if lacking else "")
     remedy = "only `upscale` and `export` work; for everything else: pip install 'deedsr[pipeline]'" if lacking else ""

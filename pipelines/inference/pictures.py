@@ -142,11 +142,6 @@ def format_of(path: str) -> str:
     return EXTENSIONS[path.rpartition(".")[2].lower()]
 
 
-def holds_deep(format: str) -> bool:
-    """Whether a format has 16 bits for each channel."""
-    return format == "png"
-
-
 def require_fit(picture: Picture, format: str, side: int) -> None:
     """Raises DeeDSRError before the work where the format could not hold the result, `side` pixels on the longer."""
     if format == "jpeg" and not picture.opaque:
@@ -225,25 +220,21 @@ def exif_of_result(exif: Image.Exif, width: int, height: int, mark: str) -> byte
 
     An original's EXIF that cannot be written again is left out, its maker note where there is no room for it.
     """
-    with_maker_note = _written(exif, width, height, mark, without=())
-    if with_maker_note is not None and len(with_maker_note) <= _LONGEST:
-        return with_maker_note
-    smaller = _written(exif, width, height, mark, without=(_MAKER_NOTE,))
-    if smaller is not None and len(smaller) <= _LONGEST:
-        return smaller
-    alone = _written(Image.Exif(), width, height, mark, without=())
-    assert alone is not None
-    return alone
+    for original, without in ((exif, None), (exif, _MAKER_NOTE), (Image.Exif(), None)):
+        written = _written(original, width, height, mark, without)
+        if written is not None and len(written) <= _LONGEST:
+            return written
+    raise AssertionError("the mark and the size fit")
 
 
-def _written(original: Image.Exif, width: int, height: int, mark: str, without: tuple[int, ...]) -> bytes | None:
+def _written(original: Image.Exif, width: int, height: int, mark: str, without: int | None) -> bytes | None:
     try:
         exif = Image.Exif()
         exif.endian = original.endian or "<"
         for tag, value in original.items():
             if tag not in _STRUCTURE | _DIRECTORIES:
                 exif[tag] = value
-        details = {tag: value for tag, value in original.get_ifd(ExifTags.IFD.Exif).items() if tag not in without}
+        details = {tag: value for tag, value in original.get_ifd(ExifTags.IFD.Exif).items() if tag != without}
         if ExifTags.IFD.Interop in details:
             details[ExifTags.IFD.Interop] = dict(original.get_ifd(ExifTags.IFD.Interop))
         details |= {_WIDTH: width, _HEIGHT: height, _UNIQUE_ID: mark}

@@ -19,7 +19,6 @@ from pipelines.inference.pictures import (
     encode,
     exif_of_result,
     format_of,
-    holds_deep,
     mark_of,
     read_picture,
     require_fit,
@@ -113,7 +112,7 @@ class Upscaler:
         _ = self._sampler.pipeline  # loaded before the clock of the first picture goes on
         began += time.monotonic() - waited
         try:
-            enlarged = picture.enlarged(self._enlarge(picture, source.uri), deep=holds_deep(format) and picture.deep)
+            enlarged = picture.enlarged(self._enlarge(picture, source.uri), deep=picture.deep and format == "png")
         except TooLarge as error:
             return failed(error)
         height, width = enlarged.pixels_HWC.shape[:2]

@@ -140,8 +140,7 @@ def evaluated_pictures(folders: Mapping[str, Path], keys: Sequence[str], shown: 
 
 def _scene_name(sample: Mapping[str, Any]) -> str:
     """Readable name of a sample: that of its photograph, else its key."""
-    source = sample.get("source")
-    path = source.get("path") if isinstance(source, Mapping) else source
+    path = (sample["source"] or {}).get("path")
     return Path(path).stem.replace("-", " ").replace("_", " ") if path else sample["key"]
 
 

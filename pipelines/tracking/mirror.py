@@ -47,8 +47,8 @@ class Mirror:
         send: brings a batch of points to the store, all or nothing. Raises NeverTaken where trying again is of no use.
         stored: the last step that the store holds, by metric.
         name: of the store, in messages.
-        permit: asked before each delivery whether this process may still send; once it is False, all that waits is
-            dropped and nothing is taken any more.
+        permit: asked before each delivery whether this process may still send; once it is False, the mirror is closed
+            and all that waits is dropped.
     """
 
     def __init__(
@@ -66,8 +66,7 @@ class Mirror:
         self._delivering = threading.Lock()
         self._changed = threading.Condition()  # guards all that is above
         self._wake = threading.Event()
-        self._closed = False
-        self._dismissed = False
+        self._closed = False  # nothing is taken any more
         self._failures = 0
         self._away = False  # the last delivery failed
         self._sender: threading.Thread | None = None
@@ -75,7 +74,7 @@ class Mirror:
     def add(self, points: Iterable[Point]) -> None:
         """Queue points. Returns at once."""
         with self._changed:
-            if not self._dismissed:
+            if not self._closed:
                 self._points += points
         self._start()
 
@@ -87,7 +86,7 @@ class Mirror:
     def errand(self, call: Callable[[], object]) -> None:
         """Queue something else to do with the store, once, behind the metrics. Returns at once."""
         with self._changed:
-            if self._dismissed:
+            if self._closed:
                 return
             self._errands.append(call)
             dropped = len(self._errands) - MAX_ERRANDS
@@ -169,7 +168,7 @@ class Mirror:
         if self._permit():
             return True
         with self._changed:
-            self._dismissed = True
+            self._closed = True
             self._recorded = None
             self._points.clear()
             self._errands.clear()

@@ -176,13 +176,13 @@ class Run:
         `to_the_end`, after `END_SECONDS`; another one raises DeeDSRError.
         """
         self._stop_monitor()
-        if not self.fault_tolerant:
-            self._mirror.close()
+        try:
+            if self.fault_tolerant:
+                return self._mirror.drain(END_SECONDS if to_the_end else STOP_SECONDS, again=to_the_end)
             self.flush()
             return True
-        sent = self._mirror.drain(END_SECONDS if to_the_end else STOP_SECONDS, again=to_the_end)
-        self._mirror.close()
-        return sent
+        finally:
+            self._mirror.close()
 
     def finish(self, status: str = "FINISHED") -> bool:
         """Close the run as `FINISHED`, `FAILED` or `KILLED`; `close` says what becomes of the rest."""
