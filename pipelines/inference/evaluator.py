@@ -59,11 +59,7 @@ class Measured(NamedTuple):
     versions: tuple[str, ...] = ()
 
 
-class Evaluated(NamedTuple):
-    """Result of one part. `pictures`: those for the output; uint8 RGB (height, width, 3)."""
-
-    sample: Measured
-    pictures: dict[str, np.ndarray]
+Evaluated = tuple[Measured, dict[str, np.ndarray]]  # of one part, with the pictures for the output: uint8 RGB (H, W, 3)
 
 
 @dataclass(frozen=True)
@@ -91,7 +87,7 @@ class Evaluator:
             return self._evaluated(part)
         except RejectedImage as reason:
             record = Record(key=part.key, source=None, metrics={}, pictures={})
-            return Evaluated(Measured(record, {}, str(reason), part.versions), {})
+            return Measured(record, {}, str(reason), part.versions), {}
 
     def _evaluated(self, part: Part) -> Evaluated:
         pictures, source = self._given(part)
@@ -122,7 +118,7 @@ class Evaluator:
         record = Record(
             key=part.key, source=source, metrics=figures, pictures={name: places[name] for name in pictures}
         )
-        return Evaluated(Measured(record, features, "", part.versions), {name: pictures[name] for name in made})
+        return Measured(record, features, "", part.versions), {name: pictures[name] for name in made}
 
     def _given(self, part: Part) -> tuple[dict[str, np.ndarray], SourceInfo | None]:
         """The pictures of a part by name, and where they come from."""

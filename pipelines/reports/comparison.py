@@ -84,10 +84,6 @@ def compare(
     return Comparison([run for section in sections for run in section.runs], page, sections)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
-
-
 def data_text(run: RunRow) -> str:
     return " ".join(filter(None, [(run["dataset_digest"] or "-")[:12], run["config"].get("split")]))
 
@@ -151,10 +147,6 @@ def _section_text(section: Section, width: int | None) -> list[str]:
         marked = " (* = best)" if any(cell.endswith("*") for row in rows for cell in row) else ""
         parts.append(text_table(f"{group.title}: results{ranked}{marked}", header, rows, 2, width))
     return parts
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Page
 
 
 def _write(client: "MlflowClient", out: str | Path, title: str, uri: str, sections: list[Section]) -> None:

@@ -118,10 +118,6 @@ def inspect_against(
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Parameters
-
-
 @dataclass(frozen=True)
 class Shift:
     """One parameter in both datasets. `share`: of the samples that would have to get another value, 0 to 1."""
@@ -179,10 +175,6 @@ def parameter_shifts(new: Survey, old: Survey) -> dict[str, list[Shift]]:
     return {title: [shift(one) for one in steps if one.column in before] for title, steps in new.steps.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Samples
-
-
 def _shown(found: Difference, prints: Sequence[Any], wanted: int, rng: np.random.Generator) -> np.ndarray:
     """(n, 2): rows of the same sample in both, changed ones if there are any; else of the same source."""
     pairs = found.pairs[found.hr | found.lr]
@@ -234,10 +226,6 @@ def _libraries(new: Dataset, old: Dataset) -> dict[str, tuple[str, str]]:
 
 def _value(value: Any) -> str:
     return "–" if value is None else value if isinstance(value, str) else json.dumps(value)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# MLflow
 
 
 def _logged(

@@ -245,10 +245,6 @@ def inspect(
     return InspectResult(str(out), dataset.manifest.samples, len(shown), dataset.manifest.rejected)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pairs
-
-
 @dataclass(frozen=True)
 class Pair:
     """A measured sample. `psnr`: dB on Y of its LR, enlarged bicubically; `view`: what the page shows, None if not."""
@@ -305,10 +301,6 @@ def severity_histogram(pairs: Sequence[Pair]) -> Histogram:
     severity = Histogram(None, (float(psnr.min()), float(psnr.max())) if len(psnr) else None)
     severity.add(psnr)
     return severity
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables
 
 
 def strata_rows(found: Survey, strata: Mapping[str, Mapping[str, Any]], pairs: Sequence[Pair]) -> list[dict[str, Any]]:
