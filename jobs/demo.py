@@ -231,7 +231,8 @@ def _pictures(out: Path) -> list[Any]:
     import cv2
 
     from deedsr.dataset.pictures import decode
-    from pipelines.reports import report
+    from pipelines.reports.page import PictureSet
+    from pipelines.reports.report import evaluated_pictures
 
     sets = []
     for low in sorted((out / "degraded").glob("*.png")):
@@ -240,11 +241,11 @@ def _pictures(out: Path) -> list[Any]:
         versions: dict[str, Any] = {"LR": lr, "Bicubic": bicubic}
         versions |= {label: out / "upscaled" / name / low.name for name, label in LABELS.items()}
         versions["HR"] = out / "hr" / low.name
-        sets.append(report.PictureSet(low.stem.replace("-", " "), versions, shown=LABELS["tiny"]))
+        sets.append(PictureSet(low.stem.replace("-", " "), versions, shown=LABELS["tiny"]))
     folders = {label: out / "evaluation" / name for name, label in LABELS.items()}
     first = json.loads((next(iter(folders.values())) / "results.json").read_text())
     keys = [sample["key"] for sample in first["samples"]]
-    return sets + report.evaluated_pictures(folders, keys[:: max(1, len(keys) // 4)][:4], shown=LABELS["tiny"])
+    return sets + evaluated_pictures(folders, keys[:: max(1, len(keys) // 4)][:4], shown=LABELS["tiny"])
 
 
 def _short(word: str, out: Path) -> str:

@@ -16,13 +16,12 @@ from deedsr.degradation import degrade, draw_degradation
 from deedsr.errors import DeeDSRError
 from pipelines.data.dataset import Sample
 from pipelines.reports.charts import Curve, draw, ticks
+from pipelines.reports.page import PictureSet, describe_degradation
 from pipelines.reports.report import (
     DemoReport,
     Evaluation,
-    PictureSet,
     Step,
     Training,
-    describe_degradation,
     evaluated_pictures,
     evaluation_of,
     methods_table,
@@ -52,6 +51,7 @@ def report(pairs) -> DemoReport:
         bicubic = cv2.resize(lr, hr.shape[1::-1], interpolation=cv2.INTER_CUBIC)
         return {"LR": lr, "Bicubic": bicubic, "tiny": cv2.bilateralFilter(bicubic, 5, 20, 5), "HR": hr}
 
+    info = {"source": {"path": "a.jpg"}, "crop": [0, 0, 256, 256], "flip": False}
     wide = np.ascontiguousarray(np.hstack([hr for _, hr, _, _ in pairs]))
     return DemoReport(
         title="Photographs & <pictures>",
@@ -68,7 +68,7 @@ def report(pairs) -> DemoReport:
         trainings=[
             Training("Degradation learner", [Curve("loss", [(s, 5 / s) for s in range(1, 90)])], 89, 0.5, {"lr": 0.1})
         ],
-        samples=[Sample(name, hr, lr, {"degradation": draws}) for name, hr, lr, draws in pairs],
+        samples=[Sample(name, hr, lr, {**info, "degradation": draws}) for name, hr, lr, draws in pairs],
         pictures=[PictureSet(name, versions(hr, lr)) for name, hr, lr, _ in pairs]
         + [PictureSet("wide", {"Bicubic": cv2.blur(wide, (9, 9)), "tiny": wide})],
         versions={"torch": "2.13.0"},

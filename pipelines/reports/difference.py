@@ -24,8 +24,8 @@ from pipelines.reports.fingerprints import (
     recipe_difference,
     same_sources,
 )
-from pipelines.reports.inspection import Parameter, Survey, pair_view, spread_rows, survey
-from pipelines.reports.page import caption, page_place, write_page
+from pipelines.reports.inspection import Parameter, Survey, spread_rows, survey
+from pipelines.reports.page import caption, page_place, pair_view, write_page
 from pipelines.tracking.store import sqlite_path
 
 logger = logging.getLogger(__name__)

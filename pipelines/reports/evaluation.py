@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deedsr.metrics.metric import Metric
-from pipelines.reports.page import write_page
-from pipelines.reports.report import PictureSet, picture_view
+from pipelines.reports.page import PictureSet, picture_view, write_page
 
 SHOWN = 3  # pictures of each group
 LISTED = 1000  # pictures at most in the list

@@ -21,12 +21,11 @@ from deedsr.dataset.recipe import Recipe
 from deedsr.degradation.draws import parameter_limits, parameter_names, parameter_shares, parameter_step
 from deedsr.degradation.kernels import KERNELS
 from deedsr.metrics import psnr_y
-from pipelines.data.dataset import Dataset, Sample
+from pipelines.data.dataset import Dataset
 from pipelines.data.index import LeftOut, SampleIndex, left_out, require_hr
 from pipelines.distribution import in_threads
 from pipelines.reports.charts import Histogram, NamedCounts
-from pipelines.reports.page import data_uri, page_place, write_page
-from pipelines.reports.report import describe_degradation, yaml_text
+from pipelines.reports.page import page_place, pair_view, write_page, yaml_text
 
 _MAX_PARTS = 8  # of the index, from which samples are chosen: a part holds up to a million rows
 
@@ -272,27 +271,6 @@ def read_pairs(dataset: Dataset, table: pa.Table, shown: set[int], progress: boo
 
     pairs = in_threads(read, range(table.num_rows), READERS)
     return list(tqdm(pairs, total=table.num_rows, unit="sample", desc="samples", disable=not progress))
-
-
-def pair_view(sample: Sample) -> dict[str, Any]:
-    """One pair as the template shows it."""
-    height, width = sample.hr.shape[:2]
-    # Pairs of two photographs were degraded by the world, not by a chain.
-    draws = sample.info.get("degradation") or {"steps": [], "clean": False}
-    return {
-        "key": sample.key,
-        "title": f"sample {sample.key}",
-        "width": width,
-        "height": height,
-        "hr": data_uri(sample.hr),
-        "lr": data_uri(sample.lr, lossless=True),
-        "lr_size": sample.lr.shape[1::-1],
-        "source": sample.info["source"]["path"],
-        "crop": sample.info["crop"],
-        "flip": sample.info["flip"],
-        "steps": describe_degradation(draws),
-        "clean": draws["clean"],
-    }
 
 
 def severity_histogram(pairs: Sequence[Pair]) -> Histogram:

@@ -1,9 +1,14 @@
-"""Self-contained HTML pages: one file that opens without a network, with its styles, scripts and pictures inside."""
+"""Self-contained HTML pages: one file that opens without a network, with its styles, scripts and pictures inside.
+
+Below the engine is what pages have in common: pictures, pairs with their draws, scenes with a slider.
+"""
 
 import base64
 import functools
+import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +24,11 @@ from pipelines.storage import Storage, object_at
 if TYPE_CHECKING:
     from jinja2 import Environment
 
+    from pipelines.data.dataset import Sample
+
 MAX_SIDE = 1280  # px: larger pictures are reduced for the page
 WEBP_QUALITY = 90
+Picture = np.ndarray | str | Path  # uint8 HWC RGB, or a file
 _CAPTION = 18  # px: height of a line of text in a picture
 
 
@@ -65,7 +73,7 @@ def write_page(out: str | Path, template: str, **content: Any) -> None:
     storage.write(name, html.encode("utf-8", errors="backslashreplace"))
 
 
-def read_picture(picture: np.ndarray | str | Path) -> np.ndarray:
+def read_picture(picture: Picture) -> np.ndarray:
     """A picture as uint8 HWC RGB, from an array of that kind or a file."""
     if isinstance(picture, np.ndarray):
         return picture
@@ -107,3 +115,117 @@ def caption(text: str, width: int) -> np.ndarray:
     while len(text) > 1 and cv2.getTextSize(text, font, scale, 1)[0][0] > width - 6:
         text = text[1:]
     return cv2.putText(bar, text, (3, _CAPTION - 5), font, scale, (30, 30, 30), 1, cv2.LINE_AA)
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """One scene in several versions, by label, from worst to best; all of one aspect ratio.
+
+    The slider first shows `against`, by default the second version (bicubic), against `shown`, by default the last one
+    that is not HR.
+    `figures[label]` is one line under a version, such as `24.1 dB`.
+    """
+
+    title: str
+    versions: Mapping[str, Picture]
+    note: str = ""
+    shown: str = ""
+    against: str = ""
+    figures: Mapping[str, str] = field(default_factory=dict)
+
+
+def picture_view(picture: PictureSet) -> dict[str, Any]:
+    """What the comparison slider of one picture needs: encoded versions and which two it starts with."""
+    labels = list(picture.versions)
+    arrays = {label: read_picture(version) for label, version in picture.versions.items()}
+    height, width = max((array.shape[:2] for array in arrays.values()), key=lambda size: size[0])
+    candidates = [label for label in labels if label != "HR"] or labels
+    return {
+        "title": picture.title,
+        "note": picture.note,
+        "width": width,
+        "height": height,
+        "focus": busiest_spot(arrays[labels[-1]]),
+        "left": picture.against or (labels[1] if len(labels) > 2 else labels[0]),
+        "right": picture.shown or candidates[-1],
+        "versions": [
+            {
+                "label": label,
+                "src": data_uri(array, lossless=array.shape[0] < height),
+                "coarse": array.shape[0] < height,
+                "figure": picture.figures.get(label, ""),
+            }
+            for label, array in arrays.items()
+        ],
+    }
+
+
+def busiest_spot(image_HWC: np.ndarray) -> tuple[float, float]:
+    """Centre (x, y as shares of the sides) of the window, a third of the picture wide, with the most fine detail."""
+    gray = cv2.cvtColor(image_HWC, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    height, width = gray.shape
+    window = (max(1, width // 3), max(1, height // 3))
+    detail = cv2.blur(np.abs(cv2.Laplacian(gray, cv2.CV_32F)), window)
+    inner = detail[window[1] // 2 : height - window[1] // 2, window[0] // 2 : width - window[0] // 2]
+    row, column = np.unravel_index(int(inner.argmax()), inner.shape)
+    return (column + window[0] // 2) / width, (row + window[1] // 2) / height
+
+
+def pair_view(sample: "Sample") -> dict[str, Any]:
+    """One pair as the template shows it."""
+    height, width = sample.hr.shape[:2]
+    # Pairs of two photographs were degraded by the world, not by a chain.
+    draws = sample.info.get("degradation") or {"steps": [], "clean": False}
+    return {
+        "key": sample.key,
+        "title": f"sample {sample.key}",
+        "width": width,
+        "height": height,
+        "hr": data_uri(sample.hr),
+        "lr": data_uri(sample.lr, lossless=True),
+        "lr_size": sample.lr.shape[1::-1],
+        "source": sample.info["source"]["path"],
+        "crop": sample.info["crop"],
+        "flip": sample.info["flip"],
+        "steps": describe_degradation(draws),
+        "clean": draws["clean"],
+    }
+
+
+def describe_degradation(draws: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The drawn chain as text, in order: (operation, values)."""
+    titles = {"blur": "Blur", "resize": "Resize", "noise": "Noise", "jpeg": "JPEG", "sinc": "Sinc"}
+    lines = []
+    for step in draws["steps"]:
+        kind = step["step"].rstrip("0123456789")
+        lines.append((titles.get(kind, kind), ", ".join(_values(kind, step))))
+    return lines
+
+
+def _values(kind: str, step: Mapping[str, Any]) -> list[str]:
+    if kind in ("blur", "sinc"):
+        words = [step["kernel"].replace("_", " ")] if kind == "blur" else []
+        words.append(f"{step['size']} px")
+        if "cutoff" in step:
+            return [*words, f"cut-off {step['cutoff']:.2f}"]
+        width = f"σ {step['sigma_x']:.2f} px"
+        if step["sigma_y"] != step["sigma_x"]:
+            angle = math.degrees(step["theta"])
+            width = f"σ {step['sigma_x']:.2f} × {step['sigma_y']:.2f} px at {angle:.0f}°"
+        return [*words, width, *([f"β {step['beta']:.2f}"] if "beta" in step else [])]
+    if kind == "resize":
+        factor = [f"×{step['factor']:.2f}"] if "factor" in step else []
+        return [step["mode"], *factor, *([f"to {step['size'][1]}×{step['size'][0]}"] if "size" in step else [])]
+    if kind == "noise":
+        strength = f"σ {step['sigma']:.1f}" if "sigma" in step else f"scale {step['scale']:.2f}"
+        return [step["family"], strength, *(["gray"] if step["gray"] else [])]
+    if kind == "jpeg":
+        return [f"quality {step['quality']}"]
+    return [f"{name} {value}" for name, value in step.items() if name != "step"]
+
+
+def yaml_text(config: Mapping[str, Any]) -> str:
+    """A configuration as people write it; empty for none."""
+    import yaml
+
+    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True) if config else ""

@@ -16,23 +16,17 @@ It takes plain data and opens nothing but the picture files that it is given:
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
-
 from deedsr.errors import DeeDSRError
 from deedsr.metrics.registry import known
 from pipelines.data.dataset import Sample
 from pipelines.reports.charts import Curve, draw
-from pipelines.reports.page import data_uri, read_picture, write_page
+from pipelines.reports.page import PictureSet, pair_view, picture_view, write_page, yaml_text
 from pipelines.reports.tables import Cell, Table, metric_text, metric_title
-
-Picture = np.ndarray | str | Path  # uint8 HWC RGB, or a file
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,6 @@ class Training:
     steps: int
     seconds_per_step: float
     config: Mapping[str, Any] = field(default_factory=dict)
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,23 +91,6 @@ def evaluation_of(results: Mapping[str, Mapping[str, Any]], note: str = "") -> E
     figures |= {label: found["metrics"]["model"] for label, found in results.items()}
     metrics = {label: {name: one["mean"] for name, one in found.items()} for label, found in figures.items()}
     return Evaluation(digest, len(keys), metrics, note)
-
-
-@dataclass(frozen=True)
-class PictureSet:
-    """One scene in several versions, by label, from worst to best; all of one aspect ratio.
-
-    The slider first shows `against`, by default the second version (bicubic), against `shown`, by default the last one
-    that is not HR.
-    `figures[label]` is one line under a version, such as `24.1 dB`.
-    """
-
-    title: str
-    versions: Mapping[str, Picture]
-    note: str = ""
-    shown: str = ""
-    against: str = ""
-    figures: Mapping[str, str] = field(default_factory=dict)
 
 
 def evaluated_pictures(folders: Mapping[str, Path], keys: Sequence[str], shown: str = "") -> list[PictureSet]:
@@ -172,56 +148,11 @@ def write_report(out: str | Path, report: DemoReport) -> Path:
         total=sum(step.seconds for step in report.steps) or 1.0,
         table=methods_table(report.evaluation.metrics),
         pictures=[picture_view(picture) for picture in report.pictures],
-        samples=[
-            {
-                "key": sample.key,
-                "hr": data_uri(sample.hr),
-                "lr": data_uri(sample.lr, lossless=True),
-                "steps": describe_degradation(sample.info["degradation"]),
-            }
-            for sample in report.samples
-        ],
+        samples=[pair_view(sample) for sample in report.samples],
         charts=[[draw([curve], curve.name) for curve in training.curves] for training in report.trainings],
         configs=[yaml_text(training.config) for training in report.trainings],
     )
     return Path(out)
-
-
-def picture_view(picture: PictureSet) -> dict[str, Any]:
-    """What the comparison slider of one picture needs: encoded versions and which two it starts with."""
-    labels = list(picture.versions)
-    arrays = {label: read_picture(version) for label, version in picture.versions.items()}
-    height, width = max((array.shape[:2] for array in arrays.values()), key=lambda size: size[0])
-    candidates = [label for label in labels if label != "HR"] or labels
-    return {
-        "title": picture.title,
-        "note": picture.note,
-        "width": width,
-        "height": height,
-        "focus": busiest_spot(arrays[labels[-1]]),
-        "left": picture.against or (labels[1] if len(labels) > 2 else labels[0]),
-        "right": picture.shown or candidates[-1],
-        "versions": [
-            {
-                "label": label,
-                "src": data_uri(array, lossless=array.shape[0] < height),
-                "coarse": array.shape[0] < height,
-                "figure": picture.figures.get(label, ""),
-            }
-            for label, array in arrays.items()
-        ],
-    }
-
-
-def busiest_spot(image_HWC: np.ndarray) -> tuple[float, float]:
-    """Centre (x, y as shares of the sides) of the window, a third of the picture wide, with the most fine detail."""
-    gray = cv2.cvtColor(image_HWC, cv2.COLOR_RGB2GRAY).astype(np.float32)
-    height, width = gray.shape
-    window = (max(1, width // 3), max(1, height // 3))
-    detail = cv2.blur(np.abs(cv2.Laplacian(gray, cv2.CV_32F)), window)
-    inner = detail[window[1] // 2 : height - window[1] // 2, window[0] // 2 : width - window[0] // 2]
-    row, column = np.unravel_index(int(inner.argmax()), inner.shape)
-    return (column + window[0] // 2) / width, (row + window[1] // 2) / height
 
 
 def methods_table(metrics: Mapping[str, Mapping[str, float | None]]) -> Table:
@@ -245,42 +176,3 @@ def methods_table(metrics: Mapping[str, Mapping[str, float | None]]) -> Table:
     names = list(dict.fromkeys(name for row in metrics.values() for name in row))
     head = [metric_title(known()[name]) if name in known() else name for name in names]
     return Table(head, [(label, [cell(name, row) for name in names]) for label, row in metrics.items()])
-
-
-def describe_degradation(draws: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The drawn chain as text, in order: (operation, values)."""
-    titles = {"blur": "Blur", "resize": "Resize", "noise": "Noise", "jpeg": "JPEG", "sinc": "Sinc"}
-    lines = []
-    for step in draws["steps"]:
-        kind = step["step"].rstrip("0123456789")
-        lines.append((titles.get(kind, kind), ", ".join(_values(kind, step))))
-    return lines
-
-
-def _values(kind: str, step: Mapping[str, Any]) -> list[str]:
-    if kind in ("blur", "sinc"):
-        words = [step["kernel"].replace("_", " ")] if kind == "blur" else []
-        words.append(f"{step['size']} px")
-        if "cutoff" in step:
-            return [*words, f"cut-off {step['cutoff']:.2f}"]
-        width = f"σ {step['sigma_x']:.2f} px"
-        if step["sigma_y"] != step["sigma_x"]:
-            angle = math.degrees(step["theta"])
-            width = f"σ {step['sigma_x']:.2f} × {step['sigma_y']:.2f} px at {angle:.0f}°"
-        return [*words, width, *([f"β {step['beta']:.2f}"] if "beta" in step else [])]
-    if kind == "resize":
-        factor = [f"×{step['factor']:.2f}"] if "factor" in step else []
-        return [step["mode"], *factor, *([f"to {step['size'][1]}×{step['size'][0]}"] if "size" in step else [])]
-    if kind == "noise":
-        strength = f"σ {step['sigma']:.1f}" if "sigma" in step else f"scale {step['scale']:.2f}"
-        return [step["family"], strength, *(["gray"] if step["gray"] else [])]
-    if kind == "jpeg":
-        return [f"quality {step['quality']}"]
-    return [f"{name} {value}" for name, value in step.items() if name != "step"]
-
-
-def yaml_text(config: Mapping[str, Any]) -> str:
-    """A configuration as people write it; empty for none."""
-    import yaml
-
-    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True) if config else ""
