@@ -14,8 +14,7 @@ SHOWN = 10  # rejected pictures; `results.json` has all
 
 
 def run(options: EvaluateOptions) -> Outcome:
-    from pipelines.inference.evaluation import evaluate
-    from pipelines.inference.figures import TABLE
+    from pipelines.inference.evaluation import TABLE, evaluate
     from pipelines.storage import open_storage
 
     result = evaluate(options)

@@ -6,8 +6,8 @@ import pytest
 
 from deedsr.metrics.intervals import differences, means
 from deedsr.metrics.registry import selected
-from pipelines.inference.figures import differences_table, means_table
 from pipelines.reports.evaluation import groups, ranked, write_evaluation
+from pipelines.reports.tables import differences_table, means_table
 
 MEASURES = selected(("psnr", "niqe"))
 LABELS = {"model": "our <model>", "bicubic": "bicubic"}

@@ -6,8 +6,7 @@ import pytest
 from deedsr.metrics.fid import frechet_distance
 from deedsr.metrics.intervals import differences, means, of_sets
 from deedsr.metrics.registry import selected
-from pipelines.inference.figures import differences_table, means_table
-from pipelines.reports.tables import latex, markdown, plain
+from pipelines.reports.tables import differences_table, latex, markdown, means_table, plain
 
 
 def test_an_interval_is_that_of_the_mean():

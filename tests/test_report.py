@@ -24,9 +24,9 @@ from pipelines.reports.report import (
     Training,
     evaluated_pictures,
     evaluation_of,
-    methods_table,
     write_report,
 )
+from pipelines.reports.tables import methods_table
 
 DIGEST = "0123456789abcdef" * 4
 

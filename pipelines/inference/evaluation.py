@@ -10,20 +10,24 @@ OUT/claim.json                       one command at a time, see `pipelines.claim
 """
 
 import hashlib
+import io
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 from tqdm import tqdm
 
 import deedsr
 from deedsr.dataset.members import encode
 from deedsr.errors import UsageError
 from deedsr.metrics.fidelity import WINDOW
+from deedsr.metrics.intervals import Difference, differences, means, of_sets
 from deedsr.metrics.metric import Metric
 from deedsr.metrics.niqe import BLOCK
 from deedsr.metrics.registry import WITHOUT_WEIGHTS, known, named_in_errors
@@ -33,19 +37,19 @@ from pipelines.data.dataset import Dataset
 from pipelines.data.index import require_hr
 from pipelines.distribution import each, network_plan
 from pipelines.inference.evaluator import RESULTS, Evaluated, Evaluator, Measured, State, place_in, read_pixels
-from pipelines.inference.figures import ROWS, differences_table, figures_of, means_table, rows_file, table_files
 from pipelines.inference.options import EvaluateOptions
 from pipelines.inference.parts import Given, Part, dataset_given, evenly, files_given, samples_given
 from pipelines.models import Model
 from pipelines.placement import place_networks
 from pipelines.reports.evaluation import write_evaluation
 from pipelines.reports.page import picture_name, strip
+from pipelines.reports.tables import Figures, Table, differences_table, latex, markdown, means_table, plain
 from pipelines.storage import Storage, open_storage, scratch_folder
 from pipelines.storage.waiting import patiently
 from pipelines.tracking.registry import log_evaluation
 
 logger = logging.getLogger(__name__)
-PAGE = "evaluation.html"
+ROWS, TABLE, PAGE = "rows.parquet", "table.txt", "evaluation.html"
 LOGGED_PICTURES = 8  # comparisons among the artifacts of the MLflow run
 
 
@@ -204,10 +208,10 @@ class _Evaluation:
             "samples": samples,
             "parts": [(part.key, *part.versions) for part in self.given.parts],
             "experiment": self.config["experiment"],
+            "format_version": self.about["format_version"],
+            "rejected": self.given.rejected,
+            "store": tracking.masked_uri(tracking.tracking_uri()),
         }
-        whole["format_version"] = self.about["format_version"]
-        whole["rejected"] = self.given.rejected
-        whole["store"] = tracking.masked_uri(tracking.tracking_uri())
         return State(self.out, _digest(samples), _digest(whole))
 
     def _started(self, run_id: str | None, claim: Claim) -> tracking.Run:
@@ -236,7 +240,7 @@ class _Evaluation:
             raise UsageError(f"no picture of {self.given.uri} could be measured, such as {reason}")
         if rejected:
             logger.warning("evaluate: %d pictures are left out for all methods, such as %s", len(rejected), reason)
-        figures, changes = figures_of(samples, self.work.methods, self.measures)
+        figures, changes = _figures(samples, self.work.methods, self.measures)
         records = [sample.record for sample in samples]
         results = self.about | {
             "run_id": run.id,
@@ -258,7 +262,7 @@ class _Evaluation:
         tables = [means_table(figures, self.measures, labels), differences_table(changes, self.measures, labels)]
         about = {"Pictures": str(len(samples)), "From": self.given.uri, "Digest": self.given.digest}
         with scratch_folder() as folder:
-            for name, content in ({ROWS: rows_file(samples)} | table_files(tables)).items():
+            for name, content in ({ROWS: _rows_file(samples)} | _table_files(tables)).items():
                 (folder / name).write_bytes(content)
             write_evaluation(folder / PAGE, labels, about, tables, self.measures, records, rejected, self._versions)
             for path in folder.iterdir():
@@ -306,6 +310,49 @@ def _prepared(work: Evaluator, given: Given) -> dict[str, Metric]:
         with named_in_errors(name):
             metric.prepare()
     return measures
+
+
+def _figures(
+    samples: Sequence[Measured], methods: Sequence[str], measures: Mapping[str, Metric]
+) -> tuple[Figures, list[Difference]]:
+    """Figures of each method, and differences of each two."""
+    figures: Figures = {method: {} for method in methods}
+    changes: list[Difference] = []
+    for name, metric in measures.items():
+        if metric.of_pictures:
+            values = {method: [one.record["metrics"][method][name] for one in samples] for method in methods}
+            found, change = means(values), differences(name, values, metric.higher_is_better)
+        else:
+            with named_in_errors(name):
+                features = {method: [one.features[method][name] for one in samples] for method in methods}
+                found, change = of_sets(name, features, metric.summary)
+        changes += change
+        for method in methods:
+            figures[method][name] = found[method]
+    return figures, changes
+
+
+def _table_files(tables: Sequence[Table]) -> dict[str, bytes]:
+    """Files with the tables for a terminal, in Markdown and in LaTeX, by name."""
+    forms = {TABLE: plain, "table.md": markdown, "table.tex": latex}
+    return {
+        name: ("\n\n".join(form(table) for table in tables if table.rows) + "\n").encode()
+        for name, form in forms.items()
+    }
+
+
+def _rows_file(samples: Sequence[Measured]) -> bytes:
+    """A Parquet file with a row for each picture, method and metric."""
+    rows = [
+        {"picture": sample.record["key"], "method": method, "metric": name, "value": value}
+        for sample in samples
+        for method, found in sample.record["metrics"].items()
+        for name, value in found.items()
+    ]
+    schema = pa.schema({"picture": pa.string(), "method": pa.string(), "metric": pa.string(), "value": pa.float64()})
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema), file)
+    return file.getvalue()
 
 
 def _digest(value: Any) -> str:

@@ -186,18 +186,20 @@ def _places(given: str, out: Storage) -> Iterator[tuple[Storage, str, str]]:
     What lies in `out` are results of earlier commands: a folder or pattern leaves them out, a file's own name does not.
     """
     uri = open_storage(given).uri
-    is_result = lambda storage, path: _uri(storage, path).startswith(f"{out.uri.rstrip('/')}/")
     folder, pattern = split_pattern(uri)
-    if pattern:
-        storage = open_storage(folder)
-        for entry in matching(storage, pattern):
-            if _is_picture(entry.path) and not is_result(storage, entry.path):
-                yield storage, entry.path, posixpath.basename(entry.path)
-    elif _is_file(uri):
+    if not pattern and _is_file(uri):
         storage, path = object_at(uri)
         yield storage, path, posixpath.basename(path)
-    else:
-        yield from (place for place in _below(open_storage(uri)) if not is_result(*place[:2]))
+        return
+    storage = open_storage(folder if pattern else uri)
+    for entry in matching(storage, pattern) if pattern else storage.list():
+        path = entry.path
+        if not _is_picture(path) or _uri(storage, path).startswith(f"{out.uri.rstrip('/')}/"):
+            continue
+        if pattern:
+            yield storage, path, posixpath.basename(path)
+        elif not is_hidden(path):
+            yield storage, path, "/".join(part for part in path.split("/") if part not in ("", "."))
 
 
 def _is_file(uri: str) -> bool:
@@ -208,13 +210,6 @@ def _is_file(uri: str) -> bool:
     if not local.exists():
         raise UsageError(f"{uri} does not exist")
     return not local.is_dir()
-
-
-def _below(storage: Storage) -> Iterator[tuple[Storage, str, str]]:
-    """The pictures below a folder, without hidden ones."""
-    for entry in storage.list():
-        if _is_picture(entry.path) and not is_hidden(entry.path):
-            yield storage, entry.path, "/".join(part for part in entry.path.split("/") if part not in ("", "."))
 
 
 def _is_picture(path: str) -> bool:

@@ -34,7 +34,7 @@ def write_evaluation(
     """Write the page to `out`: pictures are sorted by how far the first method is ahead of the second, by the first
     metric that single pictures have.
 
-    `labels`: what the methods are called; `tables`: of `pipelines.inference.figures`; `read`: the versions of a
+    `labels`: what the methods are called; `tables`: of `pipelines.reports.tables`; `read`: the versions of a
     picture by name, `lr`, methods and `hr`.
     """
     metric = next((metric for metric in metrics.values() if metric.of_pictures), None)

@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from deedsr.errors import DeeDSRError
-from deedsr.metrics.registry import known
 from pipelines.data.dataset import Sample
 from pipelines.reports.charts import Curve, draw
 from pipelines.reports.page import PictureSet, pair_view, picture_view, write_page, yaml_text
-from pipelines.reports.tables import Cell, Table, metric_text, metric_title
+from pipelines.reports.tables import methods_table
 
 
 @dataclass(frozen=True)
@@ -153,26 +152,3 @@ def write_report(out: str | Path, report: DemoReport) -> Path:
         configs=[yaml_text(training.config) for training in report.trainings],
     )
     return Path(out)
-
-
-def methods_table(metrics: Mapping[str, Mapping[str, float | None]]) -> Table:
-    """A table of methods by metrics: the best value of each is marked, notes are differences from the first method."""
-    first = next(iter(metrics.values()))
-
-    def cell(name: str, row: Mapping[str, float | None]) -> Cell:
-        value, baseline = row.get(name), first.get(name)
-        if value is None:
-            return Cell("–")
-        # Of a metric of another package the direction is not known here: none is called the best.
-        sign = 0 if name not in known() else 1 if known()[name].higher_is_better else -1
-        values = [sign * other for one in metrics.values() if (other := one.get(name)) is not None]
-        shown = Cell(metric_text(value, name), best=sign != 0 and len(values) > 1 and sign * value == max(values))
-        if row is first or baseline is None:
-            return shown
-        difference = value - baseline
-        note = f"{'+' if difference >= 0 else '−'}{metric_text(abs(difference), name)}"
-        return shown._replace(note=note, tone="good" if sign * difference > 0 else "bad")
-
-    names = list(dict.fromkeys(name for row in metrics.values() for name in row))
-    head = [metric_title(known()[name]) if name in known() else name for name in names]
-    return Table(head, [(label, [cell(name, row) for name in names]) for label, row in metrics.items()])

@@ -1,12 +1,13 @@
-"""Figures as text, and tables of them for a terminal, in Markdown and in LaTeX; pages have their own macro."""
+"""Figures as text, and tables of them: of an evaluation, for a terminal, in Markdown and in LaTeX, on a page."""
 
 import math
 import re
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from deedsr.metrics.intervals import Difference, Interval
 from deedsr.metrics.metric import Metric
 from deedsr.metrics.registry import known
 
@@ -24,6 +25,74 @@ class Cell(NamedTuple):
 class Table(NamedTuple):
     head: list[str]
     rows: list[tuple[str, list[Cell]]]  # by label
+
+
+Figures = dict[str, dict[str, Interval]]  # by method and metric
+
+
+def means_table(metrics: Figures, measures: Mapping[str, Metric], labels: Mapping[str, str]) -> Table:
+    """A row for each method; the best mean of each metric is marked."""
+    best = {}
+    for name, metric in measures.items():
+        told = [found[name].mean for found in metrics.values()]
+        known = [mean for mean in told if mean is not None]
+        best[name] = (max if metric.higher_is_better else min)(known) if len(known) > 1 else None
+    rows = [
+        (
+            labels[method],
+            [_cell(found[name], metric, found[name].mean == best[name]) for name, metric in measures.items()],
+        )
+        for method, found in metrics.items()
+    ]
+    return Table([metric_title(metric) for metric in measures.values()], rows)
+
+
+def differences_table(
+    changes: Sequence[Difference], measures: Mapping[str, Metric], labels: Mapping[str, str]
+) -> Table:
+    """A row for each two methods: mean difference, interval, and on how many pictures the first one is better."""
+    names = [name for name in measures if any(change.metric == name for change in changes)]
+    rows: dict[str, dict[str, Cell]] = {}
+    for change in changes:
+        metric, label = measures[change.metric], f"{labels[change.method]} - {labels[change.other]}"
+        cell = _cell(Interval(change.mean, change.low, change.high), metric, sign="+")
+        wins = f" {100 * change.wins:.0f}%" if change.wins is not None else ""
+        rows.setdefault(label, {})[change.metric] = cell._replace(note=cell.note + wins)
+    return Table(
+        [metric_title(measures[name]) for name in names],
+        [(label, [cells.get(name, Cell("-")) for name in names]) for label, cells in rows.items()],
+    )
+
+
+def _cell(figure: Interval, metric: Metric, best: bool = False, sign: str = "") -> Cell:
+    if figure.mean is None:
+        return Cell("-")
+    number = f"{sign}.{metric.digits}f"
+    note = f"[{figure.low:{number}}, {figure.high:{number}}]" if figure.low is not None else ""
+    return Cell(f"{figure.mean:{number}}", note, best)
+
+
+def methods_table(metrics: Mapping[str, Mapping[str, float | None]]) -> Table:
+    """A table of methods by metrics: the best value of each is marked, notes are differences from the first method."""
+    first = next(iter(metrics.values()))
+
+    def cell(name: str, row: Mapping[str, float | None]) -> Cell:
+        value, baseline = row.get(name), first.get(name)
+        if value is None:
+            return Cell("–")
+        # Of a metric of another package the direction is not known here: none is called the best.
+        sign = 0 if name not in known() else 1 if known()[name].higher_is_better else -1
+        values = [sign * other for one in metrics.values() if (other := one.get(name)) is not None]
+        shown = Cell(metric_text(value, name), best=sign != 0 and len(values) > 1 and sign * value == max(values))
+        if row is first or baseline is None:
+            return shown
+        difference = value - baseline
+        note = f"{'+' if difference >= 0 else '−'}{metric_text(abs(difference), name)}"
+        return shown._replace(note=note, tone="good" if sign * difference > 0 else "bad")
+
+    names = list(dict.fromkeys(name for row in metrics.values() for name in row))
+    head = [metric_title(known()[name]) if name in known() else name for name in names]
+    return Table(head, [(label, [cell(name, row) for name in names]) for label, row in metrics.items()])
 
 
 def plain(table: Table) -> str:
