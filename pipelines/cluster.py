@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
-from urllib.parse import urlsplit
 
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines import autoscaler, machine
@@ -253,35 +252,20 @@ def is_local() -> bool:
 @contextmanager
 def scratch(uri: str, name: str) -> Iterator[tuple[str, Any]]:
     """A folder below `uri` as (path, pyarrow file system), removed with all it holds on leaving."""
+    from pyarrow import fs
+
     storage = open_storage(uri).child(name)
-    path, filesystem = arrow_filesystem(storage.uri)
+    remote = storage.uri.startswith("s3://")
     try:
-        yield path, filesystem
+        yield storage.uri.removeprefix("s3://"), _arrow_s3() if remote else fs.LocalFileSystem()
     finally:
         with waiting.cleaning(f"what Ray Train left in {storage.uri}"):
             storage.delete_all()
 
 
-def arrow_filesystem(uri: str) -> tuple[str, Any]:
-    """The path that pyarrow wants for `uri`, and its file system, set up from the same AWS variables as ours."""
-    from pyarrow import fs
-
-    storage = open_storage(uri)
-    if not storage.uri.startswith("s3://"):
-        return storage.uri, fs.LocalFileSystem()
-    endpoint = urlsplit(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    options = {
-        "region": region,
-        "endpoint_override": endpoint.netloc or None,
-        "scheme": endpoint.scheme or None,
-        "allow_bucket_creation": False,
-    }
-    return storage.uri.removeprefix("s3://"), _unmarked({k: v for k, v in options.items() if v is not None})
-
-
-def _unmarked(options: dict[str, Any]) -> Any:
-    """Pyarrow's S3 without the empty objects that mark folders, parents included."""
+def _arrow_s3() -> Any:
+    """Pyarrow's S3, set up from the same AWS variables as ours, without the empty objects that mark folders, parents
+    included."""
     from pyarrow import fs
 
     class Unmarked(fs.S3FileSystem):
@@ -289,6 +273,8 @@ def _unmarked(options: dict[str, Any]) -> Any:
             pass
 
         def __reduce__(self) -> Any:
-            return _unmarked, (options,)
+            return _arrow_s3, ()
 
-    return Unmarked(**options)
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    return Unmarked(region=region, endpoint_override=endpoint.rstrip("/") or None)
