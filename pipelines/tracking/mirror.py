@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ class NeverTaken(StoreRefused):
 Recorded = Callable[[Mapping[str, int]], Iterable[Point]]
 
 
-class Mirror:
+class Mirror(ABC):
     """Points and errands on their way to the store.
 
     For each metric, steps up to the last one that the store holds are left out. Batches go one after the other, so a
@@ -44,21 +45,13 @@ class Mirror:
     that failed, whose answer alone may have been lost, the store is asked anew what it holds.
 
     Args:
-        send: brings a batch of points to the store, all or nothing. Raises NeverTaken where trying again is of no use.
-        stored: the last step that the store holds, by metric.
         name: of the store, in messages.
         permit: asked before each delivery whether this process may still send; once it is False, the mirror is closed
             and all that waits is dropped.
     """
 
-    def __init__(
-        self,
-        send: Callable[[Sequence[Point]], None],
-        stored: Callable[[], dict[str, int]],
-        name: str,
-        permit: Callable[[], bool] = lambda: True,
-    ):
-        self._send, self._ask, self._name, self._permit = send, stored, name, permit
+    def __init__(self, name: str, permit: Callable[[], bool]):
+        self._name, self._permit = name, permit
         self._points: list[Point] = []
         self._errands: list[Callable[[], object]] = []
         self._recorded: Recorded | None = None
@@ -71,20 +64,31 @@ class Mirror:
         self._away = False  # the last delivery failed
         self._sender: threading.Thread | None = None
 
-    def add(self, points: Iterable[Point]) -> None:
-        """Queue points. Returns at once."""
+    @abstractmethod
+    def _send(self, points: Sequence[Point]) -> None:
+        """Bring a batch to the store, all or nothing. Raises NeverTaken where trying again is of no use."""
+
+    @abstractmethod
+    def _stored_steps(self) -> dict[str, int]:
+        """The last step that the store holds, by metric."""
+
+    def _add(self, points: Iterable[Point]) -> None:
         with self._changed:
             if not self._closed:
                 self._points += points
         self._start()
 
     def replay(self, recorded: Recorded) -> None:
-        """Queue the points of earlier processes before all others: `recorded` gets what the store holds."""
+        """Send what earlier processes logged and the store lacks, before anything else. Returns at once.
+
+        `recorded` gets the last step that the store holds, by metric, and gives at least the points behind these.
+        """
         self._recorded = recorded
         self._start()
 
-    def errand(self, call: Callable[[], object]) -> None:
-        """Queue something else to do with the store, once, behind the metrics. Returns at once."""
+    def later(self, call: Callable[[], object]) -> None:
+        """Do something with the store, once, when it is there, behind the metrics, on the sender's thread. Returns at
+        once."""
         with self._changed:
             if self._closed:
                 return
@@ -97,12 +101,12 @@ class Mirror:
         if not self._away:
             self._wake.set()
 
-    def last_step(self, prefix: str) -> int:
+    def _last_step(self, prefix: str) -> int:
         """The last step that the store holds of the metrics with this prefix; -1 for none."""
         return max((step for name, step in self._known().items() if name.startswith(prefix)), default=-1)
 
-    def deliver(self) -> None:
-        """Send everything now. What `send` raises comes through; what it did not take stays."""
+    def flush(self) -> None:
+        """Send what is pending now. Raises DeeDSRError where the store did not take it, which stays pending then."""
         with self._delivering:
             while (self._points or self._recorded) and self._may_send():
                 self._take_recorded()
@@ -133,7 +137,7 @@ class Mirror:
 
     def _known(self) -> dict[str, int]:
         if self._stored is None:
-            self._stored = self._ask()
+            self._stored = self._stored_steps()
         return self._stored
 
     def _take_recorded(self) -> None:
@@ -175,7 +179,7 @@ class Mirror:
         _log.warning("another process writes this run to %s now: this one sends nothing more", self._name)
         return False
 
-    def drain(self, seconds: float, again: bool) -> bool:
+    def _drain(self, seconds: float, again: bool) -> bool:
         """Have the thread send everything, in one try or `again` and again, and wait so long; True when all is sent."""
         deadline = time.monotonic() + seconds
         while True:
@@ -190,7 +194,7 @@ class Mirror:
                 return False
             time.sleep(1)
 
-    def close(self) -> None:
+    def _stop(self) -> None:
         """Stop the thread after what it is doing; a request that hangs is not waited for long."""
         self._closed = True
         self._wake.set()
@@ -212,7 +216,7 @@ class Mirror:
             if self._closed:
                 return
             try:
-                self.deliver()
+                self.flush()
             except Exception as error:  # whatever an artifact store's client raises: the thread must live on
                 if not self._away:
                     _log.warning("%s: kept and sent later; the work goes on", error)

@@ -19,7 +19,7 @@ from pipelines.tracking.description import (
     machine_tags,
     seconds_so_far,
 )
-from pipelines.tracking.mirror import SYSTEM, Mirror, NeverTaken, Point, Recorded, StoreRefused
+from pipelines.tracking.mirror import SYSTEM, Mirror, NeverTaken, Point, StoreRefused
 from pipelines.tracking.provenance import (
     CONFIG_TAG,
     DIGEST_TAG,
@@ -46,7 +46,7 @@ VALIDATION = "validation/"
 _log = logging.getLogger("deedsr.tracking")
 
 
-class Run:
+class Run(Mirror):
     """A run being written. A context manager: an exception ends it as FAILED, Ctrl-C as KILLED.
 
     Attributes:
@@ -60,11 +60,9 @@ class Run:
         self.id = run_id
         self.tracking_uri = tracking_uri
         self.fault_tolerant = fault_tolerant
-        self._permit = permit
+        super().__init__(f"the MLflow store {masked_uri(tracking_uri)}", permit)
         self._monitor: Any = None
         self._finished = False
-        name = f"the MLflow store {masked_uri(tracking_uri)}"
-        self._mirror = Mirror(self._send, self._stored_steps, name, permit)
         self._logged: list[Point] = []
         self._logging = threading.Lock()  # system metrics come from a thread of their own
         if fault_tolerant:
@@ -89,28 +87,13 @@ class Run:
         if self.fault_tolerant:
             with self._logging:
                 self._logged += points
-        self._mirror.add(points)
+        self._add(points)
 
     def logged(self) -> list[Point]:
         """What was logged since this was asked last, whether the store has it or not."""
         with self._logging:
             points, self._logged = self._logged, []
         return points
-
-    def replay(self, recorded: Recorded) -> None:
-        """Send what earlier processes logged and the store lacks, before anything else.
-
-        `recorded` gets the last step that the store holds, by metric, and gives at least the points behind these.
-        """
-        self._mirror.replay(recorded)
-
-    def later(self, call: Callable[[], object]) -> None:
-        """Do something with the store when it is there, behind the metrics, on the sender's thread. Returns at once."""
-        self._mirror.errand(call)
-
-    def flush(self) -> None:
-        """Send what is pending now. Raises DeeDSRError where the store did not take it, which stays pending then."""
-        self._mirror.deliver()
 
     def log_picture(self, name: str, image_HWC: "np.ndarray", step: int | None = None) -> None:
         """Store a uint8 RGB picture as artifact `pictures/{name}.png`; with a step also in MLflow's series of images,
@@ -178,11 +161,11 @@ class Run:
         self._stop_monitor()
         try:
             if self.fault_tolerant:
-                return self._mirror.drain(END_SECONDS if to_the_end else STOP_SECONDS, again=to_the_end)
+                return self._drain(END_SECONDS if to_the_end else STOP_SECONDS, again=to_the_end)
             self.flush()
             return True
         finally:
-            self._mirror.close()
+            self._stop()
 
     def finish(self, status: str = "FINISHED") -> bool:
         """Close the run as `FINISHED`, `FAILED` or `KILLED`; `close` says what becomes of the rest."""
@@ -275,7 +258,7 @@ class Run:
 
         self._monitor = Monitor(self.id, tracking_uri=self.tracking_uri)
         self._monitor.mlflow_logger.record_metrics = self.log_metrics
-        self._monitor._logging_step = self._mirror.last_step(SYSTEM) + 1
+        self._monitor._logging_step = self._last_step(SYSTEM) + 1
         self._monitor.start()
 
     def _log_config(self, config: dict[str, Any]) -> None:
