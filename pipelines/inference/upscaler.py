@@ -86,7 +86,7 @@ class Upscaler:
     device: Device = "auto"  # see `pipelines.models.usable_device`
     precision: Precision = "auto"  # see `pipelines.models.Model.load`
     resize: Resize | None = None  # None: the model's factor
-    sentinel: str = ""  # a file that is in a local `out` meanwhile: a worker that does not see it has other disks
+    sentinel: str = ""  # a temporary file in a local `out`: a worker that does not see it is on another machine's disk
 
     def __call__(self, source: Input) -> Upscaled | Failed:
         """Raises DeeDSRError for what would fail with every other picture as well: the model, a full disk."""

@@ -1,7 +1,7 @@
 """Runs side by side, in a terminal and on a page: first what differs between them, then their results."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,11 +35,14 @@ _ONLY_ON_THE_PAGE = ("memory/", "loss_timestep/", "validation/loss_timestep", "v
 
 @dataclass(frozen=True)
 class Comparison:
-    """`runs`: in order of the sections. `page`: the HTML file, if one was asked for."""
+    """`page`: the HTML file, if one was asked for."""
 
-    runs: list[RunRow]
-    page: str | None = None
-    sections: list[Section] = field(default_factory=list, repr=False)
+    sections: list[Section]
+    page: str | None
+
+    @property
+    def runs(self) -> list[RunRow]:
+        return [run for section in self.sections for run in section.runs]
 
     @property
     def groups(self) -> list[RunGroup]:
@@ -62,9 +65,7 @@ def compare(
 ) -> Comparison:
     """Put runs side by side: chosen as in `pipelines.tracking.search.select`, in tables and, with `out`, on a page.
 
-    Raises:
-        UsageError: no store, no such experiment or run (the message says which there are), or an `out` that cannot be
-            written.
+    Raises UsageError for a store, experiment or run that there is not, and for an `out` that cannot be written.
     """
     import mlflow  # noqa: F401  a missing one is reported before a missing store
 
@@ -77,11 +78,9 @@ def compare(
     names = {e.experiment_id: e.name for e in client.search_experiments()}
     family = ancestors(client, chosen)
     sections = sections_of(client, uri, [(names[run.info.experiment_id], run) for run in chosen.values()], family)
-    page = None
     if out is not None:
-        page = str(out)
         _write(client, out, experiment or ("Chosen runs" if runs else "All experiments"), uri, sections)
-    return Comparison([run for section in sections for run in section.runs], page, sections)
+    return Comparison(sections, None if out is None else str(out))
 
 
 def data_text(run: RunRow) -> str:

@@ -1,4 +1,4 @@
-"""What a run says of itself on MLflow's pages: name, description, and the command that makes it again."""
+"""A run's name, description and tags on MLflow's pages, and the command that makes it again."""
 
 import json
 import os

@@ -1,8 +1,8 @@
 """MLflow's model registry: trained models by name and version, with where they came from.
 
-A version refers to the training's --out and copies nothing, so that weights in a private bucket stay there. Only where
-a server is told of a folder of this machine, which it refuses and nobody else could read, the model goes to the run's
-artifacts. The SHA-256 of the weights stands in the version's tags.
+A version refers to the training's --out and copies nothing, so that weights in a private bucket stay there. Only if
+the store is a server and --out a local folder, which nobody else could read, the model is uploaded to the run's
+artifacts. The SHA-256 of the weights is a tag of the version.
 
 Evaluations write their figures onto the version that they measured. The alias `best` is the best version among those
 evaluated alike: on the same samples, with the same sampling settings, by the first of the metrics that were asked for.

@@ -1,7 +1,7 @@
 """Runs that are RUNNING in the store and that nobody writes any more, because their process was killed.
 
-A run's tags name its `--out`, its process and its user. It is alive while a heartbeat of this process in `--out` is not
-older than ten minutes; a process of this machine is asked for directly.
+A run's tags name its `--out`, its process and its user. It is alive while a heartbeat of that process in `--out` is not
+older than ten minutes; for a process of this machine the operating system is asked.
 """
 
 import json
@@ -30,7 +30,7 @@ _ANSWER_SECONDS = 30.0
 
 
 def user() -> str:
-    """For whom this process works."""
+    """Name of the user whose work this process does."""
     return os.environ.get(USER_VARIABLE) or machine.user_name()
 
 
