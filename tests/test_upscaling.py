@@ -370,7 +370,8 @@ def test_a_cluster_makes_the_same_bytes_also_when_a_worker_is_killed(ray_cluster
 def test_a_worker_that_has_other_disks_than_the_command_is_named_and_writes_nothing(folder, model, tmp_path, lacking):
     out = open_storage(str(tmp_path / "out"))
     found = Model.find(model)
-    work = Upscaler(found, found.description.sampling, 0, 95, False, out, sentinel=".here")
+    options = UpscaleOptions(input=[str(folder)], out=out.uri, model=model)
+    work = Upscaler(options, "cpu", found, found.description.sampling, out, sentinel=".here")
     source = Input(open_storage(str(folder)), "a.png", "a.png")
     if lacking == "input":
         out.write(".here", b"")

@@ -102,16 +102,13 @@ def evaluate(options: EvaluateOptions, progress: bool = True) -> EvaluationResul
     if names is None:  # those that need no download, and no reference where there is none
         names = [name for name in WITHOUT_WEIGHTS if given.has_hr or not known()[name].needs_reference]
     work = Evaluator(
+        options,
+        options.device,
         methods=(*(("model",) if found else ()), *given.named, *(("bicubic",) if given.has_lr else ())),
         metrics=tuple(names),
-        seed=options.seed,
-        device=options.device,
-        precision=options.precision,
         model=found,
         sampling=settings,
         dataset=dataset and replace(dataset),  # without the index, which the dataset keeps and its copy does not
-        border=options.border,
-        metric_weights=options.metric_weights,
     )
     measures = _prepared(work, given)
     about: dict[str, Any] = {

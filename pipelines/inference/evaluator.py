@@ -23,9 +23,10 @@ from deedsr.metrics.metric import Metric, Setting
 from deedsr.metrics.registry import named_in_errors, selected
 from pipelines.data.dataset import Dataset, SourceInfo
 from pipelines.distribution import in_threads
+from pipelines.inference.options import EvaluateOptions
 from pipelines.inference.parts import MADE, Part
 from pipelines.inference.sampler import Sampler
-from pipelines.models import Model, Precision, usable_device
+from pipelines.models import Model, usable_device
 from pipelines.placement import Device
 from pipelines.storage import Storage, localize, object_at, require_here
 from pipelines.storage.waiting import patiently
@@ -66,21 +67,17 @@ Evaluated = tuple[Measured, dict[str, np.ndarray]]  # of one part, with the pict
 class Evaluator:
     """Measures pictures of `methods`. Pickles; each process loads the model when the first part needs it.
 
-    `model`, `sampling`: of the method `model`; `dataset`: whose rows the parts are. `device`: see
-    `pipelines.models.usable_device`; `precision`: of the networks. `border`, `metric_weights`: see
-    `deedsr.metrics.metric.Setting`; the weights may lie in object storage.
+    `device`: where this process computes, see `pipelines.models.usable_device`. `model`, `sampling`: of the method
+    `model`; `dataset`: whose rows the parts are.
     """
 
+    options: EvaluateOptions
+    device: Device
     methods: tuple[str, ...]
     metrics: tuple[str, ...]
-    seed: int
-    device: Device
-    precision: Precision = "fp32"
-    model: Model | None = None
-    sampling: "SamplingSettings | None" = None
-    dataset: Dataset | None = None
-    border: int = 0
-    metric_weights: str | None = None
+    model: Model | None
+    sampling: "SamplingSettings | None"
+    dataset: Dataset | None
 
     def __call__(self, part: Part) -> Evaluated:
         try:
@@ -132,8 +129,8 @@ class Evaluator:
     @cached_property
     def measures(self) -> dict[str, Metric]:
         """The metrics by name. Raises UsageError where there is no such metric."""
-        weights = localize(self.metric_weights) if self.metric_weights else None
-        return selected(self.metrics, Setting(self.border, weights, str(usable_device(self.device))))
+        weights = localize(self.options.metric_weights) if self.options.metric_weights else None
+        return selected(self.metrics, Setting(self.options.border, weights, str(usable_device(self.device))))
 
     def made_of(self) -> dict[str, Any]:
         """What the metrics of a part depend on, but its files."""
@@ -144,16 +141,16 @@ class Evaluator:
             "dataset": self.dataset and self.dataset.digest,
             "metrics": self.metrics,
             "sampling": self.sampling and self.sampling.as_dict(),
-            "seed": self.seed,
+            "seed": self.options.seed,
             "device": self.device,
-            "precision": self.precision,
+            "precision": self.options.precision,
         }
 
     @cached_property
     def sampler(self) -> Sampler:
         assert self.model is not None
         assert self.sampling is not None
-        return Sampler(self.model, self.sampling, self.device, self.precision)
+        return Sampler(self.model, self.sampling, self.device, self.options.precision)
 
     def _sample(self, key: str, lr: np.ndarray) -> np.ndarray:
         """The model's picture. Its noise follows from the seed and the key, whatever else is evaluated."""
@@ -161,7 +158,7 @@ class Evaluator:
 
         from deedsr.sampling.images import to_tensors, to_uint8
 
-        number = int(generator("evaluation", self.seed, key).integers(2**62))
+        number = int(generator("evaluation", self.options.seed, key).integers(2**62))
         return to_uint8(self.sampler(to_tensors(lr)[0], torch.Generator().manual_seed(number), key))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from deedsr import __version__
 from deedsr.errors import DeeDSRError
+from pipelines.inference.options import UpscaleOptions
 from pipelines.inference.pictures import (
     LOSSY,
     Picture,
@@ -24,7 +25,7 @@ from pipelines.inference.pictures import (
     require_fit,
 )
 from pipelines.inference.sampler import Sampler, TooLarge
-from pipelines.models import Model, Precision
+from pipelines.models import Model
 from pipelines.placement import Device
 from pipelines.storage import Storage
 from pipelines.storage.errors import not_shared
@@ -77,14 +78,11 @@ class Failed(TypedDict):
 class Upscaler:
     """Enlarges pictures into `out`. Pickles; each process loads the model when the first picture needs it."""
 
+    options: UpscaleOptions
+    device: Device  # where this process computes, see `pipelines.models.usable_device`
     model: Model
     sampling: "SamplingSettings"
-    seed: int
-    quality: int
-    overwrite: bool
     out: Storage
-    device: Device = "auto"  # see `pipelines.models.usable_device`
-    precision: Precision = "auto"  # see `pipelines.models.Model.load`
     resize: Resize | None = None  # None: the model's factor
     sentinel: str = ""  # a temporary file in a local `out`: a worker that does not see it is on another machine's disk
 
@@ -102,7 +100,7 @@ class Upscaler:
         try:
             data = _read(source)
             mark = self._mark(data, format)
-            if not self.overwrite and self._is_there(source.target, format, mark, output):
+            if not self.options.overwrite and self._is_there(source.target, format, mark, output):
                 return done(True)
             picture = read_picture(data)
             require_fit(picture, format, max(self._size(picture)))
@@ -116,7 +114,7 @@ class Upscaler:
         except TooLarge as error:
             return failed(error)
         height, width = enlarged.pixels_HWC.shape[:2]
-        file = encode(enlarged, exif_of_result(picture.exif, width, height, mark), format, self.quality)
+        file = encode(enlarged, exif_of_result(picture.exif, width, height, mark), format, self.options.quality)
         try:
             patiently(lambda: self.out.write(source.target, file))
         except DeeDSRError as error:
@@ -137,13 +135,13 @@ class Upscaler:
             "version": __version__,
             "model": self.model.digest,
             "sampling": self.sampling.as_dict(),
-            "seed": self.seed,
+            "seed": self.options.seed,
             "format": format,
-            "quality": self.quality if format in LOSSY else None,
+            "quality": self.options.quality if format in LOSSY else None,
             "input": hashlib.sha256(data).hexdigest(),
         }
-        if self.precision != "auto":
-            made_of["precision"] = self.precision
+        if self.options.precision != "auto":
+            made_of["precision"] = self.options.precision
         if self.resize:
             made_of["resize"] = self.resize
         return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
@@ -165,7 +163,7 @@ class Upscaler:
 
     @cached_property
     def _sampler(self) -> Sampler:
-        return Sampler(self.model, self.sampling, self.device, self.precision)
+        return Sampler(self.model, self.sampling, self.device, self.options.precision)
 
     def _enlarge(self, picture: Picture, name: str) -> np.ndarray:
         """float32 (3, H, W) in [0, 1], of the result's size: the model's result reduced by averaging areas.
@@ -178,7 +176,7 @@ class Upscaler:
         scale, sizes = self.model.description.scale, self._size(picture)
         rgb_CHW = picture.rgb()
         fitting = [min(max(have, -(-side // scale)), side) for have, side in zip(rgb_CHW.shape[1:], sizes, strict=True)]
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.options.seed)
         enlarged = self._sampler(torch.from_numpy(_resized(rgb_CHW, fitting)), generator, name)
         return _resized(enlarged.numpy(), sizes)
 

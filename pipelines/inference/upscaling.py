@@ -52,17 +52,8 @@ def upscale(options: UpscaleOptions, progress: bool = True) -> UpscaleResult:
     pictures = find_inputs(options.input, target, options.format)
     found = Model.find(options.model, options.base)
     resize = None if options.factor == found.description.scale else resized(options.factor, options.size)
-    work = Upscaler(
-        model=found,
-        sampling=found.description.sampling.chosen(**options.sampling()),
-        seed=options.seed,
-        quality=options.quality,
-        overwrite=options.overwrite,
-        out=target,
-        device=options.device,
-        precision=options.precision,
-        resize=resize,
-    )
+    settings = found.description.sampling.chosen(**options.sampling())
+    work = Upscaler(options, options.device, found, settings, target, resize)
     if not options.ray:
         place_networks(cluster.this_machine(), options.device, 1, "upscale")
     _ = found.digest  # an error of the model or its base is one of the command, not of every picture
