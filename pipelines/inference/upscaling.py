@@ -62,7 +62,7 @@ def upscale(options: UpscaleOptions, progress: bool = True) -> UpscaleResult:
     outcomes: dict[str, Upscaled | Failed] = {**conflicts(pictures, target)}
     given = [picture for picture in pictures if picture.uri not in outcomes]
     with tqdm(total=len(given), desc="upscale", unit="picture", disable=not progress) as bar:
-        for done in _on_cluster(work, given, options.workers) if options.ray else map(work, given):
+        for done in _on_cluster(work, given) if options.ray else map(work, given):
             outcomes[done["input"]] = done
             bar.update()
     ordered = [outcomes[picture.uri] for picture in pictures]
@@ -85,11 +85,11 @@ def resized(factor: float | None, size: str | None) -> Resize | None:
     return Resize(box=(int(match[1]), int(match[2])))
 
 
-def _on_cluster(work: Upscaler, pictures: list[Input], workers: int | None) -> Iterator[Upscaled | Failed]:
+def _on_cluster(work: Upscaler, pictures: list[Input]) -> Iterator[Upscaled | Failed]:
     """`work` on each of the pictures in actors, in any order."""
     if not pictures:
         return
-    plan = network_plan("upscale", work.device, workers, len(pictures))
+    plan = network_plan("upscale", work.device, work.options.workers, len(pictures))
     sentinel = f".{uuid.uuid4().hex}{PARTIAL}"  # which no listing shows
     local = work.out.local_path("") is not None
     try:
