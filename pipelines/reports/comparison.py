@@ -83,19 +83,14 @@ def compare(
     return Comparison(sections, None if out is None else str(out))
 
 
-def data_text(run: RunRow) -> str:
-    return " ".join(filter(None, [(run["dataset_digest"] or "-")[:12], run["config"].get("split")]))
-
-
 def setting_text(run: RunRow, name: str) -> str:
     """What a run has of something that differs."""
     if name == DATA:
-        return data_text(run)
-    value = (
-        run["commit"] and f"{run['commit'][:8]}{'-dirty' * run['commit'].endswith('-dirty')}"
-        if name == COMMIT
-        else run["config"][name]
-    )
+        return " ".join(filter(None, [(run["dataset_digest"] or "-")[:12], run["config"].get("split")]))
+    if name == COMMIT:
+        commit, dirty, _ = (run["commit"] or "-").partition("-dirty")
+        return commit[:8] + dirty
+    value = run["config"][name]
     return "-" if value is None else value
 
 

@@ -14,18 +14,16 @@ store lacks.
 
 from pipelines.tracking.description import Origin
 from pipelines.tracking.mirror import Point
-from pipelines.tracking.provenance import DatasetInput, HasDigest
+from pipelines.tracking.provenance import DatasetInput
 from pipelines.tracking.run import Run
 from pipelines.tracking.search import find_run
 from pipelines.tracking.session import begun_by, children_of, open_run, start_run
-from pipelines.tracking.stale import Closed, close_stale
+from pipelines.tracking.stale import close_stale
 from pipelines.tracking.store import EXPERIMENTS, connect, masked_uri, require_shared_store, tracking_uri
 
 __all__ = [
     "EXPERIMENTS",
-    "Closed",
     "DatasetInput",
-    "HasDigest",
     "Origin",
     "Point",
     "Run",
