@@ -31,7 +31,7 @@ DATA, COMMIT = "data", "commit"  # among what differs, beside the options
 THREADS = 8  # that ask the store
 
 
-class Interval(TypedDict):
+class Paired(TypedDict):
     """Mean difference to the first run of the group over the samples that both measured, with its 95 % interval."""
 
     difference: float
@@ -62,7 +62,7 @@ class RunRow(BareRow):
     config: dict[str, str | None]  # only what differs among the runs of its section; of ancestors as `adapter.train.lr`
     steps: dict[str, int]  # of `metrics`, where not 0
     samples_per_second: float | None  # None where not logged
-    against_best: dict[str, Interval]  # by metric; of evaluations, against the first one of its group
+    against_best: dict[str, Paired]  # by metric; of evaluations, against the first one of its group
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ def _add_intervals(client: "MlflowClient", rows: list[RunRow]) -> None:
             if len(known) > 1 and name.startswith("model.") and DEFINED not in name:
                 ours, best = zip(*known, strict=True)
                 (found,) = differences(metric, {"ours": ours, "best": best}, bool(higher_is_better(name)))
-                row["against_best"][name] = Interval(
+                row["against_best"][name] = Paired(
                     difference=found.mean, low=found.low, high=found.high, samples=len(known)
                 )
 

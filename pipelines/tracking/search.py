@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from deedsr.errors import UsageError
+from pipelines.tracking.mirror import SYSTEM
 from pipelines.tracking.provenance import CONFIG_TAG, PARENT_TAG
 from pipelines.tracking.store import cause, connect, masked_uri, quoted, tracking_uri
 
@@ -11,7 +12,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run as StoredRun
 
-SYSTEM_PREFIX = "system/"
 _PAGE = 1000  # runs that a store gives at once
 BEST = "best/"  # before the name of a validation's metric: its best value, at its step, from these tags
 BEST_TAG, AT_STEP = "deedsr.best.", " at step "
@@ -120,7 +120,7 @@ def config_of(run: "StoredRun") -> dict[str, str]:
 
 def metrics_of(run: "StoredRun") -> dict[str, tuple[float, int]]:
     """Last value and its step of each metric but the system's, and the best ones of a training's validation."""
-    found = {m.key: (m.value, m.step) for m in run.data._metric_objs if not m.key.startswith(SYSTEM_PREFIX)}
+    found = {m.key: (m.value, m.step) for m in run.data._metric_objs if not m.key.startswith(SYSTEM)}
     for key, text in run.data.tags.items():
         if key.startswith(BEST_TAG):
             value, _, step = text.partition(AT_STEP)
