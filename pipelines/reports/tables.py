@@ -5,11 +5,13 @@ import re
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from deedsr.metrics.intervals import Difference, Interval
 from deedsr.metrics.metric import Metric
 from deedsr.metrics.registry import known
+
+if TYPE_CHECKING:
+    from deedsr.metrics.intervals import Difference, Interval
 
 _CELL = 26  # characters of a cell; of a fixed one a third of the window
 _GAP = "  "
@@ -27,7 +29,7 @@ class Table(NamedTuple):
     rows: list[tuple[str, list[Cell]]]  # by label
 
 
-Figures = dict[str, dict[str, Interval]]  # by method and metric
+Figures = dict[str, dict[str, "Interval"]]  # by method and metric
 
 
 def means_table(metrics: Figures, measures: Mapping[str, Metric], labels: Mapping[str, str]) -> Table:
@@ -48,14 +50,14 @@ def means_table(metrics: Figures, measures: Mapping[str, Metric], labels: Mappin
 
 
 def differences_table(
-    changes: Sequence[Difference], measures: Mapping[str, Metric], labels: Mapping[str, str]
+    changes: "Sequence[Difference]", measures: Mapping[str, Metric], labels: Mapping[str, str]
 ) -> Table:
     """A row for each two methods: mean difference, interval, and on how many pictures the first one is better."""
     names = [name for name in measures if any(change.metric == name for change in changes)]
     rows: dict[str, dict[str, Cell]] = {}
     for change in changes:
         metric, label = measures[change.metric], f"{labels[change.method]} - {labels[change.other]}"
-        cell = _cell(Interval(change.mean, change.low, change.high), metric, sign="+")
+        cell = _cell(change, metric, sign="+")
         wins = f" {100 * change.wins:.0f}%" if change.wins is not None else ""
         rows.setdefault(label, {})[change.metric] = cell._replace(note=cell.note + wins)
     return Table(
@@ -64,7 +66,7 @@ def differences_table(
     )
 
 
-def _cell(figure: Interval, metric: Metric, best: bool = False, sign: str = "") -> Cell:
+def _cell(figure: "Interval | Difference", metric: Metric, best: bool = False, sign: str = "") -> Cell:
     if figure.mean is None:
         return Cell("-")
     number = f"{sign}.{metric.digits}f"
