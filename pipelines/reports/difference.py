@@ -1,14 +1,22 @@
-"""Two datasets on one HTML page: what regenerating changed; and the same in one picture, for MLflow."""
+"""What regenerating changed: two datasets on one HTML page, by samples, sources, drawn parameters and recipe; and the
+same in one picture, for MLflow.
+
+Both indexes are read by columns, batch by batch. Of each sample 41 bytes are held: its split, and hashes (64 bits) of
+its key, its source, the source's content, and of what its HR and its LR follow from.
+"""
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+from tqdm import tqdm
 
 from deedsr.dataset.keys import generator
 from deedsr.errors import DeeDSRError
@@ -16,16 +24,9 @@ from pipelines import tracking
 from pipelines.data.dataset import Dataset, Sample
 from pipelines.data.index import SampleIndex, require_hr
 from pipelines.reports.charts import Histogram, NamedCounts
-from pipelines.reports.fingerprints import (
-    Difference,
-    compare_samples,
-    fingerprints,
-    names,
-    recipe_difference,
-    same_sources,
-)
 from pipelines.reports.inspection import Parameter, Survey, spread_rows, survey
 from pipelines.reports.page import caption, page_place, pair_view, write_page
+from pipelines.tracking.provenance import flatten
 from pipelines.tracking.store import sqlite_path
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,10 @@ EXAMPLES = 4  # sources and keys named of each kind
 CHECKED = 64  # samples that are the same by the index and lie in another tar: their bytes are compared
 SHOWN_IN_MLFLOW = 4  # pictures, and parameters
 _SIDE = 256  # px of each
+# What determines the bytes of a sample's images, as far as the index records it: the recipe's formats, and what was
+# drawn. The stored sizes also show other causes, such as another version of a library.
+_HR = ("source_sha256", "top", "left", "height", "width", "flip", "rotate", "hr_ext", "hr_size")
+_LR = ("stratum", "degradation_group", "lr_ext", "lr_size")
 
 
 @dataclass
@@ -83,19 +88,22 @@ def inspect_against(
     checked, unequal = _unequal_bytes(new, old, indexes, found, rng)
     rows = _shown(found, prints, samples, rng)
     shown = list(zip(_read(new, indexes[0], rows[:, 0]), _read(old, indexes[1], rows[:, 1]), strict=True))
-    recipe = recipe_difference(new, old)
+    recipe = _differing(flatten(old.manifest.recipe), flatten(new.manifest.recipe))
+    made_by = [{"deedsr": dataset.manifest.created_by, **dataset.manifest.libraries} for dataset in (old, new)]
+
+    def examples(kind: str, rows: np.ndarray) -> list[str]:
+        sources = indexes[kind == "gone"].rows(rows[:EXAMPLES].tolist(), ["source"]) if len(rows) else None
+        return list(dict.fromkeys(sources["source"].to_pylist())) if sources else []
+
     write_page(
         out,
         "difference.html",
         new=new,
         old=old,
         found=found,
-        sources={
-            kind: {"count": len(rows), "examples": names(indexes[kind == "gone"], rows[:EXAMPLES].tolist(), "source")}
-            for kind, rows in found.sources.items()
-        },
+        sources={kind: {"count": len(rows), "examples": examples(kind, rows)} for kind, rows in found.sources.items()},
         recipe={key: [_value(value) for value in pair] for key, pair in recipe.items()},
-        libraries=_libraries(new, old),
+        libraries=_differing(made_by[0], made_by[1], missing="–"),
         steps={title: moved for title, steps in shifts.items() if (moved := [one for one in steps if one.moved])},
         unmoved=[f"{title}: {one.new.title}" for title, steps in shifts.items() for one in steps if not one.moved],
         checked=checked,
@@ -106,7 +114,7 @@ def inspect_against(
     run_id = _logged(new, old, found, shifts, shown) if log else None
     return DifferenceResult(
         page=str(out),
-        samples={"new": len(prints[0]), "old": len(prints[1]), **found.counts},
+        samples={"new": len(prints[0].key), "old": len(prints[1].key), **found.counts},
         changed={name: int(np.count_nonzero(getattr(found, name))) for name in ("hr", "lr", "split")},
         sources={kind: len(rows) for kind, rows in found.sources.items()},
         recipe={key: list(pair) for key, pair in recipe.items()},
@@ -116,6 +124,112 @@ def inspect_against(
         shown=len(shown),
         run_id=run_id,
     )
+
+
+@dataclass(frozen=True)
+class Fingerprints:
+    """64 bits of each sample, in the order of the index: equal ones stand for equal values."""
+
+    key: np.ndarray
+    source: np.ndarray  # path below its `--source`
+    content: np.ndarray  # of the source
+    hr: np.ndarray
+    lr: np.ndarray
+    validation: np.ndarray  # bool
+
+
+def fingerprints(dataset: Dataset, index: SampleIndex, progress: bool) -> Fingerprints:
+    """One pass over the columns that identify a sample."""
+    drawn = [name for name in index.columns if name.startswith("deg_")]
+    facets = {
+        "key": ["key"],
+        "source": ["root", "source"],
+        "content": ["source_sha256"],
+        "hr": [name for name in _HR if name in index.columns],
+        "lr": [*(name for name in _LR if name in index.columns), *drawn],
+    }
+    columns = sorted({name for names in facets.values() for name in names} | {"split"})
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in (*facets, "validation")}
+    with tqdm(total=dataset.manifest.samples, unit="row", desc="compare", disable=not progress) as bar:
+        for batch in index.batches(columns):
+            for facet, names in facets.items():
+                parts[facet].append(_hashes(batch.select(names)))
+            parts["validation"].append(np.array(batch["split"].to_numpy(zero_copy_only=False) == "validation"))
+            bar.update(batch.num_rows)
+    return Fingerprints(**{name: np.concatenate(found) for name, found in parts.items()})
+
+
+def _hashes(rows: pa.RecordBatch) -> np.ndarray:
+    """64 bits of each row; numbers of every type count by their value."""
+    texts = {name for name in rows.schema.names if pa.types.is_string(rows[name].type)}
+    columns = {
+        name: column.to_pandas() if name in texts else column.cast(pa.float64()).to_pandas() + 0.0  # no negative zero
+        for name, column in zip(rows.schema.names, rows.columns, strict=True)
+    }
+    return pd.util.hash_pandas_object(pd.DataFrame(columns), index=False).to_numpy()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Rows of the new index, of the old one for `gone`. `pairs`: (new, old) rows of the samples with one key.
+
+    `hr`, `lr`, `split`: which of these pairs differ in it, bool.
+    """
+
+    added: np.ndarray
+    gone: np.ndarray
+    pairs: np.ndarray  # (n, 2)
+    hr: np.ndarray
+    lr: np.ndarray
+    split: np.ndarray
+    sources: dict[str, np.ndarray]  # added, changed, gone: a row of each source
+
+    @property
+    def counts(self) -> dict[str, int]:
+        changed = int(np.count_nonzero(self.hr | self.lr | self.split))
+        counts = {"same": len(self.pairs) - changed, "changed": changed}
+        return counts | {"added": len(self.added), "gone": len(self.gone)}
+
+
+def compare_samples(new: Fingerprints, old: Fingerprints) -> Difference:
+    """Samples are the same if their keys are, which no regeneration changes for the same source and crop."""
+    there = _found(new.key, old.key)
+    rows = np.flatnonzero(there >= 0)
+    pairs = np.stack([rows, there[rows]], axis=1)
+    differs = lambda facet: getattr(new, facet)[pairs[:, 0]] != getattr(old, facet)[pairs[:, 1]]
+    return Difference(
+        added=np.flatnonzero(there < 0),
+        gone=np.flatnonzero(_found(old.key, new.key) < 0),
+        pairs=pairs,
+        hr=differs("hr"),
+        lr=differs("lr"),
+        split=differs("validation"),
+        sources=_sources(new, old),
+    )
+
+
+def _found(wanted: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """For each the row that holds it, -1 for none."""
+    if not len(among):
+        return np.full(len(wanted), -1, np.int64)
+    order = np.argsort(among, kind="stable")
+    places = np.searchsorted(among, wanted, sorter=order).clip(0, len(among) - 1)
+    rows = order[places]
+    return np.where(among[rows] == wanted, rows, -1)
+
+
+def _sources(new: Fingerprints, old: Fingerprints) -> dict[str, np.ndarray]:
+    """A row of each source: by path, and by content where the path is in both."""
+    _, first_new = np.unique(new.source, return_index=True)
+    _, first_old = np.unique(old.source, return_index=True)
+    there = _found(new.source[first_new], old.source[first_old])
+    both = there >= 0
+    same = new.content[first_new[both]] == old.content[first_old[there[both]]]
+    return {
+        "added": np.sort(first_new[~both]),
+        "changed": np.sort(first_new[both][~same]),
+        "gone": np.sort(first_old[_found(old.source[first_old], new.source[first_new]) < 0]),
+    }
 
 
 @dataclass(frozen=True)
@@ -178,8 +292,10 @@ def parameter_shifts(new: Survey, old: Survey) -> dict[str, list[Shift]]:
 def _shown(found: Difference, prints: Sequence[Any], wanted: int, rng: np.random.Generator) -> np.ndarray:
     """(n, 2): rows of the same sample in both, changed ones if there are any; else of the same source."""
     pairs = found.pairs[found.hr | found.lr]
+    pairs = pairs if len(pairs) else found.pairs
     if not len(pairs):
-        pairs = found.pairs if len(found.pairs) else same_sources(prints[0], prints[1])
+        _, *rows = np.intersect1d(prints[0].source, prints[1].source, return_indices=True)
+        pairs = np.stack(rows, axis=1)
     return pairs[spread_rows(np.arange(len(pairs)), wanted, rng)] if len(pairs) else pairs
 
 
@@ -217,11 +333,10 @@ def _pair_view(new: Sample, old: Sample) -> dict[str, Any]:
     return {**now, "versions": versions, "before": before}
 
 
-def _libraries(new: Dataset, old: Dataset) -> dict[str, tuple[str, str]]:
-    """What made them, where that differs: (old, new)."""
-    made = [{"deedsr": one.manifest.created_by, **one.manifest.libraries} for one in (old, new)]
-    found = {name: (made[0].get(name, "–"), made[1].get(name, "–")) for name in {**made[0], **made[1]}}
-    return {name: pair for name, pair in found.items() if pair[0] != pair[1]}
+def _differing(old: Mapping[str, Any], new: Mapping[str, Any], missing: Any = None) -> dict[str, tuple[Any, Any]]:
+    """Keys with another value: (old, new), `missing` where there is no such key."""
+    values = {key: (old.get(key, missing), new.get(key, missing)) for key in {**old, **new}}
+    return {key: pair for key, pair in values.items() if pair[0] != pair[1]}
 
 
 def _value(value: Any) -> str:
