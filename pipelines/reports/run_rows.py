@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypedDict
 from deedsr.errors import DeeDSRError
 from deedsr.metrics.intervals import differences
 from pipelines.distribution import in_threads
+from pipelines.reports.tables import best_of
 from pipelines.tracking import EXPERIMENTS
 from pipelines.tracking.description import PLACES, active_seconds
 from pipelines.tracking.provenance import COMMIT_TAG, DIGEST_TAG, DIRTY_TAG
@@ -80,8 +81,7 @@ class RunGroup:
     def best(self, name: str) -> float | None:
         """The best value of a metric, where it has a direction and two runs differ in it."""
         values = {run["metrics"][name] for run in self.runs if name in run["metrics"]}
-        higher = higher_is_better(metric_of(name))
-        return None if higher is None or len(values) < 2 else (max if higher else min)(values)
+        return best_of(values, higher_is_better(metric_of(name)))
 
 
 @dataclass(frozen=True)

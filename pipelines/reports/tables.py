@@ -4,7 +4,7 @@ import math
 import re
 import shutil
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from deedsr.metrics.metric import Metric
@@ -32,20 +32,22 @@ class Table(NamedTuple):
 Figures = dict[str, dict[str, "Interval"]]  # by method and metric
 
 
+def best_of(values: Collection[float | None], higher_is_better: bool | None) -> float | None:
+    """The best of several values; None of fewer than two, and of a metric without a direction."""
+    numbers = [value for value in values if value is not None]
+    return None if higher_is_better is None or len(numbers) < 2 else (max if higher_is_better else min)(numbers)
+
+
 def means_table(metrics: Figures, measures: Mapping[str, Metric], labels: Mapping[str, str]) -> Table:
     """A row for each method; the best mean of each metric is marked."""
-    best = {}
-    for name, metric in measures.items():
-        told = [found[name].mean for found in metrics.values()]
-        known = [mean for mean in told if mean is not None]
-        best[name] = (max if metric.higher_is_better else min)(known) if len(known) > 1 else None
-    rows = [
-        (
-            labels[method],
-            [_cell(found[name], metric, found[name].mean == best[name]) for name, metric in measures.items()],
-        )
-        for method, found in metrics.items()
+    best = {
+        name: best_of([found[name].mean for found in metrics.values()], metric.higher_is_better)
+        for name, metric in measures.items()
+    }
+    cells = lambda found: [
+        _cell(found[name], metric, found[name].mean == best[name]) for name, metric in measures.items()
     ]
+    rows = [(labels[method], cells(found)) for method, found in metrics.items()]
     return Table([metric_title(metric) for metric in measures.values()], rows)
 
 
@@ -83,14 +85,14 @@ def methods_table(metrics: Mapping[str, Mapping[str, float | None]]) -> Table:
         if value is None:
             return Cell("–")
         # Of a metric of another package the direction is not known here: none is called the best.
-        sign = 0 if name not in known() else 1 if known()[name].higher_is_better else -1
-        values = [sign * other for one in metrics.values() if (other := one.get(name)) is not None]
-        shown = Cell(metric_text(value, name), best=sign != 0 and len(values) > 1 and sign * value == max(values))
+        higher = known()[name].higher_is_better if name in known() else None
+        best = best_of([one.get(name) for one in metrics.values()], higher)
+        shown = Cell(metric_text(value, name), best=value == best)
         if row is first or baseline is None:
             return shown
         difference = value - baseline
         note = f"{'+' if difference >= 0 else '−'}{metric_text(abs(difference), name)}"
-        return shown._replace(note=note, tone="good" if sign * difference > 0 else "bad")
+        return shown._replace(note=note, tone="good" if difference and higher == (difference > 0) else "bad")
 
     names = list(dict.fromkeys(name for row in metrics.values() for name in row))
     head = [metric_title(known()[name]) if name in known() else name for name in names]
