@@ -30,7 +30,7 @@ from tools.tiny.training import SEED, Budget, Run
 ARMS = ("full", "vector", "global", "da")
 SEEDS = 3
 HELD_OUT = 72  # last pairs of the bank
-BATCH, TRAINED_CROP = 4, 64  # pixels
+BATCH, TRAINED_CROP = 2, 64  # pixels
 EVALUATED = 8  # pairs at a time
 
 Bank = dict[str, torch.Tensor]

@@ -37,8 +37,8 @@ class Weights:
 
     teacher: float = 0.9  # of the targets' weights, 0 = the HR alone
     perceptual: float = 1.0
-    adversarial: float = 0.15  # length of its gradient at the picture, 1 = that of all other terms together
-    adversarial_from: int = 3000  # step
+    adversarial: float = 0.2  # length of its gradient at the picture, 1 = that of all other terms together
+    adversarial_from: int = 2000  # step
 
 
 def one_step(
