@@ -2,8 +2,9 @@
 
 Sampling takes the LR latent, adds noise of a low timestep, asks the UNet once and decodes. All of it is differentiable,
 so that the loss is that of the picture. Two timesteps serve two purposes: at REALISM the targets are the HR and the
-teacher's picture, by absolute error, by features of EfficientNet-Lite1 and by a projected discriminator; at FIDELITY,
-less noise, nearly nothing but the absolute error to the HR. The UNet and the encoder stay as they are.
+teacher's picture, by absolute error, by features of EfficientNet-Lite1, by the strength of texture and, if asked, by a
+projected discriminator; at FIDELITY, less noise, nearly nothing but the absolute error to the HR. The UNet and the
+encoder stay as they are.
 
 Shape suffixes: B batch, C channels, H W pixels, h w latent pixels, D degradation vector.
 """
@@ -20,7 +21,7 @@ from deedsr.adapter.condition_encoder import Condition
 from deedsr.adapter.objective import clean_latent
 from deedsr.sampling.autoencoder import decode_latents, encode_latents
 from tools.tiny.bank import SIDE, read_bank
-from tools.tiny.base import FACTOR, edge_error
+from tools.tiny.base import FACTOR, edge_error, edges
 from tools.tiny.features import Perceptual, ProjectedDiscriminator, augment, hinge, realness
 from tools.tiny.photographs import to_signed
 from tools.tiny.training import Budget, Run
@@ -29,6 +30,7 @@ REALISM, FIDELITY = 49, 19  # timesteps: the last one of 20 and of 50 steps with
 CROP = 128  # pixels
 SAMPLES = {"realism": 3, "fidelity": 1, "autoencoder": 1}  # of a batch
 EDGES = 0.5
+PATCH, FAINT = 8, 0.01  # pixels; a deviation below which texture is not seen, pictures being in [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,12 @@ class Weights:
 
     teacher: float = 0.9  # of the targets' weights, 0 = the HR alone
     perceptual: float = 1.0
-    adversarial: float = 0.2  # length of its gradient at the picture, 1 = that of all other terms together
+    texture: float = 0.2
+    adversarial: float = 0.0  # length of its gradient at the picture, 1 = that of all other terms together
     adversarial_from: int = 2000  # step
+
+    def adversarial_at(self, step: int) -> bool:
+        return self.adversarial > 0 and step >= self.adversarial_from
 
 
 def one_step(
@@ -96,12 +102,14 @@ def train(work: Path, model: str, steps: int, weights: Weights, budget: Budget) 
         own, theirs = pixels(picture[:first], x[:first]), pixels(picture[:first], target[:first])
         percept = torch.lerp(to_hr[:first].mean(), to_teacher[:first].mean(), weights.teacher)
         realism = torch.lerp(own, theirs, weights.teacher) + weights.perceptual * percept
+        textures = texture_error(picture[:first], x[:first])
+        realism = realism + weights.texture * textures
         fidelity = pixels(picture[first:second], x[first:second]) + 0.1 * to_hr[first:].mean()
         rebuilt = pixels(picture[second:], x[second:])
         loss = (first * realism + (second - first) * fidelity + (len(y) - second) * rebuilt) / len(y)
         gradient = torch.autograd.grad(loss, picture)[0]
         adversarial = torch.zeros((), device=budget.device)
-        if step >= weights.adversarial_from:
+        if weights.adversarial_at(step):
             discriminator.requires_grad_(False)
             with budget.autocast():
                 adversarial = -realness(discriminator(augment(picture[:first], rng)))
@@ -109,18 +117,35 @@ def train(work: Path, model: str, steps: int, weights: Weights, budget: Budget) 
             gradient += weights.adversarial * gradient[:first].norm() / towards_real.norm() * towards_real
         run.update("model", (y * gradient).sum())
         verdict = torch.zeros((), device=budget.device)
-        if step >= weights.adversarial_from - 100:  # the discriminator learns a little before it counts
+        if weights.adversarial_at(step + 100):  # the discriminator learns a little before it counts
             trainable(discriminator)
             with budget.autocast():
                 both = [discriminator(augment(part, rng)) for part in (x[:first], y[:first].detach())]
             verdict = hinge(*both)
             run.update("discriminator", verdict)
-        run.log(own=own, theirs=theirs, percept=to_hr[:first].mean(), adversarial=adversarial, verdict=verdict,
-                fidelity=fidelity, rebuilt=rebuilt)  # fmt: skip
+        run.log(own=own, theirs=theirs, percept=to_hr[:first].mean(), textures=textures, adversarial=adversarial,
+                verdict=verdict, fidelity=fidelity, rebuilt=rebuilt)  # fmt: skip
 
 
 def pixels(y_BCHW: torch.Tensor, x_BCHW: torch.Tensor) -> torch.Tensor:
     return F.l1_loss(y_BCHW, x_BCHW) + EDGES * edge_error(y_BCHW, x_BCHW)
+
+
+def texture_error(y_BCHW: torch.Tensor, x_BCHW: torch.Tensor) -> torch.Tensor:
+    """Mean absolute error of the logarithm of the deviation of differences within PATCH pixels of the grey picture.
+
+    How strong the texture of a place is can be predicted where its pixels cannot (compare the gradient variance loss of
+    Abrahamyan et al. 2022, of which this is the logarithm: flat places count as much as busy ones).
+    """
+
+    def strengths(x_BCHW: torch.Tensor) -> list[torch.Tensor]:
+        found = []
+        for edge in edges(x_BCHW.mean(1, keepdim=True)):
+            mean, square = (F.avg_pool2d(part, PATCH, PATCH // 2) for part in (edge, edge.square()))
+            found.append(0.5 * ((square - mean.square()).clamp_min(0) + FAINT**2).log())
+        return found
+
+    return torch.stack([F.l1_loss(a, b) for a, b in zip(strengths(y_BCHW), strengths(x_BCHW), strict=True)]).mean()
 
 
 def trainable(discriminator: ProjectedDiscriminator) -> None:

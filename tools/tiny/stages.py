@@ -55,6 +55,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="bank, teacher")
     parser.add_argument("--teacher-weight", type=float, default=of_terms.teacher, help="pictures: the HR has the rest")
     parser.add_argument("--perceptual-weight", type=float, default=of_terms.perceptual, help="pictures")
+    parser.add_argument("--texture-weight", type=float, default=of_terms.texture, help="pictures")
     parser.add_argument("--adversarial-weight", type=float, default=of_terms.adversarial, help="pictures")
     parser.add_argument("--to", type=Path, help="parcel: file, .tar.gz")
     parser.add_argument("--steps", type=int, help="of this stage in all")
@@ -93,7 +94,9 @@ class Stages:
             case "teacher":
                 bank.spread(bank.make_targets, work, budget, processes=asked.processes)
             case "pictures":
-                weights = pictures.Weights(asked.teacher_weight, asked.perceptual_weight, asked.adversarial_weight)
+                weights = pictures.Weights(
+                    asked.teacher_weight, asked.perceptual_weight, asked.texture_weight, asked.adversarial_weight
+                )
                 pictures.train(work, self.origin, self.steps(stage), weights, budget)
             case "assemble":
                 assembly.assemble(work, self.origin, self.model)
