@@ -35,11 +35,12 @@ PATCH, FAINT = 8, 0.01  # pixels; a deviation below which texture is not seen, p
 
 @dataclass(frozen=True)
 class Weights:
-    """Of the terms of the loss at REALISM."""
+    """Of the terms of the loss at REALISM; `pixels` at FIDELITY, too."""
 
     teacher: float = 0.9  # of the targets' weights, 0 = the HR alone
+    pixels: float = 4.0
     perceptual: float = 1.0
-    texture: float = 0.2
+    texture: float = 0.0  # alone it makes a fine grid; the discriminator would see that
     adversarial: float = 0.0  # length of its gradient at the picture, 1 = that of all other terms together
     adversarial_from: int = 2000  # step
 
@@ -101,11 +102,11 @@ def train(work: Path, model: str, steps: int, weights: Weights, budget: Budget) 
             to_hr, to_teacher = perceptual(picture[:second], x[:second], target[:second])
         own, theirs = pixels(picture[:first], x[:first]), pixels(picture[:first], target[:first])
         percept = torch.lerp(to_hr[:first].mean(), to_teacher[:first].mean(), weights.teacher)
-        realism = torch.lerp(own, theirs, weights.teacher) + weights.perceptual * percept
+        realism = weights.pixels * torch.lerp(own, theirs, weights.teacher) + weights.perceptual * percept
         textures = texture_error(picture[:first], x[:first])
         realism = realism + weights.texture * textures
-        fidelity = pixels(picture[first:second], x[first:second]) + 0.1 * to_hr[first:].mean()
-        rebuilt = pixels(picture[second:], x[second:])
+        fidelity = weights.pixels * pixels(picture[first:second], x[first:second]) + 0.1 * to_hr[first:].mean()
+        rebuilt = weights.pixels * pixels(picture[second:], x[second:])
         loss = (first * realism + (second - first) * fidelity + (len(y) - second) * rebuilt) / len(y)
         gradient = torch.autograd.grad(loss, picture)[0]
         adversarial = torch.zeros((), device=budget.device)

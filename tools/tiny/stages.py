@@ -54,6 +54,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--chunks", type=int, default=60, help="bank: files of 24 pairs")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="bank, teacher")
     parser.add_argument("--teacher-weight", type=float, default=of_terms.teacher, help="pictures: the HR has the rest")
+    parser.add_argument("--pixel-weight", type=float, default=of_terms.pixels, help="pictures")
     parser.add_argument("--perceptual-weight", type=float, default=of_terms.perceptual, help="pictures")
     parser.add_argument("--texture-weight", type=float, default=of_terms.texture, help="pictures")
     parser.add_argument("--adversarial-weight", type=float, default=of_terms.adversarial, help="pictures")
@@ -95,7 +96,11 @@ class Stages:
                 bank.spread(bank.make_targets, work, budget, processes=asked.processes)
             case "pictures":
                 weights = pictures.Weights(
-                    asked.teacher_weight, asked.perceptual_weight, asked.texture_weight, asked.adversarial_weight
+                    asked.teacher_weight,
+                    asked.pixel_weight,
+                    asked.perceptual_weight,
+                    asked.texture_weight,
+                    asked.adversarial_weight,
                 )
                 pictures.train(work, self.origin, self.steps(stage), weights, budget)
             case "assemble":
