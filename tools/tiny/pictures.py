@@ -2,9 +2,8 @@
 
 Sampling takes the LR latent, adds noise of a low timestep, asks the UNet once and decodes. All of it is differentiable,
 so that the loss is that of the picture. Two timesteps serve two purposes: at REALISM the targets are the HR and the
-teacher's picture, by absolute error, by features of EfficientNet-Lite1, by the strength of texture and, if asked, by a
-projected discriminator; at FIDELITY, less noise, nearly nothing but the absolute error to the HR. The UNet and the
-encoder stay as they are.
+teacher's picture, by absolute error, by features of EfficientNet-Lite1 and, if asked, by a projected discriminator; at
+FIDELITY, less noise, nearly nothing but the absolute error to the HR. The UNet and the encoder stay as they are.
 
 Shape suffixes: B batch, C channels, H W pixels, h w latent pixels, D degradation vector.
 """
@@ -21,7 +20,7 @@ from deedsr.adapter.condition_encoder import Condition
 from deedsr.adapter.objective import clean_latent
 from deedsr.sampling.autoencoder import decode_latents, encode_latents
 from tools.tiny.bank import SIDE, read_bank
-from tools.tiny.base import FACTOR, edge_error, edges
+from tools.tiny.base import FACTOR, edge_error
 from tools.tiny.features import Perceptual, ProjectedDiscriminator, augment, hinge, realness
 from tools.tiny.photographs import to_signed
 from tools.tiny.training import Budget, Run
@@ -30,7 +29,6 @@ REALISM, FIDELITY = 49, 19  # timesteps: the last one of 20 and of 50 steps with
 CROP = 128  # pixels
 SAMPLES = {"realism": 3, "fidelity": 1, "autoencoder": 1}  # of a batch
 EDGES = 0.5
-PATCH, FAINT = 8, 0.01  # pixels; a deviation below which texture is not seen, pictures being in [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,6 @@ class Weights:
     teacher: float = 0.9  # of the targets' weights, 0 = the HR alone
     pixels: float = 4.0
     perceptual: float = 1.0
-    texture: float = 0.0  # alone it makes a fine grid; the discriminator would see that
     adversarial: float = 0.0  # length of its gradient at the picture, 1 = that of all other terms together
     adversarial_from: int = 2000  # step
 
@@ -103,8 +100,6 @@ def train(work: Path, model: str, steps: int, weights: Weights, budget: Budget) 
         own, theirs = pixels(picture[:first], x[:first]), pixels(picture[:first], target[:first])
         percept = torch.lerp(to_hr[:first].mean(), to_teacher[:first].mean(), weights.teacher)
         realism = weights.pixels * torch.lerp(own, theirs, weights.teacher) + weights.perceptual * percept
-        textures = texture_error(picture[:first], x[:first])
-        realism = realism + weights.texture * textures
         fidelity = weights.pixels * pixels(picture[first:second], x[first:second]) + 0.1 * to_hr[first:].mean()
         rebuilt = weights.pixels * pixels(picture[second:], x[second:])
         loss = (first * realism + (second - first) * fidelity + (len(y) - second) * rebuilt) / len(y)
@@ -124,29 +119,12 @@ def train(work: Path, model: str, steps: int, weights: Weights, budget: Budget) 
                 both = [discriminator(augment(part, rng)) for part in (x[:first], y[:first].detach())]
             verdict = hinge(*both)
             run.update("discriminator", verdict)
-        run.log(own=own, theirs=theirs, percept=to_hr[:first].mean(), textures=textures, adversarial=adversarial,
+        run.log(own=own, theirs=theirs, percept=to_hr[:first].mean(), adversarial=adversarial,
                 verdict=verdict, fidelity=fidelity, rebuilt=rebuilt)  # fmt: skip
 
 
 def pixels(y_BCHW: torch.Tensor, x_BCHW: torch.Tensor) -> torch.Tensor:
     return F.l1_loss(y_BCHW, x_BCHW) + EDGES * edge_error(y_BCHW, x_BCHW)
-
-
-def texture_error(y_BCHW: torch.Tensor, x_BCHW: torch.Tensor) -> torch.Tensor:
-    """Mean absolute error of the logarithm of the deviation of differences within PATCH pixels of the grey picture.
-
-    How strong the texture of a place is can be predicted where its pixels cannot (compare the gradient variance loss of
-    Abrahamyan et al. 2022, of which this is the logarithm: flat places count as much as busy ones).
-    """
-
-    def strengths(x_BCHW: torch.Tensor) -> list[torch.Tensor]:
-        found = []
-        for edge in edges(x_BCHW.mean(1, keepdim=True)):
-            mean, square = (F.avg_pool2d(part, PATCH, PATCH // 2) for part in (edge, edge.square()))
-            found.append(0.5 * ((square - mean.square()).clamp_min(0) + FAINT**2).log())
-        return found
-
-    return torch.stack([F.l1_loss(a, b) for a, b in zip(strengths(y_BCHW), strengths(x_BCHW), strict=True)]).mean()
 
 
 def trainable(discriminator: ProjectedDiscriminator) -> None:

@@ -56,7 +56,6 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--teacher-weight", type=float, default=of_terms.teacher, help="pictures: the HR has the rest")
     parser.add_argument("--pixel-weight", type=float, default=of_terms.pixels, help="pictures")
     parser.add_argument("--perceptual-weight", type=float, default=of_terms.perceptual, help="pictures")
-    parser.add_argument("--texture-weight", type=float, default=of_terms.texture, help="pictures")
     parser.add_argument("--adversarial-weight", type=float, default=of_terms.adversarial, help="pictures")
     parser.add_argument("--to", type=Path, help="parcel: file, .tar.gz")
     parser.add_argument("--steps", type=int, help="of this stage in all")
@@ -96,11 +95,7 @@ class Stages:
                 bank.spread(bank.make_targets, work, budget, processes=asked.processes)
             case "pictures":
                 weights = pictures.Weights(
-                    asked.teacher_weight,
-                    asked.pixel_weight,
-                    asked.perceptual_weight,
-                    asked.texture_weight,
-                    asked.adversarial_weight,
+                    asked.teacher_weight, asked.pixel_weight, asked.perceptual_weight, asked.adversarial_weight
                 )
                 pictures.train(work, self.origin, self.steps(stage), weights, budget)
             case "assemble":
