@@ -92,7 +92,8 @@ def perceptual(found: Path, samples: list[dict[str, Any]]) -> dict[str, dict[str
     kept = found / "perceptual.json"
     if not kept.is_file():
         distance = perceptual_distance()
-        picture = lambda sample, name: cv2.imread(str(found / sample["pictures"][name]))[..., ::-1].copy()
+        path = lambda sample, name: str(found / sample["pictures"][name])
+        picture = lambda sample, name: cv2.cvtColor(cv2.imread(path(sample, name)), cv2.COLOR_BGR2RGB)
         rows = {
             sample["key"]: {
                 method: distance(picture(sample, method), picture(sample, "hr")) for method in sample["metrics"]

@@ -278,6 +278,9 @@ def test_training_refuses_latents_of_other_networks_and_says_which(options, late
         train_adapter(dataclasses.replace(options, base=str(tmp_path / "other"), learner=str(tmp_path / "other")))
     with pytest.raises(UsageError, match="were not made with --learner"):
         train_adapter(dataclasses.replace(options, learner=str(tmp_path / "other")))
+    pictures = dataclasses.replace(options.diffusion, pictures=True)
+    with pytest.raises(UsageError, match=r"diffusion\.pictures .* holds latents: give the shards"):
+        train_adapter(dataclasses.replace(options, diffusion=pictures))
     with pytest.raises(UsageError, match="the learner needs pixels"):
         train_learner(LearnerOptions(data=str(latents), out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()

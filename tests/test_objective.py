@@ -75,3 +75,38 @@ def test_the_loss_is_weighted_by_sample():
     torch.testing.assert_close(plain, target.square().mean((1, 2, 3)))
     weighted = denoising_loss(output, target, ABAR, "epsilon", snr_gamma=5.0)
     torch.testing.assert_close(weighted, plain * snr_weight(ABAR, 5.0, "epsilon"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_on_pictures_the_loss_is_the_error_of_what_the_predicted_clean_latent_decodes_to(prediction, dtype):
+    from deedsr.sampling.autoencoder import decode_latents
+    from pipelines.training.adapter_stage import AdapterStage
+    from pipelines.training.config import AdapterModelOptions, AdapterOptions, DiffusionOptions
+
+    options = AdapterOptions(
+        base="tiny", learner="tiny", model=AdapterModelOptions(preset="tiny"), diffusion=DiffusionOptions(pictures=True)
+    )
+    stage = AdapterStage(options, 4)
+    stage.build(torch.device("cpu"), dtype)
+    stage.scheduler.register_to_config(prediction_type=prediction)
+    draw = torch.Generator().manual_seed(0)
+    lr_crop, hr_crop = torch.rand(2, 3, 16, 16, generator=draw), torch.rand(2, 3, 64, 64, generator=draw)
+    batch = {"lr": lr_crop, "lr_crop": lr_crop, "hr_crop": hr_crop, "timestep": torch.tensor([10, 49])}
+    batch |= {"encoding_noise": torch.zeros(2, 2, 1, 1, 1), "guidance": torch.ones(2)}
+    _, z_hr, _ = stage._encoded(batch)
+    batch["noise"] = torch.randn(z_hr.shape, generator=draw)
+    abar = stage.scheduler.alphas_cumprod[batch["timestep"]].view(-1, 1, 1, 1)
+    shift = torch.zeros((), requires_grad=True)
+
+    def knowing(noisy, *_):
+        """The output that stands for the clean latent of the HR."""
+        return (model_output(z_hr, noisy, abar, prediction) + shift).to(dtype)
+
+    loss = stage.losses(knowing, batch)
+    with torch.no_grad():
+        decoded = decode_latents(stage.vae, z_hr.to(dtype)).float()
+    wanted = (decoded - (2 * hr_crop - 1)).abs().mean((1, 2, 3))
+    torch.testing.assert_close(loss, wanted, rtol=1e-4 if dtype is torch.float32 else 0.05, atol=0)
+    loss.sum().backward()
+    assert shift.grad.abs() > 0

@@ -8,7 +8,7 @@ import pytest
 from deedsr.errors import UsageError
 from pipelines.training.config import AdapterOptions, LearnerOptions, TrainOptions
 from pipelines.training.identity import TrainingRecord
-from pipelines.training.schedules import learning_rate, with_schedule
+from pipelines.training.schedules import PRESETS, learning_rate, with_schedule
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -60,3 +60,20 @@ def test_the_length_of_a_schedule_is_no_part_of_another_configuration_until_it_i
         other = with_schedule(longer_options(options, schedule_steps=300), config)
         with pytest.raises(UsageError, match="train.schedule_steps was 100, is 300"):
             record.refuse_differences(other, {})
+
+
+@pytest.mark.parametrize("given", [{}, {"eta": 0.5}])
+def test_a_training_from_a_model_recommends_its_sampling_but_for_what_is_given(given):
+    from deedsr.hub.settings import SamplingSettings
+    from pipelines.models import Model
+    from pipelines.training.adapter_stage import AdapterStage
+    from pipelines.training.config import AdapterModelOptions, AdapterOptions
+
+    of_preset = PRESETS["adapter"]["tiny"]["sampling"]
+    options = AdapterOptions(
+        data="d", out="o", learner="tiny", base="tiny", init="tiny", model=AdapterModelOptions(preset="tiny"),
+        sampling=of_preset | given,
+    )  # fmt: skip
+    recommended = Model.find("tiny").description.sampling
+    assert SamplingSettings.of(AdapterStage(options, 4).sampling) == recommended.override(**given)
+    assert AdapterStage(dataclasses.replace(options, init=None), 4).sampling == of_preset | given

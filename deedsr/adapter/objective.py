@@ -4,7 +4,8 @@ A noisy latent is x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps, where abar is the s
 the base predicts (`prediction`) is "epsilon", "v_prediction" (sqrt(abar) eps - sqrt(1 - abar) x_0) or "sample" (x_0).
 
 By default the adapter learns to denoise HR latents, as in the paper. With a guidance strength it learns to denoise what
-guided sampling makes: x_t then holds an HR latent pulled to the LR latent, and its target is still the HR latent's.
+guided sampling makes: x_t then holds an HR latent pulled to the LR latent, and its target is still the HR latent's. The
+picture that the predicted clean latent decodes to can be compared with the HR picture in place of all that.
 
 Pure functions of fp32 tensors; `abar` and `strength` broadcast. Shape suffixes: B batch, C channels, h w latent space.
 """
@@ -67,6 +68,11 @@ def denoising_loss(
     """Squared error of each sample (B,), weighted by `snr_weight` where `snr_gamma` is above 0."""
     loss_B = F.mse_loss(output_BChw.float(), target_BChw, reduction="none").mean((1, 2, 3))
     return loss_B * snr_weight(abar_B, snr_gamma, prediction) if snr_gamma else loss_B
+
+
+def picture_loss(picture_BCHW: Tensor, hr_BCHW: Tensor) -> Tensor:
+    """Mean absolute error of each picture (B,), decoded from a predicted clean latent; both in [-1, 1]."""
+    return F.l1_loss(picture_BCHW.float(), hr_BCHW, reduction="none").mean((1, 2, 3))
 
 
 def snr_weight(abar_B: Tensor, gamma: float, prediction: str) -> Tensor:

@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
 
@@ -15,19 +16,21 @@ from torch import Tensor, nn
 
 import deedsr
 from deedsr.adapter.adapter import DegradationAwareAdapter, freeze
-from deedsr.adapter.objective import denoising_loss, noisy_and_target
+from deedsr.adapter.objective import clean_latent, denoising_loss, noisy_and_target, picture_loss
 from deedsr.dataset.keys import generator
 from deedsr.dataset.manifest import LatentsSource
 from deedsr.hub.model_card import copy_base_licence, write_card
-from deedsr.hub.model_folder import FORMAT_VERSION, load_part
+from deedsr.hub.model_folder import FORMAT_VERSION, ModelFolder, load_part
+from deedsr.hub.settings import SamplingSettings
 from deedsr.learner.resnet import DegradationLearner
-from deedsr.sampling.autoencoder import downsampling_factor, encode_latents
+from deedsr.sampling.autoencoder import decode_latents, downsampling_factor, encode_latents
 from deedsr.sampling.images import enlarge
 from deedsr.sampling.schedule import ddim
 from pipelines.data.dataset import Dataset
 from pipelines.models import Adapter, Base, Learner
 from pipelines.training.config import AdapterOptions
 from pipelines.training.metrics import by_timestep, middles
+from pipelines.training.schedules import PRESETS
 from pipelines.training.stage import Stage, Weights, compile_blocks, initial_weights, save_model, unit
 
 if TYPE_CHECKING:
@@ -65,6 +68,20 @@ class AdapterStage(Stage):
         self.base, self.trained_learner = Base(options.base), Learner(options.learner)
         self.init = Adapter(options.init) if options.init else None
         self.models = [self.base, self.trained_learner, *([self.init] if self.init else [])]
+
+    @cached_property
+    def sampling(self) -> dict[str, Any]:
+        """Settings that the model recommends: those given, over the initial model's.
+
+        A preset's are for new weights: beside an initial model they do not count.
+        """
+        given = self.options.sampling
+        if self.init is None:
+            return given
+        of_preset = PRESETS["adapter"][self.options.model.preset].get("sampling", {})
+        recommended = ModelFolder.read(self.init.path.parent).sampling.as_dict()
+        own = {name: value for name, value in recommended.items() if value != getattr(SamplingSettings(), name)}
+        return own | {name: value for name, value in given.items() if of_preset.get(name) != value}
 
     def network(self, unet: UNet2DConditionModel | None = None, **more: Any) -> DegradationAwareAdapter:
         """The adapter of `unet`, or of one with the base's geometry."""
@@ -177,6 +194,10 @@ class AdapterStage(Stage):
             abar_B = self.scheduler.alphas_cumprod.to(t.device)[t]
             noisy, target = noisy_and_target(z_hr, z_lr, batch["noise"], abar_B, batch["guidance"], prediction)
         output = model(noisy, t, z_lr, degradation_BD)
+        if self.options.diffusion.pictures:
+            x_0 = clean_latent(output.float(), noisy, abar_B.view(-1, 1, 1, 1), prediction)
+            picture_BCHW = decode_latents(self.vae, x_0.to(self.vae.dtype))
+            return picture_loss(picture_BCHW, 2 * unit(batch["hr_crop"]) - 1)
         return denoising_loss(output, target, abar_B, prediction, self.options.diffusion.snr_gamma)
 
     def validation_step(self, model: Callable[..., Tensor], batch: AdapterBatch) -> Tensor:
@@ -197,7 +218,7 @@ class AdapterStage(Stage):
         # A scheduler of its own: sampling sets the timesteps of the one it has.
         scheduler = copy.deepcopy(self.scheduler)
         parts = (self.vae, self.unet, scheduler, self.learner, self.adapter)
-        pipeline = DeeDSRPipeline(*parts, scale=self.scale, sampling=self.options.sampling)
+        pipeline = DeeDSRPipeline(*parts, scale=self.scale, sampling=self.sampling)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -212,9 +233,9 @@ class AdapterStage(Stage):
             "created_by": f"deedsr {deedsr.__version__}",
         }
         lineage = {"base": self.options.base, "license": self.options.license, "training": training}
-        made = {"scale": self.scale, "sampling": self.options.sampling, **lineage, "base_digest": self.base.digest}
+        made = {"scale": self.scale, "sampling": self.sampling, **lineage, "base_digest": self.base.digest}
         (folder / "deedsr.json").write_text(json.dumps({"format_version": FORMAT_VERSION, **made}, indent=2))
-        write_card(folder, scale=self.scale, sampling=self.options.sampling, lineage=lineage)
+        write_card(folder, scale=self.scale, sampling=self.sampling, lineage=lineage)
         copy_base_licence(self.base.path, folder)
 
 

@@ -71,12 +71,14 @@ def check_adapter_data(options: AdapterOptions, dataset: Dataset, base: Path, le
 
 
 def require_latents_of(dataset: Dataset, options: AdapterOptions, base: Path, learner: Path) -> None:
-    """Refuse latents that were made by other networks than this training's."""
+    """Refuse latents that were made by other networks than this training's, or where it compares pictures."""
     from deedsr.hub.weights import part_digest
 
     made_of = dataset.manifest.latents
     if made_of is None:
         return
+    if options.diffusion.pictures:
+        raise UsageError(f"diffusion.pictures compares pictures, and {dataset.uri} holds latents: give the shards")
     parts = {"base": (made_of.vae, base / "vae")}
     parts |= {"learner": (made_of.learner, learner)} if made_of.learner else {}
     differing = [

@@ -128,6 +128,7 @@ class DiffusionOptions:
     max_timestep: Annotated[PositiveInt | None, "T above; train only below it; null = all timesteps"] = None
     noise_guidance: Annotated[Share, "maximum blend of the LR latent into the noisy latent; 0 = off"] = 0.0
     snr_gamma: Annotated[NonNegativeFloat, "min-SNR weighting, min(SNR, gamma) on the clean latent; 0 = off"] = 0.0
+    pictures: Annotated[bool, "compare the decoded picture with the HR instead of latents; data must be pixels"] = False
 
     def timesteps(self, steps: int) -> int:
         """Timesteps from 0 to below this one are trained. `steps`: of the base's schedule."""

@@ -2,8 +2,8 @@
 
 Sampling takes the LR latent, adds noise of a low timestep, asks the UNet once and decodes. All of it is differentiable,
 so that the loss is that of the picture. Two timesteps serve two purposes: at REALISM the targets are the HR and the
-teacher's picture, by absolute error, by features of EfficientNet-Lite1 and by a projected discriminator; at FIDELITY,
-less noise, nearly nothing but the absolute error to the HR. The UNet and the encoder stay as they are.
+teacher's picture, by absolute error, by features of EfficientNet-Lite1 and, if asked, by a projected discriminator; at
+FIDELITY, less noise, nearly nothing but the absolute error to the HR. The UNet and the encoder stay as they are.
 
 Shape suffixes: B batch, C channels, H W pixels, h w latent pixels, D degradation vector.
 """
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from deedsr import DeeDSRPipeline
+from deedsr.adapter.condition_encoder import Condition
 from deedsr.adapter.objective import clean_latent
 from deedsr.sampling.autoencoder import decode_latents, encode_latents
 from tools.tiny.bank import SIDE, read_bank
@@ -32,22 +33,34 @@ EDGES = 0.5
 
 @dataclass(frozen=True)
 class Weights:
-    """Of the terms of the loss at REALISM."""
+    """Of the terms of the loss at REALISM; `pixels` at FIDELITY, too."""
 
-    teacher: float = 0.5  # of the targets' weights, 0 = the HR alone
+    teacher: float = 0.9  # of the targets' weights, 0 = the HR alone
+    pixels: float = 4.0
     perceptual: float = 1.0
-    adversarial: float = 0.05
-    adversarial_from: int = 1000  # step
+    adversarial: float = 0.0  # length of its gradient at the picture, 1 = that of all other terms together
+    adversarial_from: int = 2000  # step
+
+    def adversarial_at(self, step: int) -> bool:
+        return self.adversarial > 0 and step >= self.adversarial_from
 
 
 def one_step(
-    pipeline: DeeDSRPipeline, z_lr: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, vector: torch.Tensor
+    pipeline: DeeDSRPipeline,
+    z_lr: torch.Tensor,
+    noise: torch.Tensor,
+    t: torch.Tensor,
+    vector: torch.Tensor,
+    condition: Condition | None = None,
 ) -> torch.Tensor:
-    """The latent (B, C, h, w) that sampling ends with when its last step alone is not guided, at timesteps t (B,)."""
+    """The latent (B, C, h, w) that sampling ends with when its last step alone is not guided, at timesteps t (B,).
+
+    `condition` replaces what the adapter makes of the LR latent and the vector (B, D).
+    """
     abar = pipeline.scheduler.alphas_cumprod.to(z_lr.device)[t].view(-1, 1, 1, 1)
     last = pipeline.scheduler.final_alpha_cumprod
     x_t = abar.sqrt() * z_lr + (1 - abar).sqrt() * noise
-    v = pipeline.adapter(x_t, t, z_lr, vector).float()
+    v = pipeline.adapter(x_t, t, z_lr, vector, condition).float()
     x_0 = clean_latent(v, x_t, abar, "v_prediction")
     eps = abar.sqrt() * v + (1 - abar).sqrt() * x_t
     return last.sqrt() * x_0 + (1 - last).sqrt() * eps
@@ -71,7 +84,7 @@ def train(work: Path, model: str, steps: int, weights: Weights, budget: Budget) 
     adapter.attach(pipeline.unet)
     bank = read_bank(work, budget.device)
     for step, rng in run:
-        x, target, z_lr, vector = draw(bank, rng, budget.batch_factor)
+        x, target, z_lr, vector = cut(bank, rng, sum(SAMPLES.values()) * budget.batch_factor, CROP)
         count = {name: number * budget.batch_factor for name, number in SAMPLES.items()}
         first, second = count["realism"], count["realism"] + count["fidelity"]
         t = torch.tensor([REALISM] * first + [FIDELITY] * (second - first), device=budget.device)
@@ -81,27 +94,33 @@ def train(work: Path, model: str, steps: int, weights: Weights, budget: Budget) 
                 z_hr = encode_latents(vae, x[second:]).float()
             z = torch.cat([z_sr, z_hr])
             y = decode_latents(vae, z + 0.02 * torch.randn_like(z)).float()
-            to_hr, to_teacher = perceptual(y[:second], x[:second], target[:second])
-            adversarial = torch.zeros((), device=budget.device)
-            if step >= weights.adversarial_from:
-                discriminator.requires_grad_(False)
-                adversarial = -realness(discriminator(augment(y[:first], rng)))
-        own, theirs = pixels(y[:first], x[:first]), pixels(y[:first], target[:first])
-        percept = torch.lerp(to_hr[:first].mean(), to_teacher[:first].mean(), weights.teacher / 2)
-        realism = torch.lerp(own, theirs, weights.teacher) + weights.perceptual * percept
-        realism = realism + weights.adversarial * adversarial
-        fidelity = pixels(y[first:second], x[first:second]) + 0.1 * to_hr[first:].mean()
-        rebuilt = pixels(y[second:], x[second:])
-        run.update("model", (first * realism + (second - first) * fidelity + (len(y) - second) * rebuilt) / len(y))
+        picture = y.detach().requires_grad_(True)  # gradients of the terms meet here and go on together
+        with budget.autocast():
+            to_hr, to_teacher = perceptual(picture[:second], x[:second], target[:second])
+        own, theirs = pixels(picture[:first], x[:first]), pixels(picture[:first], target[:first])
+        percept = torch.lerp(to_hr[:first].mean(), to_teacher[:first].mean(), weights.teacher)
+        realism = weights.pixels * torch.lerp(own, theirs, weights.teacher) + weights.perceptual * percept
+        fidelity = weights.pixels * pixels(picture[first:second], x[first:second]) + 0.1 * to_hr[first:].mean()
+        rebuilt = weights.pixels * pixels(picture[second:], x[second:])
+        loss = (first * realism + (second - first) * fidelity + (len(y) - second) * rebuilt) / len(y)
+        gradient = torch.autograd.grad(loss, picture)[0]
+        adversarial = torch.zeros((), device=budget.device)
+        if weights.adversarial_at(step):
+            discriminator.requires_grad_(False)
+            with budget.autocast():
+                adversarial = -realness(discriminator(augment(picture[:first], rng)))
+            towards_real = torch.autograd.grad(adversarial, picture)[0]
+            gradient += weights.adversarial * gradient[:first].norm() / towards_real.norm() * towards_real
+        run.update("model", (y * gradient).sum())
         verdict = torch.zeros((), device=budget.device)
-        if step >= weights.adversarial_from - 100:  # the discriminator learns a little before it counts
+        if weights.adversarial_at(step + 100):  # the discriminator learns a little before it counts
             trainable(discriminator)
             with budget.autocast():
                 both = [discriminator(augment(part, rng)) for part in (x[:first], y[:first].detach())]
             verdict = hinge(*both)
             run.update("discriminator", verdict)
-        run.log(own=own, theirs=theirs, percept=to_hr[:first].mean(), adversarial=adversarial, verdict=verdict,
-                fidelity=fidelity, rebuilt=rebuilt)  # fmt: skip
+        run.log(own=own, theirs=theirs, percept=to_hr[:first].mean(), adversarial=adversarial,
+                verdict=verdict, fidelity=fidelity, rebuilt=rebuilt)  # fmt: skip
 
 
 def pixels(y_BCHW: torch.Tensor, x_BCHW: torch.Tensor) -> torch.Tensor:
@@ -112,21 +131,19 @@ def trainable(discriminator: ProjectedDiscriminator) -> None:
     discriminator.heads.requires_grad_(True)
 
 
-def draw(bank: dict[str, torch.Tensor], rng: np.random.Generator, factor: int) -> tuple[torch.Tensor, ...]:
-    """HR and teacher (B, 3, CROP, CROP) in [-1, 1], LR latents (B, C, h, w) and vectors (B, D) of a batch."""
-    count, cells = sum(SAMPLES.values()) * factor, CROP // FACTOR
+def cut(bank: dict[str, torch.Tensor], rng: np.random.Generator, count: int, crop: int) -> tuple[torch.Tensor, ...]:
+    """HR and teacher (B, 3, crop, crop) in [-1, 1], LR latents (B, C, h, w) and vectors (B, D) of `count` pairs."""
+    cells = crop // FACTOR
     which = rng.integers(len(bank["hr"]), size=count)
-    corners = rng.integers((SIDE - CROP) // FACTOR + 1, size=(count, 2))
+    corners = rng.integers((SIDE - crop) // FACTOR + 1, size=(count, 2))
     device = bank["hr"].device
 
-    def cut(name: str, scale: int) -> torch.Tensor:
+    def of(name: str, scale: int) -> torch.Tensor:
         side = scale * cells
         return torch.stack([
             bank[name][number, :, scale * top : scale * top + side, scale * left : scale * left + side]
             for number, (top, left) in zip(which, corners, strict=True)
         ])  # fmt: skip
 
-    pictures = [
-        to_signed(cut(name, FACTOR)).contiguous(memory_format=torch.channels_last) for name in ("hr", "teacher")
-    ]
-    return *pictures, cut("latent", 1).float(), bank["degradation"][torch.from_numpy(which).to(device)]
+    pictures = [to_signed(of(name, FACTOR)).contiguous(memory_format=torch.channels_last) for name in ("hr", "teacher")]
+    return *pictures, of("latent", 1).float(), bank["degradation"][torch.from_numpy(which).to(device)]

@@ -10,13 +10,15 @@
     python -m tools.tiny assemble    --work work --model work/start       work/model
     python -m tools.tiny gate        --work work                          its restoration gate
 
+    python -m tools.tiny arms        --work work --model work/model       what parts of the method are worth on it
+
     python -m tools.tiny chain       --work work --minutes 8              all but the first, as far as time allows
     python -m tools.tiny parcel      --work work --to FILE                code and photographs for another machine
 
 Every stage keeps its state under --work and continues from there: the same command again, until it is done. With
 --minutes a stage ends early, its state saved. `--model tiny` in place of work/start trains what ships further, without
 a new base. On a GPU batches are made on the device, base networks are compiled, and batches are --batch-factor times as
-large; everywhere networks compute in bf16 with fp32 weights. `pictures`, `gate` and `teacher` need the extra
+large; everywhere networks compute in bf16 with fp32 weights. `pictures`, `gate`, `teacher` and `arms` need the extra
 `benchmarks`.
 """
 
@@ -30,29 +32,31 @@ from pathlib import Path
 import cv2
 import torch
 
-from tools.tiny import assembly, bank, base, calibration, pictures
+from tools.tiny import arms, assembly, bank, base, calibration, pictures
 from tools.tiny.parcel import write_parcel
 from tools.tiny.photographs import reduce_photographs
 from tools.tiny.training import Budget, steps_taken
 
-STEPS = {"autoencoder": 12_000, "unet": 40_000, "pictures": 12_000}
+STEPS = {"autoencoder": 12_000, "unet": 40_000, "pictures": 12_000, "arms": 2000}
 CHAIN = ("autoencoder", "unet", "export", "bank", "teacher", "pictures", "assemble", "gate")
 RESERVE = 0.25  # minutes: with less left, no stage of a chain is begun
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["photographs", *CHAIN, "chain", "parcel"])
+    of_terms = pictures.Weights()
+    parser.add_argument("stage", choices=["photographs", *CHAIN, "arms", "chain", "parcel"])
     parser.add_argument("--work", type=Path, required=True, help="folder of reduced photographs and training state")
     parser.add_argument("--photos", type=Path, nargs="+", help="photographs: folders of the originals")
     parser.add_argument("--quality", type=int, default=95, help="photographs: of the reduced ones, as JPEG")
     parser.add_argument("--base", choices=list(base.BASES), default="next", help="which base is made")
-    parser.add_argument("--model", help="bank, pictures, assemble: the model to start from; default work/start")
+    parser.add_argument("--model", help="bank, pictures, assemble, arms: the model to start from; default work/start")
     parser.add_argument("--chunks", type=int, default=60, help="bank: files of 24 pairs")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="bank, teacher")
-    parser.add_argument("--teacher-weight", type=float, default=0.5, help="pictures: the HR has the rest")
-    parser.add_argument("--perceptual-weight", type=float, default=1.0, help="pictures")
-    parser.add_argument("--adversarial-weight", type=float, default=0.05, help="pictures")
+    parser.add_argument("--teacher-weight", type=float, default=of_terms.teacher, help="pictures: the HR has the rest")
+    parser.add_argument("--pixel-weight", type=float, default=of_terms.pixels, help="pictures")
+    parser.add_argument("--perceptual-weight", type=float, default=of_terms.perceptual, help="pictures")
+    parser.add_argument("--adversarial-weight", type=float, default=of_terms.adversarial, help="pictures")
     parser.add_argument("--to", type=Path, help="parcel: file, .tar.gz")
     parser.add_argument("--steps", type=int, help="of this stage in all")
     parser.add_argument("--minutes", type=float, default=math.inf, help="end after so many, to be continued")
@@ -90,13 +94,17 @@ class Stages:
             case "teacher":
                 bank.spread(bank.make_targets, work, budget, processes=asked.processes)
             case "pictures":
-                weights = pictures.Weights(asked.teacher_weight, asked.perceptual_weight, asked.adversarial_weight)
+                weights = pictures.Weights(
+                    asked.teacher_weight, asked.pixel_weight, asked.perceptual_weight, asked.adversarial_weight
+                )
                 pictures.train(work, self.origin, self.steps(stage), weights, budget)
             case "assemble":
                 assembly.assemble(work, self.origin, self.model)
             case "gate":
                 if calibration.measure(work, self.model, budget):
                     assembly.set_gate(self.model, calibration.fit(work))
+            case "arms":
+                arms.measure(work, self.origin, self.steps(stage), budget)
             case "parcel":
                 write_parcel(self.photographs, asked.to)
 

@@ -76,6 +76,7 @@ class Run:
         self.step = 0
         self.curve: list[dict[str, float]] = []
         self._sums: dict[str, Any] = defaultdict(float)
+        self._summed = 0  # steps, since the last point of the curve or the start
         if path.exists():
             self._load(torch.load(path, weights_only=True, map_location=budget.device))
 
@@ -89,11 +90,13 @@ class Run:
             torch.manual_seed(SEED + self.step)  # so that a run that was stopped goes on as if it had not been
             yield self.step, np.random.default_rng([SEED, self.step])
             self.step += 1
+            self._summed += 1
             self._average()
             bar.update()
             if self.step % CURVE == 0:
-                point = {name: round(float(total) / CURVE, 5) for name, total in self._sums.items()}
+                point = {name: round(float(total) / self._summed, 5) for name, total in self._sums.items()}
                 self._sums.clear()
+                self._summed = 0
                 self.curve.append({"step": self.step} | point)
                 bar.set_postfix(point, refresh=False)
                 print(self.curve[-1], flush=True)
