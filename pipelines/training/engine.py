@@ -251,7 +251,7 @@ class Engine:
 
     def _part(self, value: Tensor, p: nn.Parameter) -> Tensor:
         """This worker's part of a value of `p` under ZeRO 3, which pads the last parts with zeros."""
-        size = p.ds_tensor.numel()
+        size = p.ds_tensor.numel()  # type: ignore[attr-defined]
         padded = nn.functional.pad(value.flatten(), (0, size * self.world_size - value.numel()))
         return padded[self.rank * size : (self.rank + 1) * size]
 
