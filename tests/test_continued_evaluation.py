@@ -21,7 +21,7 @@ from pipelines.claims import Claim, Superseded, held
 from pipelines.inference.evaluation import evaluate
 from pipelines.storage import open_storage
 
-pytestmark = pytest.mark.usefixtures("own_store", "one_thread")
+pytestmark = pytest.mark.usefixtures("own_store")
 
 
 def measured(out: Path) -> list[Path]:

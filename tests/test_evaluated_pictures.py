@@ -19,7 +19,7 @@ from pipelines.data.dataset import Dataset
 from pipelines.inference.evaluation import evaluate
 from pipelines.inference.parts import files_given
 
-pytestmark = pytest.mark.usefixtures("own_store", "one_thread")
+pytestmark = pytest.mark.usefixtures("own_store")
 NAMES = ("Canon_001", "Canon_002", "Nikon_003", "Nikon_004")
 
 
@@ -267,6 +267,7 @@ def test_names_of_drealsr_and_of_outputs_fit(tmp_path, hrs):
     }  # fmt: skip
 
 
+@pytest.mark.soak
 def test_a_cluster_measures_the_same(on_cluster, folders):
     measured(folders)
     (folders / "out").rename(folders / "cluster")

@@ -8,8 +8,6 @@ from PIL import Image
 from jobs.cli import main
 from pipelines.inference.upscaling import upscale
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def folder(photos, tmp_path):
