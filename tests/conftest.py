@@ -38,15 +38,6 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What runs in one process: the tests of a file, and all that need the Ray cluster, whose start takes long."""
-    here = [item for item in items if item.get_closest_marker("soak") is None]
-    on_ray = {item.path for item in here if "ray_cluster" in getattr(item, "fixturenames", ())}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path in on_ray else item.path.stem))
-
-
 @pytest.fixture(scope="session")
 def photos() -> Path:
     """Folder of the shipped photographs: train/ and validation/."""
