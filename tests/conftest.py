@@ -17,15 +17,18 @@ os.environ["DEEDSR_CPUS"] = "2"  # the tests ask for what they need, whatever th
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Small networks and pictures are faster on one thread than on several that wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Ray's workers find the test modules whose functions they run.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")]))
 
 import cv2
 import numpy as np
 import pytest
-import torch
 
 from deedsr.dataset.recipe import Recipe
+
+cv2.setNumThreads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,17 +42,6 @@ def pytest_configure(config: pytest.Config) -> None:
 def photos() -> Path:
     """Folder of the shipped photographs: train/ and validation/."""
     return Path(str(files("deedsr") / "assets" / "photos"))
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """Small networks are faster on one thread than on threads that wait for each other."""
-    before = cv2.getNumThreads(), torch.get_num_threads()
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
-    yield
-    cv2.setNumThreads(before[0])
-    torch.set_num_threads(before[1])
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +68,12 @@ def small_recipe():
 
 
 @pytest.fixture(scope="session")
-def small_dataset(ray_cluster, photos, small_recipe, tmp_path_factory) -> str:
+def small_dataset(photos, small_recipe, tmp_path_factory) -> str:
     """A dataset of the shipped photographs, read only: 88 samples for training, 48 for validation, several shards."""
-    from pipelines.shards import generate
+    from source_files import run
 
     out = str(tmp_path_factory.mktemp("small") / "dataset")
-    generate([str(photos)], out, small_recipe, workers=2, progress=False)
+    run([photos], out, small_recipe)
     return out
 
 
@@ -228,6 +220,7 @@ def small_disk(tmp_path):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     """A randomly initialised base in diffusers layout, smaller than `tiny`."""
+    import torch
     from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 
     from tools.tiny.base import SCHEDULER
@@ -281,7 +274,7 @@ def adapter_options(small_dataset, base, trained_learner):
     )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def empty_store(tmp_path_factory) -> Path:
     """An empty SQLite store of MLflow, to be copied: making one takes seconds."""
     from mlflow_stores import SqliteStore
@@ -291,6 +284,12 @@ def empty_store(tmp_path_factory) -> Path:
     store = SqliteStore(tmp_path_factory.mktemp("mlflow"))
     tracking.connect(store.uri)
     return store.path
+
+
+@pytest.fixture(scope="session")
+def new_store(empty_store):
+    """A function that puts a new SQLite store of MLflow into a folder; its URI."""
+    return lambda folder: f"sqlite:///{shutil.copy(empty_store, folder / 'mlflow.db')}"
 
 
 @pytest.fixture
@@ -303,10 +302,10 @@ def store(empty_store, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def own_store(tmp_path_factory):
+def own_store(new_store, tmp_path_factory):
     """An MLflow store of this module's own."""
     patch = pytest.MonkeyPatch()
-    patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db")
+    patch.setenv("MLFLOW_TRACKING_URI", new_store(tmp_path_factory.mktemp("mlflow")))
     yield
     patch.undo()
 
@@ -323,7 +322,7 @@ def model(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def evaluated(own_store, one_thread, model, small_dataset, tmp_path_factory):
+def evaluated(own_store, model, small_dataset, tmp_path_factory):
     """Place, result and `results.json` of an evaluation of `model`."""
     from evaluations import evaluate
 

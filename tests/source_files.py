@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,8 +14,11 @@ import pyarrow.parquet
 from deedsr.dataset.manifest import MANIFEST, SAMPLES, kept_copy
 from deedsr.dataset.pictures import RejectedImage
 from deedsr.dataset.recipe import Recipe
-from pipelines.shards import generate
+from pipelines.shards import run_job
+from pipelines.shards.execute import Job
+from pipelines.shards.generate import ShardsResult, source_job
 from pipelines.shards.listing import list_sources
+from pipelines.shards.shard import Inventory
 from pipelines.shards.source import Source, read_source
 from pipelines.storage import open_storage
 
@@ -60,8 +64,17 @@ def problems(sources) -> dict[str, str]:
     return found
 
 
-def run(sources, out, recipe, workers=2, **options):
-    return generate([str(source) for source in sources], str(out), recipe, workers, progress=False, **options)
+def made(job: Job) -> ShardsResult:
+    """The dataset of a job, made in this process: starting Ray's workers would take longer than the work."""
+    plans, inventory = list(job.plans()), Inventory.of(job.out)
+    for plan in plans:
+        if not inventory.holds(plan):
+            job.work.build(plan, job.out)
+    return run_job(replace(job, plans=lambda: plans), progress=False)
+
+
+def run(sources, out, recipe, **options) -> ShardsResult:
+    return made(source_job([str(source) for source in sources], str(out), recipe, progress=False, **options))
 
 
 def rejected(out) -> dict[str, str]:

@@ -43,9 +43,6 @@ BETAS = {name: SCHEDULE[name] for name in ("beta_start", "beta_end", "beta_sched
 WEIGHTS = "diffusion_pytorch_model"
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def write_base(folder: Path, geometry: str = "2.1", scheduler=PNDMScheduler, **schedule) -> Path:
     """A small base as Stable Diffusion comes from the hub, text encoder included: one that nothing could load."""
     torch.manual_seed(0)

@@ -14,6 +14,7 @@ import yaml
 from command_results import differences
 from mlflow import MlflowClient
 from mlflow.entities import ViewType
+from source_files import run as make_dataset
 from stored_things import restore_store
 
 from deedsr.dataset.recipe import load_recipe
@@ -23,13 +24,8 @@ from jobs.chain import STEPS, ChainOptions, check, steps
 from jobs.job_file import load_job_files
 from pipelines import tracking
 from pipelines.models import Base, Learner
-from pipelines.shards import generate
-from pipelines.shards.build import FromSources
 from pipelines.shards.encode import latents_job
 from pipelines.shards.generate import finished, hr_job, join_job, source_job
-from pipelines.shards.listing import list_sources
-from pipelines.shards.plan import plan_shards
-from pipelines.storage import open_storage
 
 ROOT = Path(__file__).parent.parent
 NAMES = [step.name for step in STEPS]
@@ -178,9 +174,7 @@ def test_an_evaluation_without_pairs_is_refused_before_the_trainings(things, cap
     recipe["split"] = {"validation_patterns": ["nothing"]}
     (things / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     changed = load_recipe("recipe.yaml")
-    for plan in plan_shards(list_sources(["sources"]), changed):  # in this process, without Ray
-        FromSources(changed).build(plan, open_storage("other"))
-    generate(["sources"], "other", changed, progress=False)
+    make_dataset(["sources"], "other", changed)
     assert cli.main(["chain", "--config", "chain.yaml", "--shards.out", "other"]) == 2
     error = capsys.readouterr().err
     assert "other has no validation split" in error

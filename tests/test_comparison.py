@@ -25,9 +25,9 @@ TEMPLATES = Path(charts.__file__).parent / "templates"
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory, photos) -> str:
+def store(new_store, tmp_path_factory, photos) -> str:
     """Two learners, and evaluations of two models on two datasets."""
-    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+    uri = new_store(tmp_path_factory.mktemp("mlflow"))
     picture = cv2.imread(str(photos / "validation" / "Yellow-Flower.jpg"))[:32, :96, ::-1]
 
     def run(experiment, name, config, dataset, parents=None):
@@ -78,9 +78,9 @@ def test_figures_of_two_datasets_or_splits_never_share_a_table(store, tmp_path):
         assert len({LIGHT[:12] in block, HEAVY[:12] in block}) == 2
 
 
-def test_figures_of_two_definitions_never_share_a_row(tmp_path):
+def test_figures_of_two_definitions_never_share_a_row(new_store, tmp_path):
     """Three evaluations of one dataset: one from before definitions were recorded, one with a border, one without."""
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = new_store(tmp_path)
     for name, psnr, border in (("old", 25.125, None), ("bordered", 25.25, 4), ("whole", 25.375, 0), ("again", 25.5, 0)):
         stated = {} if border is None else {"definitions": {"psnr": f"border {border}"}}
         with tracking.start_run(
@@ -180,8 +180,8 @@ def test_the_terminal_table_fits_the_window_and_names_what_it_leaves_out(store, 
         assert f"\n{name} " in text
 
 
-def test_best_and_last_of_a_training_are_told_apart(tmp_path):
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+def test_best_and_last_of_a_training_are_told_apart(new_store, tmp_path):
+    uri = new_store(tmp_path)
     with tracking.start_run("deedsr-adapter", name="a", config={}, tracking_uri=uri, system_metrics=False) as run:
         for step, (psnr, loss) in enumerate([(20.0, 3.0), (24.5, 1.0), (23.0, 2.0)], 1):
             run.log_metrics({"validation/psnr_y": psnr, "validation/loss": loss, "validation/seconds": 1.0}, step)

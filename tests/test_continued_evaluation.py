@@ -20,7 +20,7 @@ from jobs.cli import main
 from pipelines.claims import Claim, Superseded, held
 from pipelines.storage import open_storage
 
-pytestmark = pytest.mark.usefixtures("own_store", "one_thread")
+pytestmark = pytest.mark.usefixtures("own_store")
 
 
 def measured(out: Path) -> list[Path]:

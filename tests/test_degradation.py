@@ -18,9 +18,6 @@ DEEDSR = load_recipe("deedsr").degradation
 SIGNIFICANCE = 1e-4  # of each statistical test; the draws are fixed, so that a test that passes keeps passing
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def crops(photos):
     """256 px crops of the shipped photographs."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from browser import Loads
+from source_files import made, run
 
 from deedsr.dataset.manifest import dataset_digest
 from deedsr.dataset.recipe import Recipe, load_recipe
@@ -16,7 +17,7 @@ from jobs import cli
 from pipelines.claims import running
 from pipelines.data.dataset import Dataset
 from pipelines.reports.inspection import inspect
-from pipelines.shards import HeldBack, collect_garbage, generate, hr_job, join_job, run_job, verify
+from pipelines.shards import HeldBack, collect_garbage, hr_job, join_job, run_job, verify
 from pipelines.storage import open_storage, publish
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -67,7 +68,7 @@ def test_readers_join_the_hr_without_being_told(small_dataset, heavy_lr):
 
 def test_a_joined_dataset_is_the_one_that_the_sources_give(photos, small_dataset, heavy_lr, tmp_path):
     joined = run_job(join_job(heavy_lr, str(tmp_path / "joined")), workers=2, progress=False)
-    direct = generate([str(photos)], str(tmp_path / "direct"), Dataset.open(heavy_lr).recipe, 2, progress=False)
+    direct = run([photos], tmp_path / "direct", Dataset.open(heavy_lr).recipe)
     assert joined.digest == direct.digest
     assert joined.samples == direct.samples
     assert verify(str(tmp_path / "joined"), replay=3, progress=False).ok
@@ -76,7 +77,7 @@ def test_a_joined_dataset_is_the_one_that_the_sources_give(photos, small_dataset
 
 def test_both_may_move_together_and_hr_that_moved_alone_is_named_anew(small_dataset, heavy_lr, heavy, tmp_path):
     shutil.copytree(small_dataset, tmp_path / "there" / "hr")
-    moved = run_job(hr_job(str(tmp_path / "there" / "hr"), str(tmp_path / "there" / "lr"), heavy), 2, progress=False)
+    moved = made(hr_job(str(tmp_path / "there" / "hr"), str(tmp_path / "there" / "lr"), heavy))
     (tmp_path / "there").rename(tmp_path / "here")
     dataset = Dataset.open(str(tmp_path / "here" / "lr"))
     assert dataset.digest == moved.digest == Dataset.open(heavy_lr).digest
@@ -92,7 +93,7 @@ def test_both_may_move_together_and_hr_that_moved_alone_is_named_anew(small_data
 
 def test_degradations_of_degradations_take_the_hr_from_where_it_is(small_dataset, heavy_lr, small_recipe, tmp_path):
     light = Recipe.model_validate(load_recipe("light").model_dump(mode="json"))
-    run_job(hr_job(heavy_lr, str(tmp_path / "light"), light), 2, progress=False)
+    made(hr_job(heavy_lr, str(tmp_path / "light"), light))
     assert Dataset.open(str(tmp_path / "light")).hr_dataset().uri == Dataset.open(small_dataset).uri
 
 
@@ -119,7 +120,7 @@ def regenerated(small_dataset, heavy, tmp_path) -> tuple[Path, Path]:
     hr, lr = tmp_path / "hr", tmp_path / "lr"
     shutil.copytree(small_dataset, hr)
     shutil.rmtree(hr / "_state" / "derived", ignore_errors=True)  # of what other tests made of the small dataset
-    run_job(hr_job(str(hr), str(lr), heavy), 2, progress=False)
+    made(hr_job(str(hr), str(lr), heavy))
     manifest = json.loads((hr / "manifest.json").read_bytes())
     kept = manifest["shards"][1:]
     manifest |= {"shards": kept, "samples": sum(shard["samples"] for shard in kept)}

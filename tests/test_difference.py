@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from browser import Loads
 from mlflow import MlflowClient
+from source_files import run
 
 from deedsr.dataset.recipe import Recipe
 from jobs import cli
 from pipelines import tracking
 from pipelines.data.dataset import Dataset
 from pipelines.reports.difference import inspect_against
-from pipelines.shards import generate
 
 
 def changed(recipe: Recipe, **parts) -> Recipe:
@@ -24,7 +24,7 @@ def changed(recipe: Recipe, **parts) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def made(ray_cluster, pictures, one_crop_recipe, tmp_path_factory):
+def made(pictures, one_crop_recipe, tmp_path_factory):
     """A function that makes a dataset of named pictures: {name: name of the picture whose content it has}."""
     folder = tmp_path_factory.mktemp("difference")
 
@@ -33,7 +33,7 @@ def made(ray_cluster, pictures, one_crop_recipe, tmp_path_factory):
         for path, picture in contents.items():
             (folder / f"{name}-photos" / path).write_bytes(pictures[picture])
         recipe = changed(one_crop_recipe, variants=2, **parts)
-        generate([str(folder / f"{name}-photos")], str(folder / name), recipe, 2, progress=False)
+        run([folder / f"{name}-photos"], folder / name, recipe)
         return str(folder / name)
 
     return make
@@ -115,13 +115,13 @@ def test_where_other_crops_were_taken_sources_stand_beside_each_other(made, old,
     assert "HR now" in html
 
 
-def test_the_run_that_made_the_dataset_gets_a_picture(new, old, tmp_path, capsys, monkeypatch, caplog):
+def test_the_run_that_made_the_dataset_gets_a_picture(new, old, new_store, tmp_path, capsys, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert cli.main(["inspect", new, "--against", old, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["run_id"] is None
     assert [path.name for path in tmp_path.iterdir()] == ["inspection.html"]  # no store is made for it
-    uri, tags = f"sqlite:///{tmp_path}/mlflow.db", {"deedsr.kind": "shards"}
+    uri, tags = new_store(tmp_path), {"deedsr.kind": "shards"}
     with tracking.start_run("deedsr-shards", name="new", config={}, tags=tags, tracking_uri=uri) as run:
         run.log_dataset(Dataset.open(new), context="shards")
     assert cli.main(["inspect", new, "--against", old]) == 0

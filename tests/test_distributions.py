@@ -20,9 +20,6 @@ RANGES = load_recipe("deedsr").degradation
 COUNTS = [pytest.param(250, id="250"), pytest.param(2000, id="2000", marks=pytest.mark.soak)]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def crops(photos):
     images = [cv2.imread(str(name))[..., ::-1] for name in sorted((photos / "train").glob("*.jpg"))]

@@ -73,11 +73,9 @@ def test_a_storage_that_refuses_connections_is_named(healthy, bucket, capsys, mo
 
 
 def test_an_mlflow_store_is_tried_by_a_run_and_a_server_that_is_away_is_named_without_its_password(
-    healthy, capsys, monkeypatch
+    healthy, new_store, capsys, monkeypatch
 ):
-    from pipelines.tracking.store import connect
-
-    connect(os.environ["MLFLOW_TRACKING_URI"])
+    new_store(healthy)
     _, result = examined(capsys, "--out", str(healthy))
     assert any("a run written and deleted" in check["found"] for check in result["checks"])
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:a-password@127.0.0.1:9/")

@@ -30,7 +30,6 @@ def test_of_equal_contents_the_first_by_root_and_path_is_kept(ray_cluster, tmp_p
     assert list(mark_duplicates(iter([]), workers=2)) == []
 
 
-@pytest.mark.usefixtures("ray_cluster")
 def test_a_recipe_that_rejects_duplicates_counts_them_as_rejected(tmp_path, pictures, one_crop_recipe):
     (name, data), *rest = pictures.items()
     put(dict(rest[:2]) | {f"1-{name}": data, f"2-{name}": data}, tmp_path / "in")

@@ -18,7 +18,7 @@ from jobs.cli import main
 from pipelines.data.dataset import Dataset
 from pipelines.inference.parts import files_given
 
-pytestmark = pytest.mark.usefixtures("own_store", "one_thread")
+pytestmark = pytest.mark.usefixtures("own_store")
 NAMES = ("Canon_001", "Canon_002", "Nikon_003", "Nikon_004")
 
 
@@ -266,6 +266,7 @@ def test_names_of_drealsr_and_of_outputs_fit(tmp_path, hrs):
     }  # fmt: skip
 
 
+@pytest.mark.soak
 def test_a_cluster_measures_the_same(on_cluster, folders):
     measured(folders)
     (folders / "out").rename(folders / "cluster")

@@ -13,6 +13,7 @@ import pytest
 from evaluations import actors, assert_same, evaluate
 from metric_weights import write_weights
 from small_networks import make_pipeline
+from source_files import run as make_dataset
 
 from deedsr.errors import DatasetNotCommitted, DeeDSRError, UsageError
 from deedsr.metrics import niqe_set, psnr_y, registry, ssim_y
@@ -20,7 +21,7 @@ from deedsr.metrics.metric import Setting
 from pipelines.data.dataset import Dataset
 from pipelines.storage import open_storage, publish
 
-pytestmark = pytest.mark.usefixtures("own_store", "one_thread")
+pytestmark = pytest.mark.usefixtures("own_store")
 
 
 def mean_of(found: dict) -> dict[str, float | None]:
@@ -162,8 +163,6 @@ def test_model_dataset_and_output_may_lie_in_s3(evaluated, model, small_dataset,
 def test_what_cannot_be_measured_is_refused_before_any_work(
     model, small_dataset, tmp_path, photos, small_recipe, monkeypatch
 ):
-    from pipelines.shards import generate
-
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))  # no weights of anybody
 
     other = tmp_path / "model-x2"
@@ -172,7 +171,7 @@ def test_what_cannot_be_measured_is_refused_before_any_work(
     fields = small_recipe.model_dump(mode="json")
     fields["crop"] |= {"size": 64, "per_source": 1}
     (tmp_path / "one.txt").write_text(str(photos / "train" / "life.jpg"))
-    generate([str(tmp_path / "one.txt")], str(empty), type(small_recipe).model_validate(fields), 1, progress=False)
+    make_dataset([tmp_path / "one.txt"], empty, type(small_recipe).model_validate(fields))
 
     out = tmp_path / "out"
     for error, message, arguments in (

@@ -22,7 +22,6 @@ from pipelines.models import Learner, Model
 from pipelines.storage import open_storage, publish
 from pipelines.training.config import AdapterOptions
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 

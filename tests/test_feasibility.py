@@ -3,18 +3,18 @@
 import dataclasses
 
 import pytest
+from source_files import run
 
 from deedsr.dataset.recipe import Recipe
 from deedsr.errors import UsageError
 from pipelines.data.dataset import Dataset
-from pipelines.shards import generate
 from pipelines.training.checks import check_learner_data, warn_of_idle
 from pipelines.training.config import ContrastOptions, LearnerModelOptions, LearnerOptions, TrainOptions
 from pipelines.training.launch import train_learner
 
 
 @pytest.fixture
-def made(ray_cluster, one_crop_recipe, pictures, tmp_path):
+def made(one_crop_recipe, pictures, tmp_path):
     """A function that makes a dataset of a number of photographs, by a recipe with some changes."""
 
     def make(photographs: int, **changes) -> str:
@@ -24,7 +24,7 @@ def made(ray_cluster, one_crop_recipe, pictures, tmp_path):
         fields = one_crop_recipe.model_dump(mode="json")
         fields["crop"] |= changes.pop("crop", {})
         recipe = Recipe.model_validate(fields | changes)
-        generate([str(tmp_path / "photos")], str(tmp_path / "data"), recipe, workers=1, progress=False)
+        run([tmp_path / "photos"], tmp_path / "data", recipe)
         return str(tmp_path / "data")
 
     return make

@@ -4,18 +4,20 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter
+from stored_things import restore_store
 
 from deedsr.errors import DatasetNotCommitted, UsageError
 from pipelines import tracking
@@ -23,7 +25,6 @@ from pipelines.models import Reference
 from pipelines.training.config import (
     AdapterModelOptions,
     AdapterOptions,
-    ContrastOptions,
     DiffusionOptions,
     LearnerModelOptions,
     LearnerOptions,
@@ -33,15 +34,13 @@ from pipelines.training.launch import _located, train_adapter, train_learner
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """An MLflow store of this module's own."""
-    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
-    before = os.environ.get("MLFLOW_TRACKING_URI")
-    os.environ["MLFLOW_TRACKING_URI"] = uri
-    yield uri
-    os.environ.pop("MLFLOW_TRACKING_URI")
-    if before is not None:
-        os.environ["MLFLOW_TRACKING_URI"] = before
+def store(stored, tmp_path_factory) -> Iterator[str]:
+    """The stored MLflow store, in force: that of the learner."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    restore_store(stored, path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
+        yield f"sqlite:///{path}"
 
 
 @pytest.fixture(scope="module")
@@ -57,32 +56,39 @@ def shards_run(store, small_dataset) -> str:
 
 
 @pytest.fixture(scope="module")
-def learner_options(small_dataset, tmp_path_factory) -> LearnerOptions:
-    return LearnerOptions(
-        data=str(small_dataset),
-        out=str(tmp_path_factory.mktemp("fit") / "learner"),
-        model=LearnerModelOptions(preset="tiny", norm_group=2),
-        contrast=ContrastOptions(queue_size=24, batch_block=4),
-        train=TrainOptions(global_batch_size=8, max_steps=4, checkpoint_every=2, log_every=1, num_workers=2),
-    )
+def begun(stored) -> dict:
+    """`training.json` of a learner whose one worker was ended after seven steps."""
+    return json.loads((stored.folder / "half_learner" / "training.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def learner(ray_cluster, shards_run, learner_options):
+def learner_options(stored, begun, tmp_path_factory) -> LearnerOptions:
+    """Of that training, to go on with: two steps more, by two workers."""
+    out = tmp_path_factory.mktemp("fit") / "learner"
+    shutil.copytree(stored.folder / "half_learner", out)
+    options = TypeAdapter(LearnerOptions).validate_python(begun["config"])
+    train = dataclasses.replace(options.train, max_steps=9, log_every=1, num_workers=2, zero_stage=2)
+    return dataclasses.replace(options, out=str(out), train=train)
+
+
+@pytest.fixture(scope="module")
+def learner(ray_cluster, store, learner_options):
     return train_learner(learner_options, progress=False)
 
 
 @pytest.fixture(scope="module")
-def adapter_options(learner, learner_options, base, tmp_path_factory) -> AdapterOptions:
+def adapter_options(learner, learner_options, shards_run, small_dataset, base, tmp_path_factory) -> AdapterOptions:
     return AdapterOptions(
-        data=learner_options.data,
+        data=small_dataset,
         learner=learner_options.out,
         base=str(base),
         out=str(tmp_path_factory.mktemp("fit") / "adapter"),
         model=AdapterModelOptions(preset="tiny"),
         diffusion=DiffusionOptions(lr_crop=16),
         sampling={"num_inference_steps": 3},
-        train=TrainOptions(global_batch_size=4, max_steps=3, checkpoint_every=2, log_every=1, ema_decay=0.9),
+        train=TrainOptions(
+            global_batch_size=4, max_steps=3, checkpoint_every=2, log_every=1, ema_decay=0.9, num_workers=1
+        ),
     )
 
 
@@ -104,36 +110,44 @@ def _steps(run_id: str) -> list[int]:
     return [metric.step for metric in client.get_metric_history(run_id, "loss")]
 
 
-def test_the_result_names_run_checkpoint_and_progress(learner, learner_options):
-    assert (learner.step, learner.samples_seen) == (4, 32)
-    assert np.isfinite(learner.loss)
-    assert json.loads((Path(learner.checkpoint) / "checkpoint.json").read_text())["step"] == 4
-    assert (Path(learner_options.out) / "learner" / "config.json").is_file()
-    assert not list(Path(learner_options.out).glob("_ray*"))
-    recorded = json.loads((Path(learner_options.out) / "training.json").read_text())["config"]["train"]
-    assert (recorded["exact_sums"], recorded["tf32"]) == (True, False)  # as chosen for CPUs at the first start
+def test_a_training_continues_its_own_run_and_the_same_call_again_does_nothing(learner, learner_options, begun):
+    assert learner.run_id == begun["run_id"]
+    assert _steps(learner.run_id) == [5, 8, 9]  # every fifth of the first ones was logged
+    assert train_learner(learner_options, progress=False) == learner
 
 
-def test_the_run_knows_its_dataset_and_the_run_that_made_it(learner, shards_run, small_dataset):
+@pytest.mark.parametrize("stage", ["learner", "adapter"])
+def test_the_result_names_run_checkpoint_and_progress(stage, request):
+    result, options = request.getfixturevalue(stage), request.getfixturevalue(f"{stage}_options")
+    steps = {"learner": 9, "adapter": 3}[stage]
+    assert (result.step, result.samples_seen) == (steps, steps * options.train.global_batch_size)
+    assert np.isfinite(result.loss)
+    assert json.loads((Path(result.checkpoint) / "checkpoint.json").read_text())["step"] == steps
+    assert (Path(options.out) / stage / "config.json").is_file()
+    assert not list(Path(options.out).glob("_ray*"))
+
+
+def test_what_was_chosen_for_cpus_at_the_first_start_is_recorded(adapter, adapter_options):
+    recorded = json.loads((Path(adapter_options.out) / "training.json").read_text())["config"]["train"]
+    assert (recorded["exact_sums"], recorded["tf32"]) == (True, False)
+
+
+def test_the_run_knows_its_dataset_and_the_run_that_made_it(adapter, shards_run, small_dataset):
     from pipelines.data.dataset import Dataset
 
-    run = tracking.connect(tracking.tracking_uri()).get_run(learner.run_id)
+    run = tracking.connect(tracking.tracking_uri()).get_run(adapter.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.tags["deedsr.parent.shards"] == shards_run
     assert run.data.tags["deedsr.dataset.digest"] == Dataset.open(str(small_dataset)).digest
     assert run.inputs.dataset_inputs
-    assert run.data.params["train.global_batch_size"] == "8"
+    assert run.data.params["train.global_batch_size"] == "4"
 
 
-def test_the_same_call_again_does_nothing_and_a_longer_one_continues_its_own_run(learner, learner_options):
-    assert train_learner(learner_options, progress=False) == learner
-    train = dataclasses.replace(learner_options.train, max_steps=6, num_workers=1, zero_stage=2)
-    longer = train_learner(dataclasses.replace(learner_options, train=train), progress=False)
-    assert (longer.run_id, longer.step) == (learner.run_id, 6)
-    assert _steps(learner.run_id) == [1, 2, 3, 4, 5, 6]
+def test_a_metric_that_is_never_logged_is_refused_before_any_work(
+    learner_options, adapter_options, small_dataset, tmp_path
+):
+    learner_options = dataclasses.replace(learner_options, data=small_dataset)
 
-
-def test_a_metric_that_is_never_logged_is_refused_before_any_work(learner_options, adapter_options, tmp_path):
     def refuses(options, train, message, **changes):
         changed = dataclasses.replace(options, out=str(tmp_path / "out"), **changes)
         changed = dataclasses.replace(changed, train=dataclasses.replace(options.train, **train))
@@ -164,7 +178,7 @@ def test_a_metric_that_is_never_logged_is_refused_before_any_work(learner_option
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"train": {"lr": 0.5}}, "train.lr was 0.0001, is 0.5"),
+        ({"train": {"lr": 0.5}}, "train.lr was 0.002, is 0.5"),
         ({"contrast": {"temperature": 0.5}}, "contrast.temperature"),
         ({"model": {"preset": "paper"}}, "model.preset"),
     ],
@@ -247,7 +261,7 @@ def test_models_are_registered_with_their_lineage_and_serve_by_name(adapter, ada
     }
     assert expected.items() <= version.tags.items()
     learners = _versions("deedsr-learner")
-    assert {v.run_id for v in learners} == {learner.run_id}
+    assert [v.run_id for v in learners[1:]] == [learner.run_id]  # the first one is the stored learner's
     # The same command again, its learner given by name, finds all done and registers nothing.
     by_name = dataclasses.replace(adapter_options, learner="models:/deedsr-learner/latest")
     assert train_adapter(by_name, progress=False) == adapter

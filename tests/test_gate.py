@@ -15,7 +15,6 @@ from deedsr.sampling.images import enlarge
 from deedsr.sampling.pipeline import DeeDSRPipeline
 from pipelines.models import Model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = {"num_inference_steps": 2, "output_type": "pt"}
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from training_process import run_script
 
 from benchmarks.gpu import ARMS
 
@@ -25,13 +26,18 @@ KINDS = {  # one of each
 }
 
 
+# As `python -m benchmarks.gpu_tasks`, in a process that has imported the libraries.
+TASK = """
+import runpy
+runpy.run_module("benchmarks.gpu_tasks", run_name="__main__")
+"""
+
+
 @pytest.mark.parametrize("task", KINDS)
 def test_a_task_of_each_kind_gives_finite_numbers(task, tmp_path):
     asked = {"size": "tiny", "work": str(tmp_path)} | KINDS[task]
-    command = [sys.executable, "-m", "benchmarks.gpu_tasks", task, json.dumps(asked)]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
-    [line] = [line for line in done.stdout.splitlines() if line.startswith("ANSWER")]
+    printed = run_script(TASK, 1, [task, json.dumps(asked)], tmp_path)
+    [line] = [line for line in printed.splitlines() if line.startswith("ANSWER")]
     answer = json.loads(line.removeprefix("ANSWER"))
     assert answer.pop("finite")
     assert answer

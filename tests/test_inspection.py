@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from browser import Loads
-from source_files import rewritten
+from source_files import rewritten, run
 
 from deedsr.dataset.manifest import MANIFEST, REJECTED, SAMPLES, kept_copy
 from deedsr.dataset.recipe import Recipe, load_recipe
@@ -20,7 +20,6 @@ from jobs import cli
 from pipelines.data.dataset import Dataset
 from pipelines.data.index import left_out
 from pipelines.reports.inspection import inspect
-from pipelines.shards import generate
 from pipelines.storage import open_storage, publish
 
 SCRIPT = "<script>document.title='taken'<img src=x onerror=alert(1)>.jpg"
@@ -33,7 +32,7 @@ def page(small_dataset, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def hostile(ray_cluster, photos, small_recipe, tmp_path_factory) -> Path:
+def hostile(photos, small_recipe, tmp_path_factory) -> Path:
     """A dataset of photographs with hostile names, some of which are no pictures; the recipe's name is hostile too."""
     folder = tmp_path_factory.mktemp("hostile")
     sources = folder / "photos"
@@ -45,7 +44,7 @@ def hostile(ray_cluster, photos, small_recipe, tmp_path_factory) -> Path:
         (sources / f"&<b>{number}.jpg").write_bytes(b"no picture")
     (sources / "empty.png").write_bytes(b"")
     fields = small_recipe.model_dump(mode="json") | {"name": "<i>small", "max_rejected_share": 0.9}
-    generate([str(sources)], str(folder / "shards"), Recipe.model_validate(fields), workers=2, progress=False)
+    run([sources], folder / "shards", Recipe.model_validate(fields))
     return folder / "shards"
 
 

@@ -13,8 +13,6 @@ from small_networks import make_pipeline
 from deedsr.errors import UsageError
 from deedsr.sampling.pipeline import DeeDSRPipeline
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)

@@ -24,8 +24,6 @@ from pipelines.shards.source import read_source
 from pipelines.storage import localize, open_storage
 from pipelines.storage.location import matching, split_pattern
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 NAMES = [
     *("photos [2019]", "a*b", "what?", "{x,y}", "{1..3}", "100%", "a%20b", "a+b", "a#b", "a&b=c;d", "~nobody", "-dash"),
     *(" spaces ", "quote'\"`$(x)", "back\\slash", "naïve é", "e\u0301", "日本", "\u202eltr", "😀", "x" * 200, "dot."),

@@ -9,8 +9,6 @@ from jobs.cli import main
 from pipelines.inference.options import UpscaleOptions
 from pipelines.inference.upscaling import upscale
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def folder(photos, tmp_path):

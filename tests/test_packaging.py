@@ -106,28 +106,51 @@ def test_help_needs_no_pipeline():
     assert done.stdout.count("usage:") == len(cli.COMMANDS) + 1
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("shards", "--source", "deedsr/assets/photos", "--out", "{out}"),
-        ("verify", "{out}"),
-        ("inspect", "{out}"),
-        ("train", "learner", "--data", "{out}", "--out", "{out}"),
-        ("evaluate", "--model", "tiny", "--data", "{out}", "--out", "{out}"),
-        ("upscale", "s3://bucket/picture.png", "--out", "{out}"),
-        ("compare", "--out", "{out}/x.html"),
-        ("submit", "jobs/shards.yaml", "--address", "http://127.0.0.1:1"),
-        ("demo", "--out", "{out}"),
-    ],
-    ids=lambda words: words[0],
+REFUSED = {
+    "shards": "shards --source deedsr/assets/photos --out OUT",
+    "verify": "verify OUT",
+    "inspect": "inspect OUT",
+    "train": "train learner --data OUT --out OUT",
+    "evaluate": "evaluate --model tiny --data OUT --out OUT",
+    "upscale": "upscale s3://bucket/picture.png --out OUT",
+    "compare": "compare --out OUT/x.html",
+    "submit": "submit jobs/shards.yaml --address http://127.0.0.1:1",
+    "demo": "demo --out OUT",
+}
+# Exit code and log of each command, one after the other.
+EACH = (
+    WITHOUT.partition("from jobs")[0]
+    + """
+import contextlib, io, json
+from jobs import cli
+said = {}
+for name, words in json.loads(sys.argv[1]).items():
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as log:
+        code = cli.main(words.split())
+    said[name] = code, log.getvalue()
+print(json.dumps(said))
+"""
 )
-def test_a_command_without_the_pipeline_names_what_installs_it(words, tmp_path):
-    done = without_pipeline(*(word.format(out=tmp_path / "out") for word in words))
-    assert done.returncode in (1, 2)
-    last = done.stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory) -> dict[str, tuple[int, str]]:
+    """By name."""
+    out = str(tmp_path_factory.mktemp("refused") / "out")
+    words = json.dumps({name: line.replace("OUT", out) for name, line in REFUSED.items()})
+    command = [sys.executable, "-c", EACH, LACKING, words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_command_without_the_pipeline_names_what_installs_it(name, refused):
+    code, log = refused[name]
+    assert code in (1, 2)
+    last = log.strip().splitlines()[-1]
     assert last.startswith("error: this needs ")
     assert "pip install 'deedsr[pipeline]'" in last
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in log
 
 
 def test_doctor_without_the_pipeline_names_what_s3_and_a_cluster_need(tmp_path):
@@ -157,14 +180,14 @@ def test_the_wheel_in_an_environment_of_its_own_enlarges_a_picture_offline(lr, t
     subprocess.run(install, **quiet, check=True)
     cv2.imwrite(str(tmp_path / "picture.png"), lr)
     offline = {"HF_HUB_OFFLINE": "1", "HTTPS_PROXY": "http://127.0.0.1:1", "PYTHONPATH": sysconfig.get_path("purelib")}
-    words = ["upscale", "picture.png", "--out", "upscaled", "--steps", "2"]
-    command = [str(python), "-c", WITHOUT, LACKING]
-    done = subprocess.run([*command, *words], **quiet, env=os.environ | offline)
+    commands = {
+        "upscale": "upscale picture.png --out upscaled --steps 2",
+        "export": "export tiny --out exported",
+    }
+    command = [str(python), "-c", f"{EACH}import deedsr\nprint(deedsr.__file__)", LACKING, json.dumps(commands)]
+    done = subprocess.run(command, **quiet, env=os.environ | offline)
     assert done.returncode == 0, done.stderr
+    said, where = done.stdout.splitlines()
+    assert {name: code for name, (code, _) in json.loads(said).items()} == {"upscale": 0, "export": 0}, said
     assert cv2.imread(str(tmp_path / "upscaled" / "picture.png")).shape == (144, 256, 3)
-    done = subprocess.run([*command, "export", "tiny", "--out", "exported"], **quiet, env=os.environ | offline)
-    assert done.returncode == 0, done.stderr
-    where = subprocess.run(
-        [str(python), "-c", "import deedsr; print(deedsr.__file__)"], **quiet, env=os.environ | offline
-    )
-    assert Path(where.stdout).is_relative_to(tmp_path / "own")
+    assert Path(where).is_relative_to(tmp_path / "own")

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import yaml
-from source_files import put, rejected, run, tar_of
+from source_files import made, put, rejected, run, tar_of
 
 from deedsr.dataset.members import decode_stored
 from deedsr.dataset.pictures import decode
@@ -14,7 +14,7 @@ from deedsr.dataset.recipe import load_recipe
 from deedsr.errors import UsageError
 from jobs.cli import main
 from pipelines.data.dataset import Dataset
-from pipelines.shards import hr_job, run_job, verify
+from pipelines.shards import hr_job, verify
 from pipelines.shards.duplicates import mark_duplicates
 from pipelines.shards.listing import list_pairs
 from pipelines.shards.samples import samples_of
@@ -130,7 +130,7 @@ def test_a_dataset_of_real_pairs_holds_them_as_they_are(tmp_path, pictures, one_
     assert np.array_equal(lr_of(out, "train_HR/DSC_0001_x1.png"), 255 - before[..., ::-1])
     assert main(words) == 2
     # The HR of real pairs may be degraded anew.
-    anew = run_job(hr_job(str(out), str(tmp_path / "anew"), one_crop_recipe), progress=False)
+    anew = made(hr_job(str(out), str(tmp_path / "anew"), one_crop_recipe))
     assert anew.samples == Dataset.open(str(out)).manifest.samples == 4
     assert verify(str(tmp_path / "anew"), replay=4, progress=False).replayed == 4
     # Without partners the same pictures are degraded, the rejected ones among them.

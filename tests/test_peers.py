@@ -10,7 +10,7 @@ from small_networks import make_pipeline
 
 from benchmarks import peers
 
-pytestmark = pytest.mark.usefixtures("own_store", "one_thread")
+pytestmark = pytest.mark.usefixtures("own_store")
 DISTANCE = ["--distance"] * bool(find_spec("efficientnet_lite_pytorch"))  # of an extra
 
 

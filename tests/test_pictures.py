@@ -11,11 +11,11 @@ import pytest
 from nasty_pictures import cases
 from picture_files import PHOTO, encoded, png, tiff
 from PIL import Image
+from source_files import run
 
 from deedsr.dataset.pictures import RejectedImage, decode
 from deedsr.dataset.recipe import Recipe
 from pipelines.data.dataset import Dataset
-from pipelines.shards import generate
 from pipelines.shards.listing import list_sources
 
 CASES = cases()
@@ -178,7 +178,7 @@ def test_pixels_and_crops_do_not_depend_on_the_processor(photos):
     assert plain == digest()
 
 
-def test_given_is_used_and_rejected_whatever_the_folder_holds(ray_cluster, photos, small_recipe, tmp_path):
+def test_given_is_used_and_rejected_whatever_the_folder_holds(photos, small_recipe, tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     for name in ("Wine.jpg", "life.jpg", "Snow-Trees.jpg"):
@@ -187,7 +187,7 @@ def test_given_is_used_and_rejected_whatever_the_folder_holds(ray_cluster, photo
         (folder / case.name).write_bytes(case.data)
     fields = small_recipe.model_dump(mode="json") | {"variants": 1, "max_rejected_share": 0.9}
     fields["shard"] = {"min_sources": 20, "target_sources": 40, "max_sources": 80}
-    generate([str(folder)], str(tmp_path / "out"), Recipe.model_validate(fields), workers=2, progress=False)
+    run([folder], tmp_path / "out", Recipe.model_validate(fields))
 
     given = {source.path for source in list_sources([str(folder)])}
     expected = {case.name: case.expected for case in CASES if isinstance(case.expected, str)}

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from source_files import made, run
 
 from deedsr.dataset.recipe import Recipe, load_recipe
 from deedsr.errors import DeeDSRError, UsageError
@@ -63,7 +64,7 @@ def contents(out: Path | str) -> dict[str, bytes]:
 
 
 def test_one_shard_has_the_same_bytes_for_any_number_of_workers(mixed, one_shard, tmp_path):
-    alone = generate([str(mixed)], str(tmp_path / "1"), one_shard, 1, progress=False)
+    alone = run([mixed], tmp_path / "1", one_shard)
     assert (alone.shards, alone.samples, alone.rejected) == (1, 40, 4)
     for workers in (2, 4):
         spread = generate([str(mixed)], str(tmp_path / str(workers)), one_shard, workers, progress=False)
@@ -79,9 +80,10 @@ def test_a_few_shards_have_the_same_digest_for_more_workers(photos, small_recipe
 
 
 def test_new_degradations_of_one_shard_have_the_same_bytes_for_any_number_of_workers(mixed, one_shard, tmp_path):
-    generate([str(mixed)], str(tmp_path / "hr"), one_shard, 1, progress=False)
+    run([mixed], tmp_path / "hr", one_shard)
     heavy = Recipe.model_validate(load_recipe("heavy").model_dump(mode="json") | {"variants": 3})
-    for workers in (1, 2, 4):
+    made(hr_job(str(tmp_path / "hr"), str(tmp_path / "lr1"), heavy))
+    for workers in (2, 4):
         run_job(hr_job(str(tmp_path / "hr"), str(tmp_path / f"lr{workers}"), heavy), workers, progress=False)
         assert contents(tmp_path / f"lr{workers}") == contents(tmp_path / "lr1")
 

@@ -19,9 +19,8 @@ TINY = Path(str(files("deedsr") / "assets" / "tiny"))
 
 
 @pytest.fixture
-def run(empty_store, tmp_path, monkeypatch):
-    shutil.copy(empty_store, tmp_path / "mlflow.db")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+def run(new_store, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", new_store(tmp_path))
     with tracking.start_run("deedsr-adapter", name="adapter", config={}, system_metrics=False) as run:
         yield run
 

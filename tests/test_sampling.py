@@ -23,8 +23,6 @@ from deedsr.sampling.guidance import guidance_strengths
 from deedsr.sampling.images import enlarge, mirrored, to_tensors
 from deedsr.sampling.pipeline import DeeDSRPipeline
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def pipe() -> DeeDSRPipeline:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from fault_proxy import FaultProxy
+from source_files import changed, run
 
 from deedsr.dataset.recipe import Recipe
 from deedsr.errors import DatasetNotCommitted, DeeDSRError
@@ -58,9 +59,9 @@ def test_a_finished_run_leaves_nothing_but_the_dataset_and_its_records(photos, f
 def test_an_older_version_stays_readable_until_garbage_is_collected(photos, few, tmp_path):
     out = str(tmp_path / "out")
     source = [str(photos / "validation")]
-    generate(source, out, few, 2, progress=False)
+    run(source, out, few)
     older = Dataset.open(out)
-    newer = generate(source, out, Recipe.model_validate(few.model_dump(mode="json") | {"seed": 1}), 2, progress=False)
+    newer = run(source, out, changed(few, seed=1))
     assert older.read(older.index(), 1).hr.shape == (128, 128, 3)
     (tmp_path / "out" / "_state" / "attempts").mkdir()
     (tmp_path / "out" / "_state" / "attempts" / "of-a-killed-run").write_bytes(b"")
@@ -74,7 +75,7 @@ def test_an_older_version_stays_readable_until_garbage_is_collected(photos, few,
     assert verify(out, progress=False).ok
     with pytest.raises(DeeDSRError, match="is missing"):
         older.read(older.index(), 1)
-    again = generate(source, out, Recipe.model_validate(few.model_dump(mode="json") | {"seed": 1}), 2, progress=False)
+    again = generate(source, out, changed(few, seed=1), 2, progress=False)
     assert (again.written, again.digest) == (0, newer.digest)
 
 
@@ -82,7 +83,7 @@ def test_garbage_is_not_collected_under_a_run_that_works_nor_where_no_dataset_is
     with pytest.raises(DatasetNotCommitted):
         collect_garbage(str(tmp_path))
     out = str(tmp_path / "out")
-    generate([str(photos / "validation")], out, few, 2, progress=False)
+    run([photos / "validation"], out, few)
     with running(open_storage(out)) as folder:
         claim = f"{folder.uri}/claim.json"
         with pytest.raises(DeeDSRError, match=f"process {os.getpid()}.*delete {claim} to go on at once"):
@@ -120,20 +121,20 @@ def test_two_runs_at_once_into_one_output_converge(photos, few, tmp_path):
 def test_of_two_runs_with_different_recipes_the_second_to_end_stops_and_leaves_the_first_whole(photos, few, tmp_path):
     """The other run's whole life falls into this one's planning."""
     out = str(tmp_path / "out")
-    other = Recipe.model_validate(few.model_dump(mode="json") | {"seed": 1})
+    other = changed(few, seed=1)
     source = [str(photos / "validation")]
 
     def plans():
         planned = list(plan_shards(list_sources(source), few))
         yield planned[0]
-        generate(source, out, other, 1, progress=False)
+        run(source, out, other)
         yield from planned[1:]
 
     with pytest.raises(DeeDSRError, match="another run replaced .*/manifest.json meanwhile .*that one stands"):
         run_job(Job(plans, FromSources(few), open_storage(out), few), 1, False)
     assert Dataset.open(out).recipe.seed == 1
     assert verify(out, progress=False).ok
-    first = generate(source, str(tmp_path / "alone"), few, 1, progress=False)
+    first = run(source, tmp_path / "alone", few)
     again = generate(source, out, few, 1, progress=False)
     assert (again.digest, again.written) == (first.digest, 0)
 
@@ -161,9 +162,9 @@ def test_a_source_that_kills_its_worker_is_left_out_and_the_rest_goes_on(photos,
 
 def test_shards_without_a_validation_split_say_so_and_how_to_have_one(photos, one_crop_recipe, tmp_path, caplog):
     def said(split: dict) -> str:
-        recipe = Recipe.model_validate(one_crop_recipe.model_dump(mode="json") | {"split": split})
+        recipe = changed(one_crop_recipe, split=split)
         caplog.clear()
-        result = generate([str(photos / "validation")], str(tmp_path / "out"), recipe, 2, progress=False)
+        result = run([photos / "validation"], tmp_path / "out", recipe)
         assert (result.validation == 0) == (split["validation_share"] < 1)
         return caplog.text
 
@@ -179,7 +180,7 @@ def test_a_plan_counts_exactly_and_estimates_from_a_probe(photos, few, tmp_path)
     source = [str(photos / "validation")]
     planned = estimate(source, str(tmp_path / "out"), few, nodes=4, cores=8, price=2.0, progress=False)
     assert not (tmp_path / "out").exists()
-    result = generate(source, str(tmp_path / "out"), few, 2, progress=False)
+    result = run(source, tmp_path / "out", few)
     assert (planned.sources, planned.shards, planned.shards_to_make) == (6, result.shards, result.shards)
     assert planned.samples == result.samples  # six sources are all probed
     written = sum(shard.bytes for shard in Dataset.open(str(tmp_path / "out")).manifest.shards)

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from source_files import changed, run
 
-from deedsr.dataset.recipe import Recipe, Shard
+from deedsr.dataset.recipe import Shard
 from deedsr.errors import DatasetNotCommitted, DeeDSRError, UsageError
 from pipelines.data.dataset import Dataset
 from pipelines.shards import generate, verify
@@ -40,12 +41,8 @@ def copy(photos, tmp_path) -> Path:
     return target
 
 
-def run(sources, out, recipe, workers=2):
+def on_ray(sources, out, recipe, workers=2):
     return generate([str(source) for source in sources], str(out), recipe, workers, progress=False)
-
-
-def changed(recipe: Recipe, **fields) -> Recipe:
-    return Recipe.model_validate(recipe.model_dump(mode="json") | fields)
 
 
 def rejected_lines(out) -> list[dict]:
@@ -56,7 +53,7 @@ def rejected_lines(out) -> list[dict]:
 
 
 def test_digest_is_the_same_for_one_worker_and_from_another_place(copy, tmp_path, small_recipe, digest):
-    result = run([copy], tmp_path / "out", small_recipe, workers=1)
+    result = on_ray([copy], tmp_path / "out", small_recipe, workers=1)
     assert result.digest == digest
     assert (result.samples, result.rejected, result.reused) == (136, 0, 0)
     assert result.written == result.shards == len(list((tmp_path / "out").glob("*.tar")))
@@ -65,8 +62,8 @@ def test_digest_is_the_same_for_one_worker_and_from_another_place(copy, tmp_path
 def test_digest_is_the_same_from_s3_into_s3(photos, bucket, tmp_path, small_recipe, digest):
     publish(photos, f"{bucket}/{tmp_path.name}/photos")
     out = f"{bucket}/{tmp_path.name}/out"
-    assert run([f"{bucket}/{tmp_path.name}/photos"], out, small_recipe).digest == digest
-    again = run([f"{bucket}/{tmp_path.name}/photos"], out, small_recipe)
+    assert on_ray([f"{bucket}/{tmp_path.name}/photos"], out, small_recipe).digest == digest
+    again = on_ray([f"{bucket}/{tmp_path.name}/photos"], out, small_recipe)
     assert (again.digest, again.written, again.reused) == (digest, 0, again.shards)
     assert verify(out, progress=False).ok
     dataset = Dataset.open(out)
@@ -106,7 +103,7 @@ def test_a_killed_run_leaves_no_dataset_and_no_process_and_the_next_one_complete
     wait_for(lambda: not any(map(alive, set(children) - set(agents))), "Ray's end")
     for agent in filter(alive, agents):
         agent.kill()
-    result = run([photos], out, small_recipe)
+    result = on_ray([photos], out, small_recipe)
     assert result.digest == digest
     assert result.reused > 0
     assert result.written > 0
@@ -128,7 +125,7 @@ def test_a_worker_that_dies_changes_nothing(photos, tmp_path, small_recipe, dige
 
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
-    result = run([photos], tmp_path / "out", small_recipe)
+    result = on_ray([photos], tmp_path / "out", small_recipe)
     killer.join(10)
     assert killed
     assert result.digest == digest
@@ -151,12 +148,12 @@ def wait_for(condition, what: str, seconds: float = 200) -> None:
 def test_only_shards_of_changed_sources_are_made_again(copy, tmp_path, small_recipe):
     out = tmp_path / "out"
     first = run([copy], out, small_recipe)
-    again = run([copy], out, small_recipe)
+    again = on_ray([copy], out, small_recipe)
     assert (again.written, again.reused, again.digest) == (0, first.shards, first.digest)
     before = Dataset.open(str(out))
 
     (copy / "train" / "Wine.jpg").write_bytes((copy / "train" / "life.jpg").read_bytes())
-    edited = run([copy], out, small_recipe)
+    edited = on_ray([copy], out, small_recipe)
     assert (edited.written, edited.reused) == (1, first.shards - 1)
     assert edited.digest != first.digest
 
@@ -174,7 +171,7 @@ def test_another_recipe_or_seed_reuses_nothing(copy, tmp_path, small_recipe):
     recipe = changed(small_recipe, variants=1)
     first = run([few], tmp_path / "out", recipe)
     manifest = (tmp_path / "out" / "manifest.json").read_bytes()
-    other = run([few], tmp_path / "out", changed(recipe, seed=1))
+    other = on_ray([few], tmp_path / "out", changed(recipe, seed=1))
     assert (other.reused, other.written) == (0, other.shards)
     assert other.digest != first.digest
     assert Dataset.open(str(tmp_path / "out")).recipe.seed == 1
@@ -302,7 +299,7 @@ def test_sources_that_cannot_be_used_are_one_clear_error(s3_server, tmp_path, sm
     if "empty.txt" in str(source):
         source.write_text("\n\n")
     with pytest.raises(UsageError, match=message):
-        run([source], tmp_path / "out", small_recipe)
+        on_ray([source], tmp_path / "out", small_recipe)
     assert not (tmp_path / "out").exists()
 
 
@@ -319,9 +316,9 @@ def test_a_folder_of_only_broken_pictures_is_an_error_even_if_the_recipe_allows_
 def test_an_out_that_cannot_be_written_is_one_clear_error(photos, s3_server, tmp_path, small_recipe):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UsageError, match="is a file"):
-        run([photos], tmp_path / "file" / "out", small_recipe)
+        on_ray([photos], tmp_path / "file" / "out", small_recipe)
     with pytest.raises(UsageError, match="no bucket"):
-        run([photos], "s3://deedsr-nowhere/out", small_recipe)
+        on_ray([photos], "s3://deedsr-nowhere/out", small_recipe)
 
 
 def test_list_files_name_sources_below_their_common_folder(photos, tmp_path):

@@ -15,7 +15,7 @@ from source_files import changed, listed, problems, put, rejected, run, table_of
 from deedsr.errors import UsageError
 from pipelines.data.dataset import Dataset
 from pipelines.reports.inspection import inspect
-from pipelines.shards import verify
+from pipelines.shards import generate, verify
 from pipelines.shards.listing import list_sources
 from pipelines.shards.source import Source, list_tar, read_source
 from pipelines.storage import open_storage
@@ -98,7 +98,6 @@ def test_a_folder_lists_what_looks_like_a_picture_and_nothing_hidden(tmp_path, p
     assert problems(sources) == dict.fromkeys(["old.tar.gz", "old.tgz"], "compressed tar file: it must be unpacked")
 
 
-@pytest.mark.usefixtures("ray_cluster")
 def test_what_is_given_is_used_or_rejected_with_a_reason(tmp_path, pictures, one_crop_recipe):
     folder = tmp_path / "folder"
     put(pictures | {"anim.gif": b"GIF89a...", "photo.heic": b"\0\0\0\x18ftypheic"}, folder)
@@ -121,7 +120,6 @@ def test_what_is_given_is_used_or_rejected_with_a_reason(tmp_path, pictures, one
     assert verify(str(tmp_path / "out"), progress=False).ok
 
 
-@pytest.mark.usefixtures("ray_cluster")
 def test_patterns_of_a_recipe_that_match_no_source_are_named(tmp_path, pictures, one_crop_recipe, caplog):
     put(dict(list(pictures.items())[:2]), tmp_path / "photos")
     name = next(iter(pictures))
@@ -292,19 +290,19 @@ def test_a_dataset_of_tars_is_the_same_for_any_workers_and_place_and_a_changed_t
     items = list(pictures.items())
     tars = {f"{part}.tar": tar_of(dict(items[part::4] + items[part + 1 :: 4][:1])) for part in range(4)}
     here, there = put(tars, tmp_path / "tars"), put(tars, f"{bucket}/{tmp_path.name}/tars")
-    first = run([here], tmp_path / "one", one_crop_recipe, workers=1)
-    assert run([f"{there}/*.tar"], f"{bucket}/{tmp_path.name}/out", one_crop_recipe).digest == first.digest
+    first = run([here], tmp_path / "one", one_crop_recipe)
+    out = f"{bucket}/{tmp_path.name}/out"
+    assert generate([f"{there}/*.tar"], out, one_crop_recipe, 2, progress=False).digest == first.digest
     assert verify(str(tmp_path / "one"), progress=False).ok
     index = Dataset.open(str(tmp_path / "one")).index()
     touched = {row["shard"] for row in index.to_pylist() if row["source"].startswith("2.tar/")}
     put({"2.tar": tar_of(dict(items[:2]))}, here)
-    again = run([here], tmp_path / "one", one_crop_recipe)
+    again = generate([here], str(tmp_path / "one"), one_crop_recipe, 2, progress=False)
     kept = {shard.name for shard in Dataset.open(str(tmp_path / "one")).manifest.shards}
     assert again.reused > 0
     assert set(index["shard"].to_pylist()) - kept <= touched
 
 
-@pytest.mark.usefixtures("ray_cluster")
 def test_pictures_of_any_name_make_a_dataset_that_is_verified_and_shown(tmp_path, pictures, one_crop_recipe):
     odd = ["a [1]", "100%", "what?", "new\nline", "é日本", "<script>alert(1)</script>", "x" * 200, "tab\t\"'", "..b"]
     data = [data for name, data in pictures.items() if name.endswith(".jpg")]
@@ -326,13 +324,12 @@ def test_pictures_of_any_name_make_a_dataset_that_is_verified_and_shown(tmp_path
     assert "caf" in text
 
 
-@pytest.mark.usefixtures("ray_cluster")
 def test_a_dataset_of_a_table_on_s3_is_that_of_the_same_table_here(tmp_path, bucket, pictures, one_crop_recipe):
     table = {"x.parquet": table_of({"image": list(pictures.values())}, row_group_size=3)}
     here, there = put(table, tmp_path), put(table, f"{bucket}/{tmp_path.name}")
     first = run([f"{here}/x.parquet"], tmp_path / "out", one_crop_recipe)
     assert (first.samples, first.rejected) == (8, 0)
-    assert run([there], tmp_path / "again", one_crop_recipe, workers=1).digest == first.digest
+    assert run([there], tmp_path / "again", one_crop_recipe).digest == first.digest
 
 
 def test_a_folder_that_is_gone_is_an_error_and_a_file_that_is_gone_a_rejection(photos, tmp_path):

@@ -12,26 +12,20 @@ from alembic import command
 from alembic.script import ScriptDirectory
 from mlflow import MlflowClient
 from mlflow.store.db.utils import _get_alembic_config, create_sqlalchemy_engine
+from training_process import run_script
 
 from deedsr.errors import UsageError
 from pipelines import tracking
 from pipelines.tracking import sqlite
 
 COMMAND = """
-import sys
+import os, sys
 from pipelines import tracking
-run = tracking.start_run("deedsr-shards", name=sys.argv[2], config={}, tracking_uri=sys.argv[1], system_metrics=False)
+name, uri = os.environ["RANK"], sys.argv[1]
+run = tracking.start_run("deedsr-shards", name=name, config={}, tracking_uri=uri, system_metrics=False)
 run.log_metrics({"samples": 1.0}, 1)
 run.finish()
 """
-
-
-def at_once(path: Path) -> list[str]:
-    """What three commands that start together say on stderr, where they failed."""
-    words = [sys.executable, "-c", COMMAND, f"sqlite:///{path}"]
-    commands = [subprocess.Popen([*words, str(n)], stderr=subprocess.PIPE, text=True) for n in range(3)]
-    said = [command.communicate(timeout=250)[1] for command in commands]
-    return [text[-2000:] for text, command in zip(said, commands, strict=True) if command.returncode]
 
 
 def run_names(path: Path) -> list[str]:
@@ -60,7 +54,7 @@ def older_revision() -> str:
 
 def test_commands_that_start_together_share_a_store_that_was_not_there(tmp_path):
     path = tmp_path / "new" / "mlflow.db"
-    assert at_once(path) == []
+    run_script(COMMAND, 3, [f"sqlite:///{path}"], tmp_path)
     assert run_names(path) == ["0", "1", "2"]
     assert sorted(entry.name for entry in path.parent.iterdir()) == ["mlartifacts", "mlflow.db"]
 
@@ -122,9 +116,9 @@ def test_a_process_that_is_killed_while_it_makes_a_store_leaves_nothing_in_its_p
     assert run_names(path) == []
 
 
-def test_a_store_that_is_put_back_while_a_new_one_is_made_stays(tmp_path, monkeypatch):
+def test_a_store_that_is_put_back_while_a_new_one_is_made_stays(empty_store, tmp_path, monkeypatch):
     path, kept = tmp_path / "mlflow.db", tmp_path / "kept.db"
-    sqlite.prepare(kept)
+    shutil.copy(empty_store, kept)
     client = MlflowClient(f"sqlite:///{kept}")
     run_id = client.create_run(client.create_experiment("theirs")).info.run_id
     create = sqlite._create

@@ -1,7 +1,6 @@
 """Runs whose process was killed are ended as KILLED, and no others."""
 
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -17,18 +16,11 @@ from pipelines.tracking.stale import PROCESS_TAG, USER_TAG, user
 ELSEWHERE = {"host": "worker-7", "pid": 1, "processes": "another boot"}
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    tracking.connect(f"sqlite:///{path}")
-    return str(path)
-
-
 @pytest.fixture
-def store(empty_store, tmp_path, monkeypatch) -> str:
-    shutil.copy(empty_store, tmp_path / "mlflow.db")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    return f"sqlite:///{tmp_path}/mlflow.db"
+def store(new_store, tmp_path, monkeypatch) -> str:
+    uri = new_store(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    return uri
 
 
 def start(out, **tags: str) -> str:

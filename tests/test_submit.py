@@ -108,6 +108,7 @@ def test_a_failed_job_is_exit_1_and_its_own_error_is_in_the_log(head):
     assert "Traceback" not in log
 
 
+@pytest.mark.soak
 def test_a_cluster_without_gpu_and_autoscaler_is_refused_at_once_naming_the_option(head, small_dataset):
     options = {"model": "tiny", "data": small_dataset, "out": str(head.folder / "evaluation")}
     job = {"command": "evaluate", "options": options, "working_dir": str(ROOT), "mlflow": "nodes"}

@@ -27,8 +27,6 @@ from deedsr.sampling.images import enlarge, enlarge_window, to_uint8
 from deedsr.sampling.pipeline import DeeDSRPipeline
 from deedsr.sampling.tiles import Mosaic, Window
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def pipe() -> DeeDSRPipeline:

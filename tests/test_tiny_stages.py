@@ -13,7 +13,6 @@ from tools.tiny.photographs import VALIDATION, Photographs
 from tools.tiny.stages import main
 from tools.tiny.training import Budget, Run, averaged_weights
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SHIPPED = Path(str(files("deedsr") / "assets/photos"))
 
 

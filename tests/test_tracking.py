@@ -5,7 +5,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from mlflow import MlflowClient
+from training_process import run_script
 
 from deedsr.errors import DeeDSRError, UsageError
 from pipelines import tracking
@@ -25,18 +25,15 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory) -> str:
-    """An SQLite store; making it takes seconds."""
-    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
-    tracking.connect(uri)
-    return uri
+def store(new_store, tmp_path_factory) -> str:
+    """An SQLite store."""
+    return new_store(tmp_path_factory.mktemp("mlflow"))
 
 
 @pytest.fixture
-def own_store(store, tmp_path) -> str:
-    """A store of one test: a copy, since making one takes seconds."""
-    shutil.copy(store.removeprefix("sqlite:///"), tmp_path / "mlflow.db")
-    return f"sqlite:///{tmp_path}/mlflow.db"
+def own_store(new_store, tmp_path) -> str:
+    """A store of one test."""
+    return new_store(tmp_path)
 
 
 @pytest.fixture
@@ -174,8 +171,7 @@ def test_another_process_writes_a_run_by_uri_and_id(store, client, tmp_path):
         "for step in range(1, 6): run.log_metrics({'loss': step / 2}, step)\n"
         "run.close()\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    subprocess.run([sys.executable, "-c", code, store, run.id], check=True, cwd=tmp_path, env=environment)
+    run_script(code, 1, [store, run.id], tmp_path)
     assert client.get_run(run.id).info.status == "RUNNING"
     run.log_metrics({"loss": 9.0}, 5)  # the driver knows what the worker wrote
     run.log_metrics({"loss": 9.0}, 6)
@@ -249,6 +245,7 @@ def test_the_run_that_made_a_dataset_is_found_by_its_digest(store):
 
 
 def test_nothing_is_printed(tmp_path, capfd):
+    """Nor by the making of a store."""
     with start(f"sqlite:///{tmp_path}/mlflow.db", system_metrics=True) as run:
         run.log_metrics({"loss": 1.0}, 1)
     assert capfd.readouterr() == ("", "")
@@ -325,7 +322,9 @@ def test_a_run_that_is_not_in_the_store_cannot_be_continued(store):
 
 
 @pytest.mark.parametrize("what", ["run", "experiment"])
-def test_a_deleted_run_is_named_with_the_command_that_restores_it(own_store, what):
+def test_a_deleted_run_is_named_with_the_command_that_restores_it(own_store, what, monkeypatch):
+    from mlflow.cli import cli as mlflow_command
+
     run = start(own_store, experiment=f"deleted {what}")
     run.finish()
     client = MlflowClient(own_store)
@@ -343,8 +342,8 @@ def test_a_deleted_run_is_named_with_the_command_that_restores_it(own_store, wha
     going_on.log_metrics({"loss": 1.0}, 1)
     with pytest.raises(DeeDSRError, match=command):
         going_on.flush()
-    restored = [sys.executable, "-m", *command.split()]
-    subprocess.run(restored, env=os.environ | {"MLFLOW_TRACKING_URI": own_store}, check=True, capture_output=True)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", own_store)
+    mlflow_command.main(command.split()[1:], standalone_mode=False)
     start(own_store, run_id=run.id).finish()
     assert going_on.close()
     assert history(client, run, "loss") == [(1, 1.0)]

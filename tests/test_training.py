@@ -227,7 +227,7 @@ def test_zero_stages_workers_and_accumulation_change_no_bit_of_a_loss(learner_op
 
     def runs(workers: int, learner_stages: tuple[int, ...], adapter_stages: tuple[int, ...]) -> dict[str, list]:
         options = [
-            variants(o, tmp_path / f"{kind}-{workers}-{zero}", zero_stage=zero, micro_batch_size=micro, max_steps=5,
+            variants(o, tmp_path / f"{kind}-{workers}-{zero}", zero_stage=zero, micro_batch_size=micro, max_steps=3,
                      clip_grad_norm=0.5)
             for kind, o, micro, stages in (
                 ("learner", variants(learner_options, tmp_path, global_batch_size=16), 4, learner_stages),
@@ -239,7 +239,7 @@ def test_zero_stages_workers_and_accumulation_change_no_bit_of_a_loss(learner_op
 
     curves = runs(1, (0,), (0, 1)) | runs(2, (2,), (3,))
     for name, curve in curves.items():
-        assert [step for step, _ in curve] == [1, 2, 3, 4, 5], name
+        assert [step for step, _ in curve] == [1, 2, 3], name
         assert curve == curves[name.split("-")[0] + "-1-0"], name
 
 

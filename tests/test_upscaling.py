@@ -28,8 +28,6 @@ from pipelines.inference.upscaling import upscale
 from pipelines.models import Model
 from pipelines.storage import open_storage, publish
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def picture(photos) -> Image.Image:

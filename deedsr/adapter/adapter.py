@@ -4,6 +4,7 @@ Shape suffixes: B batch, C channels, H W space, N tokens, D token width or degra
 """
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar, cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
@@ -22,6 +23,7 @@ from deedsr.presets import ADAPTER_PRESETS
 COMPILED = (ResnetBlock2D, BasicTransformerBlock, DegradationAwareGroup)  # none of them holds another
 # Parts that can be left out of a training (docs/method.md, without a part).
 ABLATIONS = ("vector", "global", "local", "da")
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def check_ablations(ablate: Sequence[str]) -> None:
@@ -33,9 +35,14 @@ def check_ablations(ablate: Sequence[str]) -> None:
         raise ValueError("ablate without global and local branch leaves nothing that tells the base of the LR image")
 
 
-def freeze(module: nn.Module) -> nn.Module:
+def freeze(module: Network) -> Network:
     """Set a module that is not trained to evaluation mode without gradients."""
     return module.requires_grad_(False).eval()
+
+
+def channels_last(module: Network, device: torch.device) -> Network:
+    """`module` on `device` in the layout that is a fifth faster on CPUs, and that tensor cores want on GPUs."""
+    return module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in its annotations
 
 
 def residual_blocks(unet: UNet2DConditionModel) -> list[tuple[str, int, ResnetBlock2D]]:
@@ -152,7 +159,8 @@ class DegradationAwareAdapter(ModelMixin, ConfigMixin):
 
     def initialize_from(self, unet: UNet2DConditionModel) -> None:
         """Copy the base's `to_q` and `to_out`, with projected tokens `to_k` and `to_v` too, as initial values."""
-        for ours, (_, theirs) in zip(self.attentions, self._matching_attentions(unet), strict=False):
+        attentions = cast(Sequence[Attention], self.attentions)
+        for ours, (_, theirs) in zip(attentions, self._matching_attentions(unet), strict=False):
             ours.to_q.load_state_dict(theirs.to_q.state_dict())
             ours.to_out.load_state_dict(theirs.to_out.state_dict())
             if self.config["tokens"] == "project":
@@ -180,7 +188,8 @@ class DegradationAwareAdapter(ModelMixin, ConfigMixin):
         self.detach()
         hooks = []
         # The geometry is the same; a branch that is left out has nothing to pair.
-        for (_, level, block), modulation in zip(residual_blocks(unet), self.modulations, strict=False):
+        modulations = cast(Sequence[Modulation], self.modulations)
+        for (_, level, block), modulation in zip(residual_blocks(unet), modulations, strict=False):
             hooks.append(block.conv2.register_forward_hook(self._modulate(level, modulation)))
         processors = []
         for (_, attn), ours in zip(attentions, self.attentions, strict=False):

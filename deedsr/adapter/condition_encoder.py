@@ -4,8 +4,8 @@ Shape suffixes: B batch, C channels, H W space, N tokens, D token width or degra
 """
 
 import math
-from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple, cast
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -118,6 +118,8 @@ class ConditionEncoder(nn.Module):
         feature_channels: channels of every feature map.
     """
 
+    _gradient_checkpointing_func: Callable[..., torch.Tensor]
+
     def __init__(
         self,
         latent_channels: int,
@@ -165,7 +167,10 @@ class ConditionEncoder(nn.Module):
     def prepare(self, degradation_BD: torch.Tensor) -> PreparedDegradation:
         """Kernels and gates for `forward`, in place of the degradation vector."""
         seen_BD = self._seen(degradation_BD)
-        levels = (None if level.aware is None else level.aware.prepare(seen_BD) for level in self.levels)
+        levels = (
+            None if level.aware is None else level.aware.prepare(seen_BD)
+            for level in cast(Sequence[EncoderLevel], self.levels)
+        )
         return PreparedDegradation(len(degradation_BD), tuple(levels))
 
     def _seen(self, degradation_BD: torch.Tensor) -> torch.Tensor:
@@ -186,8 +191,11 @@ class ConditionEncoder(nn.Module):
         time_BD = self.time_embedding(self.time_proj(t_B).to(z_lr_BCHW.dtype))
         x_BCHW = self.conv_in(z_lr_BCHW)
         features = []
-        prepared = isinstance(degradation, PreparedDegradation)
-        known = degradation.levels if prepared else [self._seen(degradation)] * len(self.levels)
+        known: Sequence[torch.Tensor | tuple[Kernels, Kernels] | None]
+        if isinstance(degradation, PreparedDegradation):
+            known = degradation.levels
+        else:
+            known = [self._seen(degradation)] * len(self.levels)
         for number, (level, degraded) in enumerate(zip(self.levels, known, strict=True)):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x_BCHW = self._gradient_checkpointing_func(level, x_BCHW, time_BD, degraded)

@@ -89,8 +89,8 @@ class DegradationAwareGroup(nn.Module):
         self.view = nn.Linear(degradation_dim, channels, bias=False)
         self.block = DegradationAwareBlock(channels, reduction)
         self.conv = nn.Conv2d(channels, channels, KERNEL, padding=1)
-        nn.init.zeros_(self.conv.weight)
-        nn.init.zeros_(self.conv.bias)
+        for parameter in self.conv.parameters():
+            nn.init.zeros_(parameter)
 
     def prepare(self, degradation_BD: torch.Tensor) -> tuple[Kernels, Kernels]:
         """Kernels and gates for `forward`, in place of the vector; the same at every timestep and position."""

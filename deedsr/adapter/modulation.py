@@ -22,8 +22,8 @@ class Modulation(nn.Module):
         self.gamma = nn.Conv2d(hidden, channels, 3, padding=1)
         self.beta = nn.Conv2d(hidden, channels, 3, padding=1)
         for conv in (self.gamma, self.beta):
-            nn.init.zeros_(conv.weight)
-            nn.init.zeros_(conv.bias)
+            for parameter in conv.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, h_BCHW: torch.Tensor, feature_BFHW: torch.Tensor) -> torch.Tensor:
         shared = F.relu(self.shared(feature_BFHW))

@@ -52,6 +52,7 @@ class MomentumContrast(nn.Module):
             content under another degradation make the learner separate degradations instead of contents.
     """
 
+    shuffle: torch.Tensor
     queue_KD: torch.Tensor
     queue_sources_K: torch.Tensor
     queue_groups_K: torch.Tensor

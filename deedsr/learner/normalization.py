@@ -19,8 +19,9 @@ class FullPrecisionBuffers(nn.Module):
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in before.items():
-            if buffer is not None and self._buffers[name].dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(self._buffers[name].device)
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
         return self
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from deedsr.metrics.learned import LearnedMetric
 
 if TYPE_CHECKING:
-    from torch import nn
+    from deedsr.metrics.networks import PublishedNetwork
 
 __all__ = ["FID", "METRICS", "frechet_distance"]
 
@@ -45,7 +45,7 @@ class FID(LearnedMetric):
     source = "Heusel et al. 2017, clean-fid 0.1.35 in its mode clean"
     of_pictures = False
 
-    def network(self) -> "nn.Module":
+    def network(self) -> "PublishedNetwork":
         from deedsr.metrics.networks import InceptionV3
 
         return InceptionV3()

@@ -16,6 +16,8 @@ from deedsr.metrics.metric import Metric
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from deedsr.metrics.networks import PublishedNetwork
+
 __all__ = ["DISTS", "LPIPS", "METRICS", "LearnedMetric"]
 
 
@@ -25,8 +27,8 @@ class LearnedMetric(Metric):
     higher_is_better = False
 
     @abstractmethod
-    def network(self) -> "nn.Module":
-        """The network before its weights are loaded from `file`, a `WeightsFile`."""
+    def network(self) -> "PublishedNetwork":
+        """The network before its weights are loaded."""
 
     @cached_property
     def _loaded(self) -> "tuple[nn.Module, str]":
@@ -90,7 +92,7 @@ class LPIPS(FeatureDistance):
     mean, deviation = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pictures in -1..1
     epsilon = 1e-10
 
-    def network(self) -> "nn.Module":
+    def network(self) -> "PublishedNetwork":
         from deedsr.metrics.networks import AlexNet
 
         return AlexNet()
@@ -120,7 +122,7 @@ class DISTS(FeatureDistance):
     mean, deviation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pictures in 0..1
     c1 = c2 = 1e-6
 
-    def network(self) -> "nn.Module":
+    def network(self) -> "PublishedNetwork":
         from deedsr.metrics.networks import VGG16, HannPooling
 
         return VGG16(HannPooling)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -27,6 +28,7 @@ __all__ = [
     "AlexNet",
     "HannPooling",
     "InceptionV3",
+    "PublishedNetwork",
     "WeightsFile",
     "load_into",
     "locate",
@@ -53,7 +55,13 @@ class WeightsFile:
         return [*names, *(str(Path(name).with_suffix(".safetensors")) for name in names)]
 
 
-class AlexNet(nn.Module):
+class PublishedNetwork(nn.Module):
+    """A network whose weights are published."""
+
+    file: ClassVar[WeightsFile]
+
+
+class AlexNet(PublishedNetwork):
     """The convolutions of AlexNet (Krizhevsky 2014), named as in torchvision's file.
 
     `forward(x_BCHW)` returns what the five ReLUs give: 64, 192, 384, 256 and 256 channels.
@@ -89,7 +97,7 @@ class AlexNet(nn.Module):
         return found
 
 
-class VGG16(nn.Module):
+class VGG16(PublishedNetwork):
     """The convolutions of VGG16 (Simonyan and Zisserman 2015) with a given pooling, named as in torchvision's file.
 
     `forward(x_BCHW)` returns the last feature map of each of the five stages. `pooling`: made for each gap.
@@ -254,7 +262,7 @@ def _block_e(inputs: int, pooling: Callable[[Tensor], Tensor]) -> Mixed:
     )
 
 
-class InceptionV3(nn.Module):
+class InceptionV3(PublishedNetwork):
     """Inception v3 of FID: TensorFlow's network of 2015-12-05, named as in the file that pytorch-fid publishes.
 
     It differs from torchvision's: average pooling counts no padding, and the last block pools by maximum.

@@ -37,9 +37,9 @@ def adain(image_BCHW: torch.Tensor, reference: Rows, parts: list[slice]) -> None
 def _moments(parts: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of each channel over all parts."""
     each = [(x.shape[2] * x.shape[3], x.mean((2, 3), keepdim=True), x.var((2, 3), keepdim=True)) for x in parts]
-    total = sum(count for count, _, _ in each)
-    mean = sum(count / total * wide(one) for count, one, _ in each)
-    squares = sum((count - 1) * wide(of) + count * (one - mean) ** 2 for count, one, of in each)
+    total, zero = sum(count for count, _, _ in each), torch.zeros(())
+    mean = sum((count / total * wide(one) for count, one, _ in each), zero)
+    squares = sum(((count - 1) * wide(of) + count * (one - mean) ** 2 for count, one, of in each), zero)
     kind = each[0][1].dtype
     return mean.to(kind), ((squares / (total - 1)).to(kind) + 1e-5).sqrt()
 

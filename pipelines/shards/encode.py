@@ -128,14 +128,13 @@ class FromPixels:
         """VAE and learner, frozen, on the device. Raises DeeDSRError if this node has others than `source` names."""
         import torch
 
-        from deedsr.adapter.adapter import freeze
+        from deedsr.adapter.adapter import channels_last, freeze
         from deedsr.learner.resnet import DegradationLearner
 
         device = usable_device(self.device)
         _require_same("base", self.base, part_digest(self.base.path / "vae"), self.source.vae)
         dtype = torch.bfloat16 if self.source.precision == "bf16" else torch.float32
-        vae = freeze(load_part(self.base.path, "vae", torch_dtype=dtype))
-        vae.to(device, memory_format=torch.channels_last)
+        vae = channels_last(freeze(load_part(self.base.path, "vae", torch_dtype=dtype)), device)
         if self.learner is None:
             return vae, None
         _require_same("learner", self.learner, self.learner.digest, self.source.learner)

@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 import deedsr
-from deedsr.adapter.adapter import DegradationAwareAdapter, freeze
+from deedsr.adapter.adapter import DegradationAwareAdapter, channels_last, freeze
 from deedsr.adapter.objective import clean_latent, denoising_loss, noisy_and_target, picture_loss
 from deedsr.dataset.keys import generator
 from deedsr.dataset.manifest import LatentsSource
@@ -94,12 +94,9 @@ class AdapterStage(Stage):
 
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         base = self.base.path
-        frozen = {"torch_dtype": dtype}
-        # Channels last: a fifth faster on CPUs, what tensor cores want on GPUs.
-        place = {"device": device, "memory_format": torch.channels_last}
-        self.unet = freeze(load_part(base, "unet", **frozen)).to(**place)
+        self.unet = channels_last(freeze(load_part(base, "unet", torch_dtype=dtype)), device)
         if self.latents is None:
-            self.vae = freeze(load_part(base, "vae", **frozen)).to(**place)
+            self.vae = channels_last(freeze(load_part(base, "vae", torch_dtype=dtype)), device)
             self.vae_factor = downsampling_factor(self.vae)
         else:
             self.vae_factor = self.latents.factor

@@ -251,7 +251,7 @@ class Engine:
 
     def _part(self, value: Tensor, p: nn.Parameter) -> Tensor:
         """This worker's part of a value of `p` under ZeRO 3, which pads the last parts with zeros."""
-        size = p.ds_tensor.numel()
+        size = p.ds_tensor.numel()  # type: ignore[attr-defined]
         padded = nn.functional.pad(value.flatten(), (0, size * self.world_size - value.numel()))
         return padded[self.rank * size : (self.rank + 1) * size]
 
@@ -293,10 +293,9 @@ def _import_deepspeed(device: torch.device) -> Any:
 
     deepspeed.logger.setLevel("WARNING")
     if device.type == "cpu":
-        # DeepSpeed would compile its shared-memory collectives at every start (45 s); gloo needs none of it.
-        compatible = getattr(deepspeed.ops, "__compatible_ops__", {})
-        if "deepspeed_shm_comm" in compatible:
-            compatible["deepspeed_shm_comm"] = False
+        # At every start DeepSpeed would compile a program to find out which operators it could compile (1 s), and then
+        # its shared-memory collectives (45 s); gloo needs none of it.
+        deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
 
 

@@ -16,14 +16,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import Enum
-from typing import Any, Self
-
-import torch
-from safetensors.torch import save
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Self
 
 from deedsr.errors import DeeDSRError
 from pipelines.storage import waiting
+
+if TYPE_CHECKING:  # the actor of `supervision` imports this module, too: torch would take a second and 200 MB
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 WINDOW = 100  # losses that a new one is compared with
@@ -107,6 +106,8 @@ class LossWindow:
             return f"the loss is {loss}"
         if not self.sigma or len(self.losses) < FEWEST:
             return None
+        import torch
+
         deviation, mean = torch.std_mean(torch.tensor(self.losses, dtype=torch.float64))
         limit = float(mean + self.sigma * deviation)
         if loss <= limit:
@@ -125,19 +126,23 @@ class LossWindow:
     def mean(self) -> float:
         return sum(self.losses) / len(self.losses) if self.losses else math.nan
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> "dict[str, Tensor]":
+        import torch
+
         counts = torch.tensor([self.skipped, self.in_a_row])
         return {"losses": torch.tensor(self.losses, dtype=torch.float64), "counts": counts}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: "dict[str, Tensor]") -> None:
         """From a checkpoint; those of earlier versions have no window."""
         if state:
             self.losses = state["losses"].tolist()
             self.skipped, self.in_a_row = state["counts"].tolist()
 
 
-def record_of_skipped(step: int, values: dict[str, Any], batch: dict[str, Tensor], rank: int) -> dict[str, bytes]:
+def record_of_skipped(step: int, values: dict[str, Any], batch: "dict[str, Tensor]", rank: int) -> dict[str, bytes]:
     """Files by path: `incidents/step-XXXXXXXX.json` (rank 0) and this worker's part of the batch."""
+    from safetensors.torch import save
+
     path = f"incidents/step-{step:08d}"
     files = {f"{path}-rank-{rank}.safetensors": save({k: t.detach().cpu().contiguous() for k, t in batch.items()})}
     if rank == 0:

@@ -10,15 +10,17 @@ import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from deedsr.errors import DeeDSRError
 from pipelines import cluster
 from pipelines.training.health import Stop
-from pipelines.training.identity import Claim
-from pipelines.training.placement import TrainingPlan
+
+if TYPE_CHECKING:
+    from pipelines.training.identity import Claim
+    from pipelines.training.placement import TrainingPlan
 
 logger = logging.getLogger(__name__)
 WITHOUT_GPUS = "--train.gpus_per_worker 0 trains on CPUs"
@@ -133,7 +135,7 @@ def progress_actor() -> Iterator[Any]:
         ray.kill(actor)
 
 
-def supervised(stage: str, trainer: Any, progress: Any, shown: tqdm, plan: TrainingPlan, claim: Claim) -> None:
+def supervised(stage: str, trainer: Any, progress: Any, shown: tqdm, plan: "TrainingPlan", claim: "Claim") -> None:
     """Runs `trainer.fit`. On return or exception Ray Train's controller and its workers are ended.
 
     Raises KeyboardInterrupt after a signal: once the workers have checkpointed, or at once where none are running or at
@@ -169,7 +171,7 @@ def supervised(stage: str, trainer: Any, progress: Any, shown: tqdm, plan: Train
 
 
 def _awaited(
-    outcome: Future[Any], progress: Any, shown: tqdm, plan: TrainingPlan, claim: Claim, interrupted: threading.Event
+    outcome: Future[Any], progress: Any, shown: tqdm, plan: "TrainingPlan", claim: "Claim", interrupted: threading.Event
 ) -> str | None:
     import ray
 

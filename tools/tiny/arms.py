@@ -20,6 +20,7 @@ from benchmarks.picture_measures import psnr
 from benchmarks.sampled import perceptual_distance
 from deedsr import DeeDSRPipeline, DegradationAwareAdapter
 from deedsr.adapter.condition_encoder import Condition
+from deedsr.adapter.da_block import DegradationAwareGroup
 from deedsr.sampling.autoencoder import decode_latents
 from deedsr.sampling.images import to_uint8
 from tools.tiny.bank import SIDE, read_bank
@@ -159,7 +160,7 @@ def replaced(pipeline: DeeDSRPipeline, bank: Bank) -> dict[str, dict[str, list[f
         "vector: the mean one": measured(pipeline, bank, everywhere(vectors_PD, 0)),
         "vector: another picture's": measured(pipeline, bank, vectors_PD[others]),
     } | {name: measured(pipeline, bank, change=change) for name, change in changes.items()}
-    groups = [level.aware for level in pipeline.adapter.condition_encoder.levels]
+    groups = [part for part in pipeline.adapter.modules() if isinstance(part, DegradationAwareGroup)]
     hooks = [group.register_forward_hook(lambda group, given, made: given[0]) for group in groups]
     rows["DA groups: left out"] = measured(pipeline, bank)
     for hook in hooks:

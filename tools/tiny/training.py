@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from deedsr.adapter.adapter import channels_last
+
 SEED = 2404_00661
 SAVE_SECONDS = 180
 CURVE = 100  # steps that a point of the curve is the mean of
@@ -64,7 +66,7 @@ class Run:
         self.path, self.parts, self.budget, self.steps, self.lr = path, parts, budget, steps, lr
         self.decay, self.warmup = decay, warmup
         for part in parts.values():
-            part.to(budget.device, memory_format=torch.channels_last)
+            channels_last(part, budget.device)
         self.ema = {name: copy.deepcopy(parts[name]).requires_grad_(False).eval() for name in averaged}
         self.optimizers = {
             name: torch.optim.AdamW(
@@ -127,7 +129,8 @@ class Run:
     def _average(self) -> None:
         weight = 1 - min(self.decay, (1 + self.step) / (10 + self.step))
         for name, mean in self.ema.items():
-            means, values = list(mean.parameters()), list(self.parts[name].parameters())
+            means: list[torch.Tensor] = [*mean.parameters()]
+            values: list[torch.Tensor] = [*self.parts[name].parameters()]
             torch._foreach_lerp_(means, values, weight)
 
     def save(self) -> None:
