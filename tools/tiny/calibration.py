@@ -8,7 +8,7 @@ less.
 A few hundred pairs are too few to fit all of the gate's weights to the cost. The harm of the whole sampled picture, the
 cost without the last term, is predicted from the vector by ridge regression, its penalty found by cross-validation; the
 gate follows this prediction, with the slope and the offset of least cost (interpolated between the shares). LEAN is
-added to the offset: a prediction is vague, and a noisy picture that is taken for a clean one keeps its noise.
+added to the offset: towards the sampled picture above 0, towards the LR below.
 Shape suffixes: N pairs, S shares, D degradation vector.
 """
 
@@ -38,7 +38,7 @@ NOISE_FLOOR = 0.5  # 8-bit levels that nobody sees
 FLAT_PATCHES = 8  # of the HR, at least: else nothing is said about noise
 FOLDS = 5
 PENALTIES = (300.0, 1000.0, 3000.0)
-LEAN = 1.0  # found on the first twelve of the validation crops
+LEAN = -0.5  # found on the validation crops: with it clean LRs lose less than 1 dB to bicubic
 SLOPES, OFFSETS = np.arange(0, 8.1, 0.5), np.arange(-2, 2.1, 0.2)
 BATCH = 4  # pictures at a time
 
