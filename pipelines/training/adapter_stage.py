@@ -75,11 +75,11 @@ class AdapterStage(Stage):
 
         A preset's are for new weights: beside an initial model they do not count.
         """
-        given = self.options.sampling
-        if self.init is None:
-            return given
+        given, folder = self.options.sampling, self.init.path.parent if self.init else None
+        if folder is None or not any((folder / name).is_file() for name in ("model_index.json", "deedsr.json")):
+            return given  # new weights, or an adapter's alone
         of_preset = PRESETS["adapter"][self.options.model.preset].get("sampling", {})
-        recommended = ModelFolder.read(self.init.path.parent).sampling.as_dict()
+        recommended = ModelFolder.read(folder).sampling.as_dict()
         own = {name: value for name, value in recommended.items() if value != getattr(SamplingSettings(), name)}
         return own | {name: value for name, value in given.items() if of_preset.get(name) != value}
 
