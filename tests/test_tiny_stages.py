@@ -91,6 +91,7 @@ def test_a_chain_makes_a_model_from_photographs_and_goes_on_where_time_ran_out(w
     told = capsys.readouterr().out
     assert "\nunet, " in f"\n{told}"
     assert "\nautoencoder, " not in f"\n{told}"
+    assert list(assembly.curves(str(work / "model"))) == ["seed", "autoencoder", "unet", "pictures"]
     before, after = (DeeDSRPipeline.from_pretrained(work / name) for name in ("start", "model"))
     assert after.config["gate"] is not None
     assert after.sampling == assembly.ONE_STEP
@@ -104,3 +105,38 @@ def test_a_chain_makes_a_model_from_photographs_and_goes_on_where_time_ran_out(w
     assert after.scheduler.timesteps[-1] == pictures.REALISM
     stage(work, "chain", *options, "--minutes", 0)
     assert "done: " in capsys.readouterr().out
+
+
+def test_pairs_are_turned_and_mirrored_together():
+    lr = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    hr = lr.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    bank = {"hr": hr, "teacher": hr, "lr": lr, "degradation": torch.eye(2)}
+    x, target, cut_lr, vectors = pictures.cut(bank, np.random.default_rng(0), 48, 64)
+    assert torch.equal(x, target)
+    assert torch.allclose(torch.nn.functional.avg_pool2d(x / 2 + 0.5, 4), cut_lr, atol=1e-6)
+    assert cut_lr.shape == (48, 3, 16, 16)
+    upright = [any(torch.equal(part, row) for row in windows(lr)) for part in (cut_lr * 255).round().byte()]
+    assert 0 < sum(upright) < len(upright)
+    assert vectors.sum() == 48
+
+
+def windows(lr: torch.Tensor) -> torch.Tensor:
+    """All 16 px windows (N, 3, 16, 16) of pictures of 64 px."""
+    return lr.unfold(2, 16, 1).unfold(3, 16, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 16, 16)
+
+
+def test_a_deeper_decoder_computes_the_same(tmp_path):
+    before = DeeDSRPipeline.from_pretrained("tiny", torch_dtype=torch.float32).vae
+    blocks = [many + 2 for many in before.config["num_decoder_blocks"]]
+    stage(tmp_path, "deepen", "--model", "tiny", "--decoder-blocks", *blocks)
+    after = DeeDSRPipeline.from_pretrained(tmp_path / "start", torch_dtype=torch.float32).vae
+    assert list(after.config["num_decoder_blocks"]) == blocks
+    assert assembly.curves(str(tmp_path / "start")) == assembly.curves("tiny") != {}
+    z = torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(before.decode(z).sample, after.decode(z).sample)
+
+
+def test_a_decoder_is_not_made_shallower(tmp_path):
+    with pytest.raises(SystemExit, match="ask for as many or more"):
+        stage(tmp_path, "deepen", "--model", "tiny", "--decoder-blocks", 1, 1, 1)

@@ -25,7 +25,7 @@ from deedsr.sampling.autoencoder import decode_latents
 from deedsr.sampling.images import to_uint8
 from tools.tiny.bank import SIDE, read_bank
 from tools.tiny.base import FACTOR
-from tools.tiny.pictures import CROP, REALISM, cut, one_step, pixels
+from tools.tiny.pictures import CROP, REALISM, cut, lr_latents, one_step, pixels
 from tools.tiny.training import SEED, Budget, Run
 
 ARMS = ("full", "vector", "global", "da")
@@ -84,9 +84,11 @@ def trained(
             adapter.attach(pipeline.unet)
             for step, _ in run:
                 rng = np.random.default_rng([SEED, seed, step])  # equal for all arms
-                x, target, z_lr, vector = cut(seen, rng, BATCH, TRAINED_CROP)
+                x, target, lr, vector = cut(seen, rng, BATCH, TRAINED_CROP)
                 t = torch.full((BATCH,), REALISM, device=budget.device)
                 with budget.autocast():
+                    with torch.no_grad():
+                        z_lr = lr_latents(pipeline.vae, lr)
                     z_sr = one_step(pipeline, z_lr, torch.randn_like(z_lr), t, vector)
                     y = decode_latents(pipeline.vae, z_sr).float()
                 loss = (pixels(y, x) + pixels(y, target)) / 2

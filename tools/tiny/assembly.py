@@ -2,15 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
 
 from deedsr import DeeDSRPipeline
+from deedsr.hub.model_folder import find_folder
 from deedsr.hub.settings import SamplingSettings
 from deedsr.sampling.gate import RestorationGate
 from tools.tiny.training import averaged_weights
 
+CURVES = "pretraining.json"  # in a model's folder
 # The LR latent guides all steps but the last, which is the one that was trained on pictures.
 ONE_STEP = SamplingSettings(num_inference_steps=20, noise_guidance_share=0.95, eta=0.0, color_fix="wavelet")
 
@@ -26,12 +29,17 @@ def write_model(pipeline: DeeDSRPipeline, to: Path) -> None:
         path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def assemble(work: Path, model: str, to: Path) -> None:
-    """Write `model` with the averaged adapter and decoder of the stage `pictures`, sampled in one step."""
+def assemble(work: Path, model: str, to: Path, share: float = 1.0) -> None:
+    """Write `model` with the averaged adapter and decoder of the stage `pictures`, sampled in one step.
+
+    With a `share` below 1 the weights lie so far on the straight line from the model's to the trained ones (Wortsman et
+    al. 2022): what was learnt by heart fades faster than what was learnt.
+    """
     pipeline = DeeDSRPipeline.from_pretrained(model, torch_dtype=torch.float32)
     state = averaged_weights(work / "pictures.pt", "model")
     for name, module in (("adapter", pipeline.adapter), ("decoder", pipeline.vae.decoder)):
-        module.load_state_dict({k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")})
+        before = module.state_dict()
+        module.load_state_dict({k: torch.lerp(v, state[f"{name}.{k}"].float(), share) for k, v in before.items()})
     trailing = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
     lineage = pipeline.config["lineage"]
     trained = DeeDSRPipeline(
@@ -39,10 +47,17 @@ def assemble(work: Path, model: str, to: Path) -> None:
         ONE_STEP.as_dict(), lineage,
     )  # fmt: skip
     write_model(trained, to)
+    earlier = curves(model)
+    runs = sum(name.startswith("pictures") for name in earlier)
+    name = f"pictures, run {runs + 1}" if runs else "pictures"
     curve = torch.load(work / "pictures.pt", weights_only=True, map_location="cpu")["curve"]
-    path = to / "pretraining.json"
-    curves = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(curves | {"pictures": curve}))
+    (to / CURVES).write_text(json.dumps(earlier | {name: curve}))
+
+
+def curves(model: str) -> dict[str, Any]:
+    """Of all trainings that a model's weights come from, by name."""
+    path = find_folder(model) / CURVES
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def set_gate(model: Path, gate: RestorationGate) -> None:

@@ -95,11 +95,11 @@ def make_targets(work: Path, budget: Budget, part: Part = (0, 1)) -> None:
 
 
 def read_bank(work: Path, device: torch.device) -> dict[str, torch.Tensor]:
-    """All pairs, on the device: hr, latent, degradation, and teacher, which is the HR where there is none."""
+    """All pairs, on the device: hr, lr, latent, degradation, and teacher, which is the HR where there is none."""
     paths = sorted((work / "bank").glob("*.safetensors"))
     if not paths:
         raise SystemExit(f"{work}/bank is empty: run the stage bank first")
-    found: dict[str, list[torch.Tensor]] = {"hr": [], "latent": [], "degradation": [], "teacher": []}
+    found: dict[str, list[torch.Tensor]] = {"hr": [], "lr": [], "latent": [], "degradation": [], "teacher": []}
     for path in paths:
         beside = work / "teacher" / path.name
         pairs = load_file(path)

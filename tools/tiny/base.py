@@ -8,16 +8,19 @@ Shape suffixes: B batch, C channels, H W pixels, h w latent pixels, N tokens, D 
 """
 
 import json
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
 
 from deedsr import DeeDSRPipeline, DegradationAwareAdapter
 from deedsr.hub.model_folder import find_folder, load_part
-from tools.tiny.assembly import write_model
+from tools.tiny.assembly import CURVES, curves, write_model
 from tools.tiny.photographs import Photographs, to_signed
 from tools.tiny.training import SEED, Budget, Run, averaged_weights
 
@@ -164,8 +167,41 @@ def export(work: Path, base: str, to: Path) -> None:
     adapter.initialize_from(unet)
     parts = (trained_autoencoder(work, base), unet, DDIMScheduler(**SCHEDULER), learner, adapter)
     write_model(DeeDSRPipeline(*parts, lineage={"base": "tiny", "license": "apache-2.0"}), to)
-    curves = {
+    of_base = {
         name: torch.load(work / f"{name}.pt", weights_only=True, map_location="cpu")["curve"]
         for name in ("autoencoder", "unet")
     }
-    (to / "pretraining.json").write_text(json.dumps({"seed": SEED} | curves))
+    (to / CURVES).write_text(json.dumps({"seed": SEED} | of_base))
+
+
+def deepen(model: str, blocks: Sequence[int], to: Path) -> None:
+    """Write `model` with a decoder of more residual blocks per level, the coarsest first, that computes the same.
+
+    Added blocks start as the identity, behind those that are there.
+    """
+    pipeline = DeeDSRPipeline.from_pretrained(model, torch_dtype=torch.float32)
+    pipeline.register_modules(vae=deepened(pipeline.vae, blocks))
+    write_model(pipeline, to)
+    (to / CURVES).write_text(json.dumps(curves(model)))
+
+
+def deepened(vae: AutoencoderTiny, blocks: Sequence[int]) -> AutoencoderTiny:
+    has = vae.config["num_decoder_blocks"]
+    if len(has) != len(blocks) or any(few > many for few, many in zip(has, blocks, strict=True)):
+        raise SystemExit(f"the decoder has {list(has)} residual blocks per level: ask for as many or more")
+    torch.manual_seed(SEED)
+    known = {name: value for name, value in vae.config.items() if name != "block_out_channels"}  # none of its arguments
+    deeper = AutoencoderTiny.from_config(known, num_decoder_blocks=tuple(blocks))
+    deeper.encoder.load_state_dict(vae.encoder.state_dict())
+    is_block = lambda layer: isinstance(layer, AutoencoderTinyBlock)
+    for (_, old), (_, new) in zip(
+        groupby(vae.decoder.layers, is_block), groupby(deeper.decoder.layers, is_block), strict=True
+    ):
+        there = list(old)
+        for number, layer in enumerate(new):
+            if number < len(there):
+                layer.load_state_dict(there[number].state_dict())
+            else:  # what enters is not negative, and the ReLU at the block's end leaves it as it is
+                torch.nn.init.zeros_(layer.conv[-1].weight)
+                torch.nn.init.zeros_(layer.conv[-1].bias)
+    return deeper

@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderTiny
 
 from deedsr import DeeDSRPipeline
 from deedsr.adapter.condition_encoder import Condition
 from deedsr.adapter.objective import clean_latent
 from deedsr.sampling.autoencoder import decode_latents, encode_latents
+from deedsr.sampling.images import enlarge
 from tools.tiny.bank import SIDE, read_bank
 from tools.tiny.base import FACTOR, edge_error
 from tools.tiny.features import Perceptual, ProjectedDiscriminator, augment, hinge, realness
@@ -27,7 +29,7 @@ from tools.tiny.training import Budget, Run
 
 REALISM, FIDELITY = 49, 19  # timesteps: the last one of 20 and of 50 steps with trailing spacing
 CROP = 128  # pixels
-SAMPLES = {"realism": 3, "fidelity": 1, "autoencoder": 1}  # of a batch
+SAMPLES = {"realism": 7, "fidelity": 2, "autoencoder": 1}  # of a batch
 EDGES = 0.5
 
 
@@ -35,9 +37,9 @@ EDGES = 0.5
 class Weights:
     """Of the terms of the loss at REALISM; `pixels` at FIDELITY, too."""
 
-    teacher: float = 0.9  # of the targets' weights, 0 = the HR alone
+    teacher: float = 0.8  # of the targets' weights, 0 = the HR alone
     pixels: float = 4.0
-    perceptual: float = 1.0
+    perceptual: float = 2.0
     adversarial: float = 0.0  # length of its gradient at the picture, 1 = that of all other terms together
     adversarial_from: int = 2000  # step
 
@@ -78,20 +80,20 @@ def train(work: Path, model: str, steps: int, weights: Weights, budget: Budget) 
     made = torch.nn.ModuleDict({"adapter": adapter, "decoder": vae.decoder.requires_grad_(True)})
     parts = {"model": made, "discriminator": discriminator}
     run = Run(
-        work / "pictures.pt", parts, budget, steps=steps, lr=4e-4, averaged=("model",), betas=(0.8, 0.99), decay=0.998,
+        work / "pictures.pt", parts, budget, steps=steps, lr=5e-4, averaged=("model",), betas=(0.8, 0.99), decay=0.998,
         warmup=50,
     )  # fmt: skip
     adapter.attach(pipeline.unet)
     bank = read_bank(work, budget.device)
     for step, rng in run:
-        x, target, z_lr, vector = cut(bank, rng, sum(SAMPLES.values()) * budget.batch_factor, CROP)
+        x, target, lr, vector = cut(bank, rng, sum(SAMPLES.values()) * budget.batch_factor, CROP)
         count = {name: number * budget.batch_factor for name, number in SAMPLES.items()}
         first, second = count["realism"], count["realism"] + count["fidelity"]
         t = torch.tensor([REALISM] * first + [FIDELITY] * (second - first), device=budget.device)
         with budget.autocast():
-            z_sr = one_step(pipeline, z_lr[:second], torch.randn_like(z_lr[:second]), t, vector[:second])
             with torch.no_grad():
-                z_hr = encode_latents(vae, x[second:]).float()
+                z_lr, z_hr = lr_latents(vae, lr[:second]), encode_latents(vae, x[second:]).float()
+            z_sr = one_step(pipeline, z_lr, torch.randn_like(z_lr), t, vector[:second])
             z = torch.cat([z_sr, z_hr])
             y = decode_latents(vae, z + 0.02 * torch.randn_like(z)).float()
         picture = y.detach().requires_grad_(True)  # gradients of the terms meet here and go on together
@@ -123,6 +125,11 @@ def train(work: Path, model: str, steps: int, weights: Weights, budget: Budget) 
                 verdict=verdict, fidelity=fidelity, rebuilt=rebuilt)  # fmt: skip
 
 
+def lr_latents(vae: AutoencoderTiny, lr_BCHW: torch.Tensor) -> torch.Tensor:
+    """Of LRs in [0, 1], enlarged as sampling enlarges them."""
+    return encode_latents(vae, 2 * enlarge(lr_BCHW, FACTOR) - 1).float()
+
+
 def pixels(y_BCHW: torch.Tensor, x_BCHW: torch.Tensor) -> torch.Tensor:
     return F.l1_loss(y_BCHW, x_BCHW) + EDGES * edge_error(y_BCHW, x_BCHW)
 
@@ -132,18 +139,24 @@ def trainable(discriminator: ProjectedDiscriminator) -> None:
 
 
 def cut(bank: dict[str, torch.Tensor], rng: np.random.Generator, count: int, crop: int) -> tuple[torch.Tensor, ...]:
-    """HR and teacher (B, 3, crop, crop) in [-1, 1], LR latents (B, C, h, w) and vectors (B, D) of `count` pairs."""
+    """HR and teacher (B, 3, crop, crop) in [-1, 1], LR (B, 3, h, w) in [0, 1] and vectors (B, D) of `count` pairs.
+
+    Each pair is turned and mirrored at random, which hardly changes its vector.
+    """
     cells = crop // FACTOR
     which = rng.integers(len(bank["hr"]), size=count)
     corners = rng.integers((SIDE - crop) // FACTOR + 1, size=(count, 2))
+    turns, mirrored = rng.integers(4, size=count), rng.integers(2, size=count)
     device = bank["hr"].device
 
     def of(name: str, scale: int) -> torch.Tensor:
         side = scale * cells
-        return torch.stack([
-            bank[name][number, :, scale * top : scale * top + side, scale * left : scale * left + side]
-            for number, (top, left) in zip(which, corners, strict=True)
-        ])  # fmt: skip
+        found = []
+        for number, (top, left), quarters, mirror in zip(which, corners, turns, mirrored, strict=True):
+            part = bank[name][number, :, scale * top : scale * top + side, scale * left : scale * left + side]
+            part = part.rot90(int(quarters), (1, 2))
+            found.append(part.flip(2) if mirror else part)
+        return torch.stack(found)
 
     pictures = [to_signed(of(name, FACTOR)).contiguous(memory_format=torch.channels_last) for name in ("hr", "teacher")]
-    return *pictures, of("latent", 1).float(), bank["degradation"][torch.from_numpy(which).to(device)]
+    return *pictures, of("lr", 1).float() / 255, bank["degradation"][torch.from_numpy(which).to(device)]

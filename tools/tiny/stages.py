@@ -4,6 +4,7 @@
     python -m tools.tiny autoencoder --work work                          of a new base
     python -m tools.tiny unet        --work work
     python -m tools.tiny export      --work work                          work/start: base, learner, new adapter
+    python -m tools.tiny deepen      --work work --model tiny             or: a deeper decoder, as work/start
     python -m tools.tiny bank        --work work --model work/start       pairs for the last stage
     python -m tools.tiny teacher     --work work                          RealESRGAN's pictures of their LRs
     python -m tools.tiny pictures    --work work --model work/start       adapter and decoder, on pictures
@@ -45,18 +46,22 @@ RESERVE = 0.25  # minutes: with less left, no stage of a chain is begun
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     of_terms = pictures.Weights()
-    parser.add_argument("stage", choices=["photographs", *CHAIN, "arms", "chain", "parcel"])
+    parser.add_argument("stage", choices=["photographs", "deepen", *CHAIN, "arms", "chain", "parcel"])
     parser.add_argument("--work", type=Path, required=True, help="folder of reduced photographs and training state")
     parser.add_argument("--photos", type=Path, nargs="+", help="photographs: folders of the originals")
     parser.add_argument("--quality", type=int, default=95, help="photographs: of the reduced ones, as JPEG")
     parser.add_argument("--base", choices=list(base.BASES), default="next", help="which base is made")
-    parser.add_argument("--model", help="bank, pictures, assemble, arms: the model to start from; default work/start")
+    parser.add_argument(
+        "--model", help="bank, deepen, pictures, assemble, arms: the one to start from; default work/start"
+    )
+    parser.add_argument("--decoder-blocks", type=int, nargs="+", default=[16, 4, 1], help="deepen: coarsest first")
     parser.add_argument("--chunks", type=int, default=60, help="bank: files of 24 pairs")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="bank, teacher")
     parser.add_argument("--teacher-weight", type=float, default=of_terms.teacher, help="pictures: the HR has the rest")
     parser.add_argument("--pixel-weight", type=float, default=of_terms.pixels, help="pictures")
     parser.add_argument("--perceptual-weight", type=float, default=of_terms.perceptual, help="pictures")
     parser.add_argument("--adversarial-weight", type=float, default=of_terms.adversarial, help="pictures")
+    parser.add_argument("--share", type=float, default=1.0, help="assemble: of the way to what was trained")
     parser.add_argument("--to", type=Path, help="parcel: file, .tar.gz")
     parser.add_argument("--steps", type=int, help="of this stage in all")
     parser.add_argument("--minutes", type=float, default=math.inf, help="end after so many, to be continued")
@@ -87,6 +92,8 @@ class Stages:
                 base.train_unet(self.photographs, work, asked.base, self.steps(stage), budget)
             case "export":
                 base.export(work, asked.base, self.start)
+            case "deepen":
+                base.deepen(self.origin, asked.decoder_blocks, self.start)
             case "bank":
                 by_cpu = Budget(torch.device("cpu"), budget.minutes)
                 given = (self.photographs, work, self.origin, asked.chunks, by_cpu)
@@ -99,7 +106,7 @@ class Stages:
                 )
                 pictures.train(work, self.origin, self.steps(stage), weights, budget)
             case "assemble":
-                assembly.assemble(work, self.origin, self.model)
+                assembly.assemble(work, self.origin, self.model, asked.share)
             case "gate":
                 if calibration.measure(work, self.model, budget):
                     assembly.set_gate(self.model, calibration.fit(work))
@@ -114,7 +121,7 @@ class Stages:
             "export": lambda: (self.start / "model_index.json").exists(),
             "bank": lambda: files("bank") >= self.asked.chunks,
             "teacher": lambda: files("teacher") >= self.asked.chunks,
-            "assemble": lambda: (self.model / "pretraining.json").exists(),
+            "assemble": lambda: (self.model / assembly.CURVES).exists(),
             "gate": lambda: assembly.has_gate(self.model),
         }
         if stage in STEPS:
