@@ -8,7 +8,8 @@ anew from the photographs. The peer and the perceptual distance need the package
 `pip install -e ".[benchmarks]"`.
 
 `--default` and `--fidelity` are arguments of the pipeline as JSON, what is left out is as the model recommends; `seeds`
-says of how many samples the picture is the mean. Means over crops; in brackets 95 % bootstrap intervals over crops,
+says of how many samples the picture is the mean. With `--seeds N` each crop's measures are means over N seeds (speed is
+that of one). Means over crops; in brackets 95 % bootstrap intervals over crops,
 paired where two methods are compared. What was computed before is kept under `--work` (seconds are always measured).
 Prints tables and, last, one JSON line.
 """
@@ -106,11 +107,13 @@ def degraded(crop: ValidationCrop, ranges: str) -> Pair:
     return Pair(crop.name, crop.hr, degrade(crop.hr, draws))
 
 
-def sampled(pipeline: Any, pair: Pair, settings: dict[str, Any]) -> np.ndarray:
-    """The model's picture, or the mean of its pictures of several seeds."""
+def sampled(pipeline: Any, pair: Pair, settings: dict[str, Any], seed: int = 0) -> np.ndarray:
+    """The model's picture, or the mean of the pictures of the setting `seeds` samples."""
     arguments = {name: value for name, value in settings.items() if name != "seeds"}
+    many = settings.get("seeds", 1)
     numbers = [
-        int(generator("tiny figures", pair.crop, seed).integers(2**62)) for seed in range(settings.get("seeds", 1))
+        int(generator("tiny figures", pair.crop, number).integers(2**62))
+        for number in range(seed * many, (seed + 1) * many)
     ]
     generators = [torch.Generator().manual_seed(number) for number in numbers]
     lrs = [pair.lr] * len(numbers)
@@ -135,10 +138,11 @@ class Methods:
         self.perceptual = benchmarks.perceptual.PerceptualDistance()
         self.model = fingerprint(*CODE, *weights(asked.model), asked.threads)
         self.settings = {REALISM: asked.default, FIDELITY: asked.fidelity}
+        self.seeds = asked.seeds
         modules = (benchmarks.perceptual, benchmarks.picture_measures)
         self.measures = fingerprint(PACKAGE / "metrics", *(Path(module.__file__) for module in modules))
 
-    def picture(self, method: str, pair: Pair) -> np.ndarray:
+    def picture(self, method: str, pair: Pair, seed: int = 0) -> np.ndarray:
         if method == "HR":
             return pair.hr
         if method == "bicubic":
@@ -147,14 +151,18 @@ class Methods:
             key = fingerprint(Path(benchmarks.realesrgan.__file__), pair.lr)
             return self.kept.picture(key, lambda: self.peer(pair.lr))
         settings = self.settings[method]
-        key = fingerprint(self.model, settings, pair.crop, pair.lr)
-        return self.kept.picture(key, lambda: sampled(self.pipeline, pair, settings))
+        key = fingerprint(self.model, settings, pair.crop, pair.lr, seed)
+        return self.kept.picture(key, lambda: sampled(self.pipeline, pair, settings, seed))
 
     def measured(self, method: str, pair: Pair) -> dict[str, float]:
-        picture = self.picture(method, pair)
-        key = fingerprint(self.measures, picture, pair.hr)
-        row = self.kept.row(key, lambda: measure(picture, pair.hr, self.perceptual))
-        return row | {"consistency": consistency(picture, pair.lr)}
+        """Means over the seeds; all but the model's arms have one picture."""
+        rows = []
+        for seed in range(self.seeds if method in self.settings else 1):
+            picture = self.picture(method, pair, seed)
+            key = fingerprint(self.measures, picture, pair.hr)
+            row = self.kept.row(key, lambda: measure(picture, pair.hr, self.perceptual))
+            rows.append(row | {"consistency": consistency(picture, pair.lr)})
+        return {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
 
 
 def measured_set(methods: Methods, names: Sequence[str], pairs: list[Pair], bar: tqdm) -> dict[str, Rows]:
@@ -288,6 +296,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--fidelity", type=settings, default={"eta": 0.0, "noise_guidance_share": 0.9}, help="of the fidelity arm, JSON"
     )
+    parser.add_argument("--seeds", type=int, default=1, help="of each crop")
     parser.add_argument("--quick", action="store_true", help="six crops, one of each photograph")
     parser.add_argument("--sheet", type=Path, help="also write a contact sheet, .jpg or .png")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "tiny-figures")
@@ -311,7 +320,8 @@ def main() -> None:
     pairs = {ranges: [degraded(crop, ranges) for crop in crops] for ranges in RANGES}
     with tqdm(total=sum(map(len, METHODS.values())) * len(crops), unit="picture") as bar:
         tables = {ranges: measured_set(methods, METHODS[ranges], pairs[ranges], bar) for ranges in RANGES}
-    print(f"{len(crops)} crops, model {asked.model}; realism {asked.default}, fidelity {asked.fidelity}")
+    print(f"{len(crops)} crops, {asked.seeds} seeds of each, model {asked.model}; "
+          f"realism {asked.default}, fidelity {asked.fidelity}")  # fmt: skip
     for ranges, table in tables.items():
         print(f"\n{RANGES[ranges]}")
         print_table(table)
@@ -336,6 +346,7 @@ def main() -> None:
         "benchmark": "tiny_figures",
         "model": asked.model,
         "crops": len(crops),
+        "seeds": asked.seeds,
         "settings": methods.settings,
         "tables": {ranges: summary(table) for ranges, table in tables.items()},
         "autoencoder": autoencoder,
