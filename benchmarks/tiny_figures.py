@@ -1,6 +1,6 @@
 """The figures of `tiny`: fidelity, realism, noise and speed beside bicubic and RealESRGAN x4plus, against their goals.
 
-    python -m benchmarks.tiny_figures [--model tiny] [--fidelity JSON] [--quick] [--sheet FILE]
+    python -m benchmarks.tiny_figures [--model tiny] [--fidelity JSON] [--seeds N] [--quick] [--sheet FILE]
 
 24 validation crops of 512 px (`benchmarks.tiny_crops`), degraded to 128 px at DeeDSR's and at Real-ESRGAN's ranges, and
 reduced by averaging alone (clean, which the ranges then never draw); seeds are fixed. `--photos DIR` cuts the crops
@@ -156,13 +156,14 @@ class Methods:
 
     def measured(self, method: str, pair: Pair) -> dict[str, float]:
         """Means over the seeds; all but the model's arms have one picture."""
-        rows = []
-        for seed in range(self.seeds if method in self.settings else 1):
-            picture = self.picture(method, pair, seed)
-            key = fingerprint(self.measures, picture, pair.hr)
-            row = self.kept.row(key, lambda: measure(picture, pair.hr, self.perceptual))
-            rows.append(row | {"consistency": consistency(picture, pair.lr)})
+        seeds = range(self.seeds if method in self.settings else 1)
+        rows = [self.measures_of(self.picture(method, pair, seed), pair) for seed in seeds]
         return {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
+
+    def measures_of(self, picture: np.ndarray, pair: Pair) -> dict[str, float]:
+        key = fingerprint(self.measures, picture, pair.hr)
+        row = self.kept.row(key, lambda: measure(picture, pair.hr, self.perceptual))
+        return row | {"consistency": consistency(picture, pair.lr)}
 
 
 def measured_set(methods: Methods, names: Sequence[str], pairs: list[Pair], bar: tqdm) -> dict[str, Rows]:
