@@ -303,6 +303,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "tiny-figures")
     parser.add_argument("--threads", type=int, default=2)
     asked = parser.parse_args()
+    if asked.seeds < 1:
+        parser.error(f"--seeds must be 1 or more, got {asked.seeds}")
     missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         parser.error(f'{", ".join(missing)} not installed: pip install -e ".[benchmarks]"')

@@ -105,9 +105,12 @@ def test_a_chain_makes_a_model_from_photographs_and_goes_on_where_time_ran_out(w
     assert after.scheduler.timesteps[-1] == pictures.REALISM
     stage(work, "chain", *options, "--minutes", 0)
     assert "done: " in capsys.readouterr().out
+    stage(work, "assemble", "--share", 0)
+    unmoved = DeeDSRPipeline.from_pretrained(work / "model").vae.state_dict()
+    assert all(torch.equal(weight, unmoved[name]) for name, weight in before.vae.state_dict().items())
 
 
-def test_pairs_are_turned_and_mirrored_together():
+def test_pairs_are_mirrored_together():
     lr = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     hr = lr.repeat_interleave(4, 2).repeat_interleave(4, 3)
     bank = {"hr": hr, "teacher": hr, "lr": lr, "degradation": torch.eye(2)}
@@ -135,6 +138,18 @@ def test_a_deeper_decoder_computes_the_same(tmp_path):
     z = torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(before.decode(z).sample, after.decode(z).sample)
+
+
+@pytest.mark.parametrize("share", [-0.1, 7])
+def test_a_share_lies_between_nothing_and_all(tmp_path, capsys, share):
+    with pytest.raises(SystemExit):
+        stage(tmp_path, "assemble", "--share", share)
+    assert f"--share must lie between 0 and 1, got {share:.1f}" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_is_one_clear_error(tmp_path):
+    with pytest.raises(SystemExit, match="error: there is no model folder"):
+        stage(tmp_path, "deepen", "--model", tmp_path / "none")
 
 
 def test_a_decoder_is_not_made_shallower(tmp_path):

@@ -186,6 +186,8 @@ def deepen(model: str, blocks: Sequence[int], to: Path) -> None:
 
 
 def deepened(vae: AutoencoderTiny, blocks: Sequence[int]) -> AutoencoderTiny:
+    if not isinstance(vae, AutoencoderTiny):
+        raise SystemExit(f"only the decoder of an AutoencoderTiny can be made deeper, this is {type(vae).__name__}")
     has = vae.config["num_decoder_blocks"]
     if len(has) != len(blocks) or any(few > many for few, many in zip(has, blocks, strict=True)):
         raise SystemExit(f"the decoder has {list(has)} residual blocks per level: ask for as many or more")

@@ -33,6 +33,7 @@ from pathlib import Path
 import cv2
 import torch
 
+from deedsr.errors import UsageError
 from tools.tiny import arms, assembly, bank, base, calibration, pictures
 from tools.tiny.parcel import write_parcel
 from tools.tiny.photographs import reduce_photographs
@@ -67,7 +68,10 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=math.inf, help="end after so many, to be continued")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch-factor", type=int, default=1)
-    return parser.parse_args(arguments)
+    asked = parser.parse_args(arguments)
+    if not 0 <= asked.share <= 1:
+        parser.error(f"--share must lie between 0 and 1, got {asked.share}")
+    return asked
 
 
 class Stages:
@@ -147,6 +151,13 @@ class Stages:
 def main(arguments: Sequence[str] | None = None) -> None:
     asked = parsed(arguments)
     cv2.setNumThreads(1)
+    try:
+        perform(asked)
+    except UsageError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def perform(asked: argparse.Namespace) -> None:
     stages = Stages(asked)
     budget = Budget(torch.device(asked.device), asked.minutes, asked.batch_factor)
     if asked.stage != "chain":
