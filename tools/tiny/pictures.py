@@ -141,8 +141,8 @@ def trainable(discriminator: ProjectedDiscriminator) -> None:
 def cut(bank: dict[str, torch.Tensor], rng: np.random.Generator, count: int, crop: int) -> tuple[torch.Tensor, ...]:
     """HR and teacher (B, 3, crop, crop) in [-1, 1], LR (B, 3, h, w) in [0, 1] and vectors (B, D) of `count` pairs.
 
-    Each pair is mirrored at random along both axes, which changes its vector by a twentieth of its length; a quarter turn,
-    by which it changes by two fifths, is left out.
+    Each pair is mirrored at random along both axes, which changes its vector by .05 of its length;
+    a quarter turn, by which it changes by .40, is left out.
     """
     cells = crop // FACTOR
     which = rng.integers(len(bank["hr"]), size=count)
