@@ -110,3 +110,30 @@ def test_on_pictures_the_loss_is_the_error_of_what_the_predicted_clean_latent_de
     torch.testing.assert_close(loss, wanted, rtol=1e-4 if dtype is torch.float32 else 0.05, atol=0)
     loss.sum().backward()
     assert shift.grad.abs() > 0
+
+
+@pytest.mark.parametrize(("pictures", "noisy_at"), [(True, 0.0), (False, 1.0)])
+def test_pictures_are_trained_on_at_the_temperature_that_is_recommended(pictures, noisy_at):
+    from pipelines.training.adapter_stage import AdapterStage
+    from pipelines.training.config import AdapterModelOptions, AdapterOptions, DiffusionOptions
+
+    diffusion = DiffusionOptions(pictures=pictures)
+    options = AdapterOptions(
+        base="tiny", learner="tiny", model=AdapterModelOptions(preset="tiny"), diffusion=diffusion,
+        sampling={"temperature": 0.0, "eta": 0.0},
+    )  # fmt: skip
+    stage = AdapterStage(options, 4)
+    stage.build(torch.device("cpu"), torch.float32)
+    lr, hr = torch.rand(1, 3, 16, 16), torch.rand(1, 3, 64, 64)
+    batch = {"lr": lr, "lr_crop": lr, "hr_crop": hr, "timestep": torch.tensor([49]), "guidance": torch.ones(1)}
+    batch |= {"encoding_noise": torch.zeros(1, 2, 1, 1, 1)}
+    z_lr, _, _ = stage._encoded(batch)
+    batch["noise"], seen = torch.randn(z_lr.shape), []
+
+    def network(noisy, *_):
+        seen.append(noisy)
+        return torch.zeros_like(noisy)
+
+    stage.losses(network, batch)
+    abar = stage.scheduler.alphas_cumprod[49]
+    torch.testing.assert_close(seen[0], abar.sqrt() * z_lr + noisy_at * (1 - abar).sqrt() * batch["noise"])

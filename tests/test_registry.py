@@ -161,7 +161,8 @@ def test_an_evaluation_stands_on_the_version_it_measured_and_best_moves_among_eq
     ):
         assert evaluation(model, run, 40.0, **changed) == "2", changed
     assert "models:/sr@best stays version 2, which was chosen by psnr on 2 samples" in caplog.text
-    assert evaluation(model, run, 25.5) == "1"
+    as_before = {"num_inference_steps": 20, "temperature": 1.0}  # a setting of which earlier evaluations say nothing
+    assert evaluation(model, run, 25.5, sampling=as_before) == "1"
     client.set_registered_model_alias("sr", "best", "2")  # by hand
     client.delete_registered_model_tag("sr", "deedsr.best")
     assert evaluation(model, run, 26.0) == "2"

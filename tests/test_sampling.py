@@ -43,6 +43,18 @@ def test_equal_seeds_give_equal_pictures_and_others_do_not(pipe, lr):
     assert not np.array_equal(first, other)
 
 
+def test_temperature_scales_the_first_noise_and_without_any_no_seed_matters(pipe, lr):
+    started = []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, args: started.append(args[0]))
+    cold = [pixels(pipe(lr, generator=seeded(seed), temperature=0.0, eta=0.0)) for seed in (7, 8)]
+    assert np.array_equal(*cold)
+    started.clear()
+    for temperature in (1.0, 0.25):
+        pipe(lr, generator=seeded(7), temperature=temperature, noise_guidance=0.0, num_inference_steps=1)
+    hook.remove()
+    torch.testing.assert_close(started[1], 0.25 * started[0])
+
+
 def test_a_second_call_with_the_same_generator_draws_anew(pipe, lr):
     generator = seeded()
     assert not np.array_equal(pixels(pipe(lr, generator=generator)), pixels(pipe(lr, generator=generator)))
@@ -183,7 +195,7 @@ def test_stronger_guidance_brings_the_picture_closer_to_the_lr(pipe, lr):
 
 def test_what_the_model_recommends_holds_unless_overridden(lr):
     pipe = make_pipeline(num_inference_steps=3, color_fix="wavelet", noise_guidance_share=0.4)
-    assert pipe.sampling == SamplingSettings(3, 1.0, 0.4, 1.0, "wavelet", "ddim", 1024, False)
+    assert pipe.sampling == SamplingSettings(3, 1.0, 0.4, color_fix="wavelet")
     explicit = pipe(
         lr[:8, :8], num_inference_steps=3, color_fix="wavelet", noise_guidance_share=0.4, generator=seeded()
     )
@@ -285,6 +297,7 @@ def test_latents_of_either_autoencoder_are_scaled_and_restored(kind, lr):
         ({"noise_guidance": 1.5}, "noise_guidance must be a number from 0 to 1, got 1.5"),
         ({"noise_guidance_share": float("nan")}, "noise_guidance_share"),
         ({"eta": -1}, "eta"),
+        ({"temperature": 1.1}, "temperature must be a number from 0 to 1, got 1.1"),
         ({"color_fix": "sepia"}, "color_fix must be one of none, adain, wavelet, got 'sepia'"),
         ({"solver": "euler"}, "solver must be one of ddim, dpm, got 'euler'"),
         ({"tile": -1}, "tile must be a whole number from 0"),

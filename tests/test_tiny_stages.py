@@ -1,13 +1,16 @@
 """The stages that make `tiny` (tools/tiny), at toy size on the shipped photographs."""
 
+import shutil
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from deedsr import DeeDSRPipeline
+from deedsr.errors import UsageError
 from tools.tiny import assembly, bank, pictures
 from tools.tiny.photographs import VALIDATION, Photographs
 from tools.tiny.stages import main
@@ -105,9 +108,36 @@ def test_a_chain_makes_a_model_from_photographs_and_goes_on_where_time_ran_out(w
     assert after.scheduler.timesteps[-1] == pictures.REALISM
     stage(work, "chain", *options, "--minutes", 0)
     assert "done: " in capsys.readouterr().out
-    stage(work, "assemble", "--share", 0)
-    unmoved = DeeDSRPipeline.from_pretrained(work / "model").vae.state_dict()
-    assert all(torch.equal(weight, unmoved[name]) for name, weight in before.vae.state_dict().items())
+    decoders = {}
+    for share in (0, 0.25, 1):
+        stage(work, "assemble", "--share", share)
+        decoders[share] = DeeDSRPipeline.from_pretrained(work / "model", torch_dtype=torch.float32).vae.state_dict()
+    for name, weight in before.vae.state_dict().items():
+        assert torch.equal(weight, decoders[0][name])
+        between = torch.lerp(decoders[0][name], decoders[1][name], 0.25)
+        torch.testing.assert_close(decoders[0.25][name], between, atol=1e-3, rtol=0)  # half precision
+
+
+def test_mild_pairs_are_nearly_clean_and_have_the_hr_alone_as_target(work, monkeypatch):
+    monkeypatch.setattr(bank, "CHUNK", 4)
+    stage(work, "mild", "--model", "tiny", "--chunks", 1, "--processes", 1)
+    mild = load_file(work / "mild/00000.safetensors")
+    bank.write(work / "teacher/00000.safetensors", {"teacher": torch.zeros_like(mild["hr"])})
+    pairs = bank.read_bank(work, torch.device("cpu"))
+    assert torch.equal(pairs["hr"][:4], mild["hr"])
+    assert torch.equal(pairs["teacher"][:4], mild["hr"])  # not that of the bank's file of the same name
+    averages = torch.nn.functional.avg_pool2d(mild["hr"].float(), 4)
+    assert (averages - mild["lr"]).abs().mean() < 8  # of 255; the bank's degradations are heavier
+    shutil.rmtree(work / "mild")
+
+
+def test_the_state_of_another_networks_training_is_refused(tmp_path):
+    advance(small_run(tmp_path / "run.pt"), until=3)
+    state = torch.load(tmp_path / "run.pt", weights_only=True)
+    state["parts"]["model"]["weight"] = torch.zeros(3, 5, 1, 1)
+    torch.save(state, tmp_path / "run.pt")
+    with pytest.raises(UsageError, match="another network's training: move it away"):
+        small_run(tmp_path / "run.pt")
 
 
 def test_pairs_are_mirrored_together():
@@ -134,6 +164,8 @@ def test_a_deeper_decoder_computes_the_same(tmp_path):
     stage(tmp_path, "deepen", "--model", "tiny", "--decoder-blocks", *blocks)
     after = DeeDSRPipeline.from_pretrained(tmp_path / "start", torch_dtype=torch.float32).vae
     assert list(after.config["num_decoder_blocks"]) == blocks
+    with pytest.raises(SystemExit, match="start exists: move it away"):
+        stage(tmp_path, "deepen", "--model", "tiny", "--decoder-blocks", *blocks)
     assert assembly.curves(str(tmp_path / "start")) == assembly.curves("tiny") != {}
     z = torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

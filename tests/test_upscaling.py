@@ -164,7 +164,7 @@ def test_what_is_done_of_the_same_picture_model_and_settings_is_reused(folder, m
     Image.open(folder / "a.png").rotate(180).save(folder / "a.png")
     assert [image["reused"] for image in again().images] == [False, True]
     assert again(overwrite=True).reused == 0
-    for other in ({"seed": 1}, {"steps": 1}, {"eta": 0.5}):
+    for other in ({"seed": 1}, {"steps": 1}, {"temperature": 0.5}, {"eta": 0.5}):
         assert again(**other).reused == 0
     assert again(**other).reused == 2
     pipeline = make_pipeline(num_inference_steps=2)

@@ -8,6 +8,7 @@ from deedsr.errors import UsageError
 
 COLOR_FIXES = ("none", "adain", "wavelet")
 SOLVERS = ("ddim", "dpm")
+LATER = {"temperature": 1.0}  # settings that stored results do not name, and their value in these
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class SamplingSettings:
     num_inference_steps: int = 50
     noise_guidance: float = 1.0  # strength, 0 (off) .. 1 (predicted clean latent replaced by the LR latent)
     noise_guidance_share: float = 0.0  # of the steps, from the first on; 0 = the first step only
-    eta: float = 1.0  # 0 = deterministic sampling, 1 = fresh noise in every step
+    temperature: float = 1.0  # of the noise that sampling starts from: 1 = standard normal, 0 = none
+    eta: float = 1.0  # 0 = no noise after the first, 1 = fresh noise in every step
     color_fix: str = "adain"  # none, adain or wavelet
     solver: str = "ddim"  # ddim = the pipeline's scheduler, dpm = DPM-Solver++ in its place
     tile: int = 1024  # pixels of the output a side; larger pictures are sampled in tiles; 0 = always as a whole
@@ -28,7 +30,7 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         _require_number("num_inference_steps", self.num_inference_steps, 1, 1000, kind=int)
-        for name in ("noise_guidance", "noise_guidance_share", "eta"):
+        for name in ("noise_guidance", "noise_guidance_share", "temperature", "eta"):
             _require_number(name, getattr(self, name), 0, 1, kind=int | float)
         if self.restoration is not None:
             _require_number("restoration", self.restoration, 0, 1, kind=int | float)
@@ -67,6 +69,10 @@ class SamplingSettings:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def identity(self) -> dict[str, Any]:
+        """What results are told apart by: a setting that came LATER counts where it is not what it was before."""
+        return {name: value for name, value in asdict(self).items() if LATER.get(name) != value}
 
 
 def _require_number(name: str, value: Any, low: int, high: int, kind: Any) -> None:

@@ -211,7 +211,7 @@ class DeeDSRPipeline(DiffusionPipeline):
         scheduler = solver_for(settings.solver, self.scheduler, settings.eta)
         scheduler.set_timesteps(settings.num_inference_steps)  # on the CPU, where schedulers compare them
         require_signal(scheduler)
-        x_BChw = self._noise(latent_shape, generators) * scheduler.init_noise_sigma
+        x_BChw = self._noise(latent_shape, generators) * (scheduler.init_noise_sigma * settings.temperature)
         x_BChw = self._denoise(scheduler, x_BChw, z_lr_BChw, degradation, mosaic, generators, settings)
         if not decode:
             return x_BChw

@@ -140,7 +140,7 @@ class Evaluator:
             "model": self.model and self.model.digest,
             "dataset": self.dataset and self.dataset.digest,
             "metrics": self.metrics,
-            "sampling": self.sampling and self.sampling.as_dict(),
+            "sampling": self.sampling and self.sampling.identity(),
             "seed": self.options.seed,
             "device": self.device,
             "precision": self.options.precision,

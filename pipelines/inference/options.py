@@ -19,6 +19,7 @@ class SamplingOptions:
     steps: Annotated[PositiveInt | None, "sampling steps; null = the model's default, paper: 50"] = None
     noise_guidance: Annotated[UnitInterval | None, "strength; 0 = off; null = the model's default, paper: 1"] = None
     noise_guidance_share: Annotated[UnitInterval | None, "fraction of guided steps; 0 = first step only"] = None
+    temperature: Annotated[UnitInterval | None, "of the first noise; 0 = none, with eta 0: no seed matters"] = None
     eta: Annotated[UnitInterval | None, "0 = deterministic (DDIM), 1 = new noise in every step"] = None
     color_fix: Annotated[Literal["none", "adain", "wavelet"] | None, "colour correction to the input"] = None
     solver: Annotated[Literal["ddim", "dpm"] | None, "dpm: second-order solver for about 15 steps"] = None

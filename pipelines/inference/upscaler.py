@@ -134,7 +134,7 @@ class Upscaler:
         made_of = {
             "version": __version__,
             "model": self.model.digest,
-            "sampling": self.sampling.as_dict(),
+            "sampling": self.sampling.identity(),
             "seed": self.options.seed,
             "format": format,
             "quality": self.options.quality if format in LOSSY else None,

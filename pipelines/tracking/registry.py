@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deedsr.errors import UsageError
+from deedsr.hub.settings import SamplingSettings
 from pipelines.storage import Storage, is_hidden, open_storage
 from pipelines.storage.transfer import kept
 from pipelines.tracking.description import describe, link
@@ -138,7 +139,7 @@ def log_evaluation(run: Run, training: str, folder: Path, results: Mapping[str, 
         "dataset": results["dataset"]["digest"],
         "split": results["dataset"]["split"],
         "samples": [sample["key"] for sample in results["samples"]],
-        "sampling": results["sampling"] | {"precision": results["precision"]},
+        "sampling": SamplingSettings.of(results["sampling"]).identity() | {"precision": results["precision"]},
         "seed": results["seed"],
         "metric": {decisive: results["definitions"][decisive]},
     }

@@ -83,6 +83,11 @@ class AdapterStage(Stage):
         own = {name: value for name, value in recommended.items() if value != getattr(SamplingSettings(), name)}
         return own | {name: value for name, value in given.items() if of_preset.get(name) != value}
 
+    @property
+    def temperature(self) -> float:
+        """Of the noise in training: where pictures are compared, that of the recommended sampling."""
+        return self.sampling.get("temperature", 1.0) if self.options.diffusion.pictures else 1.0
+
     def network(self, unet: UNet2DConditionModel | None = None, **more: Any) -> DegradationAwareAdapter:
         """The adapter of `unet`, or of one with the base's geometry."""
         model = self.options.model
@@ -189,7 +194,8 @@ class AdapterStage(Stage):
             z_lr, z_hr, degradation_BD = self._encoded(batch)
             t, prediction = batch["timestep"], self.scheduler.config["prediction_type"]
             abar_B = self.scheduler.alphas_cumprod.to(t.device)[t]
-            noisy, target = noisy_and_target(z_hr, z_lr, batch["noise"], abar_B, batch["guidance"], prediction)
+            noise = batch["noise"] * self.temperature
+            noisy, target = noisy_and_target(z_hr, z_lr, noise, abar_B, batch["guidance"], prediction)
         output = model(noisy, t, z_lr, degradation_BD)
         if self.options.diffusion.pictures:
             x_0 = clean_latent(output.float(), noisy, abar_B.view(-1, 1, 1, 1), prediction)

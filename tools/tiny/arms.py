@@ -89,7 +89,7 @@ def trained(
                 with budget.autocast():
                     with torch.no_grad():
                         z_lr = lr_latents(pipeline.vae, lr)
-                    z_sr = one_step(pipeline, z_lr, torch.randn_like(z_lr), t, vector)
+                    z_sr = one_step(pipeline, z_lr, t, vector)
                     y = decode_latents(pipeline.vae, z_sr).float()
                 loss = (pixels(y, x) + pixels(y, target)) / 2
                 run.update("adapter", loss)
@@ -135,12 +135,12 @@ def measured(
     z_PCHW = bank["latent"][:, :, inner, inner].float()
     vectors_PD = bank["degradation"] if vectors_PD is None else vectors_PD
     torch.manual_seed(SEED)
-    noise_PCHW, t_P = torch.randn_like(z_PCHW), torch.full((len(z_PCHW),), REALISM, device=z_PCHW.device)
+    t_P = torch.full((len(z_PCHW),), REALISM, device=z_PCHW.device)
     adapter, pictures = pipeline.adapter, []
     condition = change(adapter.condition_encoder(z_PCHW, t_P, vectors_PD))
     for part in torch.arange(len(z_PCHW), device=z_PCHW.device).split(EVALUATED):
         given = Condition(condition.tokens[part], tuple(level[part] for level in condition.features))
-        z_sr = one_step(pipeline, z_PCHW[part], noise_PCHW[part], t_P[part], vectors_PD[part], given)
+        z_sr = one_step(pipeline, z_PCHW[part], t_P[part], vectors_PD[part], given)
         pictures += [to_uint8(one) for one in (decode_latents(pipeline.vae, z_sr).float() / 2 + 0.5).clamp(0, 1)]
     hrs = [np.ascontiguousarray(hr.permute(1, 2, 0).cpu().numpy()) for hr in hr_PCHW]
     pairs = list(zip(pictures, hrs, strict=True))

@@ -15,7 +15,9 @@ from tools.tiny.training import averaged_weights
 
 CURVES = "pretraining.json"  # in a model's folder
 # The LR latent guides all steps but the last, which is the one that was trained on pictures.
-ONE_STEP = SamplingSettings(num_inference_steps=20, noise_guidance_share=0.95, eta=0.0, color_fix="wavelet")
+ONE_STEP = SamplingSettings(
+    num_inference_steps=20, noise_guidance_share=0.95, temperature=0.0, eta=0.0, color_fix="wavelet"
+)
 
 
 def write_model(pipeline: DeeDSRPipeline, to: Path) -> None:

@@ -1,6 +1,7 @@
 """Pairs for the last stage, made once: HR crops with their degraded LR, its latent and its degradation vector.
 
-Files of CHUNK pairs; those that exist are not made again. The teacher's pictures of the LRs lie beside them.
+Files of CHUNK pairs; those that exist are not made again. Pairs of `bank` have the teacher's pictures of the LRs as a
+second target. In pairs of `mild` the LR says nearly all of the HR, which is their only target.
 Shape suffixes: B batch, C channels, H W pixels, h w latent pixels, D degradation vector.
 """
 
@@ -31,7 +32,7 @@ from tools.tiny.training import Budget
 Part = tuple[int, int]
 SIDE, CHUNK = 256, 24  # pixels of an HR crop, pairs in a file
 PROCESSED = ("camera", "light")  # strata of which half is processed as in a phone
-RECIPE = Path(__file__).parents[2] / "docs/tiny/pictures.yaml"
+RECIPES = {"mild": "docs/tiny/mild.yaml", "bank": "docs/tiny/pictures.yaml"}
 
 
 def phone(lr: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -44,20 +45,25 @@ def phone(lr: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 @torch.no_grad()
-def make_bank(photos: Path, work: Path, model: str, chunks: int, budget: Budget, part: Part = (0, 1)) -> None:
-    """Write the pairs, of `part[1]` processes those of process `part[0]`; `model` gives encoder and learner."""
+def make_bank(
+    photos: Path, work: Path, name: str, model: str, chunks: int, budget: Budget, part: Part = (0, 1)
+) -> None:
+    """Write the pairs under `work/name`, of `part[1]` processes those of process `part[0]`.
+
+    `name` is one of RECIPES, `model` gives encoder and learner.
+    """
     torch.set_num_threads(1)
     pipeline = DeeDSRPipeline.from_pretrained(model, torch_dtype=torch.float32).to(budget.device)
-    recipe = load_recipe(RECIPE)
+    recipe = load_recipe(Path(__file__).parents[2] / RECIPES[name])
     photographs = Photographs(photos, torch.device("cpu"))
     began = time.monotonic()
-    for chunk in tqdm(range(chunks)[part[0] :: part[1]], desc="bank", mininterval=10):
-        path = work / "bank" / f"{chunk:05d}.safetensors"
+    for chunk in tqdm(range(chunks)[part[0] :: part[1]], desc=name, mininterval=10):
+        path = work / name / f"{chunk:05d}.safetensors"
         if path.exists():
             continue
         if time.monotonic() - began > 60 * budget.minutes:
             return
-        rng = generator("tiny pictures", chunk)
+        rng = generator("tiny pictures" if name == "bank" else f"tiny {name}", chunk)
         hr_BCHW = photographs.crops(CHUNK, SIDE, rng)
         lrs = []
         for number, hr in enumerate(hr_BCHW.permute(0, 2, 3, 1).numpy()):
@@ -95,15 +101,16 @@ def make_targets(work: Path, budget: Budget, part: Part = (0, 1)) -> None:
 
 
 def read_bank(work: Path, device: torch.device) -> dict[str, torch.Tensor]:
-    """All pairs, on the device: hr, lr, latent, degradation, and teacher, which is the HR where there is none."""
-    paths = sorted((work / "bank").glob("*.safetensors"))
+    """All pairs, those of `bank` last, on the device: hr, lr, latent, degradation, and teacher, else the HR again."""
+    paths = [path for name in RECIPES for path in sorted((work / name).glob("*.safetensors"))]
     if not paths:
         raise SystemExit(f"{work}/bank is empty: run the stage bank first")
     found: dict[str, list[torch.Tensor]] = {"hr": [], "lr": [], "latent": [], "degradation": [], "teacher": []}
     for path in paths:
         beside = work / "teacher" / path.name
+        taught = path.parent.name == "bank" and beside.exists()
         pairs = load_file(path)
-        pairs["teacher"] = load_file(beside)["teacher"] if beside.exists() else pairs["hr"]
+        pairs["teacher"] = load_file(beside)["teacher"] if taught else pairs["hr"]
         for name, parts in found.items():
             parts.append(pairs[name])
     return {name: torch.cat(parts).to(device) for name, parts in found.items()}

@@ -19,6 +19,7 @@ from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
 
 from deedsr import DeeDSRPipeline, DegradationAwareAdapter
+from deedsr.errors import UsageError
 from deedsr.hub.model_folder import find_folder, load_part
 from tools.tiny.assembly import CURVES, curves, write_model
 from tools.tiny.photographs import Photographs, to_signed
@@ -179,6 +180,8 @@ def deepen(model: str, blocks: Sequence[int], to: Path) -> None:
 
     Added blocks start as the identity, behind those that are there.
     """
+    if to.exists():
+        raise UsageError(f"{to} exists: move it away, it would be replaced by a model with a deeper decoder")
     pipeline = DeeDSRPipeline.from_pretrained(model, torch_dtype=torch.float32)
     pipeline.register_modules(vae=deepened(pipeline.vae, blocks))
     write_model(pipeline, to)

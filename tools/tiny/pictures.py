@@ -1,9 +1,9 @@
 """Last stage of `tiny`: adapter and decoder are trained on the picture that one step of sampling makes.
 
-Sampling takes the LR latent, adds noise of a low timestep, asks the UNet once and decodes. All of it is differentiable,
-so that the loss is that of the picture. Two timesteps serve two purposes: at REALISM the targets are the HR and the
-teacher's picture, by absolute error, by features of EfficientNet-Lite1 and, if asked, by a projected discriminator; at
-FIDELITY, less noise, nearly nothing but the absolute error to the HR. The UNet and the encoder stay as they are.
+Sampling takes the LR latent at a low timestep, without noise (temperature 0), asks the UNet once and decodes. All of it
+is differentiable, so that the loss is that of the picture. Two timesteps serve two purposes: at REALISM the targets are
+the HR and the teacher's picture, by absolute error, by features of EfficientNet-Lite1 and, if asked, by a projected
+discriminator; at FIDELITY nearly nothing but the absolute error to the HR. The UNet and the encoder stay as they are.
 
 Shape suffixes: B batch, C channels, H W pixels, h w latent pixels, D degradation vector.
 """
@@ -50,7 +50,6 @@ class Weights:
 def one_step(
     pipeline: DeeDSRPipeline,
     z_lr: torch.Tensor,
-    noise: torch.Tensor,
     t: torch.Tensor,
     vector: torch.Tensor,
     condition: Condition | None = None,
@@ -61,7 +60,7 @@ def one_step(
     """
     abar = pipeline.scheduler.alphas_cumprod.to(z_lr.device)[t].view(-1, 1, 1, 1)
     last = pipeline.scheduler.final_alpha_cumprod
-    x_t = abar.sqrt() * z_lr + (1 - abar).sqrt() * noise
+    x_t = abar.sqrt() * z_lr
     v = pipeline.adapter(x_t, t, z_lr, vector, condition).float()
     x_0 = clean_latent(v, x_t, abar, "v_prediction")
     eps = abar.sqrt() * v + (1 - abar).sqrt() * x_t
@@ -93,7 +92,7 @@ def train(work: Path, model: str, steps: int, weights: Weights, budget: Budget) 
         with budget.autocast():
             with torch.no_grad():
                 z_lr, z_hr = lr_latents(vae, lr[:second]), encode_latents(vae, x[second:]).float()
-            z_sr = one_step(pipeline, z_lr, torch.randn_like(z_lr), t, vector[:second])
+            z_sr = one_step(pipeline, z_lr, t, vector[:second])
             z = torch.cat([z_sr, z_hr])
             y = decode_latents(vae, z + 0.02 * torch.randn_like(z)).float()
         picture = y.detach().requires_grad_(True)  # gradients of the terms meet here and go on together

@@ -6,7 +6,8 @@
     python -m tools.tiny export      --work work                          work/start: base, learner, new adapter
     python -m tools.tiny deepen      --work work --model tiny             or: a deeper decoder, as work/start
     python -m tools.tiny bank        --work work --model work/start       pairs for the last stage
-    python -m tools.tiny teacher     --work work                          RealESRGAN's pictures of their LRs
+    python -m tools.tiny mild        --work work --model work/start       more, of nearly clean LRs
+    python -m tools.tiny teacher     --work work                          RealESRGAN's pictures of the bank's LRs
     python -m tools.tiny pictures    --work work --model work/start       adapter and decoder, on pictures
     python -m tools.tiny assemble    --work work --model work/start       work/model
     python -m tools.tiny gate        --work work                          its restoration gate
@@ -40,7 +41,7 @@ from tools.tiny.photographs import reduce_photographs
 from tools.tiny.training import Budget, steps_taken
 
 STEPS = {"autoencoder": 12_000, "unet": 40_000, "pictures": 12_000, "arms": 2000}
-CHAIN = ("autoencoder", "unet", "export", "bank", "teacher", "pictures", "assemble", "gate")
+CHAIN = ("autoencoder", "unet", "export", "bank", "mild", "teacher", "pictures", "assemble", "gate")
 RESERVE = 0.25  # minutes: with less left, no stage of a chain is begun
 
 
@@ -53,11 +54,11 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quality", type=int, default=95, help="photographs: of the reduced ones, as JPEG")
     parser.add_argument("--base", choices=list(base.BASES), default="next", help="which base is made")
     parser.add_argument(
-        "--model", help="bank, deepen, pictures, assemble, arms: the one to start from; default work/start"
+        "--model", help="bank, mild, deepen, pictures, assemble, arms: the one to start from; default work/start"
     )
     parser.add_argument("--decoder-blocks", type=int, nargs="+", default=[16, 4, 1], help="deepen: coarsest first")
-    parser.add_argument("--chunks", type=int, default=60, help="bank: files of 24 pairs")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="bank, teacher")
+    parser.add_argument("--chunks", type=int, default=60, help="bank, mild: files of 24 pairs")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="bank, mild, teacher")
     parser.add_argument("--teacher-weight", type=float, default=of_terms.teacher, help="pictures: the HR has the rest")
     parser.add_argument("--pixel-weight", type=float, default=of_terms.pixels, help="pictures")
     parser.add_argument("--perceptual-weight", type=float, default=of_terms.perceptual, help="pictures")
@@ -98,9 +99,9 @@ class Stages:
                 base.export(work, asked.base, self.start)
             case "deepen":
                 base.deepen(self.origin, asked.decoder_blocks, self.start)
-            case "bank":
+            case "bank" | "mild":
                 by_cpu = Budget(torch.device("cpu"), budget.minutes)
-                given = (self.photographs, work, self.origin, asked.chunks, by_cpu)
+                given = (self.photographs, work, stage, self.origin, asked.chunks, by_cpu)
                 bank.spread(bank.make_bank, *given, processes=asked.processes)
             case "teacher":
                 bank.spread(bank.make_targets, work, budget, processes=asked.processes)
@@ -124,6 +125,7 @@ class Stages:
         checks: dict[str, Callable[[], bool]] = {
             "export": lambda: (self.start / "model_index.json").exists(),
             "bank": lambda: files("bank") >= self.asked.chunks,
+            "mild": lambda: files("mild") >= self.asked.chunks,
             "teacher": lambda: files("teacher") >= self.asked.chunks,
             "assemble": lambda: (self.model / assembly.CURVES).exists(),
             "gate": lambda: assembly.has_gate(self.model),

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from deedsr.adapter.adapter import channels_last
+from deedsr.errors import UsageError
 
 SEED = 2404_00661
 SAVE_SECONDS = 180
@@ -80,7 +81,12 @@ class Run:
         self._sums: dict[str, Any] = defaultdict(float)
         self._summed = 0  # steps, since the last point of the curve or the start
         if path.exists():
-            self._load(torch.load(path, weights_only=True, map_location=budget.device))
+            try:
+                self._load(torch.load(path, weights_only=True, map_location=budget.device))
+            except (RuntimeError, ValueError, KeyError) as error:  # other layers, other shapes, other optimizers
+                raise UsageError(
+                    f"{path} is the state of another network's training: move it away to begin anew"
+                ) from error
 
     def __iter__(self) -> Iterator[tuple[int, np.random.Generator]]:
         """(step, its generator) of every step that is left and for which there is time."""
