@@ -72,7 +72,7 @@ class SamplingSettings:
 
     def identity(self) -> dict[str, Any]:
         """What results are told apart by: a setting that came LATER counts where it is not what it was before."""
-        return {name: value for name, value in asdict(self).items() if LATER.get(name) != value}
+        return {name: value for name, value in asdict(self).items() if (name, value) not in LATER.items()}
 
 
 def _require_number(name: str, value: Any, low: int, high: int, kind: Any) -> None:

@@ -1,4 +1,4 @@
-"""Calibration of a model's restoration gate on the pairs of the bank.
+"""Calibration of a model's restoration gate on pairs of the bank and as many mild ones.
 
 For every pair the sampled picture is blended with the bicubic enlargement at each of SHARES. Wanted is the share that
 costs least, by the logarithms of EfficientNet-Lite1's distance and of the squared error, each over bicubic's, of the
@@ -26,7 +26,7 @@ from benchmarks.picture_measures import FLAT, patch_deviations
 from deedsr import DeeDSRPipeline
 from deedsr.sampling.gate import RestorationGate, blend
 from deedsr.sampling.images import enlarge, to_uint8
-from tools.tiny.bank import write
+from tools.tiny.bank import RECIPES, Part, write
 from tools.tiny.features import Perceptual
 from tools.tiny.photographs import to_signed
 from tools.tiny.training import Budget
@@ -43,25 +43,34 @@ SLOPES, OFFSETS = np.arange(0, 8.1, 0.5), np.arange(-2, 2.1, 0.2)
 BATCH = 4  # pictures at a time
 
 
+def targets(work: Path, chunks: int) -> dict[Path, Path]:
+    """Where the MEASURES of each file of pairs belong: of the first `chunks` of each kind."""
+    found = [path for name in RECIPES for path in sorted((work / name).glob("*.safetensors"))[:chunks]]
+    return {path: work / "gate" / f"{path.parent.name}-{path.name}" for path in found}
+
+
+def measured(work: Path, chunks: int) -> bool:
+    return all(path.exists() for path in targets(work, chunks).values())
+
+
 @torch.no_grad()
-def measure(work: Path, model: Path | str, budget: Budget) -> bool:
-    """Write the MEASURES of every pair at every share; whether all pairs are measured."""
+def measure(work: Path, model: Path | str, chunks: int, budget: Budget, part: Part = (0, 1)) -> None:
+    """Write the MEASURES of every pair at every share, of `part[1]` processes those of process `part[0]`."""
     pipeline = DeeDSRPipeline.from_pretrained(model, torch_dtype=torch.float32).to(budget.device)
     pipeline.set_progress_bar_config(disable=True)
     perceptual = Perceptual().to(budget.device)
     began = time.monotonic()
-    for file in tqdm(sorted((work / "bank").glob("*.safetensors")), desc="gate", mininterval=10):
-        path = work / "gate" / file.name
+    for file, path in tqdm([*targets(work, chunks).items()][part[0] :: part[1]], desc="gate", mininterval=10):
         if path.exists():
             continue
         if time.monotonic() - began > 60 * budget.minutes:
-            return False
+            return
         pairs = load_file(file)
         costs = []
-        for part in range(0, len(pairs["hr"]), BATCH):
-            hr = to_signed(pairs["hr"][part : part + BATCH].to(budget.device))
-            lr = pairs["lr"][part : part + BATCH].to(budget.device).float() / 255
-            seeds = [torch.Generator().manual_seed(part + number) for number in range(len(lr))]
+        for first in range(0, len(pairs["hr"]), BATCH):
+            hr = to_signed(pairs["hr"][first : first + BATCH].to(budget.device))
+            lr = pairs["lr"][first : first + BATCH].to(budget.device).float() / 255
+            seeds = [torch.Generator().manual_seed(first + number) for number in range(len(lr))]
             sampled = pipeline(list(lr), restoration=1.0, generator=seeds, output_type="pt").images
             bicubic = enlarge(lr, pipeline.scale)
             pictures = [2 * blended(sampled, bicubic, share, pipeline.scale) - 1 for share in SHARES]
@@ -71,7 +80,6 @@ def measure(work: Path, model: Path | str, budget: Budget) -> bool:
             costs.append(torch.stack([torch.stack(distances, 1), torch.stack(errors, 1), noises, softnesses]).cpu())
         measures = dict(zip(MEASURES, torch.cat(costs, 1), strict=True))
         write(path, measures | {"degradation": pairs["degradation"]})
-    return True
 
 
 def blended(sampled_BCHW: torch.Tensor, bicubic_BCHW: torch.Tensor, share: float, scale: int) -> torch.Tensor:

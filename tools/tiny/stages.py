@@ -57,8 +57,8 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--model", help="bank, mild, deepen, pictures, assemble, arms: the one to start from; default work/start"
     )
     parser.add_argument("--decoder-blocks", type=int, nargs="+", default=[16, 4, 1], help="deepen: coarsest first")
-    parser.add_argument("--chunks", type=int, default=60, help="bank, mild: files of 24 pairs")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="bank, mild, teacher")
+    parser.add_argument("--chunks", type=int, default=60, help="bank, mild, gate: files of 24 pairs")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="bank, mild, teacher, gate")
     parser.add_argument("--teacher-weight", type=float, default=of_terms.teacher, help="pictures: the HR has the rest")
     parser.add_argument("--pixel-weight", type=float, default=of_terms.pixels, help="pictures")
     parser.add_argument("--perceptual-weight", type=float, default=of_terms.perceptual, help="pictures")
@@ -113,7 +113,9 @@ class Stages:
             case "assemble":
                 assembly.assemble(work, self.origin, self.model, asked.share)
             case "gate":
-                if calibration.measure(work, self.model, budget):
+                processes = asked.processes if budget.device.type == "cpu" else 1
+                bank.spread(calibration.measure, work, self.model, asked.chunks, budget, processes=processes)
+                if calibration.measured(work, asked.chunks):
                     assembly.set_gate(self.model, calibration.fit(work))
             case "arms":
                 arms.measure(work, self.origin, self.steps(stage), budget)
