@@ -8,7 +8,8 @@ import pytest
 
 from benchmarks.picture_measures import FLAT, consistency, interval, patch_deviations
 from benchmarks.tiny_crops import COUNT, SHIPPED, SIDE, read_crops
-from benchmarks.tiny_figures import DEGRADED, degraded, degrading
+from benchmarks.tiny_figures import DEGRADED, Pair, degraded, degrading, sampled
+from deedsr import DeeDSRPipeline
 from deedsr.dataset.assignment import assign_degradation
 from tools.tiny.photographs import VALIDATION
 
@@ -68,3 +69,15 @@ def test_an_interval_is_the_bootstraps():
     figure, low, high = interval(lambda drawn: values[drawn].mean(1), len(values))
     assert figure == pytest.approx(values.mean())
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
+
+
+def test_seeds_are_other_samples_where_there_is_noise_and_tiny_has_none(crops):
+    pipeline = DeeDSRPipeline.from_pretrained("tiny")
+    pipeline.set_progress_bar_config(disable=True)
+    whole = degraded(crops[0], "deedsr")
+    pair = Pair(whole.crop, whole.hr[:64, :64], whole.lr[:16, :16])
+    recommended, noisy = ([sampled(pipeline, pair, how, seed) for seed in (0, 1)] for how in ({}, {"temperature": 1.0}))
+    np.testing.assert_array_equal(*recommended)
+    assert (noisy[0] != noisy[1]).any()
+    mean = sampled(pipeline, pair, {"temperature": 1.0, "seeds": 2})
+    np.testing.assert_allclose(mean, np.mean(noisy, 0), atol=1)
