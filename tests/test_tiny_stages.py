@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from deedsr import DeeDSRPipeline
 from deedsr.errors import UsageError
-from tools.tiny import assembly, bank, pictures
+from tools.tiny import assembly, bank, calibration, pictures
 from tools.tiny.photographs import VALIDATION, Photographs
 from tools.tiny.stages import main
 from tools.tiny.training import Budget, Run, averaged_weights
@@ -129,6 +129,14 @@ def test_mild_pairs_are_nearly_clean_and_have_the_hr_alone_as_target(work, monke
     averages = torch.nn.functional.avg_pool2d(mild["hr"].float(), 4)
     assert (averages - mild["lr"]).abs().mean() < 8  # of 255; the bank's degradations are heavier
     shutil.rmtree(work / "mild")
+
+
+def test_a_stage_without_what_comes_before_says_what_to_run(tmp_path):
+    for name in ("bank", "mild"):
+        with pytest.raises(SystemExit, match="photographs is missing: run the stage photographs first"):
+            stage(tmp_path, name, "--model", "tiny", "--chunks", 1, "--processes", 1)
+    with pytest.raises(UsageError, match="gate holds 0 files .* run bank first"):
+        calibration.fit(tmp_path)
 
 
 def test_the_state_of_another_networks_training_is_refused(tmp_path):

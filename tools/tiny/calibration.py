@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from benchmarks.picture_measures import FLAT, patch_deviations
 from deedsr import DeeDSRPipeline
+from deedsr.errors import UsageError
 from deedsr.sampling.gate import RestorationGate, blend
 from deedsr.sampling.images import enlarge, to_uint8
 from tools.tiny.bank import RECIPES, Part, write
@@ -120,6 +121,10 @@ def excess_noise(pictures: list[torch.Tensor], hr_BCHW: torch.Tensor) -> torch.T
 def fit(work: Path) -> RestorationGate:
     """The gate of least expected cost; prints what it costs on pairs that it was not fitted to."""
     files = [load_file(path) for path in sorted((work / "gate").glob("*.safetensors"))]
+    if len(files) < 2:
+        raise UsageError(
+            f"{work}/gate holds {len(files)} files of measured pairs, two at least are needed: run bank first"
+        )
     fold_N = np.concatenate([np.full(len(file["error"]), number % FOLDS) for number, file in enumerate(files)])
     distance_NS, error_NS, noise_NS, softness_NS, vector_ND = (
         torch.cat([file[key] for file in files]).double().numpy() for key in (*MEASURES, "degradation")

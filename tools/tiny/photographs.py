@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from deedsr.errors import UsageError
+
 VALIDATION = ("Green-Maple", "Sea-of-Lanterns", "Yellow-Flower", "Picture_0B", "picosdeeuropa", "libjxl-flower")
 LONGEST = 2200  # pixels of the longer side of a reduced photograph
 REDUCTION = 0.75  # at least: what a camera or a JPEG encoder smeared is below a pixel afterwards
@@ -48,6 +50,8 @@ class Photographs:
     """uint8 photographs (C, H, W) on a device, each at several scales; crops are drawn by pixels of all photographs."""
 
     def __init__(self, folder: Path, device: torch.device, smallest: int = 256):
+        if not folder.is_dir():
+            raise UsageError(f"{folder} is missing: run the stage photographs first")
         self.images: list[torch.Tensor] = []
         self.places: list[np.ndarray] = []  # of each image: top and left of its textured cells
         for path in training_files([folder]):
