@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from importlib.resources import files
@@ -30,12 +31,23 @@ from deedsr.dataset.recipe import Recipe
 
 cv2.setNumThreads(1)
 
+DISK = 4 << 30  # bytes that a run writes at most, with a margin; a run that passes leaves them free again
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Hides GPUs, but from the tests that are marked so: they run by themselves, with `pytest -m gpu`."""
     if config.getoption("-m") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """On a full disk tests fail for reasons of their own, minutes later: the run ends here, once, before its workers."""
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if free < DISK and not hasattr(session.config, "workerinput"):
+        message = f"error: the tests need {DISK >> 30} GiB in {folder}, {free / 2**30:.1f} are free"
+        pytest.exit(f"{message}: free some, or set TMPDIR to a folder on another disk", returncode=2)
 
 
 @pytest.fixture(scope="session")
