@@ -42,7 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """On a full disk tests fail for reasons of their own, minutes later: the run ends here, once, before its workers."""
+    """On a full disk tests fail minutes later, for reasons that name other things: the run ends here, in one line."""
     folder = tempfile.gettempdir()
     free = shutil.disk_usage(folder).free
     if free < DISK and not hasattr(session.config, "workerinput"):

@@ -103,6 +103,9 @@ def test_a_chain_makes_a_model_from_photographs_and_goes_on_where_time_ran_out(w
         weights = [dict(pipe.components[part].named_parameters()) for pipe in (before, after)]
         names = [key for key in weights[0] if key.startswith(inside)]
         assert any(not torch.equal(weights[0][key], weights[1][key]) for key in names) is changed, name
+    of_start, of_model = (calibration.measurements(work, work / name) for name in ("start", "model"))
+    assert of_start != of_model  # else the gate of one would be fitted to pictures of the other
+    assert len(list(of_model.glob("*.safetensors"))) == 4
     picture = after(np.full((16, 16, 3), 90, np.uint8)).images[0]
     assert picture.size == (64, 64)
     assert after.scheduler.timesteps[-1] == pictures.REALISM
@@ -135,8 +138,8 @@ def test_a_stage_without_what_comes_before_says_what_to_run(tmp_path):
     for name in ("bank", "mild"):
         with pytest.raises(SystemExit, match="photographs is missing: run the stage photographs first"):
             stage(tmp_path, name, "--model", "tiny", "--chunks", 1, "--processes", 1)
-    with pytest.raises(UsageError, match="gate holds 0 files .* run bank first"):
-        calibration.fit(tmp_path)
+    with pytest.raises(UsageError, match="gate/[0-9a-f]{12} holds 0 files .* run bank first"):
+        calibration.fit(calibration.measurements(tmp_path, "tiny"))
 
 
 def test_the_state_of_another_networks_training_is_refused(tmp_path):

@@ -12,6 +12,7 @@ added to the offset: towards the sampled picture above 0, towards the LR below.
 Shape suffixes: N pairs, S shares, D degradation vector.
 """
 
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -25,6 +26,8 @@ from tqdm import tqdm
 from benchmarks.picture_measures import FLAT, patch_deviations
 from deedsr import DeeDSRPipeline
 from deedsr.errors import UsageError
+from deedsr.hub.model_folder import find_folder
+from deedsr.hub.weights import base_digest, part_digest
 from deedsr.sampling.gate import RestorationGate, blend
 from deedsr.sampling.images import enlarge, to_uint8
 from tools.tiny.bank import RECIPES, Part, write
@@ -44,14 +47,22 @@ SLOPES, OFFSETS = np.arange(0, 8.1, 0.5), np.arange(-2, 2.1, 0.2)
 BATCH = 4  # pictures at a time
 
 
-def targets(work: Path, chunks: int) -> dict[Path, Path]:
+def measurements(work: Path, model: Path | str) -> Path:
+    """Folder of the MEASURES of this model's pictures: those of other weights lie beside."""
+    folder = find_folder(model)
+    parts = base_digest(folder) + "".join(part_digest(folder / name) for name in ("learner", "adapter"))
+    return work / "gate" / hashlib.sha256(parts.encode()).hexdigest()[:12]
+
+
+def targets(work: Path, model: Path | str, chunks: int) -> dict[Path, Path]:
     """Where the MEASURES of each file of pairs belong: of the first `chunks` of each kind."""
     found = [path for name in RECIPES for path in sorted((work / name).glob("*.safetensors"))[:chunks]]
-    return {path: work / "gate" / f"{path.parent.name}-{path.name}" for path in found}
+    folder = measurements(work, model)
+    return {path: folder / f"{path.parent.name}-{path.name}" for path in found}
 
 
-def measured(work: Path, chunks: int) -> bool:
-    return all(path.exists() for path in targets(work, chunks).values())
+def measured(work: Path, model: Path | str, chunks: int) -> bool:
+    return all(path.exists() for path in targets(work, model, chunks).values())
 
 
 @torch.no_grad()
@@ -61,7 +72,7 @@ def measure(work: Path, model: Path | str, chunks: int, budget: Budget, part: Pa
     pipeline.set_progress_bar_config(disable=True)
     perceptual = Perceptual().to(budget.device)
     began = time.monotonic()
-    for file, path in tqdm([*targets(work, chunks).items()][part[0] :: part[1]], desc="gate", mininterval=10):
+    for file, path in tqdm([*targets(work, model, chunks).items()][part[0] :: part[1]], desc="gate", mininterval=10):
         if path.exists():
             continue
         if time.monotonic() - began > 60 * budget.minutes:
@@ -118,13 +129,14 @@ def excess_noise(pictures: list[torch.Tensor], hr_BCHW: torch.Tensor) -> torch.T
     return excess_BS
 
 
-def fit(work: Path) -> RestorationGate:
-    """The gate of least expected cost; prints what it costs on pairs that it was not fitted to."""
-    files = [load_file(path) for path in sorted((work / "gate").glob("*.safetensors"))]
+def fit(folder: Path) -> RestorationGate:
+    """The gate of least expected cost by the measurements in `folder`; prints what it costs on pairs that it was not
+    fitted to.
+    """
+    files = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
     if len(files) < 2:
-        raise UsageError(
-            f"{work}/gate holds {len(files)} files of measured pairs, two at least are needed: run bank first"
-        )
+        count = f"{folder} holds {len(files)} files of measured pairs"
+        raise UsageError(f"{count}, two at least are needed: run bank first")
     fold_N = np.concatenate([np.full(len(file["error"]), number % FOLDS) for number, file in enumerate(files)])
     distance_NS, error_NS, noise_NS, softness_NS, vector_ND = (
         torch.cat([file[key] for file in files]).double().numpy() for key in (*MEASURES, "degradation")

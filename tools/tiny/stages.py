@@ -115,8 +115,9 @@ class Stages:
             case "gate":
                 processes = asked.processes if budget.device.type == "cpu" else 1
                 bank.spread(calibration.measure, work, self.model, asked.chunks, budget, processes=processes)
-                if calibration.measured(work, asked.chunks):
-                    assembly.set_gate(self.model, calibration.fit(work))
+                if calibration.measured(work, self.model, asked.chunks):
+                    found = calibration.measurements(work, self.model)
+                    assembly.set_gate(self.model, calibration.fit(found))
             case "arms":
                 arms.measure(work, self.origin, self.steps(stage), budget)
             case "parcel":
