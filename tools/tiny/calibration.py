@@ -7,8 +7,7 @@ less.
 
 A few hundred pairs are too few to fit all of the gate's weights to the cost. The harm of the whole sampled picture, the
 cost without the last term, is predicted from the vector by ridge regression, its penalty found by cross-validation; the
-gate follows this prediction, with the slope and the offset of least cost (interpolated between the shares). LEAN is
-added to the offset: towards the sampled picture above 0, towards the LR below.
+gate follows this prediction, with the slope and the offset of least cost (interpolated between the shares).
 Shape suffixes: N pairs, S shares, D degradation vector.
 """
 
@@ -42,7 +41,6 @@ NOISE_FLOOR = 0.5  # 8-bit levels that nobody sees
 FLAT_PATCHES = 8  # of the HR, at least: else nothing is said about noise
 FOLDS = 5
 PENALTIES = (300.0, 1000.0, 3000.0)
-LEAN = -0.5  # found on the validation crops: with it clean LRs lose less than 1 dB to bicubic
 SLOPES, OFFSETS = np.arange(0, 8.1, 0.5), np.arange(-2, 2.1, 0.2)
 BATCH = 4  # pictures at a time
 
@@ -154,7 +152,7 @@ def fit(folder: Path) -> RestorationGate:
         for fold in range(FOLDS):
             inside = fold_N != fold
             slope, offset = _response(predicted_N[inside], cost_NS[inside])
-            share_N[~inside] = _sigmoid(offset + LEAN - slope * predicted_N[~inside])
+            share_N[~inside] = _sigmoid(offset - slope * predicted_N[~inside])
         held_out[penalty] = (float(_cost(cost_NS, share_N).mean()), predicted_N, share_N)
     penalty = min(held_out, key=lambda key: held_out[key][0])
     cost, predicted_N, share_N = held_out[penalty]
@@ -171,7 +169,7 @@ def fit(folder: Path) -> RestorationGate:
     }
     print(json.dumps(summary, indent=1))
     weights = tuple(round(float(weight), 5) for weight in -slope * weights_D)
-    return RestorationGate(weights, round(float(offset + LEAN - slope * constant), 5))
+    return RestorationGate(weights, round(float(offset - slope * constant), 5))
 
 
 def _regression(vector_ND: np.ndarray, harm_N: np.ndarray, penalty: float) -> tuple[np.ndarray, float]:
