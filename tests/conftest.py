@@ -31,7 +31,7 @@ from deedsr.dataset.recipe import Recipe
 
 cv2.setNumThreads(1)
 
-DISK = 4 << 30  # bytes that a run writes at most, with a margin; a run that passes leaves them free again
+DISK = 2 << 30  # bytes: a run writes up to 0.8 GB, and frees it again where all passed
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -17,7 +17,7 @@ def pytest_run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
 def test_a_full_disk_ends_the_run_at_once_with_the_remedy(small_disk):
     result = pytest_run(small_disk, "tests/test_layers.py")
     assert result.returncode == 2
-    assert f"error: the tests need 4 GiB in {small_disk}, 0.0 are free: free some, or set TMPDIR" in result.stdout
+    assert f"error: the tests need 2 GiB in {small_disk}, 0.0 are free: free some, or set TMPDIR" in result.stdout
     assert "passed" not in result.stdout
 
 
